@@ -1,0 +1,7 @@
+"""Many encoded images in one folder, memory-mapped; docs/format.md gives every byte."""
+
+from seitpp.store.layout import StoreError
+from seitpp.store.reader import TokenStore
+from seitpp.store.writer import StoreWriter
+
+__all__ = ["StoreError", "StoreWriter", "TokenStore"]

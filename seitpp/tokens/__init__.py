@@ -1,0 +1,1 @@
+"""Ids get meaning: codebook vectors, batches, and the embedded data set."""

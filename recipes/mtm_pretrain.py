@@ -1,0 +1,224 @@
+"""Pre-train a masked token model (SeiT++, masked token modeling) and probe its frozen encoder.
+
+    accelerate launch recipes/mtm_pretrain.py                                    # the embedded digits
+    accelerate launch recipes/mtm_pretrain.py published --store imagenet-tokens  # 1 GPU
+    accelerate launch --multi_gpu --num_processes 8 recipes/mtm_pretrain.py published --store imagenet-tokens
+
+`digits` (the default) takes about 2 minutes on 2 CPU cores; docs/recipes.md has the measured figures. `published`
+is the paper's run, ViT-B on ImageNet-1k tokens for 400 epochs, without TokenAdapt; its time on GPUs is
+not measured.
+Reads a token store; writes config.json, metrics.jsonl, checkpoints/, model.safetensors, report.html with its
+pictures, and result.json into --out. Does not fine-tune: the weights are for recipes/probe.py and what follows.
+"""
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from seitpp import TokenStore, plots, tokenizers
+from seitpp.augment import EvalView, Keys, SeitPPView
+from seitpp.engine.config import run_recipe
+from seitpp.engine.evaluate import probe
+from seitpp.engine.metrics import count_flops
+from seitpp.engine.optim import adamw
+from seitpp.engine.run import Run
+from seitpp.engine.schedule import warmup_cosine
+from seitpp.errors import UserError
+from seitpp.models import MTM
+from seitpp.objectives import (
+    mask_counts,
+    mask_plan,
+    mask_ratio,
+    masked_token_accuracy,
+    masked_token_loss,
+)
+from seitpp.tokenizers import Tokenizer
+from seitpp.tokens.codebook import codebook_fingerprint
+from seitpp.tokens.dataset import BatchOrder
+from seitpp.tokens.digits import digits, digits_images
+
+
+@dataclass(frozen=True)
+class Config:
+    """The published run: ViT-B, ImageNet-1k, 400 epochs, batch 4096 (SeiT++, pre-training)."""
+
+    store: str | None = None  # a token store; the embedded digits where none is named
+    tokenizer: str | None = None  # decodes tokens for the report; without it codes are painted in colours
+    out: str | None = None  # the run's folder; runs/mtm_pretrain-PRESET where none is named
+    resume: bool = False
+    overwrite: bool = False
+    preset: str = "published"
+    seed: int = 0
+    model: str = "mtm_vit_base"
+    decoder_width: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+    dropout: float = 0.1  # of the embedding and in the decoder
+    crop: int | None = 28  # side of the random resized crop in tokens; None: the whole grid
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    epochs: float = 400
+    warmup_epochs: float = 40
+    batch_size: int = 4096  # global
+    base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: str = "bf16"
+    accumulation: int = 1
+    workers: int = 8
+    checkpoint_epochs: float = 1
+    log_steps: int = 20
+    trackers: tuple[str, ...] = ()
+
+
+PRESETS = {"published": Config()}
+PRESETS["digits"] = replace(
+    PRESETS["published"],
+    preset="digits",
+    model="mtm_vit_nano",
+    decoder_width=64,
+    decoder_depth=1,
+    decoder_heads=4,
+    crop=None,
+    epochs=100,
+    warmup_epochs=10,
+    batch_size=128,
+    base_lr=6e-3,
+    precision="no",
+    workers=0,
+    checkpoint_epochs=10,
+)
+PRESETS["smoke"] = replace(
+    PRESETS["digits"], preset="smoke", epochs=2, warmup_epochs=1, checkpoint_epochs=0.5, log_steps=1
+)
+
+
+def main(config: Config) -> None:
+    # 1. Run: the output folder, the launch, the seed.
+    run = Run(
+        f"mtm_pretrain-{config.preset}",
+        asdict(config),
+        out=config.out,
+        resume=config.resume,
+        overwrite=config.overwrite,
+        seed=config.seed,
+        precision=config.precision,
+        accumulation=config.accumulation,
+        workers=config.workers,
+        log_steps=config.log_steps,
+        trackers=config.trackers,
+    )
+
+    # 2. Data: every size is read from the store.
+    train, validation, tokenizer, originals = open_data(config, run)
+    order = BatchOrder(len(train), config.batch_size, config.seed)
+    codebook = torch.from_numpy(train.codebook)
+    grid = model_grid(train, config.crop)
+
+    # 3. View: ids -> vectors -> crop -> ids, on the device.
+    view = SeitPPView(codebook, config.crop, config.crop_scale).to(run.device)
+
+    # 4. Model: its first loss is ln K.
+    model = MTM(
+        config.model,
+        grid,
+        train.num_codes,
+        codebook.shape[1],
+        config.decoder_width,
+        config.decoder_depth,
+        config.decoder_heads,
+        config.dropout,
+    ).to(run.device)
+    untrained = copy.deepcopy(model.encoder)
+    patches = model.encoder.patch_embed.num_patches
+    run.flops_per_image = step_flops(model, grid, patches)
+
+    # 5. Optimisation: linear warm-up, then half a cosine to 0, update by update.
+    steps = round(config.epochs * order.steps_per_epoch)
+    warmup = round(config.warmup_epochs * order.steps_per_epoch)
+    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
+    peak = config.base_lr * config.batch_size / 256
+    optimizer = adamw(model, config.weight_decay, config.betas)
+    model = run.prepare(
+        model, optimizer, train.fingerprint, lr=lambda step: warmup_cosine(step, steps, warmup, peak)
+    )
+    run.print(
+        f"{config}\n{view}\n"
+        f"{len(train):,} images, {train.payload_bytes / len(train):.1f} bytes each, grid {train.grid}, "
+        f"K = {train.num_codes}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters\n"
+        f"{steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step {run.step}; "
+        f"peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
+    )
+
+    # 6. Training.
+    model.train()
+    for step, batch in run.train(train, order, steps, checkpoint_steps):
+        keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
+        ids = view(batch.ids, keys)
+        ratio = mask_ratio(config.seed, step)
+        plan = mask_plan(keys.uniform("mask", patches), *mask_counts(patches, ratio))
+        logits = model(ids, plan)
+        loss = masked_token_loss(logits, ids, plan)
+        run.update(loss, accuracy=masked_token_accuracy(logits, ids, plan), mask_ratio=ratio)
+
+    # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
+    trained = run.plain_model.eval()
+    scores = probe(trained.encoder, train, validation, EvalView(grid), run.accelerator)
+    before = probe(untrained, train, validation, EvalView(grid), run.accelerator)
+    result = {
+        **scores,
+        **{f"{name}_untrained": value for name, value in before.items()},
+        "loss": run.log.read()[-1]["loss"],
+        "payload_bytes_per_image": train.payload_bytes / len(train),
+    }
+    if run.is_main:
+        trained.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
+        decode = tokenizer.decode if tokenizer else partial(plots.paint_codes, codebook=codebook)
+        pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
+        plots.write_report(run.out, "Masked token modeling", result, run.log.read(), train.num_codes, pictures)
+    run.finish(result)
+
+
+class Data(NamedTuple):
+    """Two splits, and what the report can show: a tokenizer, original validation images (N, 3, h, w) in [0, 1]."""
+
+    train: TokenStore
+    validation: TokenStore
+    tokenizer: Tokenizer | None
+    originals: torch.Tensor | None
+
+
+def open_data(config: Config, run: Run) -> Data:
+    """The named store, or the embedded digits. Only the main process verifies the files."""
+    if config.preset == "published" and config.store is None:
+        raise UserError("preset published needs --store, a folder of tokens; without a preset the digits are used")
+    store, tokenizer, originals = config.store, config.tokenizer, None
+    if store is None:
+        with run.accelerator.main_process_first():
+            store, tokenizer = digits()
+        originals, _ = digits_images("validation")
+    train, validation = (TokenStore(store, split, verify=run.is_main) for split in ("train", "validation"))
+    return Data(train, validation, tokenizers.load(tokenizer) if tokenizer else None, originals)
+
+
+def model_grid(store: TokenStore, crop: int | None) -> tuple[int, int]:
+    """The tokens that the model sees of an image: the crop, or the store's whole grid."""
+    if crop is None:
+        return store.grid
+    if crop > min(store.grid):
+        raise UserError(
+            f"--crop {crop} from the grid {store.grid} of {store.path}: expected at most its shorter side"
+        )
+    return crop, crop
+
+
+def step_flops(model: MTM, grid: tuple[int, int], patches: int) -> int:
+    """Floating-point operations of one image, forward and backward."""
+    plan = mask_plan(torch.zeros(1, patches, device="meta"), *mask_counts(patches, 0.5))
+    return count_flops(model, torch.zeros(1, *grid, dtype=torch.long, device="meta"), plan)
+
+
+if __name__ == "__main__":
+    run_recipe(main, PRESETS, default="digits")

@@ -1,0 +1,79 @@
+"""Augmentations of maps (B, C, H, W): pure batch functions, one draw an image, no loop over samples."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from seitpp.augment.keyed import Keys
+
+CUBIC_A = -0.75  # the bicubic kernel of torch's and OpenCV's interpolation
+CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+
+
+def crop_resize(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut a box from each map and resize it bicubically to size x size.
+
+    `maps` (B, C, H, W) float, `boxes` (B, 4) int64 = top, left, height, width in cells ->
+    (B, C, size, size). A = -0.75, half-pixel centres, no antialias, edges clamped inside the box
+    (SeiT, Token-RRC), so it equals `F.interpolate(map[:, top:top+height, left:left+width], size,
+    mode="bicubic")`. Both directions are linear maps with four weights a row, applied as two batched
+    matrix products.
+    """
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], maps.shape[2], size).to(maps.dtype)
+    columns = _resize_weights(boxes[:, 1], boxes[:, 3], maps.shape[3], size).to(maps.dtype)
+    return rows.unsqueeze(1) @ maps @ columns.unsqueeze(1).transpose(2, 3)
+
+
+def _resize_weights(start: Tensor, length: Tensor, cells: int, size: int) -> Tensor:
+    """(B,) start and length of each box along one axis -> (B, size, cells) bicubic weights, fp32."""
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    out = torch.arange(size, device=start.device).view(1, -1, 1)
+    centre = (out + 0.5) * (length.double() / size) - 0.5
+    taps = centre.floor() + torch.arange(-1, 3, device=start.device)
+    cell = torch.minimum(taps.clamp(min=0).long(), length - 1) + start
+    weights = torch.zeros(len(start), size, cells, device=start.device)
+    return weights.scatter_add_(2, cell, _cubic(centre - taps).float())
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    d = distance.abs()
+    inner = ((CUBIC_A + 2) * d - (CUBIC_A + 3)) * d * d + 1
+    outer = ((d - 5) * d + 8) * d * CUBIC_A - 4 * CUBIC_A
+    return torch.where(d <= 1, inner, torch.where(d < 2, outer, 0.0))
+
+
+def random_resized_boxes(
+    keys: Keys, grid: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Tensor:
+    """Boxes of a random resized crop: (B, 4) int64 = top, left, height, width inside `grid`.
+
+    The area is uniform in `scale` (shares of the grid), the logarithm of width / height uniform in the
+    logarithms of `ratio`; sides are rounded to cells. As in torchvision's RandomResizedCrop, the first of ten
+    attempts that fits is taken, else the largest centred box of an allowed ratio.
+    """
+    height, width = grid
+    draws = keys.uniform("random_resized_boxes", CROP_ATTEMPTS * 4).double().view(-1, CROP_ATTEMPTS, 4)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = (low + (high - low) * draws[..., 1]).exp()
+    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    top = (draws[..., 2] * (height - h + 1)).long()
+    left = (draws[..., 3] * (width - w + 1)).long()
+    boxes = torch.stack([top, left, h, w], dim=-1)
+    first = fits.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, 4)
+    fallback = _largest_box(grid, ratio, boxes.device)
+    return torch.where(fits.any(dim=1, keepdim=True), boxes.gather(1, first).squeeze(1), fallback)
+
+
+def _largest_box(grid: tuple[int, int], ratio: tuple[float, float], device: torch.device) -> Tensor:
+    height, width = grid
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], device=device)
+
+
+def centre_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """The central window of ids (B, H, W) or maps (B, C, H, W), without a resize (SeiT release)."""
+    top, left = (ids.shape[-2] - size[0]) // 2, (ids.shape[-1] - size[1]) // 2
+    return ids[..., top : top + size[0], left : left + size[1]]

@@ -1,0 +1,72 @@
+"""What every codec has in common: the protocol, the error, and the checks of ids, lengths and counts."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from seitpp.errors import UserError
+
+MAX_CODES = 2**16
+MAX_TOKENS = 2**24
+# Below this, sums of counts are exact in a double.
+MAX_COUNT_SUM = 2**53
+
+
+class CodecError(UserError):
+    """Bytes that are not the encoding of the tokens that they should be."""
+
+
+class Codec(Protocol):
+    """Turns the ids of one image into bytes and back; immutable, and safe to use from several threads."""
+
+    name: str
+    num_codes: int
+
+    def encode(self, ids: np.ndarray) -> bytes:
+        """Bytes of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
+        ...
+
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
+        """The (num_tokens,) uint16 ids in `data`. Raises CodecError if the bytes are damaged."""
+        ...
+
+
+def check_ids(ids: np.ndarray, num_codes: int) -> np.ndarray:
+    """`ids` as a 1-D int32 array. Raises ValueError unless they are 1-D integers in 0 .. num_codes - 1."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"ids: got {ids.ndim}-D {ids.dtype}, expected a 1-D array of integers")
+    if ids.size > MAX_TOKENS:
+        raise ValueError(f"ids: got {ids.size} tokens, expected at most {MAX_TOKENS} an image")
+    if ids.size and not 0 <= ids.min() <= ids.max() < num_codes:
+        raise ValueError(f"ids: got values {ids.min()} .. {ids.max()}, expected 0 .. {num_codes - 1}")
+    return ids.astype(np.int32)
+
+
+def check_num_tokens(num_tokens: int) -> None:
+    """Raises CodecError for a length that no image has, so that nothing is ever allocated from a false claim."""
+    if not 0 <= num_tokens <= MAX_TOKENS:
+        raise CodecError(f"number of tokens: got {num_tokens}, expected 0 .. {MAX_TOKENS}")
+
+
+def check_num_codes(num_codes: int) -> None:
+    """Raises ValueError unless ids below `num_codes` fit uint16."""
+    if not 1 <= num_codes <= MAX_CODES:
+        raise ValueError(f"number of codes: got {num_codes}, expected 1 .. {MAX_CODES}")
+
+
+def check_counts(counts: Sequence[int] | np.ndarray | None, num_codes: int) -> np.ndarray:
+    """`counts` as (num_codes,) int64. Raises ValueError unless they are that many integers >= 0, not all zero."""
+    if counts is None:
+        raise ValueError(f"counts: got none, expected how often each of the {num_codes} codes occurs")
+    counts = np.asarray(counts)
+    if counts.shape != (num_codes,) or counts.dtype.kind not in "iu":
+        raise ValueError(f"counts: got {counts.dtype} {counts.shape}, expected {num_codes} integers")
+    total = sum(counts.tolist())
+    if counts.min() < 0 or not 0 < total < MAX_COUNT_SUM:
+        raise ValueError(
+            f"counts: got a minimum of {counts.min()} and a sum of {total}, "
+            f"expected no negative count and a sum of 1 .. {MAX_COUNT_SUM - 1}"
+        )
+    return counts.astype(np.int64)

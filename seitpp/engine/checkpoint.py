@@ -1,0 +1,141 @@
+"""Checkpoints that are whole or not there: staged, synced, renamed, and verified before they are used.
+
+    checkpoints/
+      LATEST                     the name of the newest checkpoint
+      step-00000120/
+        model.safetensors        weights
+        optimizer.safetensors    the optimizer's tensors, by parameter name
+        state.json               step, and the fingerprint of the store
+        manifest.json            size and SHA-256 of the other files, written last
+
+Nothing random is saved: every draw is keyed by seed, epoch, image and step.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from seitpp import files
+from seitpp.errors import UserError
+
+KEPT = 2
+
+
+class CheckpointError(UserError):
+    """No usable checkpoint, or one that belongs to another model."""
+
+
+class Checkpoint(NamedTuple):
+    """What was saved after `step` updates on the store with the fingerprint `store`."""
+
+    path: Path
+    step: int
+    store: str
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save(folder: Path, step: int, store: str, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    """Publish a checkpoint under `folder`; then point LATEST to it; then remove all but the newest two."""
+    target = folder / f"step-{step:08d}"
+    staging = folder / f".{target.name}.tmp"
+    files.remove_folder(staging)
+    staging.mkdir(parents=True)
+    save_file(_contiguous(model), staging / "model.safetensors")
+    save_file(_contiguous(optimizer), staging / "optimizer.safetensors")
+    (staging / "state.json").write_text(json.dumps({"step": step, "store": store}))
+    manifest = {path.name: _entry(path) for path in sorted(staging.iterdir())}
+    (staging / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    files.remove_folder(target)  # a damaged one that a resumed run reaches again
+    files.publish_folder(staging, target)
+    files.replace_text(folder / "LATEST", target.name)
+    for old in _checkpoints(folder)[:-KEPT]:
+        files.remove_folder(old)
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None where there is none at all.
+
+    A damaged one is passed over with a warning for the one before it. Raises CheckpointError if all are damaged.
+    """
+    found = _checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return _load(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints under {folder} is whole: start with --overwrite"
+        )
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _entry(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _load(path: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            if manifest[name] != _entry(path / name):
+                raise CheckpointError(f"{path / name} is not the file that was saved (size or SHA-256 differ)")
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint {path} is incomplete: {error!r}") from error
+    model, optimizer = (load_file(path / f"{name}.safetensors") for name in ("model", "optimizer"))
+    return Checkpoint(path, state["step"], state["store"], model, optimizer)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as "parameter name/key" -> tensor."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore(checkpoint: Checkpoint, store: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint into a model and its optimizer.
+
+    Raises CheckpointError if it was made on a store other than `store`, or names the first key that differs.
+    """
+    if checkpoint.store != store:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on the store {checkpoint.store[:16]}, this run reads {store[:16]}: "
+            "name the same store, or start anew with another --out"
+        )
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | checkpoint.model.keys()):
+        got = tuple(checkpoint.model[name].shape) if name in checkpoint.model else "nothing"
+        want = tuple(expected[name].shape) if name in expected else "nothing"
+        if got != want:
+            raise CheckpointError(
+                f"{checkpoint.path} is of another model: {name} is {got} there, {want} in this run: "
+                "name the folder of the same model and store, or start anew with --overwrite"
+            )
+    model.load_state_dict(checkpoint.model)
+    parameters = dict(model.named_parameters())
+    for full_name, tensor in checkpoint.optimizer.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters[name]
+        # Adam's step counter stays on the CPU, where the optimizer made it.
+        device = "cpu" if tensor.ndim == 0 else parameter.device
+        optimizer.state[parameter][key] = tensor.to(device)

@@ -1,0 +1,82 @@
+"""The command line of a recipe: `recipe.py [preset] --flag value ...`, from a frozen dataclass and its presets."""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from seitpp.errors import UserError
+
+Config = TypeVar("Config")
+
+
+class ConfigError(UserError):
+    """A preset, a flag or a config file that this recipe does not have."""
+
+
+def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], default: str) -> None:
+    """Parse the command line and call `main`; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        main(parse(presets, default, sys.argv[1:]))
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> Config:
+    """An optional preset name, an optional `--config run/config.json`, then flags that change single fields."""
+    rest = list(arguments)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else default
+    if name not in presets:
+        raise ConfigError(
+            f"unknown preset {name!r}: expected one of {', '.join(presets)}{_suggest(name, presets)}"
+        )
+    config, rest = _from_file(presets[name], rest)
+    _check_flags(config, rest)
+    return tyro.cli(type(config), default=config, args=rest)
+
+
+def _check_flags(config: object, arguments: list[str]) -> None:
+    fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
+    known = {f"--{name}" for name in fields} | {f"--no-{name}" for name in fields} | {"--help", "-h"}
+    for argument in arguments:
+        flag = argument.split("=", 1)[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            raise ConfigError(f"unknown flag {flag}{_suggest(flag, known)}; --help lists them all")
+
+
+def _suggest(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _from_file(config: Config, arguments: list[str]) -> tuple[Config, list[str]]:
+    if "--config" not in arguments:
+        return config, arguments
+    at = arguments.index("--config")
+    path = Path(arguments[at + 1]) if at + 1 < len(arguments) else None
+    if path is None or not path.is_file():
+        raise ConfigError(f"--config {path or ''}: expected the config.json of a run")
+    return load_config(type(config), path), arguments[:at] + arguments[at + 2 :]
+
+
+def load_config(kind: type[Config], path: Path) -> Config:
+    """Read a config.json that a run stored. Raises ConfigError naming fields that are missing or unknown."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(stored, dict) or set(stored) != fields:
+        different = sorted(fields ^ set(stored))
+        raise ConfigError(f"{path} is the config of another recipe or version: differs in {', '.join(different)}")
+    # JSON has no tuples; every sequence of a config is one.
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

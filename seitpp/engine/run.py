@@ -1,0 +1,374 @@
+"""A training run: its folder, its clock, its checkpoints. What a batch and a loss are stays in the recipe.
+
+    run = Run(...)                                   # Accelerate, the output folder, the seed
+    model = run.prepare(model, optimizer, lr)        # wrapped, and restored with --resume
+    for step, batch in run.train(store, order, steps):
+        run.update(loss_of(batch))                   # backward, clip, lr of this step, update
+    run.finish({...})                                # result.json
+
+`step` counts updates from 0; a checkpoint "step-120" is the state after 120 of them.
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed, tqdm
+from torch import Tensor, nn
+
+from seitpp import __version__, files
+from seitpp.engine import checkpoint
+from seitpp.engine.metrics import MetricsLog, matmul_rate
+from seitpp.errors import UserError
+from seitpp.store import TokenStore
+from seitpp.tokens.dataset import Batch, BatchOrder, training_loader
+
+# Settings that say where and how a run is watched, not what it computes: a resumed run may change them.
+FREE_SETTINGS = {"out", "resume", "overwrite", "accumulation", "workers", "log_steps", "trackers"}
+
+
+class RunError(UserError):
+    """An output folder, a batch size or a loss that a run cannot go on with."""
+
+
+class Run:
+    """One training run under Accelerate, on any number of processes.
+
+    `name` names the run's default folder, runs/NAME; `out` another one. `settings` is the resolved config, which
+    is stored and compared on resume. `precision` is Accelerate's ("no", "bf16", "fp16"). Raises RunError for a
+    folder that is not empty (unless `resume` or `overwrite`), a run that is not there or differs (with
+    `resume`), or a tracker that is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Mapping,
+        *,
+        out: str | None,
+        resume: bool,
+        overwrite: bool,
+        seed: int,
+        precision: str = "no",
+        accumulation: int = 1,
+        workers: int = 0,
+        log_steps: int = 10,
+        trackers: tuple[str, ...] = (),
+    ):
+        _check_trackers(trackers)
+        self.started = time.perf_counter()
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=accumulation,
+            log_with=list(trackers) or None,
+            project_dir=out,
+            step_scheduler_with_optimizer=False,
+        )
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.seed, self.accumulation, self.workers, self.log_steps = seed, accumulation, workers, log_steps
+        self.settings, self.trackers, self.resume = settings, trackers, resume
+        self.out = Path(self._on_main(lambda: str(choose_folder(name, settings, out, resume, overwrite))))
+        self.log = MetricsLog(self.out / "metrics.jsonl")
+        self.step, self.flops_per_image, self._pending = 0, None, []
+        self._trained_images, self._trained_seconds = 0, 0.0
+        set_seed(seed)
+
+    def start(self) -> None:
+        """Make the output folder. Called by `prepare`, when data and model have proved good; a run that trains
+        nothing calls it itself.
+        """
+        if self.is_main and not self.resume:
+            start_folder(self.out, self.settings)
+        self.accelerator.wait_for_everyone()
+        if self.trackers:
+            self.accelerator.init_trackers("seitpp", config=json.loads(json.dumps(self.settings)))
+
+    def _on_main(self, function: Callable[[], object]) -> object:
+        """Call on the main process only and give every process its value, or its error."""
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = str(error)
+        value, error = broadcast_object_list(outcome)
+        if error is not None:
+            raise RunError(error)
+        return value
+
+    def print(self, text: str) -> None:
+        """Print on the main process."""
+        self.accelerator.print(text)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        store: str,
+        lr: Callable[[int], float],
+        clip: float | None = None,
+    ) -> nn.Module:
+        """Wrap the model for this launch and, with --resume, restore the newest whole checkpoint.
+
+        `store` is the fingerprint of the training data; `lr` gives the learning rate of each update; `clip` is the
+        largest gradient norm. Raises CheckpointError for a checkpoint of another model or store.
+        """
+        if self.resume:
+            found = checkpoint.load_latest(self.out / "checkpoints")
+            if found is not None:
+                checkpoint.restore(found, store, model, optimizer)
+                self.step = found.step
+        self.start()
+        if self.is_main:
+            self.log.keep_until(self.step)
+        self.accelerator.wait_for_everyone()
+        self.plain_model, self.plain_optimizer, self.lr, self.clip = model, optimizer, lr, clip
+        self.store_fingerprint = store
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        return self.model
+
+    def train(
+        self, store: TokenStore, order: BatchOrder, steps: int, checkpoint_steps: int
+    ) -> Iterator[tuple[int, Batch]]:
+        """(step, this process's share of a micro-batch), from where the run stands up to `steps` updates.
+
+        A checkpoint is published every `checkpoint_steps` updates and at the end. Between two items, the caller
+        must call `update` once.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self._check_shares(order.batch_size, ranks)
+        loader = training_loader(
+            store, order, range(self.step, steps), rank, ranks, self.accumulation, self.workers
+        )
+        self.checkpoint_steps, self.steps, self.order = checkpoint_steps, steps, order
+        rate = matmul_rate(self.device, self._compute_dtype()) * ranks if self.flops_per_image else None
+        self._matmul_rate = rate
+        self.bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=1.0, smoothing=0.05)
+        self._start_interval()
+        batches = iter(loader)
+        while self.step < steps:
+            step = self.step
+            self._micro = []
+            for micro in range(self.accumulation):
+                asked = time.perf_counter()
+                batch = next(batches)
+                self._waited += time.perf_counter() - asked
+                torch.manual_seed(_dropout_seed(self.seed, rank, step, micro))
+                with self.accelerator.accumulate(self.model):
+                    yield step, batch.to(self.device)
+        self.bar.close()
+
+    def update(self, loss: Tensor, **metrics: Tensor | float) -> None:
+        """Backward; on the last micro-batch also clip, set the rate of this step, update, and log.
+
+        `loss` () is the mean over this process's share; `metrics` are logged beside it: tensors are averaged
+        over the processes, numbers are taken as they are. Raises RunError at the first loss or gradient that is
+        not finite: it names step and rank, and no checkpoint is made of it.
+        """
+        self.accelerator.backward(loss)
+        self._micro.append({"loss": loss.detach(), **metrics})
+        if not self.accelerator.sync_gradients:
+            return
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        rate = self.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        record = {name: sum(micro[name] for micro in self._micro) / self.accumulation for name in self._micro[0]}
+        self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm.detach()})
+        self.bar.update()
+        due = self.step % self.checkpoint_steps == 0 or self.step == self.steps
+        if due or self.step % self.log_steps == 0:
+            self._flush()
+        if due:
+            self.save()
+
+    def save(self) -> None:
+        """Publish a checkpoint of the present step."""
+        if self.is_main:
+            checkpoint.save(
+                self.out / "checkpoints",
+                self.step,
+                self.store_fingerprint,
+                self.plain_model.state_dict(),
+                checkpoint.optimizer_tensors(self.plain_model, self.plain_optimizer),
+            )
+        self.accelerator.wait_for_everyone()
+        # Time spent on a checkpoint is not training time.
+        self._start_interval()
+
+    def finish(self, result: dict) -> None:
+        """Write result.json: `result`, the throughput of training if there was any, and where it came from."""
+        trained = (
+            {"images_per_second": self._trained_images / self._trained_seconds} if self._trained_images else {}
+        )
+        origin = {
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "steps": self.step,
+            "processes": self.accelerator.num_processes,
+            "device": _device_name(self.device),
+            "seitpp": __version__,
+            "git_commit": _git_commit(),
+        }
+        if self.is_main:
+            files.replace_json(self.out / "result.json", {**result, **trained, **origin})
+        self.accelerator.end_training()
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _check_shares(self, batch_size: int, ranks: int) -> None:
+        if batch_size % (ranks * self.accumulation):
+            raise RunError(
+                f"global batch {batch_size} on {ranks} processes x {self.accumulation} accumulation steps: "
+                "expected a batch that they divide"
+            )
+
+    def _compute_dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def _start_interval(self) -> None:
+        self._interval_step, self._interval_start, self._waited = self.step, time.perf_counter(), 0.0
+
+    def _flush(self) -> None:
+        """Fetch what was recorded since the last call, stop if it is not finite, write it down."""
+        records = self._gather(self._pending)
+        self._pending = []
+        speed = self._speed()
+        records[-1] |= speed
+        if self.is_main:
+            self.log.write(records)
+        self.accelerator.log({k: v for k, v in records[-1].items() if k != "step"}, step=self.step)
+        self.bar.set_postfix(
+            loss=f"{records[-1]['loss']:.4f}",
+            lr=f"{records[-1]['lr']:.2e}",
+            images=f"{speed['images_per_second']:.0f}/s",
+        )
+
+    def _gather(self, records: list[dict]) -> list[dict]:
+        """Averages over the processes, in the order of the ranks; raises on the first non-finite value."""
+        names = [name for name, value in records[0].items() if isinstance(value, Tensor)]
+        values = torch.stack([torch.stack([record[name].float() for name in names]) for record in records])
+        by_rank = self.accelerator.gather(values.unsqueeze(0)).cpu()
+        broken = (~by_rank.isfinite()).nonzero()
+        if len(broken):
+            rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[0], at[2]))
+            raise RunError(
+                f"{names[column]} is {by_rank[rank, position, column]} at step {records[position]['step']} "
+                f"on rank {rank}: stopped; {self._last_checkpoint()}; lower the learning rate"
+            )
+        means = by_rank.double().mean(dim=0).tolist()
+        return [
+            {**record, **dict(zip(names, values, strict=True))}
+            for record, values in zip(records, means, strict=True)
+        ]
+
+    def _last_checkpoint(self) -> str:
+        latest = self.out / "checkpoints" / "LATEST"
+        return (
+            f"the last good checkpoint is {latest.read_text()}"
+            if latest.exists()
+            else "there is no checkpoint yet"
+        )
+
+    def _speed(self) -> dict:
+        seconds = time.perf_counter() - self._interval_start
+        images = (self.step - self._interval_step) * self.order.batch_size
+        speed = {"images_per_second": images / seconds, "data_wait": self._waited / seconds}
+        if self._matmul_rate:
+            speed["mfu"] = self.flops_per_image * images / seconds / self._matmul_rate
+        speed["memory_gib"] = _peak_memory(self.device) / 2**30
+        self._trained_images += images
+        self._trained_seconds += seconds
+        self._start_interval()
+        return speed
+
+
+def choose_folder(name: str, settings: Mapping, out: str | None, resume: bool, overwrite: bool) -> Path:
+    """The folder of a run: `out`, or the first free one of runs/NAME, runs/NAME-2, ... Nothing is written yet.
+
+    Raises RunError for a folder in use (unless `overwrite` says so, and then only one that holds a run), and with
+    `resume` for a folder that holds no run or one with other settings.
+    """
+    if resume:
+        return _resumed_folder(settings, out)
+    folder = Path(out) if out else _free_folder(Path("runs") / name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise RunError(f"{folder} is not empty: name another --out, or pass --resume or --overwrite")
+        if not (folder / "config.json").is_file():
+            raise RunError(f"{folder} holds no run (no config.json): it is not overwritten; name another --out")
+    return folder
+
+
+def start_folder(folder: Path, settings: Mapping) -> None:
+    """Empty the folder that `choose_folder` gave and store `settings` there as config.json."""
+    files.remove_folder(folder)
+    folder.mkdir(parents=True)
+    files.replace_json(folder / "config.json", settings)
+
+
+def _free_folder(folder: Path) -> Path:
+    candidates = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in range(1, 10**6))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _resumed_folder(settings: Mapping, out: str | None) -> Path:
+    if not out:
+        raise RunError("--resume without --out: name the folder of the run")
+    path = Path(out) / "config.json"
+    if not path.is_file():
+        raise RunError(
+            f"no run to resume in {out} (no config.json): name the run's folder, or start without --resume"
+        )
+    stored, given = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    different = sorted(
+        k for k in stored.keys() | given if k not in FREE_SETTINGS and stored.get(k) != given.get(k)
+    )
+    if different:
+        changes = ", ".join(f"{key} {stored.get(key)!r} -> {given.get(key)!r}" for key in different)
+        raise RunError(f"the run in {out} has other settings ({changes}): pass the same ones, or another --out")
+    return Path(out)
+
+
+def _check_trackers(trackers: tuple[str, ...]) -> None:
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RunError(f'tracker {tracker!r} is not installed: pip install "seitpp[trackers]"')
+
+
+def _dropout_seed(seed: int, rank: int, step: int, micro: int) -> int:
+    digest = hashlib.sha256(f"dropout {seed} {rank} {step} {micro}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this runs from; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,77 @@
+"""Files that are there whole or not at all: every durable write of the project goes through this module.
+
+A file is written beside its target, synced, and renamed over it; a folder is filled beside its target, synced
+file by file, and renamed. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+CHUNK = 1 << 20
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file as hex, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's or a folder's content durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes 0600
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file in one step."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_json(path: Path, value: object) -> None:
+    """Write a JSON file in one step, indented, with a newline at its end."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Sync every file and folder under `staging`, then rename it to `target`, which must not exist."""
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
+        sync(path)
+    sync(staging)
+    staging.rename(target)
+    sync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and what is in it; one that is not there is no error."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

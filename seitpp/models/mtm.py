@@ -1,0 +1,194 @@
+"""The masked token model of SeiT++: a MAGE-like encoder-decoder around the ViT that is later fine-tuned.
+
+Initial values, all in `MTM.init_weights`:
+
+| parameter                      | law                  | reason                                            |
+|--------------------------------|----------------------|---------------------------------------------------|
+| linear and stem weights        | Xavier uniform       | as in MAE; the stem is a linear map of a patch    |
+| biases, the bias of each code  | 0                    | the first prediction is uniform: loss ln K        |
+| LayerNorm                      | weight 1, bias 0     |                                                   |
+| code embedding                 | N(0, 0.02)           | SeiT++ release                                    |
+| cls token, mask token          | N(0, 0.02)           | as in MAE                                         |
+| encoder positions              | sin-cos, not trained | as in MAE; zeros for cls                   |
+| decoder positions              | N(0, 0.02)           | learned; the law is not published                 |
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from seitpp import files
+from seitpp.errors import UserError
+from seitpp.models.vit import PATCH, NormLayer, sincos_positions
+
+
+class MaskPlan(NamedTuple):
+    """`kept` (B, L - dropped) int64: the patches that enter the encoder; `hidden` (B, L) bool: those masked."""
+
+    kept: Tensor
+    hidden: Tensor
+
+
+class ModelError(UserError):
+    """A model file that cannot be used, or a grid that a model cannot have."""
+
+
+class MTM(nn.Module):
+    """Masked token model. The defaults are the published ViT-B on the published tokens (98.3 M trained).
+
+    `encoder` names a `mtm_vit_*`; `grid` is (H, W) tokens, `num_codes` K, `code_dim` the width of the learned
+    code embedding. Raises ModelError if the grid does not divide into patches.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "mtm_vit_base",
+        grid: tuple[int, int] = (28, 28),
+        num_codes: int = 391,
+        code_dim: int = 32,
+        decoder_width: int = 512,
+        decoder_depth: int = 4,
+        decoder_heads: int = 16,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        given = locals()
+        self.settings = {name: given[name] for name in inspect.signature(MTM).parameters}
+        if grid[0] % PATCH or grid[1] % PATCH:
+            raise ModelError(f"grid {grid[0]} x {grid[1]}: expected sides that are multiples of {PATCH} tokens")
+        self.encoder = timm.create_model(
+            encoder,
+            img_size=grid,
+            in_chans=code_dim,
+            num_codes=num_codes,
+            num_classes=0,
+            global_pool="token",
+            token_drop_rate=dropout,
+        )
+        width, patches = self.encoder.embed_dim, self.encoder.patch_embed.num_patches
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + patches, decoder_width))
+        self.decoder_blocks = nn.Sequential(
+            *(
+                Block(
+                    decoder_width,
+                    decoder_heads,
+                    qkv_bias=True,
+                    proj_drop=dropout,
+                    attn_drop=dropout,
+                    norm_layer=NormLayer,
+                )
+                for _ in range(decoder_depth)
+            )
+        )
+        self.decoder_norm = NormLayer(decoder_width)
+        self.head = TokenHead(decoder_width, code_dim, num_codes)
+        self.init_weights()
+
+    def forward(self, ids: Tensor, plan: MaskPlan) -> Tensor:
+        """Ids (B, H, W) int64 and a plan for their L patches -> logits (B, K, H, W)."""
+        return self.decode(self.encode(ids, plan), plan)
+
+    def encode(self, ids: Tensor, plan: MaskPlan) -> Tensor:
+        """Only the kept patches go through the blocks: (B, H, W) -> (B, 1 + kept, C), cls first.
+
+        A kept patch that is hidden enters as mask token + position: its content is never seen.
+        """
+        encoder = self.encoder
+        patches = encoder.patch_embed(ids)
+        patches = torch.where(plan.hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        patches = _take(patches + encoder.pos_embed[:, 1:], plan.kept)
+        cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        return encoder.norm(encoder.blocks(torch.cat([cls, patches], dim=1)))
+
+    def decode(self, encoded: Tensor, plan: MaskPlan) -> Tensor:
+        """(B, 1 + kept, C) -> logits (B, K, H, W). Every hidden place holds the projected cls output."""
+        encoded = self.decoder_embed(encoded)
+        cls, kept = encoded[:, :1], encoded[:, 1:]
+        patches = cls.expand(-1, plan.hidden.shape[1], -1)
+        patches = patches.scatter(1, plan.kept.unsqueeze(-1).expand_as(kept), kept)
+        patches = torch.where(plan.hidden.unsqueeze(-1), cls, patches)
+        decoded = self.decoder_blocks(torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
+        table = self.encoder.patch_embed.token_emb.weight.detach()
+        return self.head(self.decoder_norm(decoded)[:, 1:], table, self.encoder.patch_embed.grid_size)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """See the table at the top of this file."""
+        self.apply(_init_module)
+        for token in (self.encoder.cls_token, self.mask_token, self.decoder_pos_embed):
+            nn.init.normal_(token, std=0.02)
+        positions = self.encoder.pos_embed
+        positions.zero_()
+        positions[0, 1:] = sincos_positions(self.encoder.patch_embed.grid_size, positions.shape[-1])
+        positions.requires_grad_(False)
+
+    def save(self, path: Path, codebook: str) -> None:
+        """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
+        header = {"mtm": json.dumps({"settings": self.settings, "codebook": codebook})}
+        files.replace_file(path, lambda temporary: save_file(self.state_dict(), temporary, metadata=header))
+
+
+def load_mtm(path: Path) -> tuple[MTM, str]:
+    """A model that `MTM.save` wrote, in eval mode, and the fingerprint of its codebook.
+
+    Raises ModelError naming the file if it is missing, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise ModelError(f"no model file at {path}: expected the model.safetensors of a pre-training run")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("mtm", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if header is None:
+        raise ModelError(f"{path} holds no masked token model: expected a file that MTM.save wrote")
+    model = MTM(**header["settings"])
+    model.load_state_dict(tensors)
+    return model.eval(), header["codebook"]
+
+
+class TokenHead(nn.Module):
+    """Patches -> a vector for each of their tokens -> logits against the embedding table."""
+
+    def __init__(self, width: int, dim: int, codes: int):
+        super().__init__()
+        self.fc = nn.Linear(width, PATCH * PATCH * dim)
+        self.act = nn.GELU()
+        self.norm = NormLayer(dim)
+        self.bias = nn.Parameter(torch.zeros(codes))
+
+    def forward(self, patches: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches (B, L, width), table (K, dim), patch grid -> logits (B, K, H, W)."""
+        tokens = rearrange(
+            self.fc(patches), "b (h w) (p q d) -> b (h p) (w q) d", h=grid[0], w=grid[1], p=PATCH, q=PATCH
+        )
+        return (self.norm(self.act(tokens)) @ table.T + self.bias).permute(0, 3, 1, 2)
+
+
+def _take(patches: Tensor, kept: Tensor) -> Tensor:
+    return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+
+
+def _init_module(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, TokenHead):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,39 @@
+"""The loss of masked token modeling."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seitpp.models.mtm import MaskPlan
+
+
+def hidden_tokens(plan: MaskPlan, grid: tuple[int, int]) -> Tensor:
+    """The hidden patches of a plan as a token mask: (B, L) -> (B, H, W) bool."""
+    height, width = grid
+    side = round((height * width / plan.hidden.shape[1]) ** 0.5)
+    patches = plan.hidden.view(-1, height // side, width // side)
+    return patches.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+
+
+def masked_token_loss(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
+    """Mean cross-entropy over the hidden tokens of the batch, in nats.
+
+    `logits` (B, K, H, W), `ids` (B, H, W) int64 -> (). All patches have the same number of tokens, so this is
+    the mean over a patch's tokens, then over the hidden patches of the batch (SeiT++ release). All images
+    of a step have the same number of hidden patches, so the mean over equal shares of a batch is its mean.
+    """
+    losses = F.cross_entropy(logits.float(), ids, reduction="none")
+    hidden = hidden_tokens(plan, ids.shape[-2:])
+    return (losses * hidden).sum() / hidden.sum()
+
+
+def masked_token_accuracy(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
+    """Share of the hidden tokens whose most likely code is the true one, in [0, 1] -> ()."""
+    hidden = hidden_tokens(plan, ids.shape[-2:])
+    correct = (logits.argmax(dim=1) == ids) & hidden
+    return correct.sum() / hidden.sum()
+
+
+def fill_hidden(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
+    """Ids (B, H, W) with the model's most likely code in every hidden place."""
+    return torch.where(hidden_tokens(plan, ids.shape[-2:]), logits.argmax(dim=1), ids)

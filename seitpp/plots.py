@@ -1,0 +1,136 @@
+"""Pictures of a run: the loss, reconstructions, and one page that shows them."""
+
+import html
+from collections.abc import Callable, Sequence
+from math import log
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seitpp import files
+from seitpp.augment import EvalView, Keys
+from seitpp.models import MTM
+from seitpp.objectives import fill_hidden, hidden_tokens, mask_counts, mask_plan
+from seitpp.store import TokenStore
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PAINTED_PIXELS = 8  # side of a token that is painted, not decoded
+GREY = 0.5
+
+
+def paint_codes(ids: Tensor, codebook: Tensor) -> Tensor:
+    """Ids (B, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1]: each code in a colour from its first three principal
+    components, so that codes near to each other look alike. For stores whose tokenizer is not at hand.
+    """
+    centred = codebook - codebook.mean(dim=0)
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)
+    values = F.pad(centred @ components[:3].T, (0, 3 - min(3, len(components))))
+    ranks = values.argsort(dim=0).argsort(dim=0).float() / max(1, len(values) - 1)
+    colours = ranks[ids].permute(0, 3, 1, 2)
+    return F.interpolate(colours, scale_factor=PAINTED_PIXELS, mode="nearest")
+
+
+def grey_out(images: Tensor, hidden: Tensor) -> Tensor:
+    """Images (B, 3, h, w) with the hidden tokens (B, H, W) bool painted grey."""
+    mask = F.interpolate(hidden.float().unsqueeze(1), images.shape[-2:], mode="nearest") > 0
+    return torch.where(mask, GREY, images)
+
+
+@torch.no_grad()
+def reconstructions(
+    model: MTM,
+    validation: TokenStore,
+    grid: tuple[int, int],
+    seed: int,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    originals: torch.Tensor | None,
+    shown: int = 8,
+) -> dict[str, torch.Tensor]:
+    """Rows of pictures (n, 3, h, w) of the first validation images, half of each hidden from the model."""
+    device = model.mask_token.device
+    indices = torch.arange(min(shown, len(validation)))
+    ids = EvalView(grid)(torch.from_numpy(validation.ids(indices.numpy()))).to(device)
+    patches = model.encoder.patch_embed.num_patches
+    noise = Keys(seed, 0, indices.to(device)).uniform("report", patches)
+    plan = mask_plan(noise, *mask_counts(patches, 0.5))
+    filled = fill_hidden(model(ids, plan), ids, plan).cpu()
+    tokens = decode(ids.cpu())
+    rows = {} if originals is None else {"original": originals[: len(ids)]}
+    return rows | {
+        "decoded tokens": tokens,
+        "masked input": grey_out(tokens, hidden_tokens(plan, grid).cpu()),
+        "reconstruction": decode(filled),
+    }
+
+
+def picture_grid(rows: dict[str, Tensor], path: Path) -> None:
+    """Draw each entry, images (n, 3, h, w) in [0, 1], as a row of pictures with its name at the left."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns + 1.5, 1.35 * len(rows)), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
+    _save(figure, path)
+
+
+def loss_curve(records: Sequence[dict], num_codes: int, path: Path) -> None:
+    """Loss of every update, its running mean, and the level ln K of a uniform guess."""
+    steps, losses = (np.array([record[name] for record in records]) for name in ("step", "loss"))
+    window = max(1, len(losses) // 50)
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="every update")
+    if len(losses) >= window:
+        mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        axis.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} updates")
+    axis.axhline(log(num_codes), color="grey", linestyle=":", label=f"uniform guess, ln {num_codes}")
+    axis.set(xlabel="step", ylabel="loss (nats a hidden token)")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def write_report(
+    folder: Path, title: str, result: dict, records: Sequence[dict], num_codes: int, pictures: dict[str, Tensor]
+) -> None:
+    """report.html in `folder`: the result as a table, loss.png and reconstructions.png."""
+    loss_curve(records, num_codes, folder / "loss.png")
+    picture_grid(pictures, folder / "reconstructions.png")
+    rows = "\n".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in result.items()
+    )
+    files.replace_text(
+        folder / "report.html",
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+td {{ padding: 0.1rem 1.5rem 0.1rem 0; }} td + td {{ text-align: right; font-variant-numeric: tabular-nums; }}
+img {{ max-width: 100%; }}
+</style></head><body>
+<h1>{html.escape(title)}</h1>
+<table>
+{rows}
+</table>
+<h2>Loss</h2>
+<img src="loss.png" alt="Training loss by step">
+<h2>Validation images</h2>
+<p>Grey tokens are hidden from the model; the last row fills them with its most likely codes.</p>
+<img src="reconstructions.png" alt="Original, tokens, masked input and reconstruction">
+</body></html>
+""",
+    )
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

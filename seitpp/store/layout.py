@@ -1,0 +1,261 @@
+"""What lies where in a store: names, tokens.json, checksums, the dataset card. Normative: docs/format.md."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from seitpp.codec import MAX_CODES, MAX_TOKENS
+from seitpp.errors import UserError
+from seitpp.files import sha256
+
+FORMAT = "seitpp-token-store"
+VERSION = 1
+
+DOCUMENT = "tokens.json"
+CODEBOOK = "codebook.safetensors"
+CARD = "README.md"
+DATASET_DICT = "dataset_dict.json"
+DATASET_INFO = "dataset_info.json"
+STATE = "state.json"
+# Written anew with every split that is added.
+DERIVED = (CARD, DATASET_DICT)
+
+MAX_CODE_DIM = 2**16
+MAX_ROWS = 2**32
+MAX_DOCUMENT_BYTES = 2**26
+
+# In the order in which tokens.json holds them; its checksum comes last.
+KEYS = (
+    "format",
+    "version",
+    "grid",
+    "num_codes",
+    "code_dim",
+    "codec",
+    "tokenizer",
+    "class_names",
+    "splits",
+    "files",
+)
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
+FILE_NAME = re.compile(r"([A-Za-z0-9_]+/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class StoreError(UserError):
+    """A folder that is no store, a damaged one, or one that does not go with what it is asked for."""
+
+
+def shard_name(split: str, index: int, total: int) -> str:
+    """Path of a shard in its store, as `datasets` names it."""
+    return f"{split}/data-{index:05d}-of-{total:05d}.arrow"
+
+
+def shard_names(document: dict[str, Any], split: str) -> list[str]:
+    """All shards of a split, in order. Raises StoreError if their numbers have a gap."""
+    found = sorted(name for name in document["files"] if name.startswith(f"{split}/data-"))
+    expected = [shard_name(split, index, len(found)) for index in range(len(found))]
+    if found != expected or not found:
+        raise StoreError(f"{DOCUMENT}: the shards of split {split!r} have gaps: {found}")
+    return found
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and sync a new file."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_document(root: Path, document: dict[str, Any]) -> None:
+    """Put tokens.json into `root`, complete and under its checksum."""
+    lines = (f"{json.dumps(key)}: {json.dumps(document[key])},\n" for key in KEYS)
+    write_file(root / DOCUMENT, _sealed(("{\n" + "".join(lines)).encode()))
+
+
+def read_document(root: Path) -> dict[str, Any]:
+    """tokens.json of the store `root`, every field checked, with "checksum".
+
+    Raises StoreError if it is missing, of a newer version, damaged, or claims what no store has.
+    """
+    path = root / DOCUMENT
+    if not path.is_file() or path.is_symlink():
+        raise StoreError(f"{root}: no token store, it has no file {DOCUMENT}")
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise StoreError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_DOCUMENT_BYTES}")
+    raw = path.read_bytes()
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: damaged, no JSON ({error}); copy the store again") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise StoreError(f'{path}: no token store, expected "format": "{FORMAT}"')
+    if document.get("version") != VERSION:
+        raise StoreError(f"{path}: version {document.get('version')}, expected {VERSION}; upgrade seitpp")
+    if raw != _sealed(raw[: -len(_sealed(b""))]):
+        raise StoreError(f"{path}: checksum does not match, the file is damaged or edited; copy it again")
+    for problem in _problems(document):
+        raise StoreError(f"{path}: {problem}")
+    return document
+
+
+def _sealed(body: bytes) -> bytes:
+    """tokens.json: everything before its checksum, then the checksum of these bytes."""
+    return body + b'"checksum": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
+def _problems(document: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with tokens.json, in the order in which later checks rely on earlier ones."""
+    if set(document) != {*KEYS, "checksum"}:
+        yield f"keys {sorted(document)}, expected {sorted([*KEYS, 'checksum'])}"
+    if not is_grid(document["grid"]):
+        yield f"grid {document['grid']!r}, expected [height, width] of 1 .. {MAX_TOKENS} tokens"
+    if not _is_int(document["num_codes"], 1, MAX_CODES):
+        yield f"num_codes {document['num_codes']!r}, expected 1 .. {MAX_CODES}"
+    if not _is_int(document["code_dim"], 1, MAX_CODE_DIM):
+        yield f"code_dim {document['code_dim']!r}, expected 1 .. {MAX_CODE_DIM}"
+    codec = document["codec"]
+    if not isinstance(codec, dict) or set(codec) != {"name", "counts"} or not isinstance(codec["name"], str):
+        yield "codec: expected its name and its counts"
+    names = document["class_names"]
+    if names is not None and not is_class_names(names):
+        yield "class_names: expected distinct strings or null"
+    if not isinstance(document["files"], dict) or not isinstance(document["splits"], dict):
+        yield "files and splits: expected objects"
+    if CODEBOOK not in document["files"]:
+        yield f"files: expected {CODEBOOK} among them"
+    for name, entry in document["files"].items():
+        if not FILE_NAME.fullmatch(name):
+            yield f"file name {name!r}: expected NAME or SPLIT/NAME inside of the store"
+        if not _is_file_entry(entry):
+            yield f"file {name!r}: expected its size in bytes and its SHA-256"
+    for split, entry in document["splits"].items():
+        if not SPLIT_NAME.fullmatch(split) or not _is_split_entry(entry):
+            yield f"split {split!r}: expected its rows, payload_bytes and num_classes, got {entry!r}"
+
+
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def is_grid(value: Any) -> bool:
+    """Whether `value` is a list of two sides, 1 .. 2^24 tokens in all."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(_is_int(side, 1, MAX_TOKENS) for side in value) and value[0] * value[1] <= MAX_TOKENS
+
+
+def is_class_names(value: Any) -> bool:
+    """Whether `value` is a list of at least one string, none of them twice."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return False
+    return len(set(value)) == len(value) > 0
+
+
+def _is_file_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
+        return False
+    sha256 = entry["sha256"]
+    return _is_int(entry["bytes"], 0, 2**63) and isinstance(sha256, str) and bool(SHA256.fullmatch(sha256))
+
+
+def _is_split_entry(entry: Any) -> bool:
+    limits = {"rows": (1, MAX_ROWS), "payload_bytes": (0, 2**63), "num_classes": (1, 2**63)}
+    if not isinstance(entry, dict) or set(entry) != set(limits):
+        return False
+    return all(_is_int(entry[key], *limit) for key, limit in limits.items())
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as tokens.json lists them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def check_files(root: Path, files: dict[str, Any], names: Iterable[str], checksums: bool) -> None:
+    """Raises StoreError for the first of `names` that is missing, a link, or not as listed in `files`."""
+    for name in names:
+        path = root / name
+        if path.is_symlink() or path.parent.is_symlink():
+            raise StoreError(f"{path}: a symbolic link, which could lead outside; copy the file itself there")
+        if not path.is_file():
+            raise StoreError(f"{path}: missing; copy it again")
+        if path.stat().st_size != files[name]["bytes"]:
+            raise StoreError(
+                f"{path}: {path.stat().st_size} bytes, expected {files[name]['bytes']}; copy it again"
+            )
+        if checksums and (got := file_entry(path)["sha256"]) != files[name]["sha256"]:
+            raise StoreError(
+                f"{path}: SHA-256 {got[:12]}.., expected {files[name]['sha256'][:12]}..: damaged or from "
+                "another store; copy it again"
+            )
+
+
+def read_codebook(root: Path, document: dict[str, Any]) -> np.ndarray:
+    """The (K, D) float32 codebook of the store `root`. Raises StoreError if the file holds anything else."""
+    path, shape = root / CODEBOOK, (document["num_codes"], document["code_dim"])
+    try:
+        codebook = safetensors.numpy.load_file(path)["codebook"]
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise StoreError(f"{path}: no codebook ({error}); copy it again") from error
+    if codebook.shape != shape or codebook.dtype != np.float32:
+        raise StoreError(f"{path}: {codebook.dtype} {codebook.shape}, expected float32 {shape}; copy it again")
+    return codebook
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Bits a token of (K,) counts: what no code with one table can go below."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def _card_row(name: str, rows: int, payload_bytes: int, num_classes: int) -> str:
+    return f"| {name} | {rows:,} | {num_classes:,} | {payload_bytes:,} | {payload_bytes / rows:.1f} |\n"
+
+
+def card(document: dict[str, Any]) -> str:
+    """The dataset card, README.md, of a store."""
+    height, width = document["grid"]
+    bits = entropy(np.asarray(document["codec"]["counts"]))
+    configs = "".join(f'  - split: "{name}"\n    path: "{name}/*.arrow"\n' for name in document["splits"])
+    table = "".join(_card_row(name, **split) for name, split in document["splits"].items())
+    return f"""---
+task_categories:
+- image-classification
+tags:
+- image-tokens
+- seitpp
+configs:
+- config_name: default
+  data_files:
+{configs}---
+
+# Images as tokens
+
+Each image is a grid of {height} x {width} ids of a codebook with {document["num_codes"]} codes of dimension \
+{document["code_dim"]}.
+The ids are entropy-coded with the codec "{document["codec"]["name"]}". The entropy of the codec's table is \
+{bits:.3f} bits a token,
+which is {bits * height * width / 8:.1f} bytes an image.
+
+| split | images | classes | bytes | bytes an image |
+|---|---|---|---|---|
+{table}
+```python
+from seitpp import TokenStore
+
+store = TokenStore("PATH", split="{next(iter(document["splits"]))}")
+ids, label = store[0]  # (height, width) uint16, int
+vectors = store.codebook[ids]  # (height, width, dimension) float32
+```
+
+`datasets.load_from_disk("PATH")` reads the encoded images (`tokens`) and the labels without seitpp.
+"""

@@ -1,0 +1,124 @@
+"""The offline tokenizer: PCA and k-means on image patches. No gradient, no download, seconds to fit.
+
+A patch becomes its leading principal components plus one constant channel. With that channel the cosine
+lookup that all token models use behaves like a Euclidean one, and a code keeps its length: decoding divides
+by it. (31 + 1 channels at K = 391 gave 23.2 dB on crops of photographs, as good as a Euclidean lookup.)
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, nearest
+
+KIND = "patch_kmeans"
+
+
+class PatchKMeans(Tokenizer):
+    """Encode = a linear map of each patch and the nearest row; decode = the transposed map of that row.
+
+    `mean` (3 p p,) and `components` (D - 1, 3 p p) are in pixel units; features have unit mean square over
+    the images that the tokenizer was fitted on; the constant channel is sqrt(D - 1), their typical norm.
+    """
+
+    def __init__(self, spec: TokenizerSpec):
+        super().__init__(spec)
+        pixels = 3 * spec.patch**2
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("components", torch.zeros(spec.code_dim - 1, pixels))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("codebook", torch.zeros(spec.num_codes, spec.code_dim))
+
+    @classmethod
+    def fit(cls, images: Tensor, image_size: int, patch: int, num_codes: int, code_dim: int) -> "PatchKMeans":
+        """Fit to images (N, 3, any, any) in [0, 1]; codes are numbered by popularity, 0 the most frequent.
+
+        Raises TokenizerError if there are fewer distinct patches than codes or fewer channels than D - 1.
+        """
+        pixels = 3 * patch**2
+        if not 1 <= code_dim - 1 <= pixels:
+            raise TokenizerError(f"code_dim {code_dim} for patches of {pixels} values: expected 2 to {pixels + 1}")
+        if image_size % patch:
+            raise TokenizerError(f"image_size {image_size} is not a multiple of patch {patch}")
+        tokenizer = cls(TokenizerSpec(KIND, (image_size, image_size), patch, num_codes, code_dim))
+        prepared = tokenizer.preprocess(images)
+        patches = tokenizer._patches(prepared).reshape(-1, pixels)
+        if (distinct := len(torch.unique(patches, dim=0))) < num_codes:
+            raise TokenizerError(
+                f"{distinct} distinct patches cannot give {num_codes} codes: use more images or fewer codes"
+            )
+        tokenizer._fit_components(patches)
+        tokenizer._fit_codebook(tokenizer.features(prepared))
+        return tokenizer
+
+    def _patches(self, images: Tensor) -> Tensor:
+        size = self.spec.patch
+        return rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=size, q=size)
+
+    def _fit_components(self, patches: Tensor) -> None:
+        self.mean.copy_(patches.mean(dim=0))
+        centred = (patches - self.mean).double()
+        _, vectors = torch.linalg.eigh(centred.T @ centred)  # eigenvalues ascending
+        components = vectors.flip(1).T[: self.spec.code_dim - 1]
+        # An eigenvector's sign is arbitrary: fix it, so that a refit gives the same codebook.
+        signs = components.gather(1, components.abs().argmax(dim=1, keepdim=True)).sign()
+        self.components.copy_(components * signs)
+        self.scale.copy_((centred @ self.components.double().T).square().mean().sqrt())
+
+    def _fit_codebook(self, maps: Tensor) -> None:
+        vectors = rearrange(maps, "b d h w -> (b h w) d")
+        centres = KMeans(self.spec.num_codes, n_init=1, random_state=0).fit(vectors.numpy()).cluster_centers_
+        centres = torch.from_numpy(centres).float()
+        counts = torch.bincount(nearest(maps, centres).flatten(), minlength=len(centres))
+        self.codebook.copy_(centres[counts.argsort(descending=True, stable=True)])
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) -> map (B, D, H, W); the last channel is constant."""
+        vectors = (self._patches(images) - self.mean) @ self.components.T / self.scale
+        constant = vectors.new_full((*vectors.shape[:-1], 1), math.sqrt(self.spec.code_dim - 1))
+        return torch.cat([vectors, constant], dim=-1).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids (B, H, W) -> images (B, 3, height, width) in [0, 1]."""
+        rows = self.codebook[ids]
+        # Only the direction of a row counts in the lookup: scale it so that its constant channel is right.
+        vectors = rows[..., :-1] / rows[..., -1:] * math.sqrt(self.spec.code_dim - 1)
+        patches = vectors * self.scale @ self.components + self.mean
+        size = self.spec.patch
+        images = rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", c=3, p=size, q=size)
+        return images.clamp(0, 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with the spec in its header."""
+        save_file(self.state_dict(), path, metadata={"tokenizer": json.dumps(asdict(self.spec))})
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(path).chmod(0o666 & ~umask)  # safetensors writes 0600
+
+
+def load(name_or_path: str | Path) -> Tokenizer:
+    """Open a tokenizer file. Raises TokenizerError naming the file if it is missing, damaged or foreign."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise TokenizerError(f"no tokenizer file at {path}: expected a .safetensors file that save() wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            spec = json.loads((file.metadata() or {}).get("tokenizer", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise TokenizerError(f"{path} cannot be read as a tokenizer: {error}") from error
+    if spec.get("kind") != KIND:
+        raise TokenizerError(f"{path} holds no {KIND} tokenizer (its header says {spec.get('kind')!r})")
+    tokenizer = PatchKMeans(TokenizerSpec(**{**spec, "image_size": tuple(spec["image_size"])}))
+    tokenizer.load_state_dict(tensors)
+    return tokenizer.eval()

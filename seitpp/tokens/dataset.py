@@ -1,0 +1,111 @@
+"""From a store to batches: which images a step sees is a pure function of (seed, epoch, step).
+
+Neither the number of processes, nor the accumulation, nor the loader's workers changes which images make up a
+global batch, or in which order.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from seitpp.errors import UserError
+from seitpp.store import TokenStore
+
+
+class Batch(NamedTuple):
+    """Some images of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64."""
+
+    indices: Tensor
+    ids: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device; the copy does not wait for it."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class TokenDataset(Dataset):
+    """A store as a torch dataset that is asked for whole batches."""
+
+    def __init__(self, store: TokenStore):
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), self.store.labels[chosen])))
+
+
+class BatchOrder:
+    """The images of every global batch of a run. The remainder of an epoch that fills no batch is left out.
+
+    `batch_size` is global. Raises UserError if the split has fewer images than one batch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int):
+        if not 1 <= batch_size <= num_images:
+            raise UserError(
+                f"batch size {batch_size}: expected 1 to {num_images}, the images in the training split"
+            )
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.steps_per_epoch = num_images // batch_size
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The permutation (num_images,) int64 of an epoch."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_images)
+
+    def shares(self, steps: range, rank: int, ranks: int, accumulation: int) -> Iterator[np.ndarray]:
+        """This rank's indices for every micro-batch of `steps`, in order: batch / (ranks x accumulation) each."""
+        size = self.batch_size // (ranks * accumulation)
+        order, order_epoch = None, None
+        for step in steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self.epoch_order(epoch), epoch
+            for micro in range(accumulation):
+                start = position * self.batch_size + (micro * ranks + rank) * size
+                yield order[start : start + size]
+
+
+class _Shares(Sampler):
+    def __init__(self, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int):
+        self.arguments = order, steps, rank, ranks, accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, *rest = self.arguments
+        return (share.tolist() for share in order.shares(*rest))
+
+
+def training_loader(
+    store: TokenStore, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int, workers: int
+) -> DataLoader:
+    """A loader of `Batch`es: this rank's micro-batches of `steps`, one after the other, across epochs."""
+    return _loader(store, _Shares(order, steps, rank, ranks, accumulation), workers)
+
+
+def evaluation_loader(store: TokenStore, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:
+    """A loader of `Batch`es: every image of a split once, rank r takes the images r, r + ranks, ..."""
+    indices = np.arange(rank, len(store), ranks)
+    batches = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
+    return _loader(store, batches, workers)
+
+
+def _already_a_batch(batch: Batch) -> Batch:
+    return batch
+
+
+def _loader(store: TokenStore, batches: Sampler | list[list[int]], workers: int) -> DataLoader:
+    return DataLoader(
+        TokenDataset(store),
+        batch_sampler=batches,
+        collate_fn=_already_a_batch,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),  # else each iterator draws from the global generator
+    )

@@ -1,0 +1,94 @@
+"""The embedded data set: the real handwritten digits that ship inside scikit-learn, as a token store.
+
+1,797 grey images of 8 x 8 pixels in 10 classes. They are enlarged to 32 x 32 pixels and tokenized 4 x 4
+pixels at a time, so that an image is an 8 x 8 grid with one token for each original pixel.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from seitpp.store import StoreWriter
+from seitpp.tokenizers import PatchKMeans
+
+# Everything that the tokens follow from: another value here is another cache folder.
+SETTINGS = {"version": 1, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
+VALIDATION_PER_CLASS = 36
+
+
+class Digits(NamedTuple):
+    """Where the tokenized digits and their tokenizer lie."""
+
+    store: Path
+    tokenizer: Path
+
+
+def digits_images(split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 8, 8) float in [0, 1] and labels (N,) int64 of "train" (1,437) or "validation" (360).
+
+    Of each class, the 36 images whose pixels have the smallest SHA-256 are for validation: a split that
+    depends on nothing but the images.
+    """
+    data = load_digits()
+    pixels, labels = data.images.astype("uint8"), torch.from_numpy(data.target).long()
+    keys = [hashlib.sha256(image.tobytes()).digest() for image in pixels]
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = sorted((labels == label).nonzero().flatten().tolist(), key=lambda i: (keys[i], i))
+        chosen[members[:VALIDATION_PER_CLASS]] = True
+    if split == "train":
+        chosen = ~chosen
+    images = torch.from_numpy(pixels).float().div(16)[chosen]
+    return images.unsqueeze(1).expand(-1, 3, -1, -1), labels[chosen]
+
+
+def digits() -> Digits:
+    """The tokenized digits in the user's cache folder; made on first use (seconds), reused afterwards."""
+    name = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
+    folder = root / f"digits-{name}"
+    if not folder.exists():
+        _publish(root, folder)
+    return Digits(folder / "store", folder / "tokenizer.safetensors")
+
+
+def _publish(root: Path, folder: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=root, prefix=".digits-"))
+    try:
+        _tokenize(staging)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        staging.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster, and its folder is as good as ours
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _tokenize(folder: Path) -> None:
+    train, _ = digits_images("train")
+    settings = {key: value for key, value in SETTINGS.items() if key != "version"}
+    tokenizer = PatchKMeans.fit(train, **settings)
+    tokenizer.save(folder / "tokenizer.safetensors")
+    for split in ("train", "validation"):
+        images, labels = digits_images(split)
+        ids = tokenizer.encode(tokenizer.preprocess(images))
+        writer = StoreWriter(
+            folder / "store",
+            codebook=tokenizer.codebook.numpy(),
+            grid=tokenizer.spec.grid,
+            split=split,
+            class_names=[str(digit) for digit in range(10)],
+            tokenizer=tokenizer.description(),
+        )
+        with writer:
+            writer.add_batch(ids.numpy(), labels.numpy())

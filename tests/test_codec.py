@@ -1,0 +1,317 @@
+"""The codec floor: exact bytes, agreement with a reference in plain integers, entropy, and damaged payloads."""
+
+import subprocess
+import sys
+from binascii import crc_hqx
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seitpp import codec as codecs
+from seitpp.codec import CodecError
+
+# The codec "ans" once more, from docs/format.md alone.
+
+
+def reference_check(counts: list[int], num_tokens: int, body: bytes) -> bytes:
+    table = len(counts).to_bytes(4, "little") + b"".join(count.to_bytes(8, "little") for count in counts)
+    crc = 0xFFFF
+    for byte in table + num_tokens.to_bytes(4, "little") + body:
+        crc ^= byte << 8
+        for _ in range(8):
+            crc = ((crc << 1) ^ 0x1021 if crc & 0x8000 else crc << 1) & 0xFFFF
+    return crc.to_bytes(2, "little")
+
+
+def reference_table(counts: list[int]) -> list[int]:
+    scale = float(2**24 - len(counts)) / float(sum(counts))
+    left, below = [], 0
+    for i, count in enumerate(counts):
+        left.append(int(float(below) * scale) + i)
+        below += count
+    return [*left, 2**24]
+
+
+def reference_body(counts: list[int], ids: list[int]) -> bytes:
+    if len(counts) == 1:
+        return b""
+    left, state, words = reference_table(counts), 0, []
+    for i in reversed(ids):
+        p = left[i + 1] - left[i]
+        if state >= p << 40:
+            words.append(state % 2**32)
+            state //= 2**32
+        state = (state // p << 24) + left[i] + state % p
+    while state:
+        words.append(state % 2**32)
+        state //= 2**32
+    return b"".join(word.to_bytes(4, "little") for word in words).rstrip(b"\0")
+
+
+def reference_ids(counts: list[int], body: bytes, num_tokens: int) -> list[int]:
+    body += bytes(-len(body) % 4)
+    words = [int.from_bytes(body[i : i + 4], "little") for i in range(0, len(body), 4)]
+    left, state, ids = [*reference_table(counts)], 0, []
+    while words and state < 2**32:
+        state = state * 2**32 + words.pop()
+    for _ in range(num_tokens if len(counts) > 1 else 0):
+        q = state % 2**24
+        i = int(np.searchsorted(left, q, side="right")) - 1
+        state = (left[i + 1] - left[i]) * (state >> 24) + q - left[i]
+        if state < 2**32 and words:
+            state = state * 2**32 + words.pop()
+        ids.append(i)
+    assert state == 0 and not words
+    return ids if len(counts) > 1 else [0] * num_tokens
+
+
+def zipf(num_codes: int, exponent: float) -> np.ndarray:
+    share = 1 / np.arange(1, num_codes + 1) ** exponent
+    return share / share.sum()
+
+
+@st.composite
+def images(draw, max_codes=600):
+    """(counts, ids): tables of every shape, also with codes that occur in ids and never in the counts."""
+    num_codes = draw(st.one_of(st.integers(1, 5), st.integers(1, max_codes)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    high = draw(st.sampled_from([2, 10, 10**6, 2**36]))
+    counts = rng.integers(0, high, num_codes)
+    counts[rng.integers(num_codes)] += 1
+    ids = rng.choice(num_codes, draw(st.integers(0, 300)), p=zipf(num_codes, draw(st.sampled_from([0, 1, 3]))))
+    return counts, ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(images())
+def test_bytes_agree_with_the_reference_and_decode(image):
+    counts, ids = image
+    codec = codecs.build("ans", len(counts), counts)
+    payload = codec.encode(ids)
+    body = reference_body(counts.tolist(), ids.tolist())
+    assert payload == reference_check(counts.tolist(), len(ids), body) + body
+    assert reference_ids(counts.tolist(), body, len(ids)) == ids.tolist()
+    decoded = codec.decode(payload, len(ids))
+    assert decoded.dtype == np.uint16
+    assert decoded.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("num_codes", [2**15, 2**16 - 1, 2**16])
+def test_large_tables_agree_with_the_reference(num_codes):
+    rng = np.random.default_rng(num_codes)
+    counts = rng.integers(0, 2**36, num_codes) * rng.integers(0, 2, num_codes)
+    ids = np.append(rng.integers(0, num_codes, 500), [0, num_codes - 1])
+    codec = codecs.build("ans", num_codes, counts)
+    assert codec.encode(ids)[2:] == reference_body(counts.tolist(), ids.tolist())
+    assert (codec.decode(codec.encode(ids), len(ids)) == ids).all()
+
+
+def golden_ids(num_codes: int, num_tokens: int) -> np.ndarray:
+    position = np.arange(num_tokens)
+    return position * position * 7 % num_codes * position % num_codes
+
+
+GOLDEN = {
+    # (codes, tokens): counts are 1, 2, .. K; the payload in hex.
+    (1, 16): "fcda",
+    (2, 40): "b02f3b6d9222ec0039ac02",
+    (64, 24): "753491202337697e04223d6d904f169478d6fa3604ea681300c504",
+    (391, 32): "a50708ac255a0136aee244e10c0d27501c6292b0e09785c30097159ec13c725905f85a0000734e47c40c",
+    (65536, 12): "588cee9f018109610044b0280067cf04009e4901008944000088000000070000280c",
+}
+
+
+@pytest.mark.parametrize(("num_codes", "num_tokens"), GOLDEN)
+def test_golden_payloads(num_codes, num_tokens):
+    codec, ids = codecs.build("ans", num_codes, np.arange(1, num_codes + 1)), golden_ids(num_codes, num_tokens)
+    golden = bytes.fromhex(GOLDEN[num_codes, num_tokens])
+    assert codec.encode(ids) == golden
+    assert codec.decode(golden, num_tokens).tolist() == ids.tolist()
+
+
+def test_example_of_the_format_page():
+    codec = codecs.build("ans", 3, [2, 1, 1])
+    assert reference_table([2, 1, 1]) == [0, 8388607, 12582911, 16777216]
+    assert codec.encode(np.array([0, 1, 2, 0])) == bytes.fromhex("851e03004005")
+
+
+def bytes_and_optimum(exponent: float) -> tuple[float, float]:
+    """Mean payload of an image of 1,024 tokens of 391 codes, and the entropy of the codes, in bytes."""
+    ids = np.random.default_rng(0).choice(391, (200, 1024), p=zipf(391, exponent))
+    counts = np.bincount(ids.ravel(), minlength=391)
+    codec = codecs.build("ans", 391, counts)
+    share = counts[counts > 0] / counts.sum()
+    optimum = -(share * np.log2(share)).sum() * 1024 / 8
+    return np.mean([len(codec.encode(image)) for image in ids]), optimum
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 0.6, 0.8])
+def test_size_is_within_half_a_per_cent_of_the_entropy(exponent):
+    size, optimum = bytes_and_optimum(exponent)
+    assert size <= 1.005 * optimum
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.0])
+def test_an_image_costs_at_most_five_bytes_more_than_its_entropy(exponent):
+    size, optimum = bytes_and_optimum(exponent)
+    assert size <= optimum + 5
+
+
+def test_a_lone_code_costs_no_bits():
+    codec = codecs.build("ans", 1, [7])
+    payload = codec.encode(np.zeros(1024, int))
+    assert len(payload) == 2
+    assert codec.decode(payload, 1024).tolist() == [0] * 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("zip", 4, [1, 1, 1, 1]), "'ans'"),
+        (("ans", 4, None), "counts: got none"),
+        (("ans", 4, [1, 1, 1]), "expected 4 integers"),
+        (("ans", 4, [1.0, 1, 1, 1]), "expected 4 integers"),
+        (("ans", 4, [1, 1, -1, 1]), "no negative count"),
+        (("ans", 4, [0, 0, 0, 0]), "sum of 1"),
+        (("ans", 2, [2**53, 1]), "sum of 1"),
+        (("ans", 2, [10**30, 1]), "expected 2 integers"),
+        (("ans", 0, []), "number of codes"),
+        (("ans", 2**16 + 1, None), "number of codes"),
+    ],
+)
+def test_build_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        codecs.build(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 4], "expected 0 .. 3"),
+        ([-1, 0], "expected 0 .. 3"),
+        ([0.0, 1.0], "array of integers"),
+        ([True, False], "array of integers"),
+        ([[0, 1], [2, 3]], "1-D array"),
+        (np.broadcast_to(np.int8(0), 2**24 + 1), "at most 16777216"),
+    ],
+)
+def test_encode_refuses(ids, message):
+    with pytest.raises(ValueError, match=message):
+        codecs.build("ans", 4, [1, 1, 1, 1]).encode(ids)
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 2**24 + 1, 2**40, 2**80])
+def test_a_false_number_of_tokens_is_refused_before_allocating(num_tokens):
+    with pytest.raises(CodecError, match="number of tokens"):
+        codecs.build("ans", 4, [1, 1, 1, 1]).decode(b"\0\0\1", num_tokens)
+
+
+@pytest.fixture(scope="module")
+def payload():
+    """A codec, an image of 256 tokens, and its payload."""
+    ids = np.random.default_rng(1).choice(64, 256, p=zipf(64, 1.0))
+    codec = codecs.build("ans", 64, np.bincount(ids, minlength=64))
+    return codec, ids, codec.encode(ids)
+
+
+def test_every_change_of_one_byte_is_refused(payload):
+    codec, ids, data = payload
+    for position in range(len(data)):
+        for change in range(1, 256):
+            damaged = bytearray(data)
+            damaged[position] ^= change
+            with pytest.raises(CodecError):
+                codec.decode(bytes(damaged), len(ids))
+
+
+def test_every_truncation_and_extension_is_refused(payload):
+    codec, ids, data = payload
+    for size in range(len(data)):
+        with pytest.raises(CodecError):
+            codec.decode(data[:size], len(ids))
+    for tail in (b"\0", b"\0\0\0\0", b"\1", data):
+        with pytest.raises(CodecError):
+            codec.decode(data + tail, len(ids))
+
+
+def test_every_other_number_of_tokens_is_refused(payload):
+    codec, ids, data = payload
+    for num_tokens in range(1024):
+        if num_tokens != len(ids):
+            with pytest.raises(CodecError):
+                codec.decode(data, num_tokens)
+
+
+def test_the_table_of_another_store_is_refused(payload):
+    _, ids, data = payload
+    counts = np.bincount(ids, minlength=64)
+    for code in range(64):
+        with pytest.raises(CodecError):
+            codecs.build("ans", 64, counts + (np.arange(64) == code)).decode(data, len(ids))
+    with pytest.raises(CodecError):
+        codecs.build("ans", 65, np.append(counts, 0)).decode(data, len(ids))
+
+
+def forge(codec, body: bytes, num_tokens: int) -> bytes:
+    """A payload whose check is right: what a hostile writer can make."""
+    return codec._check(body, num_tokens).to_bytes(2, "little") + body
+
+
+@pytest.mark.parametrize("num_codes", [1, 2, 3, 391])
+def test_random_bytes_are_refused_or_canonical(num_codes):
+    rng = np.random.default_rng(num_codes)
+    codec = codecs.build("ans", num_codes, rng.integers(1, 1000, num_codes))
+    accepted = 0
+    for _ in range(2000):
+        body, num_tokens = rng.bytes(rng.integers(0, 12)), int(rng.integers(0, 64))
+        data = forge(codec, body, num_tokens) if rng.random() < 0.9 else body
+        try:
+            ids = codec.decode(data, num_tokens)
+        except CodecError:
+            continue
+        accepted += 1
+        assert ids.shape == (num_tokens,) and (ids < num_codes).all()
+        assert codec.encode(ids) == data
+    assert 0 < accepted < 2000
+
+
+def test_trailing_zeros_and_bits_of_a_lone_code_are_refused(payload):
+    codec, ids, data = payload
+    with pytest.raises(CodecError, match="canonical"):
+        codec.decode(forge(codec, data[2:] + b"\0", len(ids)), len(ids))
+    lone = codecs.build("ans", 1, [7])
+    with pytest.raises(CodecError, match="canonical"):
+        lone.decode(forge(lone, b"\1", 5), 5)
+
+
+def test_too_many_bytes_under_a_right_check_are_refused(payload):
+    codec, _, data = payload
+    with pytest.raises(CodecError, match="more than 10 tokens"):
+        codec.decode(forge(codec, data[2:], 10), 10)
+
+
+def test_one_byte_does_not_pass_for_a_check_that_ends_in_zero():
+    lone, found = codecs.build("ans", 1, [7]), 0
+    for num_tokens in range(2000):
+        data = forge(lone, b"", num_tokens)
+        if data[1] == 0:
+            found += 1
+            with pytest.raises(CodecError):
+                lone.decode(data[:1], num_tokens)
+    assert found
+
+
+def test_decode_takes_a_memoryview(payload):
+    codec, ids, data = payload
+    assert (codec.decode(memoryview(b"xx" + data)[2:], len(ids)) == ids).all()
+
+
+def test_the_check_is_the_documented_crc():
+    assert crc_hqx(b"123456789", 0xFFFF) == 0x29B1
+
+
+def test_codec_and_store_import_without_torch():
+    program = "import seitpp, seitpp.codec, seitpp.store, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

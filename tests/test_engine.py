@@ -1,0 +1,357 @@
+"""The engine: order of the data, rates, checkpoints, command line, probes."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from seitpp import TokenStore
+from seitpp.augment import EvalView
+from seitpp.engine import checkpoint
+from seitpp.engine.config import ConfigError, load_config, parse, run_recipe
+from seitpp.engine.evaluate import Features, extract_features, knn, linear_probe
+from seitpp.engine.metrics import MetricsLog, count_flops
+from seitpp.engine.optim import adamw
+from seitpp.engine.run import RunError, choose_folder, start_folder
+from seitpp.engine.schedule import warmup_cosine
+from seitpp.errors import UserError
+from seitpp.models import MTM
+from seitpp.tokens.dataset import BatchOrder, evaluation_loader, training_loader
+from seitpp.tokens.digits import digits
+
+# ---------------------------------------------------------------------------------------------- data order
+
+
+def global_batches(order: BatchOrder, steps: range, ranks: int, accumulation: int) -> list[list[int]]:
+    """The images of each step, put together from all ranks and micro-batches."""
+    shares = [list(order.shares(steps, rank, ranks, accumulation)) for rank in range(ranks)]
+    in_turn = [shares[rank][turn] for turn in range(len(steps) * accumulation) for rank in range(ranks)]
+    per_step = ranks * accumulation
+    return [np.concatenate(in_turn[at : at + per_step]).tolist() for at in range(0, len(in_turn), per_step)]
+
+
+def test_global_batches_do_not_depend_on_processes_or_accumulation() -> None:
+    order = BatchOrder(103, batch_size=24, seed=5)
+    one = global_batches(order, range(10), ranks=1, accumulation=1)
+    for ranks, accumulation in [(2, 1), (1, 2), (2, 3), (4, 1)]:
+        assert global_batches(order, range(10), ranks, accumulation) == one
+    assert global_batches(order, range(3, 10), 2, 1) == one[3:]
+
+
+def test_an_epoch_shows_an_image_at_most_once_and_epochs_differ() -> None:
+    order = BatchOrder(103, batch_size=24, seed=5)
+    assert order.steps_per_epoch == 4
+    epochs = [np.concatenate(global_batches(order, range(at, at + 4), 1, 1)).tolist() for at in (0, 4)]
+    assert all(len(set(epoch)) == 96 and set(epoch) <= set(range(103)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert global_batches(BatchOrder(103, 24, seed=6), range(1), 1, 1)[0] != epochs[0][:24]
+
+
+def test_order_is_pinned() -> None:
+    """A resume after an upgrade must see the same images: this is what numpy's Philox gives, for ever."""
+    assert BatchOrder(10, 5, seed=1).epoch_order(2).tolist() == [1, 4, 5, 0, 7, 6, 8, 2, 3, 9]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_the_images_of_the_order(workers: int) -> None:
+    store = TokenStore(digits().store, "train")
+    order = BatchOrder(len(store), 64, seed=0)
+    loader = training_loader(store, order, range(20, 25), rank=1, ranks=2, accumulation=1, workers=workers)
+    for batch, expected in zip(loader, order.shares(range(20, 25), 1, 2, 1), strict=True):
+        assert batch.indices.tolist() == expected.tolist()
+        assert batch.ids.dtype == torch.uint16
+        assert np.array_equal(batch.ids.numpy(), store.ids(expected))
+        assert np.array_equal(batch.labels.numpy(), store.labels[expected])
+
+
+def test_evaluation_shows_every_image_once() -> None:
+    store = TokenStore(digits().store, "validation")
+    seen = [batch.indices.tolist() for rank in range(7) for batch in evaluation_loader(store, 32, rank, 7, 0)]
+    assert sorted(np.concatenate(seen).tolist()) == list(range(360))
+
+
+def test_too_large_a_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="batch size 200: expected 1 to 103"):
+        BatchOrder(103, 200, 0)
+
+
+# --------------------------------------------------------------------------------------------------- rates
+
+
+def test_warmup_then_cosine() -> None:
+    rates = [warmup_cosine(step, 110, 10, peak=2.0, start=0.5, final=0.1) for step in range(110)]
+    assert rates[0] == 0.5 and rates[5] == pytest.approx(1.25) and rates[10] == 2.0
+    assert rates[60] == pytest.approx((2.0 + 0.1) / 2)
+    assert np.all(np.diff(rates[10:]) < 0) and 0.1 < rates[-1] < 0.102
+    assert warmup_cosine(0, 5, 0, peak=1.0) == 1.0
+
+
+def test_norms_biases_and_single_vectors_are_not_decayed() -> None:
+    model = MTM("mtm_vit_nano", (8, 8), 64, 16, 32, 1, 2)
+    optimizer = adamw(model, 0.05, (0.9, 0.95))
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert decayed[id(parameter)] == (0.0 if parameter.ndim == 1 else 0.05), name
+    assert id(model.encoder.pos_embed) not in decayed
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(torch.randn(7, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    checkpoint.save(folder, step, "store-a", model.state_dict(), checkpoint.optimizer_tensors(model, optimizer))
+
+
+def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
+    model, optimizer = trained()
+    save(tmp_path, 3, model, optimizer)
+    other, other_optimizer = trained(seed=1)
+    found = checkpoint.load_latest(tmp_path)
+    checkpoint.restore(found, "store-a", other, other_optimizer)
+    assert found.step == 3
+    for one, two in ((model, optimizer), (other, other_optimizer)):
+        one(torch.ones(1, 4)).sum().backward()
+        two.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_two_checkpoints_are_kept_and_latest_names_the_newest(tmp_path) -> None:
+    model, optimizer = trained()
+    for step in (1, 2, 3):
+        save(tmp_path, step, model, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000002", "step-00000003"]
+    assert (tmp_path / "LATEST").read_text() == "step-00000003"
+    assert checkpoint.load_latest(tmp_path / "none") is None
+
+
+def test_a_flipped_bit_or_a_missing_file_is_refused_and_the_one_before_taken(tmp_path) -> None:
+    model, optimizer = trained()
+    generator = np.random.default_rng(0)
+    for trial in range(60):
+        save(tmp_path, 1, model, optimizer)
+        save(tmp_path, 2, model, optimizer)
+        files = sorted((tmp_path / "step-00000002").iterdir())
+        path = files[trial % len(files)]
+        data = bytearray(path.read_bytes())
+        if trial < len(files):
+            path.unlink()
+        else:
+            data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+            path.write_bytes(data)
+        # A flip inside the manifest's white space changes nothing that counts.
+        harmless = path.name == "manifest.json" and path.exists() and _same_manifest(data, files)
+        if harmless:
+            assert checkpoint.load_latest(tmp_path).step == 2
+        else:
+            with pytest.warns(UserWarning, match="going back to the checkpoint before it"):
+                assert checkpoint.load_latest(tmp_path).step == 1
+
+
+def _same_manifest(data: bytes, files: list) -> bool:
+    try:
+        return json.loads(data) == {
+            path.name: checkpoint._entry(path) for path in files if path.stem != "manifest"
+        }
+    except ValueError:
+        return False
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path) -> None:
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer)
+    (tmp_path / "step-00000001" / "model.safetensors").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match=r"model\.safetensors is not the file that was saved"),
+        pytest.raises(checkpoint.CheckpointError, match="none of the 1 checkpoints"),
+    ):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer)
+    found = checkpoint.load_latest(tmp_path)
+    other = nn.Sequential(nn.Linear(4, 6))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"another model: 0\.bias is \(5,\) there, \(6,\) in this run"
+    ):
+        checkpoint.restore(found, "store-a", other, torch.optim.AdamW(other.parameters()))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(checkpoint.CheckpointError, match="trained on the store store-a, this run reads store-b"):
+        checkpoint.restore(found, "store-b", model, optimizer)
+
+
+# ----------------------------------------------------------------------------------------- folder and log
+
+
+def test_a_folder_with_something_in_it_is_never_written_over(tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="not empty"):
+        choose_folder("x", {}, str(tmp_path), resume=False, overwrite=False)
+    with pytest.raises(RunError, match="holds no run"):
+        choose_folder("x", {}, str(tmp_path), resume=False, overwrite=True)
+    with pytest.raises(RunError, match="no run to resume"):
+        choose_folder("x", {}, str(tmp_path), resume=True, overwrite=False)
+    with pytest.raises(RunError, match="no run to resume"):
+        choose_folder("x", {}, str(tmp_path / "missing"), resume=True, overwrite=False)
+    with pytest.raises(RunError, match="--resume without --out"):
+        choose_folder("x", {}, None, resume=True, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/x", "runs/x-2"):
+        folder = choose_folder("x", {"lr": 1}, None, False, False)
+        assert str(folder) == expected and not folder.exists()
+        start_folder(folder, {"lr": 1})
+    assert str(choose_folder("x", {"lr": 1, "workers": 3}, "runs/x", resume=True, overwrite=False)) == "runs/x"
+    with pytest.raises(RunError, match="lr 1 -> 2"):
+        choose_folder("x", {"lr": 2}, "runs/x", resume=True, overwrite=False)
+    (tmp_path / "runs/x/old").touch()
+    start_folder(choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=True), {"lr": 2})
+    assert [path.name for path in (tmp_path / "runs/x").iterdir()] == ["config.json"]
+
+
+def test_metrics_have_no_line_twice_after_a_kill(tmp_path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write([{"step": step, "loss": 1.0} for step in range(1, 6)])
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    log.keep_until(3)
+    log.write([{"step": 4, "loss": 2.0}])
+    assert [(line["step"], line["loss"]) for line in log.read()] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: str | None = None
+    steps: int = 10
+    scale: tuple[float, float] = (0.2, 1.0)
+    resume: bool = False
+
+
+PRESETS = {"published": Config(), "smoke": Config(steps=1)}
+
+
+def test_command_line() -> None:
+    assert parse(PRESETS, "smoke", []) == Config(steps=1)
+    assert parse(PRESETS, "smoke", ["published", "--scale", "0.5", "1", "--resume"]) == Config(
+        scale=(0.5, 1.0), resume=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["publisched"], "unknown preset 'publisched': expected one of published, smoke; did you mean published?"),
+        (["smoke", "--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
+        (["--config", "none.json"], "--config none.json: expected the config.json of a run"),
+    ],
+)
+def test_command_line_errors_suggest(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(PRESETS, "smoke", arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_config_file_repeats_a_run(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(Config(steps=7, scale=(0.3, 0.4)))))
+    assert parse(PRESETS, "smoke", ["--config", str(path), "--resume"]) == Config(None, 7, (0.3, 0.4), True)
+    path.write_text(json.dumps({"steps": 7, "depth": 3}))
+    with pytest.raises(ConfigError, match="differs in depth, out, resume, scale"):
+        load_config(Config, path)
+
+
+def test_what_the_user_can_mend_is_one_line_and_a_defect_keeps_its_traceback(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "smoke"])
+
+    def fails(config: Config) -> None:
+        raise RunError("no disk, buy one")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(fails, PRESETS, "smoke")
+    assert exit_.value.code == 2 and capsys.readouterr().err == "error: no disk, buy one\n"
+
+    def breaks(config: Config) -> None:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run_recipe(breaks, PRESETS, "smoke")
+
+
+# -------------------------------------------------------------------------------------------------- probes
+
+
+def digit_features() -> tuple[Features, Features]:
+    data = load_digits()
+    vectors, labels = torch.tensor(data.data).float(), torch.tensor(data.target)
+    return Features(vectors[:1200], labels[:1200]), Features(vectors[1200:], labels[1200:])
+
+
+def test_knn_agrees_with_scikit_learn() -> None:
+    bank, queries = digit_features()
+    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = reference.fit(bank.vectors, bank.labels).score(queries.vectors, queries.labels)
+    score = knn(bank, queries, 10)
+    assert (score.correct, score.total) == (round(expected * 597), 597)
+
+
+def test_linear_probe_agrees_with_scikit_learn() -> None:
+    bank, queries = digit_features()
+    mean, deviation = bank.vectors.mean(0), bank.vectors.std(0).clamp(min=1e-6)
+    # scikit-learn minimises the summed loss plus |w|^2 / (2 C).
+    reference = LogisticRegression(C=1 / (2 * 1e-3 * 1200), max_iter=2000, tol=1e-6)
+    reference.fit((bank.vectors - mean) / deviation, bank.labels)
+    expected = reference.score((queries.vectors - mean) / deviation, queries.labels)
+    score = linear_probe(bank, queries, 10)
+    assert score.total == 597 and abs(score.correct - round(expected * 597)) <= 1
+
+
+def test_features_do_not_depend_on_the_batch_size() -> None:
+    store = TokenStore(digits().store, "validation")
+    encoder = MTM("mtm_vit_nano", (8, 8), store.num_codes, 16, 32, 1, 2).encoder
+    whole, parts = (
+        extract_features(encoder, store, EvalView((8, 8)), Accelerator(cpu=True), batch_size=size)
+        for size in (360, 7)
+    )
+    torch.testing.assert_close(whole.vectors, parts.vectors, atol=1e-5, rtol=0)
+    assert np.array_equal(whole.labels, store.labels) and whole.vectors.shape == (360, 2 * 96)
+
+
+def test_flops_are_those_of_a_real_step() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16))
+    # Forward, and twice that backward; the first layer's input needs no gradient.
+    forward = 2 * (64 * 32 + 32 * 16)
+    assert count_flops(model, torch.zeros(3, 64, device="meta")) == 3 * (3 * forward - 2 * 64 * 32)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(3, 64)).sum().backward()
+    assert counter.get_total_flops() == count_flops(model, torch.zeros(3, 64, device="meta"))
+    assert all(p.grad is not None and p.device.type == "cpu" for p in model.parameters())

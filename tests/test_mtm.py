@@ -1,0 +1,195 @@
+"""Masked token modeling, fact by fact."""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from seitpp.augment import Keys
+from seitpp.models import MTM, ModelError, load_mtm, sincos_positions
+from seitpp.objectives import (
+    fill_hidden,
+    hidden_tokens,
+    mask_counts,
+    mask_plan,
+    mask_ratio,
+    masked_token_accuracy,
+    masked_token_loss,
+)
+
+
+def small_model(**changes) -> MTM:
+    settings = {
+        "encoder": "mtm_vit_nano",
+        "grid": (8, 8),
+        "num_codes": 64,
+        "code_dim": 16,
+        "decoder_width": 32,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    }
+    torch.manual_seed(0)
+    return MTM(**{**settings, **changes})
+
+
+def batch(dropped: int = 7, masked: int = 10):
+    ids = torch.randint(64, (4, 8, 8), generator=torch.Generator().manual_seed(1))
+    return ids, mask_plan(Keys(0, 0, torch.arange(4)).uniform("mask", 16), dropped, masked)
+
+
+def test_published_size() -> None:
+    model = MTM()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert round(trained / 1e6, 1) == 98.3
+    assert not model.encoder.pos_embed.requires_grad
+    assert model.encoder.blocks[0].norm1.eps == model.decoder_norm.eps == 1e-6
+
+
+def test_first_loss_is_ln_k() -> None:
+    ids, plan = batch()
+    loss = masked_token_loss(small_model()(ids, plan), ids, plan)
+    assert abs(loss.item() - math.log(64)) < 0.02
+
+
+def test_every_trained_parameter_gets_a_gradient() -> None:
+    model = small_model()
+    ids, plan = batch()
+    masked_token_loss(model(ids, plan), ids, plan).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []
+
+
+def test_hidden_content_never_reaches_the_logits() -> None:
+    model = small_model().eval()
+    ids, plan = batch()
+    hidden = hidden_tokens(plan, (8, 8))
+    other = torch.where(hidden, (ids + 13) % 64, ids)
+    assert torch.equal(model(ids, plan), model(other, plan))
+    seen = torch.where(hidden, ids, (ids + 13) % 64)
+    assert not torch.allclose(model(ids, plan), model(seen, plan))
+
+
+def test_dropped_patches_never_enter_the_encoder() -> None:
+    model = small_model()
+    lengths = []
+    model.encoder.blocks.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    for dropped in (0, 7, 15):
+        model(*batch(dropped, 15))
+    assert lengths == [1 + 16, 1 + 9, 1 + 1]
+
+
+def test_hidden_places_of_the_decoder_hold_the_cls_output() -> None:
+    """So every hidden place gets the same input but for its position: swapping two of them changes nothing."""
+    model = small_model().eval()
+    with torch.no_grad():
+        model.decoder_pos_embed[:, 1:] = 0
+    ids, plan = batch()
+    logits = model(ids, plan)
+    for image, hidden in zip(logits, hidden_tokens(plan, (8, 8)), strict=True):
+        patches = image[:, hidden[:, :]]
+        assert patches.shape[1] == 40
+        per_patch = image.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)[:, hidden[::2, ::2]]
+        torch.testing.assert_close(per_patch, per_patch[:, :1].expand_as(per_patch), atol=1e-5, rtol=0)
+
+
+def test_loss_is_the_mean_over_hidden_tokens_only() -> None:
+    ids, plan = batch()
+    logits = torch.randn(4, 64, 8, 8)
+    hidden = hidden_tokens(plan, (8, 8))
+    expected = F.cross_entropy(logits.permute(0, 2, 3, 1)[hidden], ids[hidden])
+    torch.testing.assert_close(masked_token_loss(logits, ids, plan), expected)
+    changed = torch.where(hidden.unsqueeze(1), logits, torch.randn(4, 64, 8, 8))
+    torch.testing.assert_close(masked_token_loss(changed, ids, plan), expected)
+    predicted = (logits.argmax(1) == ids)[hidden].float().mean()
+    assert masked_token_accuracy(logits, ids, plan).item() == pytest.approx(predicted.item())
+
+
+def test_fill_hidden_keeps_what_is_seen() -> None:
+    ids, plan = batch()
+    logits = torch.randn(4, 64, 8, 8)
+    filled, hidden = fill_hidden(logits, ids, plan), hidden_tokens(plan, (8, 8))
+    assert torch.equal(filled[~hidden], ids[~hidden])
+    assert torch.equal(filled[hidden], logits.argmax(1)[hidden])
+
+
+def test_hidden_tokens_covers_whole_patches() -> None:
+    plan = mask_plan(torch.tensor([[0.0, 1, 2, 3, 4, 5]]), 1, 2)  # patches 0 and 1 of a 2 x 3 patch grid
+    expected = torch.zeros(1, 4, 6, dtype=torch.bool)
+    expected[:, :2, :4] = True
+    assert torch.equal(hidden_tokens(plan, (4, 6)), expected)
+
+
+def test_plan_drops_a_part_of_what_it_hides() -> None:
+    noise = torch.rand(5, 196)
+    plan = mask_plan(noise, *mask_counts(196, 0.55))
+    assert mask_counts(196, 0.55) == (79, 108) and mask_counts(196, 1.0) == (79, 196)
+    assert plan.kept.shape == (5, 117) and (plan.hidden.sum(1) == 108).all()
+    for kept, hidden, row in zip(plan.kept, plan.hidden, noise, strict=True):
+        dropped = sorted(set(range(196)) - set(kept.tolist()))
+        assert hidden[dropped].all() and len(dropped) == 79
+        assert row[hidden].max() < row[~hidden].min()
+    with pytest.raises(ValueError, match="expected 0 <= dropped <= masked"):
+        mask_plan(noise, 10, 9)
+
+
+def test_mask_ratio_follows_the_truncated_normal() -> None:
+    ratios = [mask_ratio(0, step) for step in range(3000)]
+    law = stats.truncnorm((0.4 - 0.45) / 0.25, (1 - 0.45) / 0.25, loc=0.45, scale=0.25)
+    assert stats.kstest(ratios, law.cdf).pvalue > 1e-3
+    assert mask_ratio(0, 17) == ratios[17] != mask_ratio(1, 17)
+
+
+def test_positions_encode_column_then_row() -> None:
+    positions = sincos_positions((2, 3), 8).view(2, 3, 8)
+    angles = [1.0, 0.01]
+    for row in range(2):
+        for column in range(3):
+            halves = [
+                [math.sin(at * a) for a in angles] + [math.cos(at * a) for a in angles] for at in (column, row)
+            ]
+            assert positions[row, column].tolist() == pytest.approx(halves[0] + halves[1], abs=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_positions((2, 2), 6)
+
+
+@pytest.mark.parametrize("name", ["mtm_vit_nano", "mtm_vit_tiny", "mtm_vit_small", "mtm_vit_base"])
+def test_encoders_are_timm_models(name: str) -> None:
+    model = timm.create_model(name, img_size=8, in_chans=16, num_codes=64, num_classes=10).eval()
+    ids = torch.randint(64, (2, 8, 8))
+    assert model(ids).shape == (2, 10)
+    assert model.forward_features(ids).shape == (2, 17, model.embed_dim)
+    maps = model.forward_intermediates(ids.unsqueeze(1), intermediates_only=True, norm=False)
+    assert maps[-1].shape == (2, model.embed_dim, 4, 4)
+    model.set_input_size((12, 12))
+    model.reset_classifier(3)
+    assert model(torch.randint(64, (2, 12, 12))).shape == (2, 3)
+
+
+def test_encoder_goes_into_the_classifier_without_renaming() -> None:
+    encoder = small_model().encoder
+    classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=64, num_classes=10)
+    missing, unexpected = classifier.load_state_dict(encoder.state_dict(), strict=False)
+    # Fine-tuning averages the patches first and normalises then, so the encoder's last norm is not taken over.
+    assert set(missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert set(unexpected) == {"norm.weight", "norm.bias"}
+
+
+def test_save_and_load(tmp_path) -> None:
+    model = small_model().eval()
+    model.save(tmp_path / "model.safetensors", codebook="abc")
+    loaded, codebook = load_mtm(tmp_path / "model.safetensors")
+    ids, plan = batch()
+    assert codebook == "abc" and torch.equal(loaded(ids, plan), model(ids, plan))
+
+
+def test_bad_models_are_refused(tmp_path) -> None:
+    with pytest.raises(ModelError, match="multiples of 2"):
+        small_model(grid=(7, 8))
+    with pytest.raises(ModelError, match="no model file"):
+        load_mtm(tmp_path / "none.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08" * 100)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_mtm(tmp_path / "broken.safetensors")

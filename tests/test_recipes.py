@@ -1,0 +1,204 @@
+"""Recipes as a user runs them: through the command line, killed, resumed, on two processes, with bad input."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seitpp import StoreWriter
+from seitpp.tokens.digits import digits
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+STEPS, CHECKPOINT_STEPS = 22, 6  # of the smoke preset: 2 epochs of 11 steps, a checkpoint every half epoch
+
+
+def command(recipe: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, arguments)]
+
+
+def run(recipe: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(recipe, *arguments), capture_output=True, text=True, check=False)
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    """Several CPU processes, as docs/recipes.md says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        f"--master_port={port}",
+    ]
+    line = [*launcher, str(RECIPES / "mtm_pretrain.py"), *map(str, arguments)]
+    return subprocess.run(
+        line, capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "1"}
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def what_was_learned(folder: Path) -> list[tuple]:
+    return [
+        (line["step"], line["loss"], line["grad_norm"], line["lr"], line["mask_ratio"]) for line in metrics(folder)
+    ]
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """An uninterrupted run of the smoke preset, launched as the README says."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    line = ["accelerate", "launch", str(RECIPES / "mtm_pretrain.py"), "smoke", "--out", str(folder)]
+    started = time.monotonic()
+    finished = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert time.monotonic() - started < 60  # 12 s where it was written; a busy machine is slower
+    return folder
+
+
+def test_result_and_report(smoke: Path) -> None:
+    result = json.loads((smoke / "result.json").read_text())
+    for name in ("linear_probe_top1", "linear_probe_top1_untrained", "knn_top1", "knn_top1_untrained"):
+        assert result[name] * 3.6 == pytest.approx(round(result[name] * 3.6)), "a percentage of 360 images"
+    assert 40 < result["payload_bytes_per_image"] < 50
+    assert result["images_per_second"] > 0 and result["seconds"] > 0 and result["steps"] == STEPS
+    page = (smoke / "report.html").read_text()
+    for picture in ("loss.png", "reconstructions.png"):
+        assert picture in page and (smoke / picture).read_bytes().startswith(b"\x89PNG")
+    assert (smoke / "model.safetensors").stat().st_mode & 0o044, "readable by others where the umask allows it"
+
+
+def test_metrics_have_every_step_and_the_loss_falls_from_ln_k(smoke: Path) -> None:
+    lines = metrics(smoke)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    losses = [line["loss"] for line in lines]
+    assert abs(losses[0] - np.log(64)) < 0.02 and np.mean(losses[-5:]) < losses[0] - 0.05
+    assert lines[0]["lr"] == 0 and lines[11]["lr"] == pytest.approx(3e-3)
+    for name in ("images_per_second", "data_wait", "mfu", "memory_gib", "accuracy"):
+        assert lines[-1][name] >= 0
+
+
+def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command("mtm_pretrain", "smoke", "--out", folder), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics_so_far(folder)) < CHECKPOINT_STEPS + 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(metrics_so_far(folder)) < STEPS and not (folder / "result.json").exists()
+
+    resumed = run("mtm_pretrain", "smoke", "--out", folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 6" in resumed.stdout or "from step 12" in resumed.stdout or "from step 18" in resumed.stdout
+    assert what_was_learned(folder) == what_was_learned(smoke)
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in ("model.safetensors", f"{last}/model.safetensors", f"{last}/optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (smoke / name).read_bytes(), name
+
+
+def metrics_so_far(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_two_processes_and_accumulation_train_the_same_model(tmp_path: Path) -> None:
+    """Without dropout, which is drawn for each process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = run("mtm_pretrain", "smoke", "--dropout", "0", "--out", one)
+    assert alone.returncode == 0, alone.stderr
+    together = torchrun(2, "smoke", "--dropout", "0", "--accumulation", "2", "--workers", "1", "--out", two)
+    assert together.returncode == 0, together.stderr
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
+    assert (first["processes"], second["processes"]) == (1, 2)
+    for alone_line, together_line in zip(metrics(one), metrics(two), strict=True):
+        assert together_line["mask_ratio"] == alone_line["mask_ratio"] and together_line["lr"] == alone_line["lr"]
+        assert together_line["loss"] == pytest.approx(alone_line["loss"], abs=1e-6)
+    for name, value in load_file(one / "model.safetensors").items():
+        torch.testing.assert_close(load_file(two / "model.safetensors")[name], value, atol=1e-4, rtol=0)
+    for name in ("linear_probe_top1", "knn_top1"):
+        assert abs(first[name] - second[name]) * 3.6 < 2.5, "at most 2 of 360 images, by rounding"
+
+
+def test_probe_repeats_the_figures_of_the_run(smoke: Path, tmp_path: Path) -> None:
+    finished = run("probe", "--checkpoint", smoke, "--out", tmp_path / "probe")
+    assert finished.returncode == 0, finished.stderr
+    found, expected = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "probe", smoke))
+    for name in ("linear_probe_top1", "knn_top1"):
+        assert found[name] == expected[name]
+
+
+def small_store(path: Path, grid: tuple[int, int], seed: int) -> Path:
+    generator = np.random.default_rng(seed)
+    for split, images in (("train", 200), ("validation", 40)):
+        with StoreWriter(path, codebook=CODEBOOK * seed, grid=grid, split=split, class_names=["a", "b"]) as writer:
+            writer.add_batch(generator.integers(64, size=(images, *grid)), generator.integers(2, size=images))
+    return path
+
+
+CODEBOOK = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+
+
+def test_any_store_trains_without_its_tokenizer(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "store", (12, 8), seed=1)
+    finished = run("mtm_pretrain", "smoke", "--store", store, "--crop", "6", "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "run/reconstructions.png").exists()
+
+
+def refused(finished: subprocess.CompletedProcess, *words: object) -> None:
+    """Exit status 2, and one line on stderr that says what was got."""
+    assert finished.returncode == 2, finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def test_bad_command_lines_are_refused() -> None:
+    refused(run("mtm_pretrain", "smok"), "unknown preset 'smok'", "did you mean smoke?")
+    refused(run("mtm_pretrain", "smoke", "--batchsize", "3"), "unknown flag --batchsize", "--batch-size")
+    refused(run("probe"), "--checkpoint")
+
+
+def test_bad_folders_are_refused_and_left_alone(smoke: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
+    refused(run("mtm_pretrain", "smoke", "--out", smoke), smoke, "not empty", "--resume")
+    refused(run("mtm_pretrain", "smoke", "--out", smoke, "--resume", "--seed", "1"), "seed 0 -> 1")
+    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
+    refused(run("mtm_pretrain", "smoke", "--out", tmp_path / "none", "--resume"), "no run to resume")
+    refused(run("probe", "--checkpoint", tmp_path / "none", "--out", tmp_path / "p"), "no model file")
+
+
+def test_bad_stores_are_refused(smoke: Path, tmp_path: Path) -> None:
+    other = small_store(tmp_path / "other", (8, 8), seed=2)
+    refused(
+        run("probe", "--checkpoint", smoke, "--store", other, "--out", tmp_path / "p1"), "codebook", other, smoke
+    )
+    refused(run("mtm_pretrain", "published", "--out", tmp_path / "r1"), "needs --store")
+    refused(
+        run("mtm_pretrain", "smoke", "--crop", "28", "--out", tmp_path / "r2"),
+        "--crop 28",
+        "(8, 8)",
+        digits().store,
+    )
+    shard = next((other / "train").glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(run("mtm_pretrain", "smoke", "--store", other, "--out", tmp_path / "r3"), shard)
+    refused(
+        run("mtm_pretrain", "smoke", "--store", tmp_path / "none", "--out", tmp_path / "r4"), tmp_path / "none"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"], "no folder of a run that could not start"
