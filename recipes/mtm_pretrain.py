@@ -78,9 +78,10 @@ PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
     model="mtm_vit_nano",
-    decoder_width=64,
-    decoder_depth=1,
+    decoder_width=96,
+    decoder_depth=2,
     decoder_heads=4,
+    dropout=0.0,  # 100 epochs of so small a model do not overfit
     crop=None,
     epochs=100,
     warmup_epochs=10,
@@ -91,7 +92,13 @@ PRESETS["digits"] = replace(
     checkpoint_epochs=10,
 )
 PRESETS["smoke"] = replace(
-    PRESETS["digits"], preset="smoke", epochs=2, warmup_epochs=1, checkpoint_epochs=0.5, log_steps=1
+    PRESETS["digits"],
+    preset="smoke",
+    dropout=0.1,
+    epochs=2,
+    warmup_epochs=1,
+    checkpoint_epochs=0.5,
+    log_steps=1,
 )
 
 

@@ -51,7 +51,7 @@ def test_published_size() -> None:
 def test_first_loss_is_ln_k() -> None:
     ids, plan = batch()
     loss = masked_token_loss(small_model()(ids, plan), ids, plan)
-    assert abs(loss.item() - math.log(64)) < 0.02
+    assert abs(loss.item() - math.log(64)) < 0.05
 
 
 def test_every_trained_parameter_gets_a_gradient() -> None:

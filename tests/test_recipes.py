@@ -85,7 +85,7 @@ def test_metrics_have_every_step_and_the_loss_falls_from_ln_k(smoke: Path) -> No
     lines = metrics(smoke)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     losses = [line["loss"] for line in lines]
-    assert abs(losses[0] - np.log(64)) < 0.02 and np.mean(losses[-5:]) < losses[0] - 0.05
+    assert abs(losses[0] - np.log(64)) < 0.05 and np.mean(losses[-5:]) < losses[0] - 0.05
     assert lines[0]["lr"] == 0 and lines[11]["lr"] == pytest.approx(3e-3)
     for name in ("images_per_second", "data_wait", "mfu", "memory_gib", "accuracy"):
         assert lines[-1][name] >= 0
@@ -159,6 +159,14 @@ def test_any_store_trains_without_its_tokenizer(tmp_path: Path) -> None:
     assert (tmp_path / "run/reconstructions.png").exists()
 
 
+def test_the_first_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    finished = run("mtm_pretrain", "smoke", "--base-lr", "1e20", "--log-steps", "5", "--out", tmp_path / "run")
+    assert finished.returncode == 2
+    message = finished.stderr.splitlines()[-1]
+    assert message.startswith("error: loss is nan at step 3 on rank 0") and "no checkpoint yet" in message
+    assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/result.json").exists()
+
+
 def refused(finished: subprocess.CompletedProcess, *words: object) -> None:
     """Exit status 2, and one line on stderr that says what was got."""
     assert finished.returncode == 2, finished.stderr
@@ -171,6 +179,7 @@ def refused(finished: subprocess.CompletedProcess, *words: object) -> None:
 def test_bad_command_lines_are_refused() -> None:
     refused(run("mtm_pretrain", "smok"), "unknown preset 'smok'", "did you mean smoke?")
     refused(run("mtm_pretrain", "smoke", "--batchsize", "3"), "unknown flag --batchsize", "--batch-size")
+    refused(run("mtm_pretrain", "smoke", "--trackers", "no_such_tracker"), "no_such_tracker", "seitpp[trackers]")
     refused(run("probe"), "--checkpoint")
 
 

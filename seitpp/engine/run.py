@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import resource
 import subprocess
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list, set_seed, tqdm
 from torch import Tensor, nn
 
@@ -68,28 +70,16 @@ class Run:
         self.accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=accumulation,
-            log_with=list(trackers) or None,
-            project_dir=out,
-            step_scheduler_with_optimizer=False,
         )
+        _check_processes(self.accelerator.num_processes)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.seed, self.accumulation, self.workers, self.log_steps = seed, accumulation, workers, log_steps
-        self.settings, self.trackers, self.resume = settings, trackers, resume
         self.out = Path(self._on_main(lambda: str(choose_folder(name, settings, out, resume, overwrite))))
+        self.settings, self.trackers, self.resume = settings, trackers, resume
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.step, self.flops_per_image, self._pending = 0, None, []
         self._trained_images, self._trained_seconds = 0, 0.0
         set_seed(seed)
-
-    def start(self) -> None:
-        """Make the output folder. Called by `prepare`, when data and model have proved good; a run that trains
-        nothing calls it itself.
-        """
-        if self.is_main and not self.resume:
-            start_folder(self.out, self.settings)
-        self.accelerator.wait_for_everyone()
-        if self.trackers:
-            self.accelerator.init_trackers("seitpp", config=json.loads(json.dumps(self.settings)))
 
     def _on_main(self, function: Callable[[], object]) -> object:
         """Call on the main process only and give every process its value, or its error."""
@@ -103,6 +93,21 @@ class Run:
         if error is not None:
             raise RunError(error)
         return value
+
+    def start(self) -> None:
+        """Make the output folder. Called by `prepare`, when data and model have proved good; a run that trains
+        nothing calls it itself.
+        """
+        if self.is_main and not self.resume:
+            start_folder(self.out, self.settings)
+        self.accelerator.wait_for_everyone()
+        if self.trackers:
+            self.accelerator.project_configuration.logging_dir = str(self.out)
+            self.accelerator.log_with = filter_trackers(list(self.trackers), self.out)
+            # TensorBoard takes no None and no lists.
+            self.accelerator.init_trackers(
+                "seitpp", config={name: str(value) for name, value in self.settings.items()}
+            )
 
     def print(self, text: str) -> None:
         """Print on the main process."""
@@ -263,6 +268,7 @@ class Run:
         by_rank = self.accelerator.gather(values.unsqueeze(0)).cpu()
         broken = (~by_rank.isfinite()).nonzero()
         if len(broken):
+            self.bar.close()
             rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[0], at[2]))
             raise RunError(
                 f"{names[column]} is {by_rank[rank, position, column]} at step {records[position]['step']} "
@@ -340,6 +346,15 @@ def _resumed_folder(settings: Mapping, out: str | None) -> Path:
         changes = ", ".join(f"{key} {stored.get(key)!r} -> {given.get(key)!r}" for key in different)
         raise RunError(f"the run in {out} has other settings ({changes}): pass the same ones, or another --out")
     return Path(out)
+
+
+def _check_processes(processes: int) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != processes:
+        raise RunError(
+            f"{launched} processes were launched, but Accelerate sees {processes}, so each would train alone: "
+            "without a GPU set ACCELERATE_USE_CPU=1"
+        )
 
 
 def _check_trackers(trackers: tuple[str, ...]) -> None:
