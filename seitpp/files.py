@@ -68,7 +68,18 @@ def publish_folder(staging: Path, target: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it; one that is not there is no error."""
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def empty_folder(path: Path) -> None:
+    """Make a folder, or remove what is in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _umask() -> int:

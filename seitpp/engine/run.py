@@ -1,8 +1,8 @@
 """A training run: its folder, its clock, its checkpoints. What a batch and a loss are stays in the recipe.
 
     run = Run(...)                                   # Accelerate, the output folder, the seed
-    model = run.prepare(model, optimizer, lr)        # wrapped, and restored with --resume
-    for step, batch in run.train(store, order, steps):
+    model = run.prepare(model, optimizer, ...)       # wrapped, and restored with --resume
+    for step, batch in run.train(store, order, ...):
         run.update(loss_of(batch))                   # backward, clip, lr of this step, update
     run.finish({...})                                # result.json
 
@@ -320,8 +320,7 @@ def choose_folder(name: str, settings: Mapping, out: str | None, resume: bool, o
 
 def start_folder(folder: Path, settings: Mapping) -> None:
     """Empty the folder that `choose_folder` gave and store `settings` there as config.json."""
-    files.remove_folder(folder)
-    folder.mkdir(parents=True)
+    files.empty_folder(folder)
     files.replace_json(folder / "config.json", settings)
 
 
