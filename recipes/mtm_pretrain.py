@@ -4,9 +4,9 @@
     accelerate launch recipes/mtm_pretrain.py published --store imagenet-tokens  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/mtm_pretrain.py published --store imagenet-tokens
 
-`digits` (the default) takes about 2 minutes on a CPU and lifts the linear probe from about 60 to 86-91 % and k-NN
-from about 45 to 81-84 % (three seeds, tests/long/mtm_digits.py). `published` is the paper's run, ViT-B on ImageNet-1k
-tokens for 400 epochs, but without TokenAdapt; its time on GPUs is not measured.
+`digits` (the default) takes about 2 minutes on a CPU and lifts the linear probe from about 60 to 86-91 % and
+k-NN from about 45 to 81-84 % (three seeds, tests/long/mtm_digits.py). `published` is the paper's run, ViT-B on
+ImageNet-1k tokens for 400 epochs, but without TokenAdapt; its time on GPUs is not measured.
 Reads a token store; writes config.json, metrics.jsonl, checkpoints/, model.safetensors, report.html with its
 pictures, and result.json into --out. Does not fine-tune: the weights are for recipes/probe.py and what follows.
 """
