@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -167,47 +168,49 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None
     assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/result.json").exists()
 
 
-def refused(finished: subprocess.CompletedProcess, *words: object) -> None:
-    """Exit status 2, and one line on stderr that says what was got."""
-    assert finished.returncode == 2, finished.stderr
-    lines = [line for line in finished.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
-    for word in words:
-        assert str(word) in lines[0], lines[0]
+def refused(*cases: tuple[list, list]) -> None:
+    """Each (command line, words): exit status 2 and one line on stderr that holds the words. Two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(lambda case: run(*case[0]), cases)
+        for (line, words), finished in zip(cases, outcomes, strict=True):
+            assert finished.returncode == 2, (line, finished.stderr)
+            lines = [text for text in finished.stderr.splitlines() if text.strip()]
+            assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
+            for word in words:
+                assert str(word) in lines[0], lines[0]
 
 
 def test_bad_command_lines_are_refused() -> None:
-    refused(run("mtm_pretrain", "smok"), "unknown preset 'smok'", "did you mean smoke?")
-    refused(run("mtm_pretrain", "smoke", "--batchsize", "3"), "unknown flag --batchsize", "--batch-size")
-    refused(run("mtm_pretrain", "smoke", "--trackers", "no_such_tracker"), "no_such_tracker", "seitpp[trackers]")
-    refused(run("probe"), "--checkpoint")
+    refused(
+        (["mtm_pretrain", "smok"], ["unknown preset 'smok'", "did you mean smoke?"]),
+        (["mtm_pretrain", "smoke", "--batchsize", "3"], ["unknown flag --batchsize", "--batch-size"]),
+        (["mtm_pretrain", "smoke", "--trackers", "no_such_tracker"], ["no_such_tracker", "seitpp[trackers]"]),
+        (["probe"], ["--checkpoint"]),
+    )
 
 
 def test_bad_folders_are_refused_and_left_alone(smoke: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
-    refused(run("mtm_pretrain", "smoke", "--out", smoke), smoke, "not empty", "--resume")
-    refused(run("mtm_pretrain", "smoke", "--out", smoke, "--resume", "--seed", "1"), "seed 0 -> 1")
+    refused(
+        (["mtm_pretrain", "smoke", "--out", smoke], [smoke, "not empty", "--resume"]),
+        (["mtm_pretrain", "smoke", "--out", smoke, "--resume", "--seed", "1"], ["seed 0 -> 1"]),
+        (["mtm_pretrain", "smoke", "--out", tmp_path / "none", "--resume"], ["no run to resume"]),
+        (["probe", "--checkpoint", tmp_path / "none", "--out", tmp_path / "p"], ["no model file"]),
+    )
     assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
-    refused(run("mtm_pretrain", "smoke", "--out", tmp_path / "none", "--resume"), "no run to resume")
-    refused(run("probe", "--checkpoint", tmp_path / "none", "--out", tmp_path / "p"), "no model file")
 
 
 def test_bad_stores_are_refused(smoke: Path, tmp_path: Path) -> None:
     other = small_store(tmp_path / "other", (8, 8), seed=2)
-    refused(
-        run("probe", "--checkpoint", smoke, "--store", other, "--out", tmp_path / "p1"), "codebook", other, smoke
-    )
-    refused(run("mtm_pretrain", "published", "--out", tmp_path / "r1"), "needs --store")
-    refused(
-        run("mtm_pretrain", "smoke", "--crop", "28", "--out", tmp_path / "r2"),
-        "--crop 28",
-        "(8, 8)",
-        digits().store,
-    )
-    shard = next((other / "train").glob("*.arrow"))
+    cut = small_store(tmp_path / "cut", (8, 8), seed=2)
+    shard = next((cut / "train").glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    refused(run("mtm_pretrain", "smoke", "--store", other, "--out", tmp_path / "r3"), shard)
+    out = tmp_path / "run"
     refused(
-        run("mtm_pretrain", "smoke", "--store", tmp_path / "none", "--out", tmp_path / "r4"), tmp_path / "none"
+        (["probe", "--checkpoint", smoke, "--store", other, "--out", out], ["codebook", other, smoke]),
+        (["mtm_pretrain", "published", "--out", out], ["needs --store"]),
+        (["mtm_pretrain", "smoke", "--crop", "28", "--out", out], ["--crop 28", "(8, 8)", digits().store]),
+        (["mtm_pretrain", "smoke", "--store", cut, "--out", out], [shard]),
+        (["mtm_pretrain", "smoke", "--store", tmp_path / "none", "--out", out], [tmp_path / "none"]),
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"], "no folder of a run that could not start"
+    assert not out.exists(), "no folder of a run that could not start"
