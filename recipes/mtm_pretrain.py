@@ -37,7 +37,7 @@ from seitpp.objectives import (
 )
 from seitpp.tokenizers import Tokenizer
 from seitpp.tokens.codebook import codebook_fingerprint
-from seitpp.tokens.dataset import BatchOrder
+from seitpp.tokens.dataset import BatchOrder, TokenDataset
 from seitpp.tokens.digits import digits, digits_images
 
 
@@ -161,7 +161,7 @@ def main(config: Config) -> None:
 
     # 6. Training.
     model.train()
-    for step, batch in run.train(train, order, steps, checkpoint_steps):
+    for step, batch in run.train(TokenDataset(train), order, steps, checkpoint_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         ids = view(batch.ids, keys)
         ratio = mask_ratio(config.seed, step)

@@ -25,7 +25,7 @@ from seitpp.engine.run import RunError, choose_folder, start_folder
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.models import MTM
-from seitpp.tokens.dataset import BatchOrder, evaluation_loader, training_loader
+from seitpp.tokens.dataset import BatchOrder, TokenDataset, evaluation_loader, training_loader
 from seitpp.tokens.digits import digits
 
 # ---------------------------------------------------------------------------------------------- data order
@@ -65,7 +65,9 @@ def test_order_is_pinned() -> None:
 def test_loader_gives_the_images_of_the_order(workers: int) -> None:
     store = TokenStore(digits().store, "train")
     order = BatchOrder(len(store), 64, seed=0)
-    loader = training_loader(store, order, range(20, 25), rank=1, ranks=2, accumulation=1, workers=workers)
+    loader = training_loader(
+        TokenDataset(store), order, range(20, 25), rank=1, ranks=2, accumulation=1, workers=workers
+    )
     for batch, expected in zip(loader, order.shares(range(20, 25), 1, 2, 1), strict=True):
         assert batch.indices.tolist() == expected.tolist()
         assert batch.ids.dtype == torch.uint16

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from seitpp.tokenizers.images import ImageError, Sample, decode_image, open_source
+from seitpp.tokenizers.images import ImageDataset, ImageError, Sample, decode_image, open_source
 
 CLASSES = ["china", "flower"]
 
@@ -85,6 +85,13 @@ def test_decoding_resizes_to_exactly_the_size(mode: str, samples) -> None:
     decoded = decode_image(Sample(buffer.getvalue(), "x", 0), (32, 48))
     expected = np.asarray(image.convert("RGB").resize((48, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert decoded.dtype == np.uint8 and np.array_equal(decoded, expected)
+
+
+def test_a_dataset_decodes_whole_batches(samples, tmp_path) -> None:
+    source = open_source(str(folder(tmp_path / "source", samples)), "train")
+    indices, images = ImageDataset(source, (32, 32)).__getitems__([4, 1])
+    assert indices.tolist() == [4, 1] and images.shape == (2, 3, 32, 32)
+    assert np.array_equal(images[0], decode_image(source.read(4), (32, 32)))
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:40], lambda data: b"GIF89a" + bytes(50)])

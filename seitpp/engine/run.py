@@ -2,7 +2,7 @@
 
     run = Run(...)                                   # Accelerate, the output folder, the seed
     model = run.prepare(model, optimizer, ...)       # wrapped, and restored with --resume
-    for step, batch in run.train(store, order, ...):
+    for step, batch in run.train(dataset, order, ...):
         run.update(loss_of(batch))                   # backward, clip, lr of this step, update
     run.finish({...})                                # result.json
 
@@ -19,19 +19,20 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list, set_seed, tqdm
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from seitpp import __version__, files
 from seitpp.engine import checkpoint
 from seitpp.engine.metrics import MetricsLog, matmul_rate
 from seitpp.errors import UserError
-from seitpp.store import TokenStore
-from seitpp.tokens.dataset import Batch, BatchOrder, training_loader
+from seitpp.tokens.dataset import BatchOrder, training_loader
 
 # Settings that say where and how a run is watched, not what it computes: a resumed run may change them.
 FREE_SETTINGS = {"out", "resume", "overwrite", "accumulation", "workers", "log_steps", "trackers"}
@@ -143,17 +144,18 @@ class Run:
         return self.model
 
     def train(
-        self, store: TokenStore, order: BatchOrder, steps: int, checkpoint_steps: int
-    ) -> Iterator[tuple[int, Batch]]:
+        self, dataset: Dataset, order: BatchOrder, steps: int, checkpoint_steps: int
+    ) -> Iterator[tuple[int, Any]]:
         """(step, this process's share of a micro-batch), from where the run stands up to `steps` updates.
 
-        A checkpoint is published every `checkpoint_steps` updates and at the end. Between two items, the caller
-        must call `update` once.
+        `dataset` makes a batch, a thing with `to(device)`, of a list of indices (`__getitems__`). A checkpoint is
+        published every `checkpoint_steps` updates and at the end. Between two items, the caller must call `update`
+        once.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         self._check_shares(order.batch_size, ranks)
         loader = training_loader(
-            store, order, range(self.step, steps), rank, ranks, self.accumulation, self.workers
+            dataset, order, range(self.step, steps), rank, ranks, self.accumulation, self.workers
         )
         self.checkpoint_steps, self.steps, self.order = checkpoint_steps, steps, order
         rate = matmul_rate(self.device, self._compute_dtype()) * ranks if self.flops_per_image else None

@@ -15,7 +15,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from seitpp.errors import UserError
 
@@ -197,6 +200,31 @@ def decode_image(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{sample.name}: cannot be read as an image ({error})") from error
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+class Pixels(NamedTuple):
+    """Decoded images: `indices` (B,) int64 in the source, `images` (B, 3, height, width) uint8."""
+
+    indices: Tensor
+    images: Tensor
+
+    def to(self, device: torch.device) -> "Pixels":
+        """The same batch on another device; the copy does not wait for it."""
+        return Pixels(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class ImageDataset(Dataset):
+    """A source as a torch dataset that is asked for whole batches, every image resized to `size` (height, width)."""
+
+    def __init__(self, source: ImageSource, size: tuple[int, int]):
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: list[int]) -> Pixels:
+        images = [decode_image(self.source.read(index), self.size) for index in indices]
+        return Pixels(torch.tensor(indices), torch.from_numpy(np.stack(images)))
 
 
 def _tar_images(path: Path) -> list[tuple[Path, int, int, str, tuple[int, int] | None]]:

@@ -83,26 +83,29 @@ class _Shares(Sampler):
 
 
 def training_loader(
-    store: TokenStore, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int, workers: int
+    dataset: Dataset, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int, workers: int
 ) -> DataLoader:
-    """A loader of `Batch`es: this rank's micro-batches of `steps`, one after the other, across epochs."""
-    return _loader(store, _Shares(order, steps, rank, ranks, accumulation), workers)
+    """A loader of this rank's micro-batches of `steps`, one after the other, across epochs.
+
+    `dataset` makes a whole batch of a list of indices (`__getitems__`).
+    """
+    return _loader(dataset, _Shares(order, steps, rank, ranks, accumulation), workers)
 
 
 def evaluation_loader(store: TokenStore, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:
     """A loader of `Batch`es: every image of a split once, rank r takes the images r, r + ranks, ..."""
     indices = np.arange(rank, len(store), ranks)
     batches = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
-    return _loader(store, batches, workers)
+    return _loader(TokenDataset(store), batches, workers)
 
 
 def _already_a_batch(batch: Batch) -> Batch:
     return batch
 
 
-def _loader(store: TokenStore, batches: Sampler | list[list[int]], workers: int) -> DataLoader:
+def _loader(dataset: Dataset, batches: Sampler | list[list[int]], workers: int) -> DataLoader:
     return DataLoader(
-        TokenDataset(store),
+        dataset,
         batch_sampler=batches,
         collate_fn=_already_a_batch,
         num_workers=workers,
