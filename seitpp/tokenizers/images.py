@@ -214,7 +214,7 @@ class Pixels(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """A source as a torch dataset that is asked for whole batches, every image resized to `size` (height, width)."""
+    """A source as a torch dataset that makes whole batches, every image resized to `size` (height, width)."""
 
     def __init__(self, source: ImageSource, size: tuple[int, int]):
         self.source, self.size = source, size
