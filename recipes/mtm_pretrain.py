@@ -14,7 +14,7 @@ pictures, and result.json into --out. Does not fine-tune: the weights are for re
 import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -65,7 +65,7 @@ class Config:
     base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    precision: str = "bf16"
+    precision: Literal["no", "bf16"] = "bf16"
     accumulation: int = 1
     workers: int = 8
     checkpoint_epochs: float = 1
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(model, config.weight_decay, config.betas)
     model = run.prepare(
-        model, optimizer, train.fingerprint, lr=lambda step: warmup_cosine(step, steps, warmup, peak)
+        model, optimizer, order, train.fingerprint, lr=lambda step: warmup_cosine(step, steps, warmup, peak)
     )
     run.print(
         f"{config}\n{view}\n"
@@ -161,7 +161,7 @@ def main(config: Config) -> None:
 
     # 6. Training.
     model.train()
-    for step, batch in run.train(TokenDataset(train), order, steps, checkpoint_steps):
+    for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         ids = view(batch.ids, keys)
         ratio = mask_ratio(config.seed, step)

@@ -11,6 +11,7 @@ result.json into --out. Trains nothing but the linear probe.
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from seitpp import TokenStore
 from seitpp.augment import EvalView
@@ -33,7 +34,7 @@ class Config:
     overwrite: bool = False
     preset: str = "published"
     seed: int = 0
-    precision: str = "bf16"
+    precision: Literal["no", "bf16"] = "bf16"
 
 
 PRESETS = {"published": Config()}

@@ -185,6 +185,7 @@ def test_bad_command_lines_are_refused() -> None:
         (["mtm_pretrain", "smok"], ["unknown preset 'smok'", "did you mean smoke?"]),
         (["mtm_pretrain", "smoke", "--batchsize", "3"], ["unknown flag --batchsize", "--batch-size"]),
         (["mtm_pretrain", "smoke", "--trackers", "no_such_tracker"], ["no_such_tracker", "seitpp[trackers]"]),
+        (["mtm_pretrain", "smoke", "--accumulation", "3"], ["global batch 128", "3 accumulation steps"]),
         (["probe"], ["--checkpoint"]),
     )
 

@@ -2,7 +2,7 @@
 
     run = Run(...)                                   # Accelerate, the output folder, the seed
     model = run.prepare(model, optimizer, ...)       # wrapped, and restored with --resume
-    for step, batch in run.train(dataset, order, ...):
+    for step, batch in run.train(dataset, ...):
         run.update(loss_of(batch))                   # backward, clip, lr of this step, update
     run.finish({...})                                # result.json
 
@@ -46,9 +46,9 @@ class Run:
     """One training run under Accelerate, on any number of processes.
 
     `name` names the run's default folder, runs/NAME; `out` another one. `settings` is the resolved config, which
-    is stored and compared on resume. `precision` is Accelerate's ("no", "bf16", "fp16"). Raises RunError for a
-    folder that is not empty (unless `resume` or `overwrite`), a run that is not there or differs (with
-    `resume`), or a tracker that is not installed.
+    is stored and compared on resume. `precision` is "no" (fp32) or "bf16". Raises RunError for a folder that is
+    not empty (unless `resume` or `overwrite`), a run that is not there or differs (with `resume`), or a tracker
+    that is not installed.
     """
 
     def __init__(
@@ -120,15 +120,18 @@ class Run:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        order: BatchOrder,
         store: str,
         lr: Callable[[int], float],
         clip: float | None = None,
     ) -> nn.Module:
         """Wrap the model for this launch and, with --resume, restore the newest whole checkpoint.
 
-        `store` is the fingerprint of the training data; `lr` gives the learning rate of each update; `clip` is the
-        largest gradient norm. Raises CheckpointError for a checkpoint of another model or store.
+        `order` says which images a batch holds; `store` is the fingerprint of the training data; `lr` gives the
+        learning rate of each update; `clip` is the largest gradient norm. Raises RunError if the processes do not
+        divide the batch, CheckpointError for a checkpoint of another model or store.
         """
+        self._check_shares(order.batch_size)
         if self.resume:
             found = checkpoint.load_latest(self.out / "checkpoints")
             if found is not None:
@@ -139,13 +142,11 @@ class Run:
             self.log.keep_until(self.step)
         self.accelerator.wait_for_everyone()
         self.plain_model, self.plain_optimizer, self.lr, self.clip = model, optimizer, lr, clip
-        self.store_fingerprint = store
+        self.order, self.store_fingerprint = order, store
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model
 
-    def train(
-        self, dataset: Dataset, order: BatchOrder, steps: int, checkpoint_steps: int
-    ) -> Iterator[tuple[int, Any]]:
+    def train(self, dataset: Dataset, steps: int, checkpoint_steps: int) -> Iterator[tuple[int, Any]]:
         """(step, this process's share of a micro-batch), from where the run stands up to `steps` updates.
 
         `dataset` makes a batch, a thing with `to(device)`, of a list of indices (`__getitems__`). A checkpoint is
@@ -153,11 +154,10 @@ class Run:
         once.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self._check_shares(order.batch_size, ranks)
         loader = training_loader(
-            dataset, order, range(self.step, steps), rank, ranks, self.accumulation, self.workers
+            dataset, self.order, range(self.step, steps), rank, ranks, self.accumulation, self.workers
         )
-        self.checkpoint_steps, self.steps, self.order = checkpoint_steps, steps, order
+        self.checkpoint_steps, self.steps = checkpoint_steps, steps
         rate = matmul_rate(self.device, self._compute_dtype()) * ranks if self.flops_per_image else None
         self._matmul_rate = rate
         self.bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=1.0, smoothing=0.05)
@@ -235,7 +235,8 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _check_shares(self, batch_size: int, ranks: int) -> None:
+    def _check_shares(self, batch_size: int) -> None:
+        ranks = self.accelerator.num_processes
         if batch_size % (ranks * self.accumulation):
             raise RunError(
                 f"global batch {batch_size} on {ranks} processes x {self.accumulation} accumulation steps: "
@@ -243,7 +244,7 @@ class Run:
             )
 
     def _compute_dtype(self) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
 
     def _start_interval(self) -> None:
         self._interval_step, self._interval_start, self._waited = self.step, time.perf_counter(), 0.0
