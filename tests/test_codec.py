@@ -1,9 +1,10 @@
-"""The codec floor: exact bytes, agreement with a reference in plain integers, entropy, and damaged payloads."""
+"""The codec "ans": exact bytes, agreement with a reference in plain integers, entropy, and damaged payloads."""
 
 import subprocess
 import sys
 from binascii import crc_hqx
 
+import codec_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,60 +12,6 @@ from hypothesis import strategies as st
 
 from seitpp import codec as codecs
 from seitpp.codec import CodecError
-
-# The codec "ans" once more, from docs/format.md alone.
-
-
-def reference_check(counts: list[int], num_tokens: int, body: bytes) -> bytes:
-    table = len(counts).to_bytes(4, "little") + b"".join(count.to_bytes(8, "little") for count in counts)
-    crc = 0xFFFF
-    for byte in table + num_tokens.to_bytes(4, "little") + body:
-        crc ^= byte << 8
-        for _ in range(8):
-            crc = ((crc << 1) ^ 0x1021 if crc & 0x8000 else crc << 1) & 0xFFFF
-    return crc.to_bytes(2, "little")
-
-
-def reference_table(counts: list[int]) -> list[int]:
-    scale = float(2**24 - len(counts)) / float(sum(counts))
-    left, below = [], 0
-    for i, count in enumerate(counts):
-        left.append(int(float(below) * scale) + i)
-        below += count
-    return [*left, 2**24]
-
-
-def reference_body(counts: list[int], ids: list[int]) -> bytes:
-    if len(counts) == 1:
-        return b""
-    left, state, words = reference_table(counts), 0, []
-    for i in reversed(ids):
-        p = left[i + 1] - left[i]
-        if state >= p << 40:
-            words.append(state % 2**32)
-            state //= 2**32
-        state = (state // p << 24) + left[i] + state % p
-    while state:
-        words.append(state % 2**32)
-        state //= 2**32
-    return b"".join(word.to_bytes(4, "little") for word in words).rstrip(b"\0")
-
-
-def reference_ids(counts: list[int], body: bytes, num_tokens: int) -> list[int]:
-    body += bytes(-len(body) % 4)
-    words = [int.from_bytes(body[i : i + 4], "little") for i in range(0, len(body), 4)]
-    left, state, ids = [*reference_table(counts)], 0, []
-    while words and state < 2**32:
-        state = state * 2**32 + words.pop()
-    for _ in range(num_tokens if len(counts) > 1 else 0):
-        q = state % 2**24
-        i = int(np.searchsorted(left, q, side="right")) - 1
-        state = (left[i + 1] - left[i]) * (state >> 24) + q - left[i]
-        if state < 2**32 and words:
-            state = state * 2**32 + words.pop()
-        ids.append(i)
-    assert state == 0 and not words
-    return ids if len(counts) > 1 else [0] * num_tokens
 
 
 def zipf(num_codes: int, exponent: float) -> np.ndarray:
@@ -90,9 +37,9 @@ def test_bytes_agree_with_the_reference_and_decode(image):
     counts, ids = image
     codec = codecs.build("ans", len(counts), counts)
     payload = codec.encode(ids)
-    body = reference_body(counts.tolist(), ids.tolist())
-    assert payload == reference_check(counts.tolist(), len(ids), body) + body
-    assert reference_ids(counts.tolist(), body, len(ids)) == ids.tolist()
+    body = reference.ans_body(counts.tolist(), ids.tolist())
+    assert payload == reference.check(reference.counts_bytes(counts.tolist()), len(ids), body) + body
+    assert reference.ans_ids(counts.tolist(), body, len(ids)) == ids.tolist()
     decoded = codec.decode(payload, len(ids))
     assert decoded.dtype == np.uint16
     assert decoded.tolist() == ids.tolist()
@@ -104,7 +51,7 @@ def test_large_tables_agree_with_the_reference(num_codes):
     counts = rng.integers(0, 2**36, num_codes) * rng.integers(0, 2, num_codes)
     ids = np.append(rng.integers(0, num_codes, 500), [0, num_codes - 1])
     codec = codecs.build("ans", num_codes, counts)
-    assert codec.encode(ids)[2:] == reference_body(counts.tolist(), ids.tolist())
+    assert codec.encode(ids)[2:] == reference.ans_body(counts.tolist(), ids.tolist())
     assert (codec.decode(codec.encode(ids), len(ids)) == ids).all()
 
 
@@ -133,7 +80,7 @@ def test_golden_payloads(num_codes, num_tokens):
 
 def test_example_of_the_format_page():
     codec = codecs.build("ans", 3, [2, 1, 1])
-    assert reference_table([2, 1, 1]) == [0, 8388607, 12582911, 16777216]
+    assert reference.left([2, 1, 1]) == [0, 8388607, 12582911, 16777216]
     assert codec.encode(np.array([0, 1, 2, 0])) == bytes.fromhex("851e03004005")
 
 
@@ -256,7 +203,7 @@ def test_the_table_of_another_store_is_refused(payload):
 
 def forge(codec, body: bytes, num_tokens: int) -> bytes:
     """A payload whose check is right: what a hostile writer can make."""
-    return codec._check(body, num_tokens).to_bytes(2, "little") + body
+    return codec._seal.close(body, num_tokens)
 
 
 @pytest.mark.parametrize("num_codes", [1, 2, 3, 391])

@@ -1,16 +1,19 @@
 """The offline tokenizer and the embedded digits, on real images: digits and scikit-learn's photographs."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from seitpp import TokenStore, tokenizers
-from seitpp.tokenizers import PatchKMeans, TokenizerError
+from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, base, nearest
 from seitpp.tokens.digits import digits, digits_images
 
 
@@ -91,6 +94,26 @@ def test_bad_input_is_named(tokenizer, tmp_path) -> None:
         tokenizers.load(tmp_path / "broken")
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"num_codes": 2**40}, r"header wants codebook of \(1099511627776, 32\)"),
+        ({"patch": 2**20, "image_size": [2**20, 2**20]}, r"header wants mean of \(3298534883328,\)"),
+        ({"patch": 0}, "expected positive integers"),
+        ({"code_dim": 32.0}, "expected positive integers"),
+        ({"image_size": "64"}, "expected positive integers"),
+        ({"kind": "other"}, "holds no tokenizer that we know"),
+        ({"colour": 1}, "not the spec of a tokenizer"),
+        (None, "its header holds None"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_allocating(tokenizer, tmp_path, header, message) -> None:
+    spec = None if header is None else {**tokenizer.description()["spec"], **header}
+    save_file(tokenizer.state_dict(), tmp_path / "bad", {"tokenizer": json.dumps(spec)})
+    with pytest.raises(TokenizerError, match=message):
+        tokenizers.load(tmp_path / "bad")
+
+
 def test_the_split_of_the_digits_never_changes() -> None:
     (train, train_labels), (validation, labels) = digits_images("train"), digits_images("validation")
     assert train.shape == (1437, 3, 8, 8) and validation.shape == (360, 3, 8, 8)
@@ -130,3 +153,133 @@ def test_stored_digits_are_those_of_the_tokenizer() -> None:
         assert store.tokenizer["fingerprint"] == tokenizer.fingerprint
     assert np.array_equal(store.codebook, tokenizer.codebook.numpy())
     assert store.class_names == [str(digit) for digit in range(10)]
+
+
+# --- the protocol: lookups, ids, compact copies, the spec, usage
+
+
+def test_nearest_is_the_nearest_in_any_chunks(monkeypatch) -> None:
+    maps, codebook = torch.randn(2, 5, 6, 7), torch.randn(40, 5) * torch.rand(40, 1) * 3
+    vectors = maps.permute(0, 2, 3, 1).double()
+    by_distance = torch.cdist(vectors.flatten(0, 2), codebook.double()).argmin(dim=1).view(2, 6, 7)
+    by_direction = torch.cosine_similarity(vectors.unsqueeze(-2), codebook.double(), dim=-1).argmax(dim=-1)
+    assert not torch.equal(by_distance, by_direction)
+    for cells in (base.LOOKUP_CELLS, 1, 100):
+        monkeypatch.setattr(base, "LOOKUP_CELLS", cells)
+        assert torch.equal(nearest(maps, codebook, "euclidean"), by_distance)
+        assert torch.equal(nearest(maps, codebook), by_direction)
+    assert nearest(maps, codebook[:1].repeat(3, 1), "euclidean").unique().tolist() == [0]  # equals: smallest id
+
+
+TF32_SETTINGS = """
+import torch
+from seitpp.tokenizers.base import full_precision
+{set}
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    with full_precision(torch.device("cpu")):
+        assert {off}
+        assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_autocast_enabled("cpu")
+assert {on}
+"""
+LEGACY = "torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32"
+NEW = "torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "set": "torch.set_float32_matmul_precision('high')",
+            "off": f"({LEGACY}) == (False, False)",
+            "on": f"torch.get_float32_matmul_precision() == 'high' and ({LEGACY}) == (True, True)",
+        },
+        {
+            "set": "torch.backends.fp32_precision = 'tf32'",
+            "off": f"({NEW}) == ('ieee', 'ieee')",
+            "on": f"({NEW}) == ('tf32', 'tf32')",
+        },
+    ],
+)
+def test_full_precision_leaves_the_settings_as_they_were(settings) -> None:
+    # In a process of its own: torch refuses to mix its old and its new settings, even one after the other.
+    subprocess.run([sys.executable, "-c", TF32_SETTINGS.format(**settings)], check=True)
+
+
+def test_lookup_compiles_into_one_graph() -> None:
+    maps, codebook = torch.randn(2, 5, 6, 7), torch.randn(40, 5)
+    compiled = torch.compile(nearest, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(maps, codebook), nearest(maps, codebook))
+
+
+def test_a_compact_copy_keeps_the_used_codes_by_frequency(tokenizer, photographs) -> None:
+    images = photographs[0][:6]
+    ids = tokenizer.encode(images)
+    counts = tokenizers.code_counts(ids, 128)
+    compact = tokenizer.compact(counts)
+    used = int((counts > 0).sum())
+    assert compact.spec.num_codes == used < 128 and compact.codebook.shape == (used, 32)
+    fewer = compact.encode(images)
+    assert (torch.bincount(fewer.flatten(), minlength=used).diff() <= 0).all()
+    assert torch.equal(compact.codebook[fewer], tokenizer.codebook[ids])
+    assert torch.equal(compact.decode(fewer), tokenizer.decode(ids))
+    assert tokenizer.codebook.shape == (128, 32)
+    ties = tokenizer.compact(torch.tensor([0, 3, 3, 7, *[0] * 124]))
+    assert torch.equal(ties.codebook, tokenizer.codebook[[3, 1, 2]])
+    for bad in (torch.zeros(128), torch.ones(127), -torch.ones(128)):
+        with pytest.raises(TokenizerError, match=r"expected \(128,\), none negative, not all zero"):
+            tokenizer.compact(bad)
+
+
+def test_ids_to_decode_are_checked(tokenizer) -> None:
+    for ids, message in (
+        (torch.full((1, 8, 8), 128), "ids 128 to 128 .*expected 0 to 127"),
+        (torch.full((1, 8, 8), -1), "ids -1 to -1 .*expected 0 to 127"),
+        (torch.zeros(1, 8, 8), "dtype torch.float32"),
+        (torch.zeros(8, 8, dtype=torch.long), r"expected \(B, H, W\)"),
+    ):
+        with pytest.raises(TokenizerError, match=message):
+            tokenizer.decode(ids)
+    ids = torch.randint(128, (2, 8, 8))
+    assert torch.equal(tokenizer.decode(ids.to(torch.uint16)), tokenizer.decode(ids))
+
+
+def test_the_spec_travels_as_json(tokenizer) -> None:
+    description = json.loads(json.dumps(tokenizer.description()))
+    assert TokenizerSpec.from_json(description["spec"]) == tokenizer.spec
+    older = {key: description["spec"][key] for key in ("kind", "image_size", "patch", "num_codes", "code_dim")}
+    assert TokenizerSpec.from_json(older) == tokenizer.spec
+    with pytest.raises(TokenizerError, match="not the spec of a tokenizer"):
+        TokenizerSpec.from_json({**older, "colour": "red"})
+    with pytest.raises(TokenizerError, match="lookup 'manhattan'"):
+        TokenizerSpec.from_json({**older, "lookup": "manhattan"})
+
+
+def test_the_fingerprint_tells_specs_and_tensors_apart(tokenizer) -> None:
+    other = PatchKMeans(replace(tokenizer.spec, mean=(0.5, 0.5, 0.5)))
+    other.load_state_dict(tokenizer.state_dict())
+    assert other.fingerprint != tokenizer.fingerprint
+    other.spec = tokenizer.spec
+    assert other.fingerprint == tokenizer.fingerprint
+    other.codebook[0, 0] += 1
+    assert other.fingerprint != tokenizer.fingerprint
+    assert other.bfloat16().fingerprint != tokenizer.fingerprint
+
+
+def test_usage_counts_and_warns() -> None:
+    counts = tokenizers.code_counts(torch.tensor([[0, 0], [1, 1]]), 3)
+    assert counts.tolist() == [2, 2, 0]
+    report = tokenizers.usage(counts)
+    assert report.used == 2 and report.perplexity == pytest.approx(2.0)
+    assert str(report) == "2 of 3 codes used (67%), perplexity 2.0"
+    with pytest.warns(UserWarning, match="1 of 3 codes used"):
+        assert tokenizers.usage(torch.tensor([0, 9, 0])).perplexity == pytest.approx(1.0)
+
+
+def test_only_dead_codes_are_restarted() -> None:
+    codebook, vectors = torch.zeros(4, 2), torch.arange(20.0).view(10, 2) + 1
+    counts = torch.tensor([1000, 1000, 10, 9])  # the mean is 504.75, 2 % of it 10.1
+    generator = torch.Generator().manual_seed(0)
+    assert tokenizers.restart_dead_codes(codebook, counts, vectors, generator) == 2
+    assert (codebook[:2] == 0).all()
+    assert all((vectors == row).all(dim=1).any() for row in codebook[2:])

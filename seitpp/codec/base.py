@@ -70,3 +70,16 @@ def check_counts(counts: Sequence[int] | np.ndarray | None, num_codes: int) -> n
             f"expected no negative count and a sum of 1 .. {MAX_COUNT_SUM - 1}"
         )
     return counts.astype(np.int64)
+
+
+def counts_bytes(counts: np.ndarray) -> bytes:
+    """(num_codes,) counts as checks cover them: num_codes as u32, then each count as u64, little-endian."""
+    return len(counts).to_bytes(4, "little") + counts.astype("<u8").tobytes()
+
+
+def check_below(ids: np.ndarray, num_codes: int) -> None:
+    """Raises CodecError naming the first of the decoded `ids` that is no code."""
+    wrong = ids >= num_codes
+    if wrong.any():
+        token = int(wrong.argmax())
+        raise CodecError(f"token {token}: id {ids[token]}, expected 0 .. {num_codes - 1}: damaged")

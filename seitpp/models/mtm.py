@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from seitpp import files
 from seitpp.errors import UserError
-from seitpp.models.vit import PATCH, NormLayer, sincos_positions
+from seitpp.models.vit import PATCH, NormLayer
+from seitpp.tokenizers.transformer import sincos_positions
 
 
 class MaskPlan(NamedTuple):

@@ -13,8 +13,6 @@
 
 from functools import partial
 
-import torch
-from einops import repeat
 from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -42,22 +40,6 @@ class TokenEmbed(PatchEmbed):
         ids = ids.squeeze(1) if ids.ndim == 4 else ids
         vectors = self.token_drop(self.token_norm(self.token_emb(ids)))
         return super().forward(vectors.permute(0, 3, 1, 2))
-
-
-def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D positions of a grid (H, W), row by row: (H W, width) float32.
-
-    The first half of the channels encodes the column, the second the row; in each half sines, then cosines,
-    base 10000. Raises ValueError unless `width` is a multiple of 4.
-    """
-    if width % 4:
-        raise ValueError(f"width {width} for 2-D sin-cos positions: expected a multiple of 4")
-    bands = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = (torch.arange(side, dtype=torch.float64).outer(bands) for side in grid)
-    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (rows, columns))
-    by_row = repeat(rows, "h c -> (h w) c", w=grid[1])
-    by_column = repeat(columns, "w c -> (h w) c", h=grid[0])
-    return torch.cat([by_column, by_row], dim=1).float()
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,6 +1,26 @@
 """Images <-> ids: vector-quantizing tokenizers behind one protocol."""
 
+from seitpp.tokenizers import adapters
 from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, nearest
-from seitpp.tokenizers.patch_kmeans import PatchKMeans, load
+from seitpp.tokenizers.counts import Usage, code_counts, restart_dead_codes, usage
+from seitpp.tokenizers.loading import load
+from seitpp.tokenizers.patch_kmeans import PatchKMeans
+from seitpp.tokenizers.refined import RefinedPatchKMeans, refine
+from seitpp.tokenizers.vit_vqgan import ViTVQGAN
 
-__all__ = ["PatchKMeans", "Tokenizer", "TokenizerError", "TokenizerSpec", "load", "nearest"]
+__all__ = [
+    "PatchKMeans",
+    "RefinedPatchKMeans",
+    "Tokenizer",
+    "TokenizerError",
+    "TokenizerSpec",
+    "Usage",
+    "ViTVQGAN",
+    "adapters",
+    "code_counts",
+    "load",
+    "nearest",
+    "refine",
+    "restart_dead_codes",
+    "usage",
+]

@@ -3,26 +3,35 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seitpp.errors import UserError
+
 # Cells of the token x code similarity matrix that are held at once: 64 MiB in fp32.
 LOOKUP_CELLS = 1 << 24
+LOOKUPS = ("cosine", "euclidean")
 
 
-class TokenizerError(ValueError):
-    """A tokenizer file or an image that this tokenizer cannot work with."""
+class TokenizerError(UserError):
+    """A tokenizer file, an image or ids that a tokenizer cannot work with."""
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
     """The facts of a tokenizer that travel with the tokens (as JSON in `tokens.json`).
 
-    `image_size` is the exact (height, width) in pixels that images are resized to (bicubic, aspect ratio
-    not kept); one token covers `patch` x `patch` pixels.
+    Images are resized to exactly `image_size` = (height, width) pixels with the `resize` filter, antialiased,
+    aspect ratio not kept; the network is given (image - mean) / std for an image in [0, 1], one number a
+    channel. One token covers `patch` x `patch` pixels and is the id of the nearest of `num_codes` codes with
+    `code_dim` numbers each, by `lookup`: "cosine" (both sides L2-normalised) or "euclidean".
     """
 
     kind: str
@@ -30,31 +39,95 @@ class TokenizerSpec:
     patch: int
     num_codes: int
     code_dim: int
+    lookup: str = "cosine"
+    resize: str = "bicubic"
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        if self.lookup not in LOOKUPS:
+            raise TokenizerError(f"lookup {self.lookup!r} of the {self.kind} tokenizer: expected one of {LOOKUPS}")
+        sizes = (*self.image_size, self.patch, self.num_codes, self.code_dim)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise TokenizerError(f"sizes of the {self.kind} tokenizer are {sizes}: expected positive integers")
+        if any(side % self.patch for side in self.image_size):
+            raise TokenizerError(
+                f"image_size {self.image_size} of the {self.kind} tokenizer is not a multiple of patch "
+                f"{self.patch}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
         """(H, W) tokens of an image."""
         return self.image_size[0] // self.patch, self.image_size[1] // self.patch
 
+    @classmethod
+    def from_json(cls, values: Mapping) -> "TokenizerSpec":
+        """The spec that `asdict` and JSON made `values` of. Raises TokenizerError for other values."""
+        try:
+            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        except TypeError as error:
+            raise TokenizerError(f"not the spec of a tokenizer: {dict(values)} ({error})") from error
 
-def nearest(maps: Tensor, codebook: Tensor) -> Tensor:
-    """Ids of the codes with the largest cosine similarity to each vector.
 
-    `maps` (B, D, H, W) float, `codebook` (K, D) float -> (B, H, W) int64. Both sides are L2-normalised
-    (SeiT release). Always fp32, since half precision changes ids, and in chunks, so that the token x
-    code matrix stays bounded. Equal similarities give the smallest id.
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast and TF32 off: half precision changes ids (fp16 0.2 % of them, bf16 1.9 %)."""
+    if torch.compiler.is_compiling():  # a graph cannot change the TF32 flags
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    before = _tf32_settings()
+    _set_tf32(("ieee", "ieee") if isinstance(before[0], str) else (False, False))
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        _set_tf32(before)
+
+
+def _tf32_settings() -> tuple:
+    """Both settings, by the older names unless somebody has used the newer ones: torch refuses a mix."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+
+def _set_tf32(settings: tuple) -> None:
+    matmul, convolution = settings
+    if isinstance(matmul, str):
+        torch.backends.cuda.matmul.fp32_precision = matmul
+        torch.backends.cudnn.conv.fp32_precision = convolution
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def nearest(maps: Tensor, codebook: Tensor, lookup: str = "cosine") -> Tensor:
+    """Ids of the code nearest to each vector.
+
+    `maps` (B, D, H, W) float, `codebook` (K, D) float -> (B, H, W) int64. "cosine": the largest cosine
+    similarity, both sides L2-normalised (SeiT release); "euclidean": the smallest distance. Always fp32, since
+    half precision changes ids, and in chunks, so that the token x code matrix stays bounded. Among equals the
+    smallest id.
     """
     batch, dim, height, width = maps.shape
-    with torch.autocast(maps.device.type, enabled=False):
-        vectors = F.normalize(maps.detach().float().permute(0, 2, 3, 1).reshape(-1, dim), dim=1)
-        rows = F.normalize(codebook.detach().float(), dim=1)
+    with full_precision(maps.device):
+        vectors = maps.detach().float().permute(0, 2, 3, 1).reshape(-1, dim)
+        rows = codebook.detach().float()
+        if lookup == "cosine":
+            vectors, rows = F.normalize(vectors, dim=1), F.normalize(rows, dim=1)
+            offsets = rows.new_zeros(())
+        else:  # |z - c|^2 is smallest where z c - |c|^2 / 2 is largest; |z|^2 would only cost digits
+            offsets = rows.square().sum(dim=1) / -2
         chunks = vectors.split(max(1, LOOKUP_CELLS // len(rows)))
-        ids = torch.cat([(chunk @ rows.T).argmax(dim=1) for chunk in chunks])
+        ids = torch.cat([torch.addmm(offsets, chunk, rows.T).argmax(dim=1) for chunk in chunks])
     return ids.view(batch, height, width)
 
 
 class Tokenizer(nn.Module, ABC):
-    """Base of all tokenizers; a subclass gives `features` and `decode` and a `codebook` buffer.
+    """Base of all tokenizers. A subclass has `codebook` (K, D) float and gives `features`, `_pixels`, `_keep`.
 
     Images are (B, 3, height, width) float in [0, 1]; ids are (B, H, W) int64 in [0, K).
     """
@@ -65,22 +138,47 @@ class Tokenizer(nn.Module, ABC):
         super().__init__()
         self.spec = spec
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; the lookup is fp32 all the same."""
+        return next(t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
+
     def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, any, any) in [0, 1] -> (B, 3, *image_size) in [0, 1], bicubic and antialiased."""
-        resized = F.interpolate(images, self.spec.image_size, mode="bicubic", antialias=True)
+        """(B, 3, any, any) in [0, 1] -> (B, 3, *image_size) in [0, 1], resized and antialiased."""
+        resized = F.interpolate(images, self.spec.image_size, mode=self.spec.resize, antialias=True)
         return resized.clamp(0, 1)
+
+    def set_image_size(self, size: int | tuple[int, int]) -> None:
+        """Tokenize images of another size, an int or (height, width), from now on.
+
+        Raises TokenizerError unless it is a multiple of the patch.
+        """
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        self.spec = replace(self.spec, image_size=size)
+
+    def model_input(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] -> what the network is given: (images - mean) / std, in its dtype."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))
+        return ((images - mean) / std).to(self.dtype)
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Preprocessed images -> unquantized map (B, D, H, W)."""
 
     @abstractmethod
-    def decode(self, ids: Tensor) -> Tensor:
-        """Ids (B, H, W) -> images (B, 3, *image_size) in [0, 1]."""
+    def _pixels(self, ids: Tensor) -> Tensor:
+        """Ids (B, H, W) int64 in [0, K) -> images (B, 3, height, width) around [0, 1]."""
+
+    @abstractmethod
+    def _keep(self, ids: Tensor) -> None:
+        """Keep the codes `ids` (K',) int64 only, in this order."""
 
     def quantize(self, maps: Tensor) -> Tensor:
         """Map (B, D, H, W) -> ids (B, H, W) int64."""
-        return nearest(maps, self.codebook)
+        return nearest(maps, self.codebook, self.spec.lookup)
+
+    def _ids(self, images: Tensor) -> Tensor:
+        return self.quantize(self.features(images))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -91,16 +189,69 @@ class Tokenizer(nn.Module, ABC):
                 f"images of shape {tuple(images.shape)} given to the {self.spec.kind} tokenizer, expected "
                 f"(B, 3, {height}, {width}): pass them through its preprocess() first"
             )
-        return self.quantize(self.features(images))
+        with full_precision(images.device):
+            return self._ids(images)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids (B, H, W) of any integer dtype -> images (B, 3, height, width) float32 in [0, 1].
+
+        Raises TokenizerError for ids of another shape or dtype, or outside [0, K).
+        """
+        checked = check_ids(ids, self.spec.num_codes, f"the {self.spec.kind} tokenizer")
+        if ids.ndim != 3:
+            raise TokenizerError(f"ids of shape {tuple(ids.shape)} to decode, expected (B, H, W)")
+        with full_precision(ids.device):
+            return self._pixels(checked).float().clamp(0, 1)
+
+    def compact(self, counts: Tensor) -> "Tokenizer":
+        """A copy with the used codes only, re-numbered by frequency: 0 the most frequent, among equals the
+        smaller old id. `counts` (K,) says how often each code was seen (`seitpp.tokenizers.code_counts`).
+
+        Ids of images that use kept codes only are the old ids re-numbered; elsewhere the nearest kept code is
+        taken. Raises TokenizerError for counts of another shape or without a used code.
+        """
+        if tuple(counts.shape) != (self.spec.num_codes,) or not (counts > 0).any() or (counts < 0).any():
+            raise TokenizerError(
+                f"counts of shape {tuple(counts.shape)} with sum {counts.sum().item()} for a tokenizer of "
+                f"{self.spec.num_codes} codes: expected ({self.spec.num_codes},), none negative, not all zero"
+            )
+        kept = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+        other = deepcopy(self)
+        other.spec = replace(self.spec, num_codes=len(kept))
+        other._keep(kept.to(self.codebook.device))
+        return other
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the spec and every tensor, as hex: equal exactly when the tokens are."""
-        digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
+        """SHA-256 over the spec and every tensor, as hex: equal exactly when the tokens are.
+
+        Facts at their default are left out, so that a fact added to the spec changes no older fingerprint.
+        """
+        facts = {
+            field.name: value
+            for field in fields(self.spec)
+            if (value := getattr(self.spec, field.name)) != field.default or field.default is MISSING
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + data.numpy().tobytes())
         return digest.hexdigest()
 
     def description(self) -> dict:
         """What a store keeps about its tokenizer: fingerprint and spec, JSON-able."""
         return {"fingerprint": self.fingerprint, "spec": asdict(self.spec)}
+
+
+def check_ids(ids: Tensor, num_codes: int, whose: str) -> Tensor:
+    """Ids of any shape as int64. Raises TokenizerError naming `whose` unless they are integers in [0, K)."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TokenizerError(f"ids of dtype {ids.dtype} of {whose}: expected integers")
+    ids = ids.long()
+    low, high = (ids.min().item(), ids.max().item()) if ids.numel() else (0, 0)
+    if low < 0 or high >= num_codes:
+        raise TokenizerError(
+            f"ids {low} to {high} of {whose}, expected 0 to {num_codes - 1}: are they of another tokenizer?"
+        )
+    return ids

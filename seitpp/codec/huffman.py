@@ -1,0 +1,110 @@
+"""Canonical Huffman code of the ids: the second stage of SeiT's storage, here without the first.
+
+The paper puts Huffman after the escape code. Over the ids themselves it is never longer, since an escaped id
+then has one code word and not two, and it works for any number of codes. Decoding looks up the length of the
+code word at every bit of the body at once; only the walk from word to word is one step a token.
+"""
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+
+from seitpp.codec.base import CodecError, check_counts, check_ids, check_num_codes, counts_bytes
+from seitpp.codec.seal import Seal
+
+# No code word is longer: every weight is at least 2^-22 of their sum, and a word of n bits needs a sum of at
+# least the (n + 1)-th Fibonacci number times the smallest weight.
+WINDOW = 32
+
+
+class HuffmanCodec:
+    """One code word for each code, made of integer counts; a code that never occurred has one, too."""
+
+    name = "huffman"
+
+    def __init__(self, num_codes: int, counts: Sequence[int] | np.ndarray | None) -> None:
+        """counts: (num_codes,) integers >= 0, not all zero. Raises ValueError otherwise."""
+        check_num_codes(num_codes)
+        counts = check_counts(counts, num_codes)
+        self.num_codes = num_codes
+        self._seal = Seal(counts_bytes(counts))
+        self._lengths = word_lengths(counts)
+        # Codes from the shortest word to the longest; their words, filled up to WINDOW bits, ascend.
+        self._order = np.argsort(self._lengths, kind="stable")
+        sizes = np.int64(1) << (WINDOW - self._lengths[self._order])
+        starts = np.cumsum(sizes) - sizes
+        self._words = np.empty(num_codes, ">u4")
+        self._words[self._order] = starts
+        # Of each length that occurs: the first window that starts with such a word, and that word's rank.
+        self._steps, self._ranks = np.unique(self._lengths[self._order], return_index=True)
+        self._first = starts[self._ranks]
+
+    def encode(self, ids: np.ndarray) -> bytes:
+        """Payload of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
+        ids = check_ids(ids, self.num_codes)
+        bits = np.unpackbits(self._words[ids].view(np.uint8)).reshape(-1, WINDOW)
+        used = np.arange(WINDOW) < self._lengths[ids, None]
+        return self._seal.close(np.packbits(bits[used]).tobytes(), ids.size)
+
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
+        """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
+        body = self._seal.open(data, num_tokens)
+        if self.num_codes == 1:
+            if body:
+                raise CodecError("payload is not canonical: a lone code takes no bits")
+            return np.zeros(num_tokens, np.uint16)
+        windows = _windows(body)
+        kinds = np.searchsorted(self._first, windows, side="right") - 1
+        places, end = _walk(self._steps[kinds].tolist(), num_tokens)
+        if end > 8 * len(body):
+            raise CodecError(f"body of {len(body)} bytes ends in token {num_tokens - 1}: truncated")
+        if end <= 8 * len(body) - 8 or windows[end:].any():
+            raise CodecError(f"payload holds more than {num_tokens} tokens")
+        kinds = kinds[places]
+        ranks = (windows[places] - self._first[kinds]) >> (WINDOW - self._steps[kinds])
+        return self._order[self._ranks[kinds] + ranks].astype(np.uint16)
+
+
+def word_lengths(counts: np.ndarray) -> np.ndarray:
+    """(num_codes,) int64 lengths of the code words, 0 for a lone code.
+
+    The two lightest nodes are joined until one is left; of equal ones first the code with the smaller id, then
+    the node that was made first.
+    """
+    num_codes = len(counts)
+    weights = np.maximum(counts, max(1, int(counts.sum()) >> 20)).tolist()
+    heap = list(zip(weights, range(num_codes), strict=True))
+    heapify(heap)
+    parents = [0] * (2 * num_codes - 1)
+    for node in range(num_codes, 2 * num_codes - 1):
+        (light, first), (heavy, second) = heappop(heap), heappop(heap)
+        parents[first] = parents[second] = node
+        heappush(heap, (light + heavy, node))
+    depths = [0] * (2 * num_codes - 1)
+    for node in reversed(range(2 * num_codes - 2)):
+        depths[node] = depths[parents[node]] + 1
+    return np.array(depths[:num_codes], np.int64)
+
+
+def _windows(body: bytes) -> np.ndarray:
+    """(8 * len(body),) int64: the WINDOW bits that start at each bit of the body, zeros after its end."""
+    padded = np.frombuffer(body + bytes(4), np.uint8).astype(np.int64)
+    size = len(body)
+    five = np.zeros(size, np.int64)
+    for i in range(5):
+        five = five << 8 | padded[i : i + size]
+    return (five[:, None] >> np.arange(8, 0, -1) & (2**WINDOW - 1)).ravel()
+
+
+def _walk(steps: list[int], num_tokens: int) -> tuple[list[int], int]:
+    """Where each token starts, and where the last one ends, given the length of the word at every bit."""
+    places, place, size = [], 0, len(steps)
+    for token in range(num_tokens):
+        if place >= size:
+            raise CodecError(
+                f"body of {size // 8} bytes ends before token {token}, expected {num_tokens}: truncated"
+            )
+        places.append(place)
+        place += steps[place]
+    return places, place

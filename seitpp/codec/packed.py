@@ -1,0 +1,39 @@
+"""Fixed width: every token takes the bits that the largest id needs. The plain baseline; needs no table."""
+
+import numpy as np
+
+from seitpp.codec.base import CodecError, check_below, check_ids, check_num_codes
+from seitpp.codec.seal import Seal
+
+
+class PackedCodec:
+    """ceil(log2 num_codes) bits a token, the highest first; a lone code takes none."""
+
+    name = "packed"
+
+    def __init__(self, num_codes: int) -> None:
+        check_num_codes(num_codes)
+        self.num_codes = num_codes
+        self._width = (num_codes - 1).bit_length()
+        self._seal = Seal(num_codes.to_bytes(4, "little"))
+
+    def encode(self, ids: np.ndarray) -> bytes:
+        """Payload of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
+        ids = check_ids(ids, self.num_codes)
+        bits = np.unpackbits(ids.astype(">u2").view(np.uint8)).reshape(-1, 16)
+        return self._seal.close(np.packbits(bits[:, 16 - self._width :]).tobytes(), ids.size)
+
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
+        """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
+        body = self._seal.open(data, num_tokens)
+        size = num_tokens * self._width
+        if len(body) != -(-size // 8):
+            raise CodecError(f"body of {len(body)} bytes, expected {-(-size // 8)} for {num_tokens} tokens")
+        flat = np.unpackbits(np.frombuffer(body, np.uint8))
+        if flat[size:].any():
+            raise CodecError("payload is not canonical: the bits after its last token are not zero")
+        bits = np.zeros((num_tokens, 16), np.uint8)
+        bits[:, 16 - self._width :] = flat[:size].reshape(num_tokens, self._width)
+        ids = np.packbits(bits).view(">u2")
+        check_below(ids, self.num_codes)
+        return ids.astype(np.uint16)

@@ -1,0 +1,127 @@
+"""The learned table of the codec "context" and its bytes; docs/format.md, "Table of the codec context"."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from seitpp.codec.base import MAX_CODES, CodecError
+
+MAX_CLASSES = 256
+# Components of a vector: bounds the table where the code dimension is large, and keeps scores in 32 bits.
+MAX_COMPONENTS = 32
+# The sum of the counts, so that weights stay below 2^53.
+MAX_SUM = 2**32 - 1
+# Kinds of steps, each with its own tables: diagonal and direct neighbours that are near, and those farther away.
+KINDS = 4
+
+
+class ContextTable(NamedTuple):
+    """Integers only. Table t = kind * classes + class; its counts are those of the keys t * K .. t * K + K - 1."""
+
+    vectors: np.ndarray  # (K, d) int8, a small copy of the codebook
+    centres: np.ndarray  # (classes, d) int8
+    static: np.ndarray  # (K,) int64, how often each code occurs
+    keys: np.ndarray  # (n,) int64 ascending, t * K + id of the ids that occur in table t
+    counts: np.ndarray  # (n,) int64 >= 1, how often they do
+
+    def weights(self) -> Iterator[np.ndarray | None]:
+        """(K,) int64 weights of each table in turn; None where nothing was counted.
+
+        Absolute discounting: every count gives up three quarters, shared out by the static table.
+        """
+        num_codes, classes = len(self.vectors), len(self.centres)
+        shares = self.static + 1
+        bounds = np.searchsorted(self.keys, np.arange(KINDS * classes + 1) * num_codes)
+        for table, (start, end) in enumerate(pairwise(bounds)):
+            if start == end:
+                yield None
+                continue
+            weights = (3 * (end - start) << 12) * shares // shares.sum()
+            weights[self.keys[start:end] - table * num_codes] += (4 * self.counts[start:end] - 3) << 12
+            yield weights
+
+    def to_bytes(self) -> bytes:
+        """The table as a store keeps it."""
+        (num_codes, components), classes = self.vectors.shape, len(self.centres)
+        tables, ids = np.divmod(self.keys, num_codes)
+        sizes = np.bincount(tables, minlength=KINDS * classes)
+        first = np.diff(tables, prepend=-1) > 0
+        gaps = np.where(first, ids, np.diff(ids, prepend=0) - 1)
+        header = b"".join(n.to_bytes(4, "little") for n in (num_codes, classes, components))
+        numbers = np.concatenate([self.static, sizes, gaps, self.counts - 1])
+        return header + self.vectors.tobytes() + self.centres.tobytes() + _to_varints(numbers)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, num_codes: int) -> "ContextTable":
+        """The inverse of `to_bytes`. Raises CodecError for anything that is no table of `num_codes` codes."""
+        claimed, classes, components = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4, 8))
+        start = 12 + (claimed + classes) * components
+        fits = 1 <= classes <= MAX_CLASSES and 1 <= components <= MAX_COMPONENTS and start <= len(data)
+        if claimed != num_codes or not fits:
+            raise CodecError(
+                f"context table of {len(data)} bytes: got {claimed} codes, {classes} classes, {components} "
+                f"components, expected {num_codes}, 1 .. {MAX_CLASSES} and 1 .. {MAX_COMPONENTS}"
+            )
+        rows = np.frombuffer(data, np.int8, start - 12, 12).reshape(-1, components)
+        numbers = _from_varints(np.frombuffer(data, np.uint8, offset=start))
+        static, sizes, rest = np.split(numbers, [num_codes, num_codes + KINDS * classes])
+        entries = int(sizes.sum())
+        if sizes.size != KINDS * classes or rest.size != 2 * entries:
+            raise CodecError(f"context table: {len(numbers)} numbers, expected another {entries} ids and counts")
+        counts = rest[entries:] + 1
+        if max(static.sum(), counts.sum()) > MAX_SUM:
+            raise CodecError(f"context table: counts of {static.sum()} and {counts.sum()} tokens, most {MAX_SUM}")
+        keys = _keys(sizes, rest[:entries], num_codes)
+        return cls(rows[:num_codes], rows[num_codes:], static, keys, counts)
+
+
+def _keys(sizes: np.ndarray, gaps: np.ndarray, num_codes: int) -> np.ndarray:
+    """Keys of tables with `sizes` ids, given the codes that are left out before each id."""
+    after = np.cumsum(gaps + 1)
+    before = np.append(0, after)[np.cumsum(sizes) - sizes]
+    ids = after - 1 - np.repeat(before, sizes)
+    if (ids >= num_codes).any():
+        raise CodecError(f"context table: id {ids.max()}, expected 0 .. {num_codes - 1}")
+    return np.repeat(np.arange(len(sizes)), sizes) * num_codes + ids
+
+
+def quantized(codebook: np.ndarray) -> np.ndarray:
+    """(K, d) int8: the directions of the rows of a (K, D) codebook, in d <= 32 principal components."""
+    rows = np.asarray(codebook, np.float64)
+    if rows.ndim != 2 or not 1 <= len(rows) <= MAX_CODES or not np.isfinite(rows).all():
+        raise ValueError(f"codebook: got {rows.shape}, expected (K, D) finite numbers, 1 .. {MAX_CODES} rows")
+    # All lookups are by cosine, so only the direction of a row counts.
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows / np.where(norms > 0, norms, 1)
+    rows = rows - rows.mean(axis=0)
+    _, axes = np.linalg.eigh(rows.T @ rows)  # eigenvalues ascending
+    vectors = rows @ axes[:, ::-1][:, :MAX_COMPONENTS]
+    largest = np.abs(vectors).max() or 1.0  # 0 where all codes are the same
+    return np.rint(vectors / largest * 127).astype(np.int8)
+
+
+def _to_varints(numbers: np.ndarray) -> bytes:
+    """LEB128: seven bits a byte, the lowest first; the high bit of all bytes but a number's last is set."""
+    shifted = numbers[:, None] >> np.arange(0, 35, 7)
+    used = shifted > 0
+    used[:, 0] = True
+    more = np.append(used[:, 1:], np.zeros((len(numbers), 1), bool), axis=1)
+    return (shifted & 127 | more << 7).astype(np.uint8)[used].tobytes()
+
+
+def _from_varints(data: np.ndarray) -> np.ndarray:
+    """(n,) int64 below 2^32. Raises CodecError if the bytes end inside a number or one is too large."""
+    last = np.flatnonzero(data < 128)
+    first = np.append(-1, last)[:-1] + 1
+    sizes = last - first + 1
+    if (data[-1:] >= 128).any() or (sizes > 5).any():
+        raise CodecError("context table: a number is cut off or longer than 5 bytes")
+    if not data.size:
+        return np.empty(0, np.int64)
+    shift = 7 * (np.arange(data.size) - np.repeat(first, sizes))
+    numbers = np.add.reduceat((data & 127).astype(np.int64) << shift, first)
+    if (numbers > MAX_SUM).any():
+        raise CodecError(f"context table: {numbers.max()}, expected at most {MAX_SUM}")
+    return numbers

@@ -1,0 +1,300 @@
+"""Tokenizers that users already have, behind our protocol: give the library's own object, get a `Tokenizer`.
+
+| class or function | for | codebook (K, D) | decodes |
+|---|---|---|---|
+| `DiffusersVQ` | diffusers `VQModel` (aMUSEd, MoVQ, ldm) | embedding rows | yes |
+| `ChameleonVQ` | transformers `ChameleonVQVAE` | embedding rows | no |
+| `Emu3VQ` | transformers `Emu3VQVAE` | embedding rows | yes |
+| `JanusVQ` | transformers `JanusVQVAE` | embedding rows, L2-normalised | yes |
+| `TamingVQ` | taming-transformers, LlamaGen and IBQ style modules | embedding rows | yes |
+| `TorchScriptVQ` | an encoder and a decoder in TorchScript (Cosmos DI8x8, DI16x16) | `fsq_codebook` | yes |
+| `from_functions` | anything else | given | if given |
+
+No library is imported: its classes come with the object. Images are in [0, 1]; the adapter converts them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, check_ids, nearest
+
+HALF = (0.5, 0.5, 0.5)  # as mean and std: [0, 1] -> [-1, 1]
+# Chameleon's own preprocessing is 0.0078 * byte - 1, not quite [-1, 1].
+CHAMELEON = (1 / (0.0078 * 255),) * 3
+COSMOS_LEVELS = (8, 8, 8, 5, 5, 5)
+
+
+class Adapter(Tokenizer):
+    """A tokenizer with somebody else's network, `model`, and the network's whole codebook, `table` (K, D).
+
+    `kept` (K',) are the codes in use, all of them until `compact`. A subclass gives `_maps`, and `_images`
+    where its library decodes.
+    """
+
+    def __init__(self, spec: TokenizerSpec, table: Tensor, model: nn.Module | None):
+        super().__init__(spec)
+        self.model = model
+        self.register_buffer("table", table.detach().float().clone())
+        self.register_buffer("kept", torch.arange(len(table), device=table.device))
+        self.eval()
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K', D) float."""
+        return self.table[self.kept]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Preprocessed images -> map (B, D, H, W), unquantized."""
+        return self._require_grid(self._maps(self.model_input(images)))
+
+    def _maps(self, inputs: Tensor) -> Tensor:
+        """What the network is given (B, 3, height, width) -> its map (B, D, H, W)."""
+        raise NotImplementedError
+
+    def _images(self, ids: Tensor) -> Tensor:
+        """Ids of the network (B, H, W) -> what it decodes (B, 3, height, width), in its own range."""
+        raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it only makes ids")
+
+    def _pixels(self, ids: Tensor) -> Tensor:
+        decoded = self._images(self.kept[ids]).float()
+        mean, std = (decoded.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))
+        return decoded * std + mean
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table).permute(0, 3, 1, 2).to(self.dtype)
+
+    def _require_grid(self, maps: Tensor) -> Tensor:
+        if tuple(maps.shape[2:]) != self.spec.grid or maps.shape[1] != self.spec.code_dim:
+            raise TokenizerError(
+                f"the {self.spec.kind} network gave a map of {tuple(maps.shape)}, expected {self.spec.code_dim} "
+                f"channels on a grid of {self.spec.grid}: is its patch not {self.spec.patch}?"
+            )
+        return maps
+
+    def _keep(self, ids: Tensor) -> None:
+        self.kept = self.kept[ids]
+
+
+class IdAdapter(Adapter):
+    """An adapter of a network that gives ids and hides its features. A subclass gives `_network_ids`.
+
+    After `compact`, an id that was not kept becomes the kept one with the nearest row.
+    """
+
+    def __init__(self, spec: TokenizerSpec, table: Tensor, model: nn.Module | None):
+        super().__init__(spec, table, model)
+        self.register_buffer("renumber", self.kept.clone())
+
+    def features(self, images: Tensor) -> Tensor:
+        """Preprocessed images -> map (B, D, H, W) of the rows that the network chose: quantized already."""
+        return F.embedding(self._checked(self.model_input(images)), self.table).permute(0, 3, 1, 2)
+
+    def _network_ids(self, inputs: Tensor) -> Tensor:
+        """What the network is given -> its ids, in any shape that holds B grids row by row."""
+        raise NotImplementedError
+
+    def _checked(self, inputs: Tensor) -> Tensor:
+        ids = check_ids(self._network_ids(inputs), len(self.table), f"the {self.spec.kind} network")
+        height, width = self.spec.grid
+        if ids.numel() != len(inputs) * height * width:
+            raise TokenizerError(
+                f"the {self.spec.kind} network gave ids of shape {tuple(ids.shape)} for {len(inputs)} images, "
+                f"expected {height} x {width} each: is its patch not {self.spec.patch}?"
+            )
+        return ids.reshape(len(inputs), height, width)
+
+    def _ids(self, images: Tensor) -> Tensor:
+        return self.renumber[self._checked(self.model_input(images))]
+
+    def _keep(self, ids: Tensor) -> None:
+        super()._keep(ids)
+        all_rows = self.table.T[None, :, :, None]
+        self.renumber = nearest(all_rows, self.codebook, self.spec.lookup).flatten()
+        self.renumber[self.kept] = torch.arange(len(self.kept), device=self.kept.device)  # also among equal rows
+
+
+class DiffusersVQ(Adapter):
+    """diffusers `VQModel`; patch from its config."""
+
+    def __init__(self, model: nn.Module, image_size: int = 256):
+        patch = 2 ** (len(model.config.block_out_channels) - 1)
+        table = model.quantize.embedding.weight
+        super().__init__(_spec("diffusers_vq", image_size, patch, table, "euclidean"), table, model)
+
+    def _maps(self, inputs: Tensor) -> Tensor:
+        return self.model.encode(inputs).latents
+
+    def _images(self, ids: Tensor) -> Tensor:
+        if not self.model.config.lookup_from_codebook:
+            return self.model.decode(self._rows(ids), force_not_quantize=True).sample
+        # With this setting (aMUSEd has it) the same method wants ids, and the shape of their rows.
+        shape = (*ids.shape, self.spec.code_dim)
+        return self.model.decode(ids, force_not_quantize=True, shape=shape).sample
+
+
+class ChameleonVQ(Adapter):
+    """transformers `ChameleonVQVAE`; patch from its config. The library has no decoder."""
+
+    def __init__(self, model: nn.Module, image_size: int = 256):
+        table = model.quantize.embedding.weight
+        spec = _spec("chameleon_vq", image_size, _multiplier_patch(model), table, "euclidean")
+        super().__init__(replace(spec, mean=CHAMELEON, std=CHAMELEON), table, model)
+
+    def _maps(self, inputs: Tensor) -> Tensor:
+        return self.model.quant_conv(self.model.encoder(inputs))
+
+
+class Emu3VQ(Adapter):
+    """transformers `Emu3VQVAE`, on still images; patch from its config."""
+
+    def __init__(self, model: nn.Module, image_size: int = 256):
+        table = model.quantize.embedding.weight
+        super().__init__(_spec("emu3_vq", image_size, _multiplier_patch(model), table, "euclidean"), table, model)
+
+    def _maps(self, inputs: Tensor) -> Tensor:
+        # A still image is a clip of equal frames, as long as one token is in time.
+        frames = inputs.unsqueeze(1).repeat(1, self.model.config.temporal_downsample_factor, 1, 1, 1)
+        maps = self.model.quant_conv(self.model.encoder(frames).transpose(1, 2))
+        return maps.squeeze(2)
+
+    def _images(self, ids: Tensor) -> Tensor:
+        return self.model.decode(ids)
+
+
+class JanusVQ(Adapter):
+    """transformers `JanusVQVAE`; patch from its config; the default image size is its own.
+
+    The library's `encode` takes the nearest row by raw distance, while its `decode` uses normalised rows, as
+    the network was trained. Here both are normalised, so ids can differ from `encode`.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int | None = None):
+        patch = _multiplier_patch(model)
+        table = F.normalize(model.quantize.embedding.weight.detach().float(), dim=1)
+        size = image_size or model.config.num_patches * patch
+        super().__init__(_spec("janus_vq", size, patch, table, "cosine"), table, model)
+
+    def _maps(self, inputs: Tensor) -> Tensor:
+        return self.model.quant_conv(self.model.encoder(inputs))
+
+    def _images(self, ids: Tensor) -> Tensor:
+        # The library's decode(ids) is this, for the grid of its config only.
+        return self.model.decoder(self.model.post_quant_conv(self._rows(ids)))
+
+
+class TamingVQ(IdAdapter):
+    """A module as in taming-transformers: `encode(x)[2][2]` are ids, `decode(map)` decodes a map of rows.
+
+    `lookup` is "cosine" for networks that normalise features and rows (LlamaGen). Raises TokenizerError for a
+    network in half precision, since the lookup is inside it.
+    """
+
+    def __init__(self, model: nn.Module, patch: int, image_size: int = 256, lookup: str = "euclidean"):
+        table = model.quantize.embedding.weight
+        table = F.normalize(table.detach().float(), dim=1) if lookup == "cosine" else table
+        super().__init__(_spec("taming_vq", image_size, patch, table, lookup), table, model)
+
+    def _network_ids(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype != torch.float32:
+            raise TokenizerError(f"a taming_vq network in {inputs.dtype} changes ids: call its .float() first")
+        return self.model.encode(inputs)[2][2]
+
+    def _images(self, ids: Tensor) -> Tensor:
+        return self.model.decode(self._rows(ids))
+
+
+class TorchScriptVQ(IdAdapter):
+    """Two modules, scripted or not: encoder(images in [-1, 1]) -> ids, or a tuple that begins with them;
+    decoder(ids (B, H, W) int32) -> images in [-1, 1]. The defaults are Cosmos' discrete image tokenizers.
+
+    `codebook` (K, D) are the rows behind the ids, by default those of Cosmos (64000, 6).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        patch: int,
+        image_size: int = 256,
+        codebook: Tensor | None = None,
+    ):
+        table = fsq_codebook(COSMOS_LEVELS) if codebook is None else codebook
+        model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+        # Rows of FSQ differ in length, not only in direction, and one is zero.
+        super().__init__(_spec("torchscript_vq", image_size, patch, table, "euclidean"), table, model)
+
+    def _network_ids(self, inputs: Tensor) -> Tensor:
+        output = self.model["encoder"](inputs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _images(self, ids: Tensor) -> Tensor:
+        return self.model["decoder"](ids.int())
+
+
+class FunctionsVQ(IdAdapter):
+    """See `from_functions`."""
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        codebook: Tensor,
+        decode: Callable[[Tensor], Tensor] | None,
+        spec: TokenizerSpec,
+    ):
+        super().__init__(spec, codebook, None)
+        self._encode, self._decode = encode, decode
+
+    def _network_ids(self, inputs: Tensor) -> Tensor:
+        return self._encode(inputs)
+
+    def _images(self, ids: Tensor) -> Tensor:
+        return super()._images(ids) if self._decode is None else self._decode(ids)
+
+
+def from_functions(
+    encode: Callable[[Tensor], Tensor],
+    codebook: Tensor,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    *,
+    spec: TokenizerSpec,
+) -> Tokenizer:
+    """A tokenizer of two functions and a table.
+
+    `encode` takes images normalised by the spec's mean and std and gives ids in any shape that holds B grids
+    row by row; `codebook` (K, D) float; `decode` takes ids (B, H, W) int64 and gives images in the same range
+    as `encode` takes. Without it the tokenizer only encodes. The fingerprint covers spec and codebook, not the
+    functions: name them in `spec.kind`. Raises TokenizerError if spec and codebook disagree.
+    """
+    if tuple(codebook.shape) != (spec.num_codes, spec.code_dim):
+        raise TokenizerError(
+            f"codebook of shape {tuple(codebook.shape)} for the spec of {spec.kind}, which says "
+            f"({spec.num_codes}, {spec.code_dim})"
+        )
+    return FunctionsVQ(encode, codebook, decode, spec)
+
+
+def fsq_codebook(levels: Sequence[int]) -> Tensor:
+    """The rows of finite scalar quantization (arXiv 2309.15505): (product of levels, len(levels)) float32.
+
+    The first level varies fastest with the id; a level of n has the values (i - n // 2) / (n // 2)
+    for i from 0 to n - 1.
+    """
+    ids, columns = torch.arange(math.prod(levels)), []
+    for level in levels:
+        columns.append((ids % level - level // 2) / (level // 2))
+        ids = ids // level
+    return torch.stack(columns, dim=1)
+
+
+def _spec(kind: str, image_size: int, patch: int, table: Tensor, lookup: str) -> TokenizerSpec:
+    return TokenizerSpec(kind, (image_size, image_size), patch, *table.shape, lookup=lookup, mean=HALF, std=HALF)
+
+
+def _multiplier_patch(model: Any) -> int:
+    return 2 ** (len(model.config.channel_multiplier) - 1)

@@ -1,0 +1,58 @@
+"""How well a codebook is used, and what to do about codes that nobody uses."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seitpp.tokenizers.base import check_ids
+
+# Below this share of used codes a tokenizer is likely to have collapsed.
+ENOUGH_USED = 0.5
+# A code that is used less often than this part of the mean is dead, and is put elsewhere.
+DEAD_BELOW = 0.02
+
+
+class Usage(NamedTuple):
+    """Of `num_codes` codes `used` were seen; `perplexity` = how many equally frequent codes are as diverse."""
+
+    used: int
+    num_codes: int
+    perplexity: float
+
+    @property
+    def share(self) -> float:
+        """The part of the codes that was seen, in [0, 1]."""
+        return self.used / self.num_codes
+
+    def __str__(self) -> str:
+        return f"{self.used} of {self.num_codes} codes used ({self.share:.0%}), perplexity {self.perplexity:.1f}"
+
+
+def code_counts(ids: Tensor, num_codes: int) -> Tensor:
+    """How often each code is seen in ids of any shape: (K,) int64. Raises TokenizerError for ids beyond K."""
+    return torch.bincount(check_ids(ids, num_codes, "code_counts").flatten(), minlength=num_codes)
+
+
+def usage(counts: Tensor) -> Usage:
+    """The usage that counts (K,) show. Warns where under half of the codes are used."""
+    shares = counts.double() / counts.sum().clamp(min=1)
+    report = Usage(int((counts > 0).sum()), len(counts), torch.special.entr(shares).sum().exp().item())
+    if report.share < ENOUGH_USED:
+        warnings.warn(
+            f"{report}: more images, fewer codes, or compact() to keep the used ones", UserWarning, stacklevel=2
+        )
+    return report
+
+
+@torch.no_grad()
+def restart_dead_codes(codebook: Tensor, counts: Tensor, vectors: Tensor, generator: torch.Generator) -> int:
+    """Move codes with a count under 2 % of the mean onto random `vectors` (N, D), in place; how many they were.
+
+    `codebook` (K, D) and `counts` (K,) since the last restart; `generator` is a CPU one.
+    """
+    dead = (counts < DEAD_BELOW * counts.double().mean()).nonzero().flatten()
+    chosen = torch.randint(len(vectors), (len(dead),), generator=generator)
+    codebook[dead] = vectors[chosen.to(vectors.device)].to(codebook.dtype)
+    return len(dead)

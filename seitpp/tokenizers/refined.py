@@ -1,0 +1,164 @@
+"""The offline tokenizer refined by a little training: what k-means on single patches cannot see.
+
+A transformer on windows of 8 x 8 tokens corrects the features, another one the decoded pixels. Both start at
+zero, so that training starts from PCA and k-means as they are. Windows let one train on small crops and
+tokenize any image that is a multiple of a window; attention over 1,024 tokens is what costs on a CPU.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from seitpp.tokenizers.base import TokenizerError, TokenizerSpec
+from seitpp.tokenizers.counts import code_counts, restart_dead_codes
+from seitpp.tokenizers.patch_kmeans import PatchKMeans
+from seitpp.tokenizers.transformer import Transformer, TransformerShape, sincos_positions
+
+KIND = "patch_kmeans_refined"
+WINDOW = 8  # tokens along one side of a window
+SHAPE = TransformerShape(64, 2, 1, 128)
+BETA = 0.25  # weight of the commitment loss
+# Tokens a code on average before dead codes are looked for: at 2 % of them a code is used 4 times, so that one
+# which is merely rare is seldom taken for a dead one.
+TOKENS_PER_CODE = 200
+RESTART_UNTIL = 0.8  # of the training; the rest lets the last restarted codes settle
+
+
+class WindowCorrection(nn.Module):
+    """(B, H, W, inputs) -> (B, H, W, outputs), zero before training; each window of 8 x 8 tokens for itself."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.embed = nn.Linear(inputs, SHAPE.width)
+        self.register_buffer("positions", sincos_positions((WINDOW, WINDOW), SHAPE.width), persistent=False)
+        self.transformer = Transformer(SHAPE)
+        self.out = nn.Linear(SHAPE.width, outputs)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        height = tokens.shape[1] // WINDOW
+        windows = rearrange(tokens, "b (h p) (w q) c -> b h w (p q) c", p=WINDOW, q=WINDOW)
+        mixed = self.transformer(self.embed(windows.flatten(0, 2)) + self.positions)
+        return rearrange(self.out(mixed), "(b h w) (p q) c -> b (h p) (w q) c", b=len(tokens), h=height, p=WINDOW)
+
+
+class RefinedPatchKMeans(PatchKMeans):
+    """PatchKMeans with a correction either side and a trained codebook. The constant channel stays constant.
+
+    Raises TokenizerError unless the image size is a multiple of the window.
+    """
+
+    def __init__(self, spec: TokenizerSpec):
+        super().__init__(spec)
+        _require_windows(spec)
+        pixels = 3 * spec.patch**2
+        del self.codebook
+        self.codebook = nn.Parameter(torch.zeros(spec.num_codes, spec.code_dim))
+        self.encoder = WindowCorrection(pixels, spec.code_dim - 1)
+        self.decoder = WindowCorrection(spec.code_dim, pixels)
+
+    def set_image_size(self, size: int | tuple[int, int]) -> None:
+        """Tokenize images of another size from now on. Raises TokenizerError unless windows fill it."""
+        before = self.spec
+        super().set_image_size(size)
+        try:
+            _require_windows(self.spec)
+        except TokenizerError:
+            self.spec = before
+            raise
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) -> map (B, D, H, W); the last channel is constant."""
+        patches = (self._patches(self.model_input(images)) - self.mean) / self.scale
+        correction = self.encoder(patches).permute(0, 3, 1, 2)
+        return super().features(images) + F.pad(correction, (0, 0, 0, 0, 0, 1))
+
+    def _patches_of(self, rows: Tensor) -> Tensor:
+        return super()._patches_of(rows) + self.decoder(rows) * self.scale
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: images (B, 3, height, width) -> loss (), ids (B, H, W) and features (B, H, W, D).
+
+        Codebook loss, commitment loss, and the squared error of the pixels in units of the features' mean
+        square; straight-through. With the same weight as the commitment its gradient cancels, for a linear
+        decoder, that of the commitment; with more it pushes features away from their codes (lost 0.2 dB).
+        """
+        maps = self.features(images)
+        ids = self.quantize(maps)
+        vectors, rows = maps.permute(0, 2, 3, 1), self._scaled_rows(ids)
+        codebook, commitment = F.mse_loss(rows, vectors.detach()), F.mse_loss(vectors, rows.detach())
+        decoded = self._images(self._patches_of(vectors + (rows - vectors).detach()))
+        share = 3 * self.spec.patch**2 / (self.spec.code_dim - 1)
+        pixels = F.mse_loss(decoded, images) / self.scale.square() * share
+        return codebook + BETA * (commitment + pixels), ids, vectors.detach()
+
+    def _keep(self, ids: Tensor) -> None:
+        self.codebook = nn.Parameter(self.codebook.detach()[ids])
+
+
+def _require_windows(spec: TokenizerSpec) -> None:
+    if any(side % WINDOW for side in spec.grid):
+        side = WINDOW * spec.patch
+        raise TokenizerError(
+            f"image_size {spec.image_size} for a refined tokenizer: expected multiples of {side} pixels, "
+            f"its windows of {WINDOW} x {WINDOW} tokens"
+        )
+
+
+def refine(
+    tokenizer: PatchKMeans,
+    images: Tensor,
+    steps: int,
+    batch_size: int = 8,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> RefinedPatchKMeans:
+    """Train corrections on images (N, 3, any, any) in [0, 1], which are resized to the tokenizer's image size.
+
+    For images of 256 pixels it is cheap to refine on 64-pixel crops, with `set_image_size(64)` before and
+    `set_image_size(256)` after. At zero steps the result tokenizes as `tokenizer` does. Codes are re-numbered
+    by their frequency in `images`. Raises TokenizerError unless the image size is a multiple of the window.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        refined = RefinedPatchKMeans(replace(tokenizer.spec, kind=KIND))
+    refined.load_state_dict(tokenizer.state_dict(), strict=False)  # the corrections are not in it
+    refined.to(tokenizer.codebook.device)
+    if steps:
+        prepared = refined.preprocess(images)
+        _train(refined, prepared, steps, batch_size, learning_rate, torch.Generator().manual_seed(seed))
+        _renumber(refined, prepared, batch_size)
+    return refined.eval()
+
+
+def _train(
+    refined: RefinedPatchKMeans, images: Tensor, steps: int, batch_size: int, learning_rate: float, generator
+) -> None:
+    optimizer = torch.optim.AdamW(refined.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    device = refined.codebook.device
+    counts = torch.zeros(refined.spec.num_codes, dtype=torch.long, device=device)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = torch.randint(len(images), (batch_size,), generator=generator)
+        loss, ids, vectors = refined(images[chosen].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        counts += code_counts(ids, len(counts))
+        if counts.sum() >= TOKENS_PER_CODE * len(counts) and step < RESTART_UNTIL * steps:
+            restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator)
+            counts.zero_()
+
+
+@torch.no_grad()
+def _renumber(refined: RefinedPatchKMeans, images: Tensor, batch_size: int) -> None:
+    device = refined.codebook.device
+    ids = torch.cat([refined.encode(part.to(device)) for part in images.split(batch_size)])
+    counts = code_counts(ids, refined.spec.num_codes)
+    refined.codebook.copy_(refined.codebook[counts.argsort(descending=True, stable=True)])

@@ -1,0 +1,91 @@
+"""The transformer of ViT-VQGAN: pre-norm blocks, heads of 64, a tanh MLP.
+
+Parameter names are those of public checkpoints (`layers.0.0.fn.to_qkv.weight`), so containers are nested as
+they are there.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+HEAD = 64  # channels of one attention head
+
+
+class TransformerShape(NamedTuple):
+    """Width, number of blocks, heads of 64 channels, and width of the MLP."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+
+
+class Attention(nn.Module):
+    """Self-attention over (B, N, width); the projection to queries, keys and values has no bias."""
+
+    def __init__(self, shape: TransformerShape):
+        super().__init__()
+        self.to_qkv = nn.Linear(shape.width, 3 * shape.heads * HEAD, bias=False)
+        self.to_out = nn.Linear(shape.heads * HEAD, shape.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        queries, keys, values = rearrange(self.to_qkv(tokens), "b n (t h c) -> t b h n c", t=3, c=HEAD)
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        return self.to_out(rearrange(mixed, "b h n c -> b n (h c)"))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh, linear."""
+
+    def __init__(self, shape: TransformerShape):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(shape.width, shape.mlp), nn.Tanh(), nn.Linear(shape.mlp, shape.width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+
+class Residual(nn.Module):
+    """x + fn(LN(x))."""
+
+    def __init__(self, width: int, fn: nn.Module):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fn = fn
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.fn(self.norm(tokens))
+
+
+class Transformer(nn.Module):
+    """Blocks of attention and MLP, then one LayerNorm: (B, N, width) -> (B, N, width)."""
+
+    def __init__(self, shape: TransformerShape):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(Residual(shape.width, fn(shape)) for fn in (Attention, FeedForward))
+            for _ in range(shape.depth)
+        )
+        self.norm = nn.LayerNorm(shape.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for attention, feed_forward in self.layers:
+            tokens = feed_forward(attention(tokens))
+        return self.norm(tokens)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D positions of a grid (H, W), row by row: (H W, width) float32.
+
+    The first half of the channels encodes the column, the second the row; in each half sines, then cosines,
+    base 10000. `width` is a multiple of 4.
+    """
+    bands = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(side, dtype=torch.float64).outer(bands) for side in grid)
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (rows, columns))
+    by_column = repeat(columns, "w c -> (h w) c", h=grid[0])
+    by_row = repeat(rows, "h c -> (h w) c", w=grid[1])
+    return torch.cat([by_column, by_row], dim=1).float()
