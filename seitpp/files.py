@@ -8,8 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from seitpp.errors import UserError
 
 CHUNK = 1 << 20
 
@@ -64,6 +68,24 @@ def publish_folder(staging: Path, target: Path) -> None:
     sync(staging)
     staging.rename(target)
     sync(target.parent)
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `out` to fill; published as `out` when the with-block ends, removed if it fails.
+
+    Raises UserError if `out` exists.
+    """
+    target = Path(out).resolve()
+    if target.exists():
+        raise UserError(f"{target}: exists already and nothing is overwritten; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging / "made"
+        publish_folder(staging / "made", target)
+    finally:
+        remove_folder(staging)
 
 
 def remove_folder(path: Path) -> None:

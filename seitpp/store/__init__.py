@@ -2,6 +2,7 @@
 
 from seitpp.store.layout import StoreError
 from seitpp.store.reader import TokenStore
+from seitpp.store.staging import SplitStaging
 from seitpp.store.writer import StoreWriter
 
-__all__ = ["StoreError", "StoreWriter", "TokenStore"]
+__all__ = ["SplitStaging", "StoreError", "StoreWriter", "TokenStore"]

@@ -1,4 +1,4 @@
-"""What lies where in a store: names, tokens.json, checksums, the dataset card. Normative: docs/format.md."""
+"""What lies where in a store: names, tokens.json, checksums. Normative: docs/format.md."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ VERSION = 1
 
 DOCUMENT = "tokens.json"
 CODEBOOK = "codebook.safetensors"
+TABLE = "codec.table"
 CARD = "README.md"
 DATASET_DICT = "dataset_dict.json"
 DATASET_INFO = "dataset_info.json"
@@ -31,6 +32,7 @@ DERIVED = (CARD, DATASET_DICT)
 MAX_CODE_DIM = 2**16
 MAX_ROWS = 2**32
 MAX_DOCUMENT_BYTES = 2**26
+MAX_TABLE_BYTES = 2**28
 
 # In the order in which tokens.json holds them; its checksum comes last.
 KEYS = (
@@ -117,8 +119,8 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
     """What is wrong with tokens.json, in the order in which later checks rely on earlier ones."""
     if set(document) != {*KEYS, "checksum"}:
         yield f"keys {sorted(document)}, expected {sorted([*KEYS, 'checksum'])}"
-    if not is_grid(document["grid"]):
-        yield f"grid {document['grid']!r}, expected [height, width] of 1 .. {MAX_TOKENS} tokens"
+    if document["grid"] is not None and not is_grid(document["grid"]):
+        yield f"grid {document['grid']!r}, expected null or [height, width] of 1 .. {MAX_TOKENS} tokens"
     if not _is_int(document["num_codes"], 1, MAX_CODES):
         yield f"num_codes {document['num_codes']!r}, expected 1 .. {MAX_CODES}"
     if not _is_int(document["code_dim"], 1, MAX_CODE_DIM):
@@ -138,6 +140,8 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
             yield f"file name {name!r}: expected NAME or SPLIT/NAME inside of the store"
         if not _is_file_entry(entry):
             yield f"file {name!r}: expected its size in bytes and its SHA-256"
+        if name == TABLE and entry["bytes"] > MAX_TABLE_BYTES:
+            yield f"file {name!r}: {entry['bytes']} bytes, expected at most {MAX_TABLE_BYTES}"
     for split, entry in document["splits"].items():
         if not SPLIT_NAME.fullmatch(split) or not _is_split_entry(entry):
             yield f"split {split!r}: expected its rows, payload_bytes and num_classes, got {entry!r}"
@@ -211,51 +215,12 @@ def read_codebook(root: Path, document: dict[str, Any]) -> np.ndarray:
     return codebook
 
 
+def read_table(root: Path, document: dict[str, Any]) -> bytes | None:
+    """What the codec of the store `root` learned besides the counts, if it is one that learns."""
+    return (root / TABLE).read_bytes() if TABLE in document["files"] else None
+
+
 def entropy(counts: np.ndarray) -> float:
     """Bits a token of (K,) counts: what no code with one table can go below."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
-
-
-def _card_row(name: str, rows: int, payload_bytes: int, num_classes: int) -> str:
-    return f"| {name} | {rows:,} | {num_classes:,} | {payload_bytes:,} | {payload_bytes / rows:.1f} |\n"
-
-
-def card(document: dict[str, Any]) -> str:
-    """The dataset card, README.md, of a store."""
-    height, width = document["grid"]
-    bits = entropy(np.asarray(document["codec"]["counts"]))
-    configs = "".join(f'  - split: "{name}"\n    path: "{name}/*.arrow"\n' for name in document["splits"])
-    table = "".join(_card_row(name, **split) for name, split in document["splits"].items())
-    return f"""---
-task_categories:
-- image-classification
-tags:
-- image-tokens
-- seitpp
-configs:
-- config_name: default
-  data_files:
-{configs}---
-
-# Images as tokens
-
-Each image is a grid of {height} x {width} ids of a codebook with {document["num_codes"]} codes of dimension \
-{document["code_dim"]}.
-The ids are entropy-coded with the codec "{document["codec"]["name"]}". The entropy of the codec's table is \
-{bits:.3f} bits a token,
-which is {bits * height * width / 8:.1f} bytes an image.
-
-| split | images | classes | bytes | bytes an image |
-|---|---|---|---|---|
-{table}
-```python
-from seitpp import TokenStore
-
-store = TokenStore("PATH", split="{next(iter(document["splits"]))}")
-ids, label = store[0]  # (height, width) uint16, int
-vectors = store.codebook[ids]  # (height, width, dimension) float32
-```
-
-`datasets.load_from_disk("PATH")` reads the encoded images (`tokens`) and the labels without seitpp.
-"""

@@ -3,6 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,36 +11,49 @@ import numpy as np
 import pyarrow as pa
 
 from seitpp import codec as codecs
+from seitpp.codec.base import check_counts
 from seitpp.store import layout
+from seitpp.store.columns import Column
+from seitpp.store.hub import pull
 from seitpp.store.layout import StoreError
+from seitpp.store.shards import ARROW_TYPES, read_shard
+from seitpp.store.spec import OWN_COLUMNS
+
+# What a hub id begins with, so that a mistyped path never reaches the network.
+HUB = "hf://"
 
 
 class Shard(NamedTuple):
     """The buffers of one shard as they lie on disk: payload i is data[offsets[i] : offsets[i + 1]]."""
 
     name: str
+    batch: pa.RecordBatch
     offsets: np.ndarray
     data: memoryview
     labels: np.ndarray
+    sides: tuple[np.ndarray, np.ndarray] | None  # height and width of each image, where they have their own
 
 
 class TokenStore:
     """One split of a store, as a sequence of (ids, label).
 
-    Attributes: path; split; splits (names of all); grid (H, W); num_codes K; codebook (K, D) float32;
-    counts (K,) int64, how often each code occurs in the codec's table; codec; class_names (list or None);
-    num_classes; labels (N,) int64; payload_bytes of the split; tokenizer (dict or None), what made the ids;
-    fingerprint (64 hex digits), the same for the same content.
+    Attributes: path; split; splits (names of all); grid (H, W), or None where every image has its own;
+    num_codes K; codebook (K, D) float32; counts (K,) int64, how often each code occurs in the split that was
+    written first; codec; class_names (list or None); num_classes; labels (N,) int64; grids (N, 2) int64;
+    columns {name: kind} of the other columns; payload_bytes of the split; tokenizer (dict or None), what made
+    the ids; fingerprint (64 hex digits), the same for the same content.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
-        """Open the store in folder `path`; nothing is decoded, and the shards stay on disk.
+        """Open the store in folder `path`, or "hf://owner/name" of the Hugging Face hub, which is pulled into the
+        user's cache first. Nothing is decoded, and the shards stay on disk.
 
         verify: compare the SHA-256 of every file but the shards of other splits. Without it, sizes and structure
         only; a damaged image is then found when it is read.
         Raises StoreError if this is no store, has no such split, or is damaged.
         """
-        self.path = Path(path).resolve()
+        remote = str(path).startswith(HUB)
+        self.path = (pull(str(path).removeprefix(HUB)) if remote else Path(path)).resolve()
         self.split = split
         if not self.path.is_dir():
             raise StoreError(f"{self.path}: no such folder")
@@ -50,10 +64,11 @@ class TokenStore:
         shards = layout.shard_names(document, split)
         layout.check_files(self.path, document["files"], self._own_files(), checksums=verify)
         self._set_fields(document)
-        self._shards = [_open_shard(self.path, name) for name in shards]
-        self.labels = np.concatenate([shard.labels for shard in self._shards])
+        self._shards = [_open_shard(self.path, name, self.grid) for name in shards]
         # First image of each shard.
         self._starts = np.cumsum([0, *(len(shard.labels) for shard in self._shards[:-1])]).tolist()
+        self._length = self._starts[-1] + len(self._shards[-1].labels)
+        self.columns = _other_columns(self._shards[0].batch.schema)
         self._check_split(document["splits"][split])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,20 +76,45 @@ class TokenStore:
         return TokenStore, (self.path, self.split, False)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._length
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Image `index`: ids (H, W) uint16, label. Raises IndexError, and StoreError if it is damaged."""
-        position = range(len(self))[index]
-        return self._decode(position).reshape(self.grid), int(self.labels[position])
+        position = range(self._length)[index]
+        shard, row = self._locate(position)
+        return self._decode(position).reshape(self.grid or _sides(shard, row)), int(shard.labels[row])
 
     def ids(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """(N, H, W) uint16 ids of N images. Raises IndexError, and StoreError if one of them is damaged."""
-        positions = range(len(self))
-        ids = np.empty((len(indices), self.grid[0] * self.grid[1]), np.uint16)
+        """(N, H, W) uint16 ids of N images of the same grid.
+
+        Raises IndexError, and StoreError if one of them is damaged or their grids differ.
+        """
+        positions = range(self._length)
+        height, width = self.grid or self._common_grid([positions[index] for index in indices])
+        ids = np.empty((len(indices), height * width), np.uint16)
         for row, index in zip(ids, indices, strict=True):
             row[:] = self._decode(positions[index])
-        return ids.reshape(-1, *self.grid)
+        return ids.reshape(len(ids), height, width)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, read when they are first asked for."""
+        return np.concatenate([shard.labels for shard in self._shards])
+
+    @cached_property
+    def grids(self) -> np.ndarray:
+        """(N, 2) int64, height and width of every image, read when they are first asked for."""
+        if self.grid is not None:
+            return np.broadcast_to(np.array(self.grid), (self._length, 2))
+        return np.concatenate([np.stack(shard.sides, axis=1) for shard in self._shards]).astype(np.int64)
+
+    def column(self, name: str) -> Column:
+        """One of `columns`: column(name)[index or indices]. Raises StoreError without one, or if it is damaged."""
+        if name not in self.columns:
+            names = ", ".join(self.columns) or "none"
+            raise StoreError(f"{self.path}: split {self.split!r} has no column {name!r}, it has {names}")
+        batches = [shard.batch for shard in self._shards]
+        return Column(name, self.columns[name], batches, self._starts, self.path / self.split)
 
     def verify(self) -> None:
         """Compare the checksum of every file and decode every image of all splits.
@@ -89,7 +129,7 @@ class TokenStore:
                 store._decode(position)
 
     def _set_fields(self, document: dict[str, Any]) -> None:
-        self.grid = tuple(document["grid"])
+        self.grid = None if document["grid"] is None else tuple(document["grid"])
         self.num_codes = document["num_codes"]
         self.class_names = document["class_names"]
         largest = max(split["num_classes"] for split in document["splits"].values())
@@ -99,10 +139,11 @@ class TokenStore:
         self.payload_bytes = document["splits"][self.split]["payload_bytes"]
         table = document["codec"]
         try:
-            self.codec = codecs.build(table["name"], self.num_codes, table["counts"])
+            self.counts = check_counts(table["counts"], self.num_codes)
+            learned = layout.read_table(self.path, document)
+            self.codec = codecs.build(table["name"], self.num_codes, self.counts, self.grid, learned)
         except ValueError as error:
             raise StoreError(f"{self.path / layout.DOCUMENT}: {error}") from error
-        self.counts = np.asarray(table["counts"], np.int64)
         self.codebook = layout.read_codebook(self.path, document)
 
     def _own_files(self) -> list[str]:
@@ -117,34 +158,71 @@ class TokenStore:
                 f"{self.path / self.split}: {len(self)} images of {size} bytes, "
                 f"expected {expected['rows']} of {expected['payload_bytes']}; copy the split again"
             )
-        if not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
+        for shard in self._shards:
+            low, high = shard.labels.min(initial=2**63 - 1), shard.labels.max(initial=0)
+            if not 0 <= low <= high < self.num_classes:
+                raise StoreError(
+                    f"{self.path / shard.name}: labels {low} .. {high}, expected 0 .. {self.num_classes - 1}; "
+                    "copy it again"
+                )
+
+    def _common_grid(self, positions: list[int]) -> tuple[int, int]:
+        grids = {_sides(*self._locate(position)) for position in positions}
+        if len(grids) > 1:
             raise StoreError(
-                f"{self.path / self.split}: labels {self.labels.min()} .. {self.labels.max()}, "
-                f"expected 0 .. {self.num_classes - 1}; copy the split again"
+                f"ids of {len(positions)} images: got the grids {', '.join(map(str, sorted(grids)[:3]))}, "
+                "expected equal ones; read the images one by one"
             )
+        return grids.pop() if grids else (0, 0)
+
+    def _locate(self, position: int) -> tuple[Shard, int]:
+        number = bisect_right(self._starts, position) - 1
+        return self._shards[number], position - self._starts[number]
 
     def _decode(self, position: int) -> np.ndarray:
-        number = bisect_right(self._starts, position) - 1
-        shard, row = self._shards[number], position - self._starts[number]
+        shard, row = self._locate(position)
+        height, width = self.grid or _sides(shard, row)
         payload = shard.data[shard.offsets[row] : shard.offsets[row + 1]]
         try:
-            return self.codec.decode(payload, self.grid[0] * self.grid[1])
+            return self.codec.decode(payload, height * width)
         except codecs.CodecError as error:
             raise StoreError(
                 f"split {self.split!r}, image {position} ({self.path / shard.name}): {error}; copy the shard again"
             ) from error
 
 
-def _open_shard(root: Path, name: str) -> Shard:
-    try:
-        (batch,) = pa.ipc.open_stream(pa.memory_map(str(root / name)))
-        batch.validate()
-        tokens, labels = batch.column("tokens"), batch.column("label")
-        _, offsets, data = tokens.buffers()
-        offsets = np.frombuffer(offsets, np.int32, len(tokens) + 1)
-        shard = Shard(name, offsets, memoryview(data), labels.to_numpy())
-    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise StoreError(f"{root / name}: no shard of a token store ({error}); copy it again") from error
-    if tokens.type != pa.binary() or labels.type != pa.int64() or tokens.null_count:
-        raise StoreError(f"{root / name}: expected binary tokens and int64 labels without nulls; copy it again")
-    return shard
+def _sides(shard: Shard, row: int) -> tuple[int, int]:
+    heights, widths = shard.sides
+    return int(heights[row]), int(widths[row])
+
+
+def _open_shard(root: Path, name: str, grid: tuple[int, int] | None) -> Shard:
+    batch = read_shard(root / name)
+    expected = {"tokens": pa.binary(), "label": pa.int64()}
+    if grid is None:
+        expected |= {"height": pa.int32(), "width": pa.int32()}
+    for column, kind in expected.items():
+        found = batch.schema.get_all_field_indices(column)
+        if len(found) != 1 or batch.schema.field(found[0]).type != kind or batch.column(found[0]).null_count:
+            raise StoreError(f"{root / name}: expected a column {column!r} of {kind} without nulls; copy it again")
+    sides = None if grid else (batch.column("height").to_numpy(), batch.column("width").to_numpy())
+    if sides and not _possible(*sides):
+        raise StoreError(f"{root / name}: a grid outside 1 .. {codecs.MAX_TOKENS} tokens; copy it again")
+    if not len(batch):
+        raise StoreError(f"{root / name}: no images; copy it again")
+    _, offsets, data = batch.column("tokens").buffers()
+    offsets = np.frombuffer(offsets, np.int32, len(batch) + 1)
+    return Shard(name, batch, offsets, memoryview(data or b""), batch.column("label").to_numpy(), sides)
+
+
+def _possible(heights: np.ndarray, widths: np.ndarray) -> bool:
+    """Whether every height and width is that of a grid, before anything of that size is allocated."""
+    tokens = heights.astype(np.int64) * widths
+    return bool((heights >= 1).all() and (widths >= 1).all() and (tokens <= codecs.MAX_TOKENS).all())
+
+
+def _other_columns(schema: pa.Schema) -> dict[str, str]:
+    kinds = {kind: name for name, kind in ARROW_TYPES.items()}
+    return {
+        field.name: kinds[field.type] for field in schema if field.name not in OWN_COLUMNS and field.type in kinds
+    }

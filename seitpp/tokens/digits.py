@@ -5,19 +5,22 @@ pixels at a time, so that an image is an 8 x 8 grid with one token for each orig
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
+from seitpp.tokenizers.images import Sample
 
 # Everything that the tokens follow from: another value here is another cache folder.
 SETTINGS = {"version": 1, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
@@ -92,3 +95,22 @@ def _tokenize(folder: Path) -> None:
         )
         with writer:
             writer.add_batch(ids.numpy(), labels.numpy())
+
+
+class DigitsSource:
+    """The digits as encoded images, like those of a folder (`seitpp.tokenizers.images.ImageSource`)."""
+
+    class_names: ClassVar[list[str]] = [str(digit) for digit in range(10)]
+
+    def __init__(self, split: str):
+        self._images, self._labels = digits_images(split)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Sample:
+        """Image `index` as a PNG of 8 x 8 pixels."""
+        pixels = self._images[index, 0].mul(255).round().byte().numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return Sample(buffer.getvalue(), f"digit-{index}.png", int(self._labels[index]))

@@ -1,0 +1,330 @@
+"""`seitpp`: look into stores, check them, change their codec, and take them from and to other places."""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+from seitpp.codec import CODECS
+from seitpp.errors import UserError
+from seitpp.files import replace_file
+from seitpp.store import TokenStore, hub, layout, release
+from seitpp.store.recode import recode as recode_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Images that `info` decodes of a split: all of a small one; of a large one as many as give its figures in seconds.
+SAMPLE = 10_000
+SOURCE_BYTES = "source_bytes"
+SHOWN_CLASSES = 10
+
+
+class CliError(UserError):
+    """A command, a flag or a combination of files that makes no sense."""
+
+
+class Figures(NamedTuple):
+    """What was measured on some images of a split. counts: (K,) int64, how often each code occurs among them."""
+
+    images: int
+    tokens: int
+    counts: np.ndarray
+
+
+def info(store: Path) -> None:
+    """What a store holds, and how close its bytes are to the entropy of its ids."""
+    document = layout.read_document(store)
+    splits = [TokenStore(store, split) for split in document["splits"]]
+    print(store)
+    _print_store(splits[0], document)
+    figures = [_measure(split, _spread(len(split), SAMPLE)) for split in splits]
+    _print_splits(splits, figures)
+    if any(measured.images < len(split) for split, measured in zip(splits, figures, strict=True)):
+        print(f"\ncodes used and entropy: of {SAMPLE:,} images spread over each larger split")
+
+
+def verify(store: Path) -> None:
+    """Compare the checksum of every file and decode every image; exit status 2 if one is damaged."""
+    document = layout.read_document(store)
+    files = document["files"]
+    layout.check_files(store, files, tqdm(files, "files", disable=None), checksums=True)
+    splits = [TokenStore(store, split, verify=False) for split in document["splits"]]
+    figures = [_measure(split, range(len(split))) for split in splits]
+    size = sum(entry["bytes"] for entry in files.values())
+    print(f"{store}: {len(files)} files of {size:,} bytes have the checksums of {layout.DOCUMENT}")
+    print(f"every image decodes to ids below {document['num_codes']}\n")
+    _print_splits(splits, figures)
+
+
+def show(store: Path, tokenizer: Path | None, out: Path, count: int, split: str | None) -> None:
+    """Draw images of a split, spread evenly over it, decoded by their tokenizer or painted code by code."""
+    if out.exists() or out.suffix != ".png":
+        raise CliError(f"--out {out}: expected the name of a new file that ends in .png; nothing is overwritten")
+    if count < 1:
+        raise CliError(f"--count {count}: expected 1 or more")
+    source = _open(store, split)
+    decode = _decoder(source, tokenizer)
+    positions = _spread(len(source), count)
+    images = [decode(source[position][0]) for position in positions]
+    names = source.class_names or {}
+    labels = source.labels[positions].tolist()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    titles = [str(names[label] if names else label) for label in labels]
+    replace_file(out, partial(_draw, images, titles))
+    print(f"{out}: {len(images)} of {len(source):,} images of split {source.split!r}")
+    if tokenizer is None:
+        print("painted, each code in a colour of its own; --tokenizer FILE decodes them")
+
+
+def recode(store: Path, out: Path, codec: str) -> None:
+    """Write the same images, in the same order, with another codec, as a new store."""
+    recode_store(store, out, codec)
+    splits = [TokenStore(store, split, verify=False) for split in layout.read_document(store)["splits"]]
+    rows = []
+    for source in splits:
+        written = TokenStore(out, source.split, verify=False)
+        sizes = [source.payload_bytes, written.payload_bytes]
+        rows.append([source.split, f"{len(source):,}", *(f"{size / len(source):.1f}" for size in sizes)])
+    _print_table(["bytes an image", "images", splits[0].codec.name, codec], rows)
+    print(f"\non disk, tables and all: {_disk_bytes(store):,} bytes before, {_disk_bytes(out):,} after")
+
+
+def import_release(sources: list[Path], out: Path, grid: list[int] | None, codec: str) -> None:
+    """Make a store of SeiT's released files."""
+    release.import_release(sources, out, grid=tuple(grid) if grid else None, codec=codec)
+    folder = sources[0] if sources[0].is_dir() else sources[0].parent
+    for name in release.LEFT_OUT:
+        if (folder / name).exists():
+            print(f"{folder / name}: not read, a store has no place for it")
+    print(f"{out}: {_sizes(out)}")
+
+
+def export_release(store: Path, out: Path) -> None:
+    """Write a store as SeiT's released files; class names, tokenizer and other columns stay behind."""
+    release.export_release(store, out)
+    print(f"{out}: {_sizes(store)}")
+
+
+def push(store: Path, repo_id: str, private: bool) -> None:
+    """Upload a store to the Hugging Face hub as a dataset."""
+    print(hub.push(store, repo_id, private=private))
+
+
+def pull(repo_id: str, folder: Path | None) -> None:
+    """Download a store from the Hugging Face hub and verify it."""
+    if folder is None and hub.cache_folder(repo_id).exists():
+        print(f"used again from an earlier pull; remove {hub.cache_folder(repo_id)} to fetch it anew")
+    root = hub.pull(repo_id, folder)
+    print(f"{root}: {_sizes(root)}")
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        options = vars(_parse(sys.argv[1:]))
+        options.pop("run")(**options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# Reading
+
+
+def _open(store: Path, split: str | None) -> TokenStore:
+    return TokenStore(store, split or next(iter(layout.read_document(store)["splits"])))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` positions, evenly spread from the first to the last."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+
+
+def _measure(store: TokenStore, positions: Sequence[int]) -> Figures:
+    tokens, counts = 0, np.zeros(store.num_codes, np.int64)
+    for position in tqdm(positions, store.split, unit=" images", disable=None):
+        ids, _ = store[position]
+        tokens += ids.size
+        counts += np.bincount(ids.ravel(), minlength=store.num_codes)
+    return Figures(len(positions), tokens, counts)
+
+
+def _disk_bytes(store: Path) -> int:
+    entries = layout.read_document(store)["files"].values()
+    return (store / layout.DOCUMENT).stat().st_size + sum(entry["bytes"] for entry in entries)
+
+
+def _source_bytes(store: TokenStore) -> int | None:
+    """Bytes of the files that the images of a split were made of, where a column says so."""
+    if store.columns.get(SOURCE_BYTES) != "int64":
+        return None
+    return int(store.column(SOURCE_BYTES)[range(len(store))].sum())
+
+
+def _decoder(store: TokenStore, path: Path | None) -> Callable[[np.ndarray], "Tensor"]:
+    """What turns ids (H, W) into an image (3, h, w) in [0, 1]. Raises CliError for another store's tokenizer."""
+    import torch
+
+    from seitpp import plots, tokenizers
+
+    if path is None:
+        decode = partial(plots.paint_codes, codebook=torch.from_numpy(store.codebook.copy()))
+    else:
+        tokenizer = tokenizers.load(path)
+        recorded = (store.tokenizer or {}).get("fingerprint", tokenizer.fingerprint)
+        if recorded != tokenizer.fingerprint:
+            raise CliError(
+                f"{path}: tokenizer {tokenizer.fingerprint[:16]}, but {store.path} was made by {recorded[:16]}; "
+                "name the tokenizer of this store"
+            )
+        if not np.array_equal(tokenizer.codebook.detach().numpy(), store.codebook):
+            raise CliError(f"{path}: has another codebook than {store.path}; name the tokenizer of this store")
+        decode = tokenizer.decode
+    return lambda ids: decode(torch.from_numpy(ids[None].astype(np.int64)))[0]
+
+
+def _print_store(store: TokenStore, document: dict) -> None:
+    grid = "one for each image" if store.grid is None else f"{store.grid[0]} x {store.grid[1]}"
+    print(f"format       {document['version']}, fingerprint {store.fingerprint[:16]}")
+    print(f"grid         {grid}")
+    print(f"codebook     {store.num_codes} codes of dimension {store.codebook.shape[1]}")
+    print(f"codec        {store.codec.name}")
+    size, images = _disk_bytes(store.path), sum(split["rows"] for split in document["splits"].values())
+    print(f"on disk      {size:,} bytes, {size / images:.1f} an image")
+    spec = (store.tokenizer or {}).get("spec") or {}
+    fingerprint = (store.tokenizer or {}).get("fingerprint", "not recorded")
+    print(f"tokenizer    {' '.join([*([spec['kind']] if 'kind' in spec else []), fingerprint[:16]])}")
+    names = store.class_names or []
+    shown = ", ".join(names[:SHOWN_CLASSES]) + (", .." if len(names) > SHOWN_CLASSES else "")
+    print(f"classes      {store.num_classes}{': ' + shown if names else ''}\n")
+
+
+def _print_splits(splits: Iterable[TokenStore], figures: Iterable[Figures]) -> None:
+    header = [
+        "split",
+        "images",
+        "codes used",
+        "entropy, bits a token",
+        "bytes an image",
+        "at the entropy",
+        "ratio",
+    ]
+    rows, sources = [], []
+    for store, measured in zip(splits, figures, strict=True):
+        bits = layout.entropy(measured.counts) + 0.0  # of a lone code it is -0.0
+        bound, size = bits * measured.tokens / measured.images / 8, store.payload_bytes / len(store)
+        used = f"{np.count_nonzero(measured.counts)} of {store.num_codes}"
+        numbers = [f"{bits:.3f}", f"{size:.1f}", f"{bound:.1f}", f"{size / bound:.3f}" if bound else "-"]
+        rows.append([store.split, f"{len(store):,}", used, *numbers])
+        source = _source_bytes(store)
+        if source is not None:
+            average = source / len(store)
+            sources.append(f"{store.split}: {average:,.1f} bytes an image, {average / size:.1f} times as many")
+    _print_table(header, rows)
+    if sources:
+        print("\nimage files that the tokens were made of")
+        print("\n".join(sources))
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for first, *rest in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def _sizes(store: Path) -> str:
+    splits = layout.read_document(store)["splits"]
+    return ", ".join(f"{split} {entry['rows']:,} images" for split, entry in splits.items())
+
+
+def _draw(images: "list[Tensor]", titles: list[str], path: Path) -> None:
+    """Pictures (3, h, w) in [0, 1] under their titles, in a square."""
+    from matplotlib import pyplot as plt
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.7 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(title if len(title) <= 20 else f"{title[:19]}..", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CliError(f"{message}; {self.prog} --help says more")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name is not None and name not in commands:
+        raise CliError(
+            f"unknown command {name!r}, expected one of {', '.join(commands)}{_suggest(name, commands)}"
+        )
+    known = set(re.findall(r"--[a-z-]+", commands.get(name, parser).format_help()))
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        if flag.startswith("--") and flag not in known:
+            raise CliError(
+                f"unknown flag {flag}{_suggest(flag, known)}; {commands.get(name, parser).prog} --help lists them"
+            )
+    return parser.parse_args(arguments or ["--help"])
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole parser, and that of each command."""
+    parser = _Parser("seitpp", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(run: Callable[..., None], *positional: tuple[str, str, dict]) -> _Parser:
+        name, text = run.__name__.replace("_", "-"), " ".join((run.__doc__ or "").split())
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        for argument, help_text, more in positional:
+            command.add_argument(argument, metavar=argument.upper(), help=help_text, **more)
+        return command
+
+    store = ("store", "folder of the store", {"type": Path})
+    out = ("out", "folder to make; one that exists is refused", {"type": Path})
+    repo_id = ("repo_id", "OWNER/NAME of the dataset on the hub", {})
+    codec = {"choices": list(CODECS), "metavar": "NAME", "help": f"codec to write with: {', '.join(CODECS)}"}
+    add(info, store)
+    add(verify, store)
+    command = add(show, store)
+    command.add_argument("--tokenizer", type=Path, metavar="FILE", help="decodes the ids; else they are painted")
+    command.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="a new file")
+    command.add_argument("--count", type=int, default=25, metavar="N", help="how many images (default: 25)")
+    command.add_argument("--split", metavar="NAME", help="split to take them from (default: the first)")
+    add(recode, store, out).add_argument("--codec", required=True, **codec)
+    files = "folder of the released files, or their NAME-token.data.bin.gz"
+    command = add(import_release, ("sources", files, {"type": Path, "nargs": "+"}), out)
+    command.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="default: images are square")
+    command.add_argument("--codec", default="ans", **codec)
+    add(export_release, store, out)
+    add(push, store, repo_id).add_argument("--private", action="store_true", help="if the dataset is made now")
+    add(pull, repo_id, ("folder", "folder to make (default: in the user's cache)", {"type": Path, "nargs": "?"}))
+    return parser, dict(commands.choices)

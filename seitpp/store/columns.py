@@ -1,0 +1,80 @@
+"""Columns beside the tokens and labels, read from disk where they are asked for."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from seitpp.store.layout import StoreError
+from seitpp.store.shards import ARROW_TYPES
+
+
+class Column:
+    """One column of a split as a sequence; `kind` is "string", "binary" or "int64". Nothing is held in memory."""
+
+    def __init__(self, name: str, kind: str, shards: Sequence[pa.RecordBatch], starts: list[int], folder: Path):
+        """starts: number of the first image of each shard. folder: for messages.
+
+        Raises StoreError if a shard has nulls there or another kind.
+        """
+        self.name, self.kind = name, kind
+        self._folder, self._starts = folder, starts
+        self._length = starts[-1] + len(shards[-1])
+        places = [shard.schema.get_field_index(name) for shard in shards]  # -1: none, or two
+        found = [shard.column(i) if i >= 0 else None for shard, i in zip(shards, places, strict=True)]
+        for number, array in enumerate(found):
+            if array is None or array.type != ARROW_TYPES[kind] or array.null_count:
+                raise StoreError(
+                    f"{folder}: column {name!r} of shard {number}: expected {kind} values without nulls; "
+                    "copy the shards again"
+                )
+        self._parts = [_Numbers(array) if kind == "int64" else _Bytes(array) for array in found]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | Sequence[int] | np.ndarray) -> Any:
+        """A str, bytes or int for an index; for N indices a list of them, or (N,) int64.
+
+        Raises IndexError, and StoreError for a string that is damaged.
+        """
+        if not isinstance(index, Sequence | np.ndarray):
+            return self._value(index)
+        values = [self._value(i) for i in index]
+        return np.array(values, np.int64) if self.kind == "int64" else values
+
+    def _value(self, index: int) -> str | bytes | int:
+        position = range(self._length)[index]
+        shard = bisect_right(self._starts, position) - 1
+        value = self._parts[shard][position - self._starts[shard]]
+        if self.kind != "string":
+            return value
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise StoreError(
+                f"{self._folder}: column {self.name!r}, image {position}: {error}; copy it again"
+            ) from error
+
+
+class _Numbers:
+    def __init__(self, array: pa.Array):
+        self._numbers = array.to_numpy()
+
+    def __getitem__(self, row: int) -> int:
+        return int(self._numbers[row])
+
+
+class _Bytes:
+    """Sliced by us and not by Arrow, which trusts its offsets even when they are damaged."""
+
+    def __init__(self, array: pa.Array):
+        _, offsets, data = array.buffers()
+        self._offsets = np.frombuffer(offsets, np.int32, len(array) + 1)
+        self._data = memoryview(data or b"")
+
+    def __getitem__(self, row: int) -> bytes:
+        return bytes(self._data[self._offsets[row] : self._offsets[row + 1]])

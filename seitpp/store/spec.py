@@ -1,0 +1,159 @@
+"""What a split is made of, apart from its images: checked, and compared with the store that it goes to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Features, Value
+
+from seitpp import codec as codecs
+from seitpp.store import layout
+from seitpp.store.layout import StoreError
+from seitpp.store.shards import ARROW_TYPES
+
+# A shard is what one process makes at a time and what is lost when it is killed.
+SHARD_TOKENS = 2**22
+SHARD_IMAGES = 2**12
+
+OWN_COLUMNS = ("tokens", "label", "height", "width")
+
+
+class SplitSpec:
+    """Where a split goes and what all of its images have in common.
+
+    Attributes: path; split; codebook (K, D) float32; grid [H, W], or None where each image has its own; codec
+    (name); class_names (list or None); tokenizer (dict or None); columns {name: kind}.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        codebook: np.ndarray,
+        grid: tuple[int, int] | None,
+        codec: str,
+        split: str,
+        class_names: Sequence[str] | None,
+        tokenizer: Mapping[str, Any] | None,
+        columns: Mapping[str, str] | None,
+    ) -> None:
+        """As StoreWriter. Raises StoreError if it is out of bounds or does not agree with the existing store."""
+        self.path = Path(path).resolve()
+        self.split = split
+        self.codebook = np.asarray(codebook, dtype=np.float32)
+        self.grid = None if grid is None else list(map(int, grid))
+        self.codec = codec
+        self.class_names = None if class_names is None else list(class_names)
+        # Through JSON and back, so that it equals what a later split reads.
+        self.tokenizer = json.loads(json.dumps(tokenizer, allow_nan=False))
+        self.columns = dict(columns or {})
+        self._check()
+
+    @property
+    def shard_images(self) -> int:
+        """Images in every shard but the last; the same however many processes there are."""
+        if self.grid is None:
+            return SHARD_IMAGES
+        return min(SHARD_IMAGES, max(1, SHARD_TOKENS // (self.grid[0] * self.grid[1])))
+
+    def features(self) -> Features:
+        """The columns of a shard, as `datasets` describes them."""
+        label = ClassLabel(names=self.class_names) if self.class_names else Value("int64")
+        sides = {} if self.grid else {"height": Value("int32"), "width": Value("int32")}
+        others = {name: Value(kind) for name, kind in self.columns.items()}
+        return Features({"tokens": Value("binary"), "label": label, **sides, **others})
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two splits different before they have images, as JSON holds it."""
+        return {
+            "grid": self.grid,
+            "codec": self.codec,
+            "codebook": describe(self.codebook),
+            "class_names": self.class_names,
+            "tokenizer": self.tokenizer,
+            "columns": self.columns,
+        }
+
+    def existing(self, replace_left: bool = False) -> dict[str, Any] | None:
+        """tokens.json of the store that the split goes to, if there is one.
+
+        replace_left: an unlisted folder of the split is our own, and will be replaced.
+        Raises StoreError if the split cannot go there.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return None
+        if not (self.path / layout.DOCUMENT).exists():
+            raise StoreError(f"{self.path}: not empty and no token store; choose another folder")
+        store = layout.read_document(self.path)
+        if self.split in store["splits"]:
+            raise StoreError(f"{self.path}: has a split {self.split!r} already; nothing is overwritten")
+        if (self.path / self.split).exists() and not replace_left:
+            raise StoreError(f"{self.path / self.split}: left by an interrupted writer; remove it to go on")
+        self._check_agreement(store)
+        return store
+
+    def adopt(self, store: dict[str, Any] | None) -> None:
+        """Take the class names and the tokenizer of an existing store where none were given."""
+        if store is not None:
+            self.class_names = self.class_names or store["class_names"]
+            self.tokenizer = self.tokenizer or store["tokenizer"]
+
+    def _check(self) -> None:
+        codebook = self.codebook
+        if codebook.ndim != 2 or not np.isfinite(codebook).all():
+            raise StoreError(f"codebook: got shape {codebook.shape}, expected (codes, dimension), all finite")
+        if not (1 <= len(codebook) <= codecs.MAX_CODES and 1 <= codebook.shape[1] <= layout.MAX_CODE_DIM):
+            raise StoreError(
+                f"codebook: got shape {codebook.shape}, expected 1 .. {codecs.MAX_CODES} codes "
+                f"of dimension 1 .. {layout.MAX_CODE_DIM}"
+            )
+        if self.grid is not None and not layout.is_grid(self.grid):
+            raise StoreError(f"grid: got {self.grid}, expected (height, width), 1 .. {codecs.MAX_TOKENS} tokens")
+        if self.codec not in codecs.CODECS:
+            raise StoreError(f"codec: got {self.codec!r}, expected one of {', '.join(codecs.CODECS)}")
+        if self.codec == codecs.ContextCodec.name and self.grid is None:
+            raise StoreError(
+                f"codec {self.codec!r}: got no grid, expected one grid for all images; take another codec"
+            )
+        if not layout.SPLIT_NAME.fullmatch(self.split):
+            raise StoreError(f"split: got {self.split!r}, expected letters, digits and underscores")
+        if self.class_names is not None and not layout.is_class_names(self.class_names):
+            raise StoreError(f"class_names: got {self.class_names}, expected at least one string, each once")
+        for name, kind in self.columns.items():
+            if name in OWN_COLUMNS or not name.isidentifier() or kind not in ARROW_TYPES:
+                raise StoreError(
+                    f"columns: got {name!r}: {kind!r}, expected an identifier other than {', '.join(OWN_COLUMNS)} "
+                    f"and one of the kinds {', '.join(ARROW_TYPES)}"
+                )
+
+    def _check_agreement(self, store: dict[str, Any]) -> None:
+        given = {
+            "grid": self.grid,
+            "codec": self.codec,
+            "codebook": describe(self.codebook),
+        }
+        there = {
+            "grid": store["grid"],
+            "codec": store["codec"]["name"],
+            "codebook": describe(layout.read_codebook(self.path, store)),
+        }
+        for key, value in (("class_names", self.class_names), ("tokenizer", self.tokenizer)):
+            if value is not None:
+                given[key], there[key] = value, store[key]
+        for key, value in given.items():
+            if value != there[key]:
+                raise StoreError(f"{self.path}: its {key} is {there[key]}, got {value}; a store has one {key}")
+
+
+def describe(codebook: np.ndarray) -> str:
+    """Shape and fingerprint, short enough for a message."""
+    return f"{codebook.shape} {fingerprint(codebook.tobytes())}"
+
+
+def fingerprint(data: bytes) -> str:
+    """The first 12 hex digits of a SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:12]

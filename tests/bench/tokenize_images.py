@@ -1,0 +1,93 @@
+"""How fast recipes/tokenize_images.py is, against its two parts measured alone in the same run.
+
+    python tests/bench/tokenize_images.py [--images 1500] [--workers 1]
+
+Images: crops of scikit-learn's photographs as JPEG of 400 x 300 pixels, tokenized at 256 pixels (32 x 32 tokens,
+K = 391). Decoding alone is the recipe's loader without the tokenizer; the forward alone is the tokenizer on
+batches that are decoded already. The rate wanted is at least 0.85 of the slower of the two.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+
+from seitpp.tokenizers import PatchKMeans
+from seitpp.tokenizers.images import ImageDataset, open_source
+
+RECIPE = Path(__file__).parents[2] / "recipes/tokenize_images.py"
+BATCH = 32
+
+
+def make_images(root: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    photographs = load_sample_images().images
+    for number in range(count):
+        top, left = rng.integers(127), rng.integers(240)
+        crop = photographs[number % 2][top : top + 300, left : left + 400]
+        Image.fromarray(crop).save(root / f"{number:05d}.jpg", quality=90)
+
+
+def make_tokenizer(path: Path) -> PatchKMeans:
+    photographs = [torch.tensor(image).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
+    tokenizer = PatchKMeans.fit(torch.cat(photographs), image_size=256, patch=8, num_codes=391, code_dim=32)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def decoding_rate(root: Path, workers: int) -> float:
+    dataset = ImageDataset(open_source(str(root), None), (256, 256))
+    batches = [list(range(at, min(at + BATCH, len(dataset)))) for at in range(0, len(dataset), BATCH)]
+    start = time.perf_counter()
+    for _ in DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=workers):
+        pass
+    return len(dataset) / (time.perf_counter() - start)
+
+
+def forward_rate(tokenizer: PatchKMeans, count: int) -> float:
+    pixels = torch.randint(256, (BATCH, 3, 256, 256), dtype=torch.uint8)
+    tokenizer.encode(pixels.float() / 255)
+    start = time.perf_counter()
+    for _ in range(count // BATCH):
+        tokenizer.encode(pixels.float() / 255)
+    return count // BATCH * BATCH / (time.perf_counter() - start)
+
+
+def recipe_rate(root: Path, tokenizer: Path, out: Path, workers: int) -> float:
+    line = ["--data", root, "--tokenizer", tokenizer, "--out", out, "--workers", workers, "--batch-size", BATCH]
+    command = [sys.executable, RECIPE, *line]
+    printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    return float(re.search(r"([\d.]+) images/s", printed)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        images, file = Path(folder) / "images", Path(folder) / "tokenizer.safetensors"
+        images.mkdir()
+        make_images(images, options.images)
+        tokenizer = make_tokenizer(file)
+        rates = {
+            "decoding alone": decoding_rate(images, options.workers),
+            "tokenizer alone": forward_rate(tokenizer, options.images),
+            "recipe": recipe_rate(images, file, Path(folder) / "tokens", options.workers),
+        }
+    for name, rate in rates.items():
+        print(f"{name:16} {rate:8.1f} images/s")
+    print(f"recipe / slower part {rates['recipe'] / min(list(rates.values())[:2]):.2f}")
+
+
+if __name__ == "__main__":
+    main()
