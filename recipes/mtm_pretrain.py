@@ -212,6 +212,10 @@ def open_data(config: Config, run: Run) -> Data:
 
 def model_grid(store: TokenStore, crop: int | None) -> tuple[int, int]:
     """The tokens that the model sees of an image: the crop, or the store's whole grid."""
+    if store.grid is None:
+        raise UserError(
+            f"{store.path}: its images have grids of their own, expected one grid: tokenize to one size"
+        )
     if crop is None:
         return store.grid
     if crop > min(store.grid):

@@ -83,6 +83,10 @@ def check_tokens(model: MTM, codebook: str, store: TokenStore, checkpoint: str) 
             "was trained on: name the store of its tokenizer"
         )
     window = model.encoder.patch_embed.img_size
+    if store.grid is None:
+        raise UserError(
+            f"{store.path}: its images have grids of their own, expected one grid: tokenize to one size"
+        )
     if window[0] > store.grid[0] or window[1] > store.grid[1]:
         raise UserError(f"grid {store.grid} of {store.path} is smaller than the {window} tokens of {checkpoint}")
 

@@ -206,8 +206,16 @@ def test_bad_stores_are_refused(smoke: Path, tmp_path: Path) -> None:
     cut = small_store(tmp_path / "cut", (8, 8), seed=2)
     shard = next((cut / "train").glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-100])
+    mixed = tmp_path / "mixed"
+    for split in ("train", "validation"):
+        with StoreWriter(mixed, codebook=CODEBOOK, grid=None, split=split) as writer:
+            writer.add_batch([np.zeros((4, 6), int), np.ones((6, 6), int)], [0, 1])
     out = tmp_path / "run"
     refused(
+        (
+            ["mtm_pretrain", "smoke", "--store", mixed, "--batch-size", "2", "--out", out],
+            [mixed, "expected one grid"],
+        ),
         (["probe", "--checkpoint", smoke, "--store", other, "--out", out], ["codebook", other, smoke]),
         (["mtm_pretrain", "published", "--out", out], ["needs --store"]),
         (["mtm_pretrain", "smoke", "--crop", "28", "--out", out], ["--crop 28", "(8, 8)", digits().store]),
