@@ -98,6 +98,18 @@ def loss_curve(records: Sequence[dict], num_codes: int, path: Path) -> None:
     _save(figure, path)
 
 
+def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
+    """One panel for each named value of every update, over the steps; logarithmic where all are positive."""
+    figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
+    steps = [record["step"] for record in records]
+    for axis, name in zip(axes[0], names, strict=True):
+        values = [record[name] for record in records]
+        axis.plot(steps, values, color="C0", linewidth=0.8)
+        axis.set(xlabel="step", title=name, yscale="log" if min(values) > 0 else "linear")
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def write_report(
     folder: Path, title: str, result: dict, records: Sequence[dict], num_codes: int, pictures: dict[str, Tensor]
 ) -> None:

@@ -202,6 +202,33 @@ def decode_image(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
+class Part:
+    """Some images of a source, by their numbers."""
+
+    def __init__(self, source: ImageSource, indices: list[int]):
+        self.source, self.indices, self.class_names = source, indices, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Sample:
+        """Image `index` of this part."""
+        return self.source.read(self.indices[index])
+
+
+def hold_out(source: ImageSource, every: int, name: str) -> tuple[Part, Part]:
+    """(the other images, every n-th one): a sorted folder's last images would all be of one class.
+
+    Raises ImageError if the source, called `name`, has fewer than `every` images.
+    """
+    if len(source) < every:
+        raise ImageError(
+            f"{len(source)} images in {name}: expected at least {every}, of which every {every}th is held out"
+        )
+    chosen = range(every - 1, len(source), every)
+    return Part(source, sorted(set(range(len(source))) - set(chosen))), Part(source, list(chosen))
+
+
 class Pixels(NamedTuple):
     """Decoded images: `indices` (B,) int64 in the source, `images` (B, 3, height, width) uint8."""
 
