@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -129,6 +130,7 @@ def pull(repo_id: str, folder: Path | None) -> None:
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on stderr and exit status 2."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `seitpp info STORE | head` expects
     try:
         options = vars(_parse(sys.argv[1:]))
         options.pop("run")(**options)

@@ -173,6 +173,8 @@ def test_files_follow_the_umask(tmp_path):
 
 def test_card_gives_the_figures(store):
     card = (store / "README.md").read_text()
+    assert "18 of the 20 codes are used; their perplexity is" in card
+    assert json.dumps(TOKENIZER, indent=2) in card
     s = TokenStore(store)
     assert "grid of 4 x 6 ids of a codebook with 20 codes of dimension 3" in card
     assert f"| train | 50 | 3 | {s.payload_bytes:,} | {s.payload_bytes / 50:.1f} |" in card
@@ -500,6 +502,14 @@ def test_a_codebook_of_another_store_is_refused(store, tmp_path):
     other = write(tmp_path / "other", codebook=codebook() + 1)
     shutil.copy(other / layout.CODEBOOK, store / layout.CODEBOOK)
     with pytest.raises(StoreError, match=r"codebook.safetensors: SHA-256 \w+.., expected \w+..: .*another store"):
+        TokenStore(store)
+
+
+def test_a_shard_of_another_store_is_refused(store, tmp_path):
+    other = write(tmp_path / "other", n=50, class_names=["x", "y", "z"])
+    (shard, *_), (foreign, *_) = (sorted((path / "train").glob("*.arrow")) for path in (store, other))
+    shutil.copy(foreign, shard)
+    with pytest.raises(StoreError, match=rf"{shard.name}: .*expected"):
         TokenStore(store)
 
 

@@ -1,5 +1,6 @@
 """The dataset card, README.md, of a store."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ configs:
 Each image is a grid of {_sides(document["grid"])} ids of a codebook with {document["num_codes"]} codes \
 of dimension {document["code_dim"]}.
 The ids are entropy-coded with the codec "{document["codec"]["name"]}". {_entropy(document)}
-
+{_usage(document)}
+{_tokenizer(document["tokenizer"])}
 | split | images | classes | bytes | bytes an image |
 |---|---|---|---|---|
 {table}
@@ -41,6 +43,19 @@ vectors = store.codebook[ids]  # (height, width, dimension) float32
 
 `datasets.load_from_disk("PATH")` reads the encoded images (`tokens`) and the labels without seitpp.
 """
+
+
+def _usage(document: dict[str, Any]) -> str:
+    counts = np.asarray(document["codec"]["counts"])
+    used, perplexity = int((counts > 0).sum()), 2 ** entropy(counts)
+    return f"{used:,} of the {len(counts):,} codes are used; their perplexity is {perplexity:.1f}."
+
+
+def _tokenizer(tokenizer: dict[str, Any] | None) -> str:
+    """How the images were tokenized, word for word as the writer was told."""
+    if tokenizer is None:
+        return "What tokenizer made the ids is not recorded.\n"
+    return f"\nThe tokenizer that made the ids:\n\n```json\n{json.dumps(tokenizer, indent=2)}\n```\n"
 
 
 def _row(name: str, rows: int, payload_bytes: int, num_classes: int) -> str:
