@@ -70,6 +70,23 @@ def test_every_source_gives_the_same_bytes_and_labels(make, samples, tmp_path) -
     assert source.class_names == (None if make is tar else CLASSES)
 
 
+def test_a_named_data_set_gives_the_same_bytes_and_labels(samples, monkeypatch) -> None:
+    """What `datasets` gives for a name on the hub; only the download is left out."""
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=CLASSES)})
+    rows = [{"photo": {"bytes": data, "path": None}, "kind": label} for data, label in samples]
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("somebody/photographs", "validation")
+    assert asked == [("somebody/photographs", "validation")]
+    assert [(source.read(index).data, source.read(index).label) for index in range(6)] == samples
+    assert source.class_names == CLASSES
+
+
 def test_a_flat_folder_has_one_class_without_a_name(samples, tmp_path) -> None:
     (tmp_path / "a.PNG").write_bytes(samples[0][0])
     (tmp_path / "notes.txt").write_text("not an image")
