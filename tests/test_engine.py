@@ -19,9 +19,9 @@ from seitpp.augment import EvalView
 from seitpp.engine import checkpoint
 from seitpp.engine.config import ConfigError, load_config, parse, run_recipe
 from seitpp.engine.evaluate import Features, extract_features, knn, linear_probe
+from seitpp.engine.folder import RunError, choose_folder, start_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
 from seitpp.engine.optim import adamw
-from seitpp.engine.run import RunError, choose_folder, start_folder
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.models import MTM
