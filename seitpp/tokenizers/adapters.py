@@ -14,7 +14,6 @@ No library is imported: its classes come with the object. Images are in [0, 1]; 
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -54,9 +53,9 @@ class Adapter(Tokenizer):
         """Preprocessed images -> map (B, D, H, W), unquantized."""
         return self._require_grid(self._maps(self.model_input(images)))
 
-    @abstractmethod
     def _maps(self, inputs: Tensor) -> Tensor:
         """What the network is given (B, 3, height, width) -> its map (B, D, H, W)."""
+        raise NotImplementedError
 
     def _images(self, ids: Tensor) -> Tensor:
         """Ids of the network (B, H, W) -> what it decodes (B, 3, height, width), in its own range."""
@@ -96,9 +95,9 @@ class IdAdapter(Adapter):
         """Preprocessed images -> map (B, D, H, W) of the rows that the network chose: quantized already."""
         return F.embedding(self._checked(self.model_input(images)), self.table).permute(0, 3, 1, 2)
 
-    @abstractmethod
     def _network_ids(self, inputs: Tensor) -> Tensor:
         """What the network is given -> its ids, in any shape that holds B grids row by row."""
+        raise NotImplementedError
 
     def _checked(self, inputs: Tensor) -> Tensor:
         ids = check_ids(self._network_ids(inputs), len(self.table), f"the {self.spec.kind} network")
