@@ -66,7 +66,7 @@ def smoke(tmp_path_factory) -> Path:
     started = time.monotonic()
     finished = subprocess.run(line, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert time.monotonic() - started < 60  # 12 s where it was written; a busy machine is slower
+    assert time.monotonic() - started < 60  # wanted: 30 s; a busy machine is slower
     return folder
 
 

@@ -14,6 +14,7 @@ No library is imported: its classes come with the object. Images are in [0, 1]; 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,8 @@ COSMOS_LEVELS = (8, 8, 8, 5, 5, 5)
 class Adapter(Tokenizer):
     """A tokenizer with somebody else's network, `model`, and the network's whole codebook, `table` (K, D).
 
-    `kept` (K',) are the codes in use, all of them until `compact`. A subclass gives `_maps`, and `_images`
-    where its library decodes.
+    `kept` (K',) are the codes in use, all of them until `compact`. A subclass gives `_images` where its
+    library decodes.
     """
 
     def __init__(self, spec: TokenizerSpec, table: Tensor, model: nn.Module | None):
@@ -48,14 +49,6 @@ class Adapter(Tokenizer):
     def codebook(self) -> Tensor:
         """(K', D) float."""
         return self.table[self.kept]
-
-    def features(self, images: Tensor) -> Tensor:
-        """Preprocessed images -> map (B, D, H, W), unquantized."""
-        return self._require_grid(self._maps(self.model_input(images)))
-
-    def _maps(self, inputs: Tensor) -> Tensor:
-        """What the network is given (B, 3, height, width) -> its map (B, D, H, W)."""
-        raise NotImplementedError
 
     def _images(self, ids: Tensor) -> Tensor:
         """Ids of the network (B, H, W) -> what it decodes (B, 3, height, width), in its own range."""
@@ -81,6 +74,18 @@ class Adapter(Tokenizer):
         self.kept = self.kept[ids]
 
 
+class MapAdapter(Adapter):
+    """An adapter of a network that shows its features. A subclass gives `_maps`."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Preprocessed images -> map (B, D, H, W), unquantized."""
+        return self._require_grid(self._maps(self.model_input(images)))
+
+    @abstractmethod
+    def _maps(self, inputs: Tensor) -> Tensor:
+        """What the network is given (B, 3, height, width) -> its map (B, D, H, W)."""
+
+
 class IdAdapter(Adapter):
     """An adapter of a network that gives ids and hides its features. A subclass gives `_network_ids`.
 
@@ -95,9 +100,9 @@ class IdAdapter(Adapter):
         """Preprocessed images -> map (B, D, H, W) of the rows that the network chose: quantized already."""
         return F.embedding(self._checked(self.model_input(images)), self.table).permute(0, 3, 1, 2)
 
+    @abstractmethod
     def _network_ids(self, inputs: Tensor) -> Tensor:
         """What the network is given -> its ids, in any shape that holds B grids row by row."""
-        raise NotImplementedError
 
     def _checked(self, inputs: Tensor) -> Tensor:
         ids = check_ids(self._network_ids(inputs), len(self.table), f"the {self.spec.kind} network")
@@ -119,7 +124,7 @@ class IdAdapter(Adapter):
         self.renumber[self.kept] = torch.arange(len(self.kept), device=self.kept.device)  # also among equal rows
 
 
-class DiffusersVQ(Adapter):
+class DiffusersVQ(MapAdapter):
     """diffusers `VQModel`; patch from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
@@ -138,7 +143,7 @@ class DiffusersVQ(Adapter):
         return self.model.decode(ids, force_not_quantize=True, shape=shape).sample
 
 
-class ChameleonVQ(Adapter):
+class ChameleonVQ(MapAdapter):
     """transformers `ChameleonVQVAE`; patch from its config. The library has no decoder."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
@@ -150,7 +155,7 @@ class ChameleonVQ(Adapter):
         return self.model.quant_conv(self.model.encoder(inputs))
 
 
-class Emu3VQ(Adapter):
+class Emu3VQ(MapAdapter):
     """transformers `Emu3VQVAE`, on still images; patch from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
@@ -167,7 +172,7 @@ class Emu3VQ(Adapter):
         return self.model.decode(ids)
 
 
-class JanusVQ(Adapter):
+class JanusVQ(MapAdapter):
     """transformers `JanusVQVAE`; patch from its config; the default image size is its own.
 
     The library's `encode` takes the nearest row by raw distance, while its `decode` uses normalised rows, as
