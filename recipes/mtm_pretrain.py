@@ -12,21 +12,22 @@ pictures, and result.json into --out. Does not fine-tune: the weights are for re
 """
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from seitpp import TokenStore, plots, tokenizers
+from seitpp import plots, tokenizers
 from seitpp.augment import EvalView, Keys, SeitPPView
-from seitpp.engine.config import run_recipe
+from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.data import open_splits, window_of
 from seitpp.engine.evaluate import probe
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
-from seitpp.errors import UserError
 from seitpp.models import MTM
 from seitpp.objectives import (
     mask_counts,
@@ -35,23 +36,17 @@ from seitpp.objectives import (
     masked_token_accuracy,
     masked_token_loss,
 )
-from seitpp.tokenizers import Tokenizer
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, TokenDataset
 from seitpp.tokens.digits import digits, digits_images
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """The published run: ViT-B, ImageNet-1k, 400 epochs, batch 4096 (SeiT++, pre-training)."""
 
     store: str | None = None  # a token store; the embedded digits where none is named
     tokenizer: str | None = None  # decodes tokens for the report; without it codes are painted in colours
-    out: str | None = None  # the run's folder; runs/mtm_pretrain-PRESET where none is named
-    resume: bool = False
-    overwrite: bool = False
-    preset: str = "published"
-    seed: int = 0
     model: str = "mtm_vit_base"
     decoder_width: int = 512
     decoder_depth: int = 4
@@ -65,12 +60,6 @@ class Config:
     base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    precision: Literal["no", "bf16"] = "bf16"
-    accumulation: int = 1
-    workers: int = 8
-    checkpoint_epochs: float = 1
-    log_steps: int = 20
-    trackers: tuple[str, ...] = ()
 
 
 PRESETS = {"published": Config()}
@@ -104,25 +93,14 @@ PRESETS["smoke"] = replace(
 
 def main(config: Config) -> None:
     # 1. Run: the output folder, the launch, the seed.
-    run = Run(
-        f"mtm_pretrain-{config.preset}",
-        asdict(config),
-        out=config.out,
-        resume=config.resume,
-        overwrite=config.overwrite,
-        seed=config.seed,
-        precision=config.precision,
-        accumulation=config.accumulation,
-        workers=config.workers,
-        log_steps=config.log_steps,
-        trackers=config.trackers,
-    )
+    run = Run("mtm_pretrain", config)
 
     # 2. Data: every size is read from the store.
-    train, validation, tokenizer, originals = open_data(config, run)
+    train, validation = open_splits(run, config.store)
     order = BatchOrder(len(train), config.batch_size, config.seed)
     codebook = torch.from_numpy(train.codebook)
-    grid = model_grid(train, config.crop)
+    grid = window_of(train, config.crop, "--crop")
+    decode, originals = report_tools(config)
 
     # 3. View: ids -> vectors -> crop -> ids, on the device.
     view = SeitPPView(codebook, config.crop, config.crop_scale).to(run.device)
@@ -182,47 +160,17 @@ def main(config: Config) -> None:
     }
     if run.is_main:
         trained.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
-        decode = tokenizer.decode if tokenizer else partial(plots.paint_codes, codebook=codebook)
+        decode = decode or partial(plots.paint_codes, codebook=codebook)
         pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
         plots.write_report(run.out, "Masked token modeling", result, run.log.read(), train.num_codes, pictures)
     run.finish(result)
 
 
-class Data(NamedTuple):
-    """Two splits, and what the report can show: a tokenizer, original validation images (N, 3, h, w) in [0, 1]."""
-
-    train: TokenStore
-    validation: TokenStore
-    tokenizer: Tokenizer | None
-    originals: torch.Tensor | None
-
-
-def open_data(config: Config, run: Run) -> Data:
-    """The named store, or the embedded digits. Only the main process verifies the files."""
-    if config.preset == "published" and config.store is None:
-        raise UserError("preset published needs --store, a folder of tokens; without a preset the digits are used")
-    store, tokenizer, originals = config.store, config.tokenizer, None
-    if store is None:
-        with run.accelerator.main_process_first():
-            store, tokenizer = digits()
-        originals, _ = digits_images("validation")
-    train, validation = (TokenStore(store, split, verify=run.is_main) for split in ("train", "validation"))
-    return Data(train, validation, tokenizers.load(tokenizer) if tokenizer else None, originals)
-
-
-def model_grid(store: TokenStore, crop: int | None) -> tuple[int, int]:
-    """The tokens that the model sees of an image: the crop, or the store's whole grid."""
-    if store.grid is None:
-        raise UserError(
-            f"{store.path}: its images have grids of their own, expected one grid: tokenize to one size"
-        )
-    if crop is None:
-        return store.grid
-    if crop > min(store.grid):
-        raise UserError(
-            f"--crop {crop} from the grid {store.grid} of {store.path}: expected at most its shorter side"
-        )
-    return crop, crop
+def report_tools(config: Config) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:
+    """What the report can show: how to decode ids, and original validation images (N, 3, h, w) in [0, 1]."""
+    if config.store is None:
+        return tokenizers.load(digits().tokenizer).decode, digits_images("validation")[0]
+    return tokenizers.load(config.tokenizer).decode if config.tokenizer else None, None
 
 
 def step_flops(model: MTM, grid: tuple[int, int], patches: int) -> int:

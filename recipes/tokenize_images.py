@@ -53,16 +53,24 @@ PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
 
 def main(config: Config) -> None:
-    # 1. The launch: every process makes its own shards.
+    # 1. The launch, images and tokenizer.
     accelerator = Accelerator()
-
-    # 2. Images and tokenizer.
     source, tokenizer = open_data(config, accelerator)
-    tokenizer = tokenizer.to(accelerator.device).eval()
     if config.out is None:
         raise UserError("no store to write: name a folder with --out")
 
-    # 3. What is there already, and what this process is to do.
+    # 2. Into a split of the store.
+    tokenize(source, tokenizer, config, accelerator)
+
+
+def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelerator: Accelerator) -> None:
+    """Write the split config.split of the store config.out, each process its own shards; all processes call it.
+
+    Raises UserError if the split is there already, or at an image that cannot be read unless those are skipped.
+    """
+    tokenizer = tokenizer.to(accelerator.device).eval()
+
+    # What is there already, and what this process is to do.
     staging = SplitStaging(
         config.out,
         codebook=tokenizer.codebook.float().cpu().numpy(),
@@ -83,7 +91,7 @@ def main(config: Config) -> None:
         f"{accelerator.num_processes} process(es)"
     )
 
-    # 4. Decode, tokenize, write shard by shard; the loader decodes ahead, across shards.
+    # Decode, tokenize, write shard by shard; the loader decodes ahead, across shards.
     skipped = Path(f"{config.out}-{config.split}-skipped.txt")
     batches = iter(decoding_loader(source, tokenizer, staging, mine, config))
     done, source_bytes, started = 0, 0, time.perf_counter()
@@ -101,7 +109,7 @@ def main(config: Config) -> None:
             source_bytes += sum(sum(decoded.source_bytes) for _, decoded in parts)
     seconds = time.perf_counter() - started
 
-    # 5. One process counts, encodes and publishes what all have made.
+    # One process counts, encodes and publishes what all have made.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         staging.publish()

@@ -14,7 +14,7 @@ recipes/tokenize_images.py), config.json, metrics.jsonl, checkpoints/, result.js
 patch_kmeans makes no metrics and no checkpoints. Tokenizes nothing. Codes that no image uses are kept.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
-from seitpp.engine.config import run_recipe
+from seitpp.engine.config import TrainConfig, run_recipe
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
@@ -41,17 +41,12 @@ HELD_OUT = 20  # without a validation split, one image in so many: a sorted fold
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """ViT-VQGAN base on ImageNet-1k at 256 pixels, 100 epochs of batch 256 (about arXiv 2110.04627)."""
 
     data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set; else the digits
     split: str | None = None  # the part of the source to train on; all of it where none is named
     validation_split: str | None = None  # the part that is held out; every twentieth image where none is named
-    out: str | None = None  # the run's folder; runs/tokenizer_train-PRESET where none is named
-    resume: bool = False
-    overwrite: bool = False
-    preset: str = "published"
-    seed: int = 0
     kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"
     image_size: int = 256
     patch: int = 8
@@ -73,12 +68,6 @@ class Config:
     base_lr: float = 1e-4  # for a batch of 256; scaled linearly
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
-    precision: Literal["no", "bf16"] = "bf16"
-    accumulation: int = 1
-    workers: int = 8
-    checkpoint_epochs: float = 1
-    log_steps: int = 20
-    trackers: tuple[str, ...] = ()
 
 
 PRESETS = {"published": Config()}
@@ -108,19 +97,7 @@ PRESETS["smoke"] = replace(
 
 def main(config: Config) -> None:
     # 1. Run: the output folder, the launch, the seed.
-    run = Run(
-        f"tokenizer_train-{config.preset}",
-        asdict(config),
-        out=config.out,
-        resume=config.resume,
-        overwrite=config.overwrite,
-        seed=config.seed,
-        precision=config.precision,
-        accumulation=config.accumulation,
-        workers=config.workers,
-        log_steps=config.log_steps,
-        trackers=config.trackers,
-    )
+    run = Run("tokenizer_train", config)
 
     # 2. Data: images to learn from, and others to judge by.
     check_settings(config)

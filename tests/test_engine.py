@@ -76,8 +76,8 @@ def test_loader_gives_the_images_of_the_order(workers: int) -> None:
 
 
 def test_evaluation_shows_every_image_once() -> None:
-    store = TokenStore(digits().store, "validation")
-    seen = [batch.indices.tolist() for rank in range(7) for batch in evaluation_loader(store, 32, rank, 7, 0)]
+    dataset = TokenDataset(TokenStore(digits().store, "validation"))
+    seen = [batch.indices.tolist() for rank in range(7) for batch in evaluation_loader(dataset, 32, rank, 7, 0)]
     assert sorted(np.concatenate(seen).tolist()) == list(range(360))
 
 
@@ -122,7 +122,7 @@ def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    checkpoint.save(folder, step, "store-a", model.state_dict(), checkpoint.optimizer_tensors(model, optimizer))
+    checkpoint.save(folder, step, "store-a", checkpoint.tensors_of(model, optimizer, ema=None))
 
 
 def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
@@ -130,7 +130,7 @@ def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
     save(tmp_path, 3, model, optimizer)
     other, other_optimizer = trained(seed=1)
     found = checkpoint.load_latest(tmp_path)
-    checkpoint.restore(found, "store-a", other, other_optimizer)
+    checkpoint.restore(found, "store-a", other, other_optimizer, ema=None)
     assert found.step == 3
     for one, two in ((model, optimizer), (other, other_optimizer)):
         one(torch.ones(1, 4)).sum().backward()
@@ -200,10 +200,10 @@ def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
     with pytest.raises(
         checkpoint.CheckpointError, match=r"another model: 0\.bias is \(5,\) there, \(6,\) in this run"
     ):
-        checkpoint.restore(found, "store-a", other, torch.optim.AdamW(other.parameters()))
+        checkpoint.restore(found, "store-a", other, torch.optim.AdamW(other.parameters()), None)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     with pytest.raises(checkpoint.CheckpointError, match="trained on the store store-a, this run reads store-b"):
-        checkpoint.restore(found, "store-b", model, optimizer)
+        checkpoint.restore(found, "store-b", model, optimizer, None)
 
 
 # ----------------------------------------------------------------------------------------- folder and log

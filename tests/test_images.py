@@ -106,8 +106,9 @@ def test_decoding_resizes_to_exactly_the_size(mode: str, samples) -> None:
 
 def test_a_dataset_decodes_whole_batches(samples, tmp_path) -> None:
     source = open_source(str(folder(tmp_path / "source", samples)), "train")
-    indices, images = ImageDataset(source, (32, 32)).__getitems__([4, 1])
+    indices, images, labels = ImageDataset(source, (32, 32)).__getitems__([4, 1])
     assert indices.tolist() == [4, 1] and images.shape == (2, 3, 32, 32)
+    assert labels.tolist() == [source.read(4).label, source.read(1).label]
     assert np.array_equal(images[0], decode_image(source.read(4), (32, 32)))
 
 

@@ -5,6 +5,7 @@
       step-00000120/
         model.safetensors        weights
         optimizer.safetensors    the optimizer's tensors, by parameter name
+        ema.safetensors          their moving average, where the run keeps one
         state.json               step, and the fingerprint of the store
         manifest.json            size and SHA-256 of the other files, written last
 
@@ -18,12 +19,15 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from seitpp import files
 from seitpp.errors import UserError
 
 KEPT = 2
+
+Groups = dict[str, dict[str, Tensor]]  # tensors by name, in files by name
 
 
 class CheckpointError(UserError):
@@ -36,18 +40,28 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int
     store: str
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    tensors: Groups
 
 
-def save(folder: Path, step: int, store: str, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> Groups:
+    """Everything that a checkpoint holds: "model", "optimizer" (by "parameter name/key") and maybe "ema"."""
+    state = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    groups = {"model": model.state_dict(), "optimizer": state}
+    return groups | {"ema": ema.module.state_dict()} if ema else groups
+
+
+def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
     """Publish a checkpoint under `folder`; then point LATEST to it; then remove all but the newest two."""
     target = folder / f"step-{step:08d}"
     staging = folder / f".{target.name}.tmp"
     files.remove_folder(staging)
     staging.mkdir(parents=True)
-    save_file(_contiguous(model), staging / "model.safetensors")
-    save_file(_contiguous(optimizer), staging / "optimizer.safetensors")
+    for name, group in tensors.items():
+        save_file(_contiguous(group), staging / f"{name}.safetensors")
     (staging / "state.json").write_text(json.dumps({"step": step, "store": store}))
     manifest = {path.name: _entry(path) for path in sorted(staging.iterdir())}
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=2))
@@ -91,7 +105,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        for name in sorted({"model.safetensors", "optimizer.safetensors", "state.json"} | set(manifest)):
             if manifest[name] != _entry(path / name):
                 raise CheckpointError(f"{path / name} is not the file that was saved (size or SHA-256 differ)")
         state = json.loads((path / "state.json").read_text())
@@ -99,21 +113,18 @@ def _load(path: Path) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {path} is incomplete: {error!r}") from error
-    model, optimizer = (load_file(path / f"{name}.safetensors") for name in ("model", "optimizer"))
-    return Checkpoint(path, state["step"], state["store"], model, optimizer)
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return Checkpoint(path, state["step"], state["store"], tensors)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as "parameter name/key" -> tensor."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore(checkpoint: Checkpoint, store: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint into a model and its optimizer.
+def restore(
+    checkpoint: Checkpoint,
+    store: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
+) -> None:
+    """Put a checkpoint into a model, its optimizer and its moving average.
 
     Raises CheckpointError if it was made on a store other than `store`, or names the first key that differs.
     """
@@ -122,20 +133,26 @@ def restore(checkpoint: Checkpoint, store: str, model: nn.Module, optimizer: tor
             f"{checkpoint.path} was trained on the store {checkpoint.store[:16]}, this run reads {store[:16]}: "
             "name the same store, or start anew with another --out"
         )
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | checkpoint.model.keys()):
-        got = tuple(checkpoint.model[name].shape) if name in checkpoint.model else "nothing"
-        want = tuple(expected[name].shape) if name in expected else "nothing"
-        if got != want:
-            raise CheckpointError(
-                f"{checkpoint.path} is of another model: {name} is {got} there, {want} in this run: "
-                "name the folder of the same model and store, or start anew with --overwrite"
-            )
-    model.load_state_dict(checkpoint.model)
+    modules = {"model": model, "ema": ema.module} if ema else {"model": model}
+    for name, module in modules.items():
+        _check_same(checkpoint.path, checkpoint.tensors.get(name, {}), module.state_dict())
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint.tensors[name])
     parameters = dict(model.named_parameters())
-    for full_name, tensor in checkpoint.optimizer.items():
+    for full_name, tensor in checkpoint.tensors["optimizer"].items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
         # Adam's step counter stays on the CPU, where the optimizer made it.
         device = "cpu" if tensor.ndim == 0 else parameter.device
         optimizer.state[parameter][key] = tensor.to(device)
+
+
+def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | stored.keys()):
+        got = tuple(stored[name].shape) if name in stored else "nothing"
+        want = tuple(expected[name].shape) if name in expected else "nothing"
+        if got != want:
+            raise CheckpointError(
+                f"{path} is of another model: {name} is {got} there, {want} in this run: "
+                "name the folder of the same model and store, or start anew with --overwrite"
+            )

@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,36 @@ Config = TypeVar("Config")
 
 class ConfigError(UserError):
     """A preset, a flag or a config file that this recipe does not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every recipe asks of its run; a recipe's own Config adds the rest."""
+
+    out: str | None = None  # the run's folder; runs/RECIPE-PRESET where none is named
+    overwrite: bool = False
+    preset: str = "published"
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "bf16"
+
+    # Fixed where nothing is trained; settings of a TrainConfig.
+    resume: ClassVar[bool] = False
+    accumulation: ClassVar[int] = 1
+    workers: ClassVar[int] = 0
+    log_steps: ClassVar[int] = 1
+    trackers: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """What a recipe that trains asks besides."""
+
+    resume: bool = False
+    accumulation: int = 1
+    workers: int = 8  # processes that read batches, for each process that trains
+    checkpoint_epochs: float = 1
+    log_steps: int = 20
+    trackers: tuple[str, ...] = ()
 
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], default: str) -> None:

@@ -1,15 +1,17 @@
-"""How good frozen features are: weighted k-NN and a linear probe, with exact integer counts."""
+"""How good a classifier or frozen features are: top-1 and top-5, weighted k-NN, a linear probe; exact counts."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from seitpp.store import TokenStore
-from seitpp.tokens.dataset import evaluation_loader
+from seitpp.tokens.dataset import TokenDataset, evaluation_loader
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # the usual weighted k-NN (Wu et al. 2018, "Unsupervised feature learning ...")
 QUERY_CELLS = 1 << 25  # cells of the query x bank similarity matrix that are held at once
@@ -33,6 +35,53 @@ class Score(NamedTuple):
         return 100 * self.correct / self.total
 
 
+class Predictions(NamedTuple):
+    """Of a whole split, in its order: `ranked` (N, k) int64, the likeliest classes first; `labels` (N,) int64."""
+
+    ranked: Tensor
+    labels: Tensor
+
+    def top(self, k: int) -> Score:
+        """How many images have their label among the first `k` classes."""
+        return Score(int((self.ranked[:, :k] == self.labels.unsqueeze(1)).sum()), len(self.labels))
+
+    def accuracies(self) -> dict[str, float]:
+        """Top-1 and top-5 in percent."""
+        return {"top1": self.top(1).percent, "top5": self.top(5).percent}
+
+    def confusion(self, num_classes: int) -> Tensor:
+        """(num_classes, num_classes) int64 counts: row = label, column = the most likely class."""
+        cells = self.labels * num_classes + self.ranked[:, 0]
+        return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    dataset: Dataset,
+    inputs: Callable[[Any], Tensor],
+    accelerator: Accelerator,
+    workers: int = 0,
+    batch_size: int = 256,
+) -> Predictions:
+    """The five likeliest classes of every image of a dataset, on every process.
+
+    `dataset` gives batches with `labels`, of which `inputs` makes what the model takes. Each process takes every
+    n-th image; every image counts once on any number of processes.
+    """
+    model = model.to(accelerator.device).eval()
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    ranked, labels = [], []
+    for batch in evaluation_loader(dataset, batch_size, rank, ranks, workers):
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(inputs(batch))
+        ranked.append(logits.float().topk(min(5, logits.shape[1]), dim=1).indices)
+        labels.append(batch.labels)
+    share = -(-len(dataset) // ranks)
+    return Predictions(*(_gather(torch.cat(part), share, len(dataset), accelerator) for part in (ranked, labels)))
+
+
 @torch.no_grad()
 def extract_features(
     encoder: VisionTransformer, store: TokenStore, view: nn.Module, accelerator: Accelerator, batch_size: int = 256
@@ -45,7 +94,7 @@ def extract_features(
     encoder = encoder.to(accelerator.device).eval()
     ranks, rank = accelerator.num_processes, accelerator.process_index
     vectors, labels = [], []
-    for batch in evaluation_loader(store, batch_size, rank, ranks, workers=0):
+    for batch in evaluation_loader(TokenDataset(store), batch_size, rank, ranks, workers=0):
         with accelerator.autocast():
             output = encoder.forward_features(view(batch.ids.to(accelerator.device)))
         prefix = encoder.num_prefix_tokens

@@ -1,6 +1,6 @@
 """A training run: its folder, its clock, its checkpoints. What a batch and a loss are stays in the recipe.
 
-    run = Run(...)                                   # Accelerate, the output folder, the seed
+    run = Run("recipe", config)                      # Accelerate, the output folder, the seed
     model = run.prepare(model, optimizer, ...)       # wrapped, and restored with --resume
     for step, batch in run.train(dataset, ...):
         run.update(loss_of(batch))                   # backward, clip, lr of this step, update
@@ -17,6 +17,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list, set_seed, tqdm
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp import __version__, files
 from seitpp.engine import checkpoint
+from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import RunError, choose_folder, start_folder
 from seitpp.engine.metrics import MetricsLog, matmul_rate
 from seitpp.errors import UserError
@@ -36,44 +39,35 @@ from seitpp.tokens.dataset import BatchOrder, training_loader
 
 
 class Run:
-    """One training run under Accelerate, on any number of processes.
+    """One run under Accelerate, on any number of processes.
 
-    `name` names the run's default folder, runs/NAME; `out` another one. `settings` is the resolved config, which
-    is stored and compared on resume. `precision` is "no" (fp32) or "bf16". Raises RunError for a folder that is
-    not empty (unless `resume` or `overwrite`), a run that is not there or differs (with `resume`), or a tracker
-    that is not installed.
+    `recipe` and the preset name the default folder, runs/RECIPE-PRESET. The whole config is stored in the folder
+    and compared on resume. Raises RunError for a folder that is not empty (unless `resume` or `overwrite`), a run
+    that is not there or differs (with `resume`), or a tracker that is not installed.
     """
 
-    def __init__(
-        self,
-        name: str,
-        settings: Mapping,
-        *,
-        out: str | None,
-        resume: bool,
-        overwrite: bool,
-        seed: int,
-        precision: str = "no",
-        accumulation: int = 1,
-        workers: int = 0,
-        log_steps: int = 10,
-        trackers: tuple[str, ...] = (),
-    ):
-        _check_trackers(trackers)
+    def __init__(self, recipe: str, config: RunConfig):
+        _check_trackers(config.trackers)
         self.started = time.perf_counter()
         self.accelerator = Accelerator(
-            mixed_precision=precision,
-            gradient_accumulation_steps=accumulation,
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulation,
         )
         _check_processes(self.accelerator.num_processes)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.seed, self.accumulation, self.workers, self.log_steps = seed, accumulation, workers, log_steps
-        self.out = Path(self._on_main(lambda: str(choose_folder(name, settings, out, resume, overwrite))))
-        self.settings, self.trackers, self.resume = settings, trackers, resume
+        self.config, self.settings = config, asdict(config)
+        self.out = Path(self._on_main(lambda: str(self._choose_folder(recipe))))
         self.log = MetricsLog(self.out / "metrics.jsonl")
+        self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
         self.step, self.flops_per_image, self._pending = 0, None, []
         self._trained_images, self._trained_seconds = 0, 0.0
-        set_seed(seed)
+        set_seed(config.seed)
+
+    def _choose_folder(self, recipe: str) -> Path:
+        config = self.config
+        return choose_folder(
+            f"{recipe}-{config.preset}", self.settings, config.out, config.resume, config.overwrite
+        )
 
     def _on_main(self, function: Callable[[], object]) -> object:
         """Call on the main process only and give every process its value, or its error."""
@@ -92,12 +86,12 @@ class Run:
         """Make the output folder. Called by `prepare`, when data and model have proved good; a run that trains
         nothing calls it itself.
         """
-        if self.is_main and not self.resume:
+        if self.is_main and not self.config.resume:
             start_folder(self.out, self.settings)
         self.accelerator.wait_for_everyone()
-        if self.trackers:
+        if self.config.trackers:
             self.accelerator.project_configuration.logging_dir = str(self.out)
-            self.accelerator.log_with = filter_trackers(list(self.trackers), self.out)
+            self.accelerator.log_with = filter_trackers(list(self.config.trackers), self.out)
             # TensorBoard takes no None and no lists.
             self.accelerator.init_trackers(
                 "seitpp", config={name: str(value) for name, value in self.settings.items()}
@@ -117,39 +111,49 @@ class Run:
         store: str,
         lr: Callable[[int], float],
         clip: float | None = None,
+        ema: ModelEmaV3 | None = None,
     ) -> nn.Module:
         """Wrap the model for this launch and, with --resume, restore the newest whole checkpoint.
 
         `order` says which images a batch holds; `store` is the fingerprint of the training data; `lr` gives the
-        learning rate of each update; `clip` is the largest gradient norm. Raises RunError if the processes do not
-        divide the batch, CheckpointError for a checkpoint of another model or store.
+        learning rate of each update; `clip` is the largest gradient norm; `ema` a moving average of the weights,
+        which follows every update. Raises RunError if the processes do not divide the batch, CheckpointError for a
+        checkpoint of another model or store.
         """
         self._check_shares(order.batch_size)
-        if self.resume:
+        if self.config.resume:
             found = checkpoint.load_latest(self.out / "checkpoints")
             if found is not None:
-                checkpoint.restore(found, store, model, optimizer)
+                checkpoint.restore(found, store, model, optimizer, ema)
                 self.step = found.step
         self.start()
         if self.is_main:
             self.log.keep_until(self.step)
+            self.evaluations.keep_until(self.step - 1)  # that of this step is made once more
         self.accelerator.wait_for_everyone()
-        self.plain_model, self.plain_optimizer, self.lr, self.clip = model, optimizer, lr, clip
+        self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model
 
-    def train(self, dataset: Dataset, steps: int, checkpoint_steps: int) -> Iterator[tuple[int, Any]]:
+    def train(
+        self,
+        dataset: Dataset,
+        steps: int,
+        checkpoint_steps: int,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        evaluation_steps: int = 0,
+    ) -> Iterator[tuple[int, Any]]:
         """(step, this process's share of a micro-batch), from where the run stands up to `steps` updates.
 
         `dataset` makes a batch, a thing with `to(device)`, of a list of indices (`__getitems__`). A checkpoint is
-        published every `checkpoint_steps` updates and at the end. Between two items, the caller must call `update`
-        once.
+        published every `checkpoint_steps` updates and at the end. `evaluate` is called on every process before the
+        updates `evaluation_steps`, 2 x `evaluation_steps`, ..., with the model in eval mode; its figures are
+        printed and written to evaluations.jsonl. Between two items, the caller must call `update` once.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        loader = training_loader(
-            dataset, self.order, range(self.step, steps), rank, ranks, self.accumulation, self.workers
-        )
+        accumulation, workers = self.config.accumulation, self.config.workers
+        loader = training_loader(dataset, self.order, range(self.step, steps), rank, ranks, accumulation, workers)
         self.checkpoint_steps, self.steps = checkpoint_steps, steps
         rate = matmul_rate(self.device, self._compute_dtype()) * ranks if self.flops_per_image else None
         self._matmul_rate = rate
@@ -158,12 +162,14 @@ class Run:
         batches = iter(loader)
         while self.step < steps:
             step = self.step
+            if evaluate and step and step % evaluation_steps == 0:
+                self._evaluate(evaluate)
             self._micro = []
-            for micro in range(self.accumulation):
+            for micro in range(accumulation):
                 asked = time.perf_counter()
                 batch = next(batches)
                 self._waited += time.perf_counter() - asked
-                torch.manual_seed(_dropout_seed(self.seed, rank, step, micro))
+                torch.manual_seed(_dropout_seed(self.config.seed, rank, step, micro))
                 with self.accelerator.accumulate(self.model):
                     yield step, batch.to(self.device)
         self.bar.close()
@@ -186,11 +192,14 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        record = {name: sum(micro[name] for micro in self._micro) / self.accumulation for name in self._micro[0]}
+        if self.ema:
+            self.ema.update(self.plain_model, step=self.step)
+        parts = self._micro
+        record = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm.detach()})
         self.bar.update()
         due = self.step % self.checkpoint_steps == 0 or self.step == self.steps
-        if due or self.step % self.log_steps == 0:
+        if due or self.step % self.config.log_steps == 0:
             self._flush()
         if due:
             self.save()
@@ -202,8 +211,7 @@ class Run:
                 self.out / "checkpoints",
                 self.step,
                 self.store_fingerprint,
-                self.plain_model.state_dict(),
-                checkpoint.optimizer_tensors(self.plain_model, self.plain_optimizer),
+                checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema),
             )
         self.accelerator.wait_for_everyone()
         # Time spent on a checkpoint is not training time.
@@ -229,10 +237,10 @@ class Run:
     # ------------------------------------------------------------------------------------------ inside
 
     def _check_shares(self, batch_size: int) -> None:
-        ranks = self.accelerator.num_processes
-        if batch_size % (ranks * self.accumulation):
+        ranks, accumulation = self.accelerator.num_processes, self.config.accumulation
+        if batch_size % (ranks * accumulation):
             raise RunError(
-                f"global batch {batch_size} on {ranks} processes x {self.accumulation} accumulation steps: "
+                f"global batch {batch_size} on {ranks} processes x {accumulation} accumulation steps: "
                 "expected a batch that they divide"
             )
 
@@ -241,6 +249,19 @@ class Run:
 
     def _start_interval(self) -> None:
         self._interval_step, self._interval_start, self._waited = self.step, time.perf_counter(), 0.0
+
+    def _evaluate(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        if self._pending:
+            self._flush()
+        self.plain_model.eval()
+        scores = dict(evaluate())
+        self.plain_model.train()
+        if self.is_main:
+            self.evaluations.write([{"step": self.step, **scores}])
+        self.accelerator.log(scores, step=self.step)
+        self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        # Time spent on an evaluation is not training time.
+        self._start_interval()
 
     def _flush(self) -> None:
         """Fetch what was recorded since the last call, stop if it is not finite, write it down."""

@@ -68,7 +68,7 @@ def open_source(source: str, split: str | None) -> ImageSource:
         raise ImageError(
             f"{source}: expected a folder of images, .parquet or .tar files, or the name of a data set"
         )
-    return HubSource(source, split or "train")
+    return DatasetSource(datasets.load_dataset(source, split=split or "train"), source)
 
 
 def _of_split(files: list[Path], source: str, split: str | None) -> list[Path]:
@@ -166,11 +166,13 @@ class TarSource:
         return Sample(data, f"{path.name}/{name}", number)
 
 
-class HubSource:
-    """A data set of the `datasets` library by its name, with an image column and maybe a class label."""
+class DatasetSource:
+    """A split of the `datasets` library with an image column, bytes or paths to files, and maybe a class label.
 
-    def __init__(self, name: str, split: str):
-        data = datasets.load_dataset(name, split=split)
+    Raises ImageError if the data set, called `name`, has no image column.
+    """
+
+    def __init__(self, data: datasets.Dataset, name: str):
         images = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if not images:
             raise ImageError(f"{name}: columns {', '.join(data.column_names)}, none of them an image")
@@ -183,9 +185,13 @@ class HubSource:
         return len(self._data)
 
     def read(self, index: int) -> Sample:
+        """Image `index`. Raises ImageError if its file cannot be read."""
         row = self._data[index]
         image = row[self._image]
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        try:
+            data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{image['path']}: cannot be read ({error.strerror})") from error
         return Sample(data, image["path"] or f"#{index}", row[self._label] if self._label else 0)
 
 
@@ -230,10 +236,11 @@ def hold_out(source: ImageSource, every: int, name: str) -> tuple[Part, Part]:
 
 
 class Pixels(NamedTuple):
-    """Decoded images: `indices` (B,) int64 in the source, `images` (B, 3, height, width) uint8."""
+    """Decoded images: `indices` (B,) int64 in the source, `images` (B, 3, height, width) uint8, `labels` (B,)."""
 
     indices: Tensor
     images: Tensor
+    labels: Tensor
 
     def to(self, device: torch.device) -> "Pixels":
         """The same batch on another device; the copy does not wait for it."""
@@ -250,8 +257,10 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitems__(self, indices: list[int]) -> Pixels:
-        images = [decode_image(self.source.read(index), self.size) for index in indices]
-        return Pixels(torch.tensor(indices), torch.from_numpy(np.stack(images)))
+        samples = [self.source.read(index) for index in indices]
+        images = np.stack([decode_image(sample, self.size) for sample in samples])
+        labels = torch.tensor([sample.label for sample in samples])
+        return Pixels(torch.tensor(indices), torch.from_numpy(images), labels)
 
 
 def _tar_images(path: Path) -> list[tuple[Path, int, int, str, tuple[int, int] | None]]:

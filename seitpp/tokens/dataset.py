@@ -92,11 +92,11 @@ def training_loader(
     return _loader(dataset, _Shares(order, steps, rank, ranks, accumulation), workers)
 
 
-def evaluation_loader(store: TokenStore, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:
-    """A loader of `Batch`es: every image of a split once, rank r takes the images r, r + ranks, ..."""
-    indices = np.arange(rank, len(store), ranks)
+def evaluation_loader(dataset: Dataset, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:
+    """A loader of batches: every image of a dataset once, rank r takes the images r, r + ranks, ..."""
+    indices = np.arange(rank, len(dataset), ranks)
     batches = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
-    return _loader(TokenDataset(store), batches, workers)
+    return _loader(dataset, batches, workers)
 
 
 def _already_a_batch(batch: Batch) -> Batch:

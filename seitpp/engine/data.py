@@ -1,0 +1,50 @@
+"""The token stores of a run: the named one, or the embedded digits."""
+
+from seitpp.engine.run import Run
+from seitpp.errors import UserError
+from seitpp.store import TokenStore
+from seitpp.tokens.codebook import codebook_fingerprint
+from seitpp.tokens.digits import digits
+
+ON_DIGITS = ("digits", "smoke")  # the presets that need no data
+
+
+def open_splits(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
+    """The splits train and validation of the store, or of the digits where none is named.
+
+    Only the main process verifies the files. Raises UserError where the preset is made for a store of the user's,
+    or where the images of the store differ in their grids.
+    """
+    if store is None:
+        preset = run.config.preset
+        if preset not in ON_DIGITS:
+            raise UserError(f"preset {preset} needs --store, a folder of tokens; the digits are for {ON_DIGITS}")
+        with run.accelerator.main_process_first():
+            store = digits().store
+    train, validation = (TokenStore(store, split, verify=run.is_main) for split in ("train", "validation"))
+    if train.grid is None:
+        raise UserError(
+            f"{train.path}: its images have grids of their own, expected one grid: tokenize to one size"
+        )
+    return train, validation
+
+
+def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:
+    """What is seen of a grid: `side` x `side` tokens, or all of it. Raises UserError if the grid is smaller."""
+    if side is None:
+        return store.grid
+    if side > min(store.grid):
+        raise UserError(
+            f"{flag} {side} from the grid {store.grid} of {store.path}: expected at most its shorter side"
+        )
+    return side, side
+
+
+def check_codebook(store: TokenStore, codebook: str, checkpoint: str) -> None:
+    """Raise UserError unless the ids of the store mean what the checkpoint learned: the fingerprints are equal."""
+    found = codebook_fingerprint(store.codebook)
+    if found != codebook:
+        raise UserError(
+            f"codebook {found[:16]} of {store.path} is not the codebook {codebook[:16]} that {checkpoint} "
+            "was trained on: name the store of its tokenizer"
+        )

@@ -1,0 +1,274 @@
+"""downstream/finegrained: every set from a tiny copy of its authors' layout; one of them to a token store."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from sklearn.datasets import load_sample_images
+
+from seitpp import TokenStore, tokenizers
+from seitpp.errors import UserError
+from seitpp.tokenizers import PatchKMeans
+from seitpp.tokenizers.images import DatasetSource, ImageError, decode_image
+
+FOLDER = Path(__file__).parent.parent / "downstream/finegrained"
+sys.path.insert(0, str(FOLDER))
+from sets import SETS, FineGrained, SetError, differences, read_set  # noqa: E402
+from tokenize_set import PRESETS, main  # noqa: E402
+
+
+def write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def draw(path: Path) -> None:
+    """A crop of a photograph; which one follows from the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    top = sum(path.name.encode()) % 300
+    Image.fromarray(load_sample_images().images[0][top : top + 40, top : top + 48]).save(path, "JPEG")
+
+
+# Each writes a folder and gives, for both splits, (path, label) of every image in order, and the class names.
+Expected = tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]
+
+
+def flowers102(root: Path) -> Expected:
+    """Seven images of classes 3 1 2 2 3 1 2; both files in the shapes and types of the real ones."""
+    root.mkdir(exist_ok=True)
+    savemat(root / "imagelabels.mat", {"labels": np.array([[3, 1, 2, 2, 3, 1, 2]], np.uint8)})
+    ids = {"trnid": [5, 2], "valid": [7, 3], "tstid": [1, 6, 4]}
+    savemat(root / "setid.mat", {part: np.array([numbers], np.uint16) for part, numbers in ids.items()})
+    jpg = "jpg/image_0000{}.jpg".format
+    train = [(jpg(5), 2), (jpg(2), 0), (jpg(7), 1), (jpg(3), 1)]
+    return train, [(jpg(1), 2), (jpg(6), 0), (jpg(4), 1)], ["1", "2", "3"]
+
+
+def cars(root: Path, labelled: str = "cars_test_annos_withlabels.mat") -> Expected:
+    """Structs of six fields, cells of names."""
+    names = ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"]
+    fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
+    (root / "devkit").mkdir(parents=True)
+    savemat(root / "devkit/cars_meta.mat", {"class_names": np.array([names], object)})
+    for path, classes in (("devkit/cars_train_annos.mat", [2, 1, 2]), (labelled, [1, 2])):
+        annotations = np.empty((1, len(classes)), [(field, object) for field in fields])
+        for i, label in enumerate(classes):
+            boxes = [np.array([[value]], np.uint16) for value in (39, 116, 569, 375)]
+            annotations[0, i] = (*boxes, np.array([[label]], np.uint8), f"{i + 1:05d}.jpg")
+        savemat(root / path, {"annotations": annotations})
+    train = [("cars_train/00001.jpg", 1), ("cars_train/00002.jpg", 0), ("cars_train/00003.jpg", 1)]
+    return train, [("cars_test/00001.jpg", 0), ("cars_test/00002.jpg", 1)], names
+
+
+def cub200(root: Path) -> Expected:
+    names = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+    paths = [f"{names[0]}/A_1.jpg", f"{names[0]}/A_2.jpg", f"{names[1]}/L_1.jpg", f"{names[1]}/L_2.jpg"]
+    write(root / "classes.txt", "".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
+    write(root / "images.txt", "".join(f"{i} {path}\n" for i, path in enumerate(paths, 1)))
+    write(root / "image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n")
+    write(root / "train_test_split.txt", "1 0\n2 1\n3 1\n4 0\n")
+    images = [f"images/{path}" for path in paths]
+    return [(images[1], 0), (images[2], 1)], [(images[0], 0), (images[3], 1)], names
+
+
+def inat(root: Path, year: int) -> Expected:
+    """Categories and annotations in no order, as nothing promises one."""
+    categories = [{"id": 1, "name": "2820", "supercategory": "Aves"}, {"id": 0, "name": "7477"}]
+    parts = {"train": [(7, 0), (8, 1), (9, 0)], "val": [(4, 1), (3, 0)]}
+    path = f"train_val{year}/Aves/{{}}/{{}}.jpg".format
+    for part, rows in parts.items():
+        annotations = [{"id": 10 + i, "image_id": i, "category_id": label} for i, label in rows]
+        images = [{"id": i, "file_name": path(label, i)} for i, label in sorted(rows, reverse=True)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        write(root / f"{part}{year}.json", json.dumps(content))
+    train, validation = ([(path(label, i), label) for i, label in rows] for rows in parts.values())
+    return train, validation, ["7477", "2820"]
+
+
+def inat18(root: Path) -> Expected:
+    return inat(root, 2018)
+
+
+def inat19(root: Path) -> Expected:
+    return inat(root, 2019)
+
+
+def pets(root: Path) -> Expected:
+    """The third line's class has an underscore; the first one's is not the first class."""
+    write(root / "annotations/trainval.txt", "beagle_7 2 2 3\nAbyssinian_100 1 1 1\ngreat_pyrenees_12 3 2 11\n")
+    write(root / "annotations/test.txt", "Abyssinian_201 1 1 1\nbeagle_1 2 2 3\n")
+    train = [("images/beagle_7.jpg", 1), ("images/Abyssinian_100.jpg", 0), ("images/great_pyrenees_12.jpg", 2)]
+    validation = [("images/Abyssinian_201.jpg", 0), ("images/beagle_1.jpg", 1)]
+    return train, validation, ["Abyssinian", "beagle", "great_pyrenees"]
+
+
+def food101(root: Path) -> Expected:
+    """Classes in the order of classes.txt, whatever the alphabet says."""
+    write(root / "meta/classes.txt", "waffles\napple_pie\n")
+    write(root / "meta/train.txt", "apple_pie/1005649\nwaffles/1\n")
+    write(root / "meta/test.txt", "waffles/22\napple_pie/3\n")
+    train = [("images/apple_pie/1005649.jpg", 1), ("images/waffles/1.jpg", 0)]
+    return train, [("images/waffles/22.jpg", 0), ("images/apple_pie/3.jpg", 1)], ["waffles", "apple_pie"]
+
+
+COPIES = {function.__name__: function for function in (flowers102, cars, cub200, inat18, inat19, pets, food101)}
+
+
+def copy(name: str, root: Path) -> Expected:
+    """The lists of a set and all of its images."""
+    expected = COPIES[name](root)
+    for path, _ in expected[0] + expected[1]:
+        draw(root / path)
+    return expected
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_splits_labels_and_names_are_those_of_the_lists(name: str, tmp_path: Path) -> None:
+    *expected, names = copy(name, tmp_path)
+    splits = read_set(name, tmp_path)
+    assert list(splits) == ["train", "validation"]
+    for split, images in zip(splits.values(), expected, strict=True):
+        assert split.features["label"].names == names
+        assert split["label"] == [label for _, label in images]
+        source = DatasetSource(split, name)
+        for index, (path, label) in enumerate(images):
+            sample = source.read(index)
+            assert sample == ((tmp_path / path).read_bytes(), str(tmp_path / path), label)
+
+
+def test_paths_are_kept_and_no_bytes(tmp_path: Path) -> None:
+    images, *_ = copy("pets", tmp_path)
+    split = read_set("pets", tmp_path)["train"]
+    assert split[0]["image"] == {"bytes": None, "path": str(tmp_path / images[0][0])}
+    assert split.cache_files == []
+
+
+def test_the_labels_of_the_test_cars_may_lie_in_the_devkit(tmp_path: Path) -> None:
+    train, validation, _ = cars(tmp_path, "devkit/cars_test_annos_withlabels.mat")
+    for path, _ in train + validation:
+        draw(tmp_path / path)
+    assert read_set("cars", tmp_path)["validation"]["label"] == [0, 1]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_is_missing_is_named_with_where_the_set_is_to_be_had(name: str, tmp_path: Path) -> None:
+    train, validation, _ = copy(name, tmp_path)
+    lists = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".jpg"]
+    for path in [*lists, tmp_path / train[0][0], tmp_path / validation[0][0]]:
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(SetError) as caught:
+            read_set(name, tmp_path)
+        assert str(caught.value).startswith(f"{path}: No such file") and SETS[name].page in str(caught.value)
+        path.write_bytes(content)
+    read_set(name, tmp_path)
+
+
+def test_a_missing_image_is_an_image_error(tmp_path: Path) -> None:
+    train, *_ = copy("cub200", tmp_path)
+    source = DatasetSource(read_set("cub200", tmp_path)["train"], "cub200")
+    (tmp_path / train[1][0]).unlink()
+    with pytest.raises(ImageError, match=r"L_1\.jpg: cannot be read \(No such file"):
+        source.read(1)
+
+
+def test_a_data_set_without_images_is_refused() -> None:
+    with pytest.raises(ImageError, match="letters: columns text, none of them an image"):
+        DatasetSource(datasets.Dataset.from_dict({"text": ["a"]}), "letters")
+
+
+def test_an_unknown_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetError, match=r"unknown set 'flowers'.*flowers102, cars"):
+        read_set("flowers", tmp_path)
+
+
+def test_numbers_that_differ_from_the_published_ones_are_told(tmp_path: Path) -> None:
+    copy("food101", tmp_path)
+    assert differences("food101", read_set("food101", tmp_path)) == [
+        "food101: 2 classes, published are 101",
+        "food101: 2 train images, published are 75,750",
+        "food101: 2 validation images, published are 25,250",
+    ]
+
+
+def test_the_published_numbers_are_not(tmp_path: Path) -> None:
+    """The lists of Flowers-102 at their full length, with the two images that are looked for."""
+    ids = np.arange(1, 8190, dtype=np.uint16)[None]
+    labels = (np.arange(8189) % 102 + 1).astype(np.uint8)[None]
+    savemat(tmp_path / "imagelabels.mat", {"labels": labels})
+    parts = {"trnid": ids[:, :1020], "valid": ids[:, 1020:2040], "tstid": ids[:, 2040:]}
+    savemat(tmp_path / "setid.mat", parts)
+    for number in (1, 2041):
+        draw(tmp_path / f"jpg/image_{number:05d}.jpg")
+    splits = read_set("flowers102", tmp_path)
+    assert differences("flowers102", splits) == []
+    assert splits["train"]["label"] == [index % 102 for index in range(2040)]
+
+
+def test_the_table_of_the_readme_is_that_of_the_code() -> None:
+    page = (FOLDER / "README.md").read_text()
+    for name, known in SETS.items():
+        assert isinstance(known, FineGrained)
+        counts = f"{known.classes:,} | {known.train:,} | {known.validation:,}"
+        assert f"| `{name}` | {known.title} | {counts} |" in page and f"<{known.page}>" in page
+    assert list(PRESETS) == list(SETS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    photographs = [torch.tensor(image).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.safetensors"
+    PatchKMeans.fit(torch.cat(photographs), image_size=32, patch=4, num_codes=32, code_dim=8).save(path)
+    return path
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def test_a_set_becomes_a_store_also_after_an_interruption(tokenizer: Path, tmp_path: Path) -> None:
+    *expected, names = copy("flowers102", tmp_path / "set")
+    line = [sys.executable, FOLDER / "tokenize_set.py", "flowers102", "--workers", 0, "--data", tmp_path / "set"]
+    line += ["--tokenizer", tokenizer, "--out", tmp_path / "tokens"]
+    finished = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "warning: flowers102: 4 train images, published are 2,040" in finished.stdout
+
+    model = tokenizers.load(tokenizer)
+    for split, images in zip(("train", "validation"), expected, strict=True):
+        store = TokenStore(tmp_path / "tokens", split)
+        assert store.splits == ["train", "validation"] and store.class_names == names
+        assert store.labels.tolist() == [label for _, label in images]
+        source = DatasetSource(read_set("flowers102", tmp_path / "set")[split], "flowers102")
+        pixels = np.stack([decode_image(source.read(index), (32, 32)) for index in range(len(images))])
+        ids = model.encode(torch.from_numpy(pixels).float() / 255).numpy()
+        assert np.array_equal(store.ids(range(len(images))), ids)
+
+    config = replace(
+        PRESETS["flowers102"],
+        data=str(tmp_path / "set"),
+        tokenizer=str(tokenizer),
+        out=str(tmp_path / "again"),
+        workers=0,
+    )
+    broken = tmp_path / "set" / expected[1][1][0]
+    image = broken.read_bytes()
+    broken.write_bytes(b"no jpeg")
+    with pytest.raises(UserError, match=f"{broken}: cannot be read as an image"):
+        main(config)
+    assert TokenStore(tmp_path / "again").splits == ["train"]
+    broken.write_bytes(image)
+    main(config)
+    assert content(tmp_path / "again") == content(tmp_path / "tokens")
+    with pytest.raises(UserError, match="has the splits train, validation already"):
+        main(config)
+    with pytest.raises(UserError, match="flowers102: name its folder with --data"):
+        main(PRESETS["flowers102"])
