@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,20 +23,14 @@ from torch import Tensor
 from seitpp import plots, tokenizers
 from seitpp.augment import EvalView, Keys, SeitPPView
 from seitpp.engine.config import TrainConfig, run_recipe
-from seitpp.engine.data import open_splits, window_of
+from seitpp.engine.data import open_splits, open_tokenadapt, window_of
 from seitpp.engine.evaluate import probe
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.models import MTM
-from seitpp.objectives import (
-    mask_counts,
-    mask_plan,
-    mask_ratio,
-    masked_token_accuracy,
-    masked_token_loss,
-)
+from seitpp.objectives import MASK_LAWS, mask_plan, masked_token_accuracy, masked_token_loss
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, TokenDataset
 from seitpp.tokens.digits import digits, digits_images
@@ -54,15 +49,22 @@ class Config(TrainConfig):
     dropout: float = 0.1  # of the embedding and in the decoder
     crop: int | None = 28  # side of the random resized crop in tokens; None: the whole grid
     crop_scale: tuple[float, float] = (0.2, 1.0)
+    tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
+    adapted: float = 0.5  # share of the images that go through TokenAdapt
+    colour: Literal["coloradapt"] | None = None
+    mask: Literal["seitpp", "mage", "mae"] = "seitpp"  # the law of the share of hidden patches
     epochs: float = 400
     warmup_epochs: float = 40
     batch_size: int = 4096  # global
     base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    evaluation_epochs: float = 20  # between two probes of the frozen encoder
 
 
 PRESETS = {"published": Config()}
+PRESETS["coloradapt"] = replace(PRESETS["published"], preset="coloradapt", colour="coloradapt")
+PRESETS["plain"] = replace(PRESETS["published"], preset="plain", adapted=0.0)
 PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
@@ -72,6 +74,7 @@ PRESETS["digits"] = replace(
     decoder_heads=4,
     dropout=0.0,  # 0.1 gave 1.7 points less on the linear probe, 0.3 less by k-NN (one seed)
     crop=None,
+    adapted=0.0,
     epochs=100,
     warmup_epochs=10,
     batch_size=128,
@@ -79,6 +82,7 @@ PRESETS["digits"] = replace(
     precision="no",
     workers=0,
     checkpoint_epochs=10,
+    evaluation_epochs=25,
 )
 PRESETS["smoke"] = replace(
     PRESETS["digits"],
@@ -102,8 +106,10 @@ def main(config: Config) -> None:
     grid = window_of(train, config.crop, "--crop")
     decode, originals = report_tools(config)
 
-    # 3. View: ids -> vectors -> crop -> ids, on the device.
-    view = SeitPPView(codebook, config.crop, config.crop_scale).to(run.device)
+    # 3. View: ids -> vectors -> crop, or TokenAdapt -> colour -> ids, on the device.
+    adapt = open_tokenadapt(config.tokenadapt, train) if config.tokenadapt else None
+    view = SeitPPView(codebook, config.crop, config.crop_scale, adapt, config.adapted, config.colour)
+    view, law = view.to(run.device), MASK_LAWS[config.mask]
 
     # 4. Model: its first loss is ln K.
     model = MTM(
@@ -118,12 +124,13 @@ def main(config: Config) -> None:
     ).to(run.device)
     untrained = copy.deepcopy(model.encoder)
     patches = model.encoder.patch_embed.num_patches
-    run.flops_per_image = step_flops(model, grid, patches)
+    run.flops_per_image = step_flops(model, grid, law.counts(patches, 0.5))
 
     # 5. Optimisation: linear warm-up, then half a cosine to 0, update by update.
     steps = round(config.epochs * order.steps_per_epoch)
     warmup = round(config.warmup_epochs * order.steps_per_epoch)
     checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
+    evaluation_steps = max(1, round(config.evaluation_epochs * order.steps_per_epoch))
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(model, config.weight_decay, config.betas)
     model = run.prepare(
@@ -137,20 +144,23 @@ def main(config: Config) -> None:
         f"peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
     )
 
-    # 6. Training.
+    # 6. Training; on the way, probes of the encoder as it is.
+    def evaluate() -> dict[str, float]:
+        return probe(run.plain_model.encoder, train, validation, EvalView(grid), run.accelerator)
+
     model.train()
-    for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps):
+    for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         ids = view(batch.ids, keys)
-        ratio = mask_ratio(config.seed, step)
-        plan = mask_plan(keys.uniform("mask", patches), *mask_counts(patches, ratio))
+        ratio = law.ratio(config.seed, step)
+        plan = mask_plan(keys.uniform("mask", patches), *law.counts(patches, ratio))
         logits = model(ids, plan)
         loss = masked_token_loss(logits, ids, plan)
         run.update(loss, accuracy=masked_token_accuracy(logits, ids, plan), mask_ratio=ratio)
 
     # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
     trained = run.plain_model.eval()
-    scores = probe(trained.encoder, train, validation, EvalView(grid), run.accelerator)
+    scores = evaluate()
     before = probe(untrained, train, validation, EvalView(grid), run.accelerator)
     result = {
         **scores,
@@ -173,9 +183,10 @@ def report_tools(config: Config) -> tuple[Callable[[Tensor], Tensor] | None, Ten
     return tokenizers.load(config.tokenizer).decode if config.tokenizer else None, None
 
 
-def step_flops(model: MTM, grid: tuple[int, int], patches: int) -> int:
+def step_flops(model: MTM, grid: tuple[int, int], counts: tuple[int, int]) -> int:
     """Floating-point operations of one image, forward and backward."""
-    plan = mask_plan(torch.zeros(1, patches, device="meta"), *mask_counts(patches, 0.5))
+    patches = model.encoder.patch_embed.num_patches
+    plan = mask_plan(torch.zeros(1, patches, device="meta"), *counts)
     return count_flops(model, torch.zeros(1, *grid, dtype=torch.long, device="meta"), plan)
 
 

@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     train, validation = open_splits(run, config.store)
     path = Path(config.checkpoint)
     model, codebook = load_mtm(path / "model.safetensors" if path.is_dir() else path)
-    check_codebook(train, codebook, config.checkpoint)
+    check_codebook(train.codebook, str(train.path), codebook, config.checkpoint)
     window = model.encoder.patch_embed.img_size
     if window[0] > train.grid[0] or window[1] > train.grid[1]:
         raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from seitpp import files
 from seitpp.augment import EvalView, Keys
 from seitpp.models import MTM
-from seitpp.objectives import fill_hidden, hidden_tokens, mask_counts, mask_plan
+from seitpp.objectives import fill_hidden, hidden_tokens, mask_plan
 from seitpp.store import TokenStore
 
 matplotlib.use("Agg")
@@ -22,6 +22,7 @@ from matplotlib import pyplot as plt
 
 PAINTED_PIXELS = 8  # side of a token that is painted, not decoded
 GREY = 0.5
+NAMED_CLASSES = 50  # more names than these would be unreadable
 
 
 def paint_codes(ids: Tensor, codebook: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def reconstructions(
     ids = EvalView(grid)(torch.from_numpy(validation.ids(indices.numpy()))).to(device)
     patches = model.encoder.patch_embed.num_patches
     noise = Keys(seed, 0, indices.to(device)).uniform("report", patches)
-    plan = mask_plan(noise, *mask_counts(patches, 0.5))
+    plan = mask_plan(noise, patches // 2, patches // 2)
     filled = fill_hidden(model(ids, plan), ids, plan).cpu()
     tokens = decode(ids.cpu())
     rows = {} if originals is None else {"original": originals[: len(ids)]}
@@ -107,6 +108,21 @@ def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
         axis.plot(steps, values, color="C0", linewidth=0.8)
         axis.set(xlabel="step", title=name, yscale="log" if min(values) > 0 else "linear")
         axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Draw (classes, classes) counts, row = label, column = prediction, as shares of each row."""
+    classes = len(class_names)
+    shares = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    side = min(12.0, 3.5 + 0.22 * classes)
+    figure, axis = plt.subplots(figsize=(side + 1, side))
+    image = axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    axis.set(xlabel="predicted", ylabel="label")
+    if classes <= NAMED_CLASSES:
+        axis.set_xticks(range(classes), class_names, rotation=90)
+        axis.set_yticks(range(classes), class_names)
+    figure.colorbar(image, label="share of the label's images", fraction=0.046)
     _save(figure, path)
 
 

@@ -98,13 +98,13 @@ def test_nearest_is_cosine_and_finds_every_code_itself() -> None:
 
 def test_view_without_crop_keeps_the_ids() -> None:
     ids = torch.randint(64, (4, 8, 8), dtype=torch.int32).to(torch.uint16)
-    view = SeitPPView(torch.randn(64, 16), size=None)
+    view = SeitPPView(torch.randn(64, 16), size=None, adapted=0)
     assert torch.equal(view(ids, Keys(0, 0, torch.arange(4))), ids.long())
 
 
 def test_view_crops_each_image_by_its_own_key() -> None:
     codebook, ids = torch.randn(391, 32), torch.randint(391, (6, 32, 32))
-    view = SeitPPView(codebook, size=28)
+    view = SeitPPView(codebook, size=28, adapted=0)
     whole = view(ids, Keys(5, 2, torch.arange(6)))
     assert whole.shape == (6, 28, 28) and whole.dtype == torch.int64 and 0 <= whole.min() <= whole.max() < 391
     assert torch.equal(view(ids[4:], Keys(5, 2, torch.arange(4, 6))), whole[4:])

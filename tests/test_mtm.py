@@ -11,15 +11,16 @@ from scipy import stats
 from seitpp.augment import Keys
 from seitpp.models import MTM, ModelError, load_mtm
 from seitpp.objectives import (
+    MASK_LAWS,
     fill_hidden,
     hidden_tokens,
-    mask_counts,
     mask_plan,
-    mask_ratio,
     masked_token_accuracy,
     masked_token_loss,
 )
 from seitpp.tokenizers.transformer import sincos_positions
+
+LAW = MASK_LAWS["seitpp"]
 
 
 def small_model(**changes) -> MTM:
@@ -125,8 +126,8 @@ def test_hidden_tokens_covers_whole_patches() -> None:
 
 def test_plan_drops_a_part_of_what_it_hides() -> None:
     noise = torch.rand(5, 196)
-    plan = mask_plan(noise, *mask_counts(196, 0.55))
-    assert mask_counts(196, 0.55) == (79, 108) and mask_counts(196, 1.0) == (79, 196)
+    plan = mask_plan(noise, *LAW.counts(196, 0.55))
+    assert LAW.counts(196, 0.55) == (79, 108) and LAW.counts(196, 1.0) == (79, 196)
     assert plan.kept.shape == (5, 117) and (plan.hidden.sum(1) == 108).all()
     for kept, hidden, row in zip(plan.kept, plan.hidden, noise, strict=True):
         dropped = sorted(set(range(196)) - set(kept.tolist()))
@@ -137,10 +138,10 @@ def test_plan_drops_a_part_of_what_it_hides() -> None:
 
 
 def test_mask_ratio_follows_the_truncated_normal() -> None:
-    ratios = [mask_ratio(0, step) for step in range(3000)]
+    ratios = [LAW.ratio(0, step) for step in range(3000)]
     law = stats.truncnorm((0.4 - 0.45) / 0.25, (1 - 0.45) / 0.25, loc=0.45, scale=0.25)
     assert stats.kstest(ratios, law.cdf).pvalue > 1e-3
-    assert mask_ratio(0, 17) == ratios[17] != mask_ratio(1, 17)
+    assert LAW.ratio(0, 17) == ratios[17] != LAW.ratio(1, 17)
 
 
 def test_positions_encode_column_then_row() -> None:

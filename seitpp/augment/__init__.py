@@ -3,6 +3,21 @@
 from seitpp.augment.images import crop_and_flip
 from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import crop_resize, random_resized_boxes
-from seitpp.augment.views import EvalView, SeitPPView
+from seitpp.augment.mix import SoftLabels
+from seitpp.augment.pixels import EvalPixelView, PixelView
+from seitpp.augment.views import EvalView, SeitPPFinetuneView, SeitPPView, SeitView, ViewError
 
-__all__ = ["EvalView", "Keys", "SeitPPView", "crop_and_flip", "crop_resize", "random_resized_boxes"]
+__all__ = [
+    "EvalPixelView",
+    "EvalView",
+    "Keys",
+    "PixelView",
+    "SeitPPFinetuneView",
+    "SeitPPView",
+    "SeitView",
+    "SoftLabels",
+    "ViewError",
+    "crop_and_flip",
+    "crop_resize",
+    "random_resized_boxes",
+]

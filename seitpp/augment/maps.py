@@ -18,11 +18,15 @@ def crop_resize(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
     (B, C, size, size). A = -0.75, half-pixel centres, no antialias, edges clamped inside the box
     (SeiT, Token-RRC), so it equals `F.interpolate(map[:, top:top+height, left:left+width], size,
     mode="bicubic")`. Both directions are linear maps with four weights a row, applied as two batched
-    matrix products.
+    matrix products; the result is channels-last in memory, as maps from `embed` are.
     """
     rows = _resize_weights(boxes[:, 0], boxes[:, 2], maps.shape[2], size).to(maps.dtype)
     columns = _resize_weights(boxes[:, 1], boxes[:, 3], maps.shape[3], size).to(maps.dtype)
-    return rows.unsqueeze(1) @ maps @ columns.unsqueeze(1).transpose(2, 3)
+    batch, channels, _, width = maps.shape
+    # All columns and channels of an image are one matrix: as many small products would take four times as long.
+    lines = rows @ maps.permute(0, 2, 3, 1).flatten(2)
+    lines = lines.view(batch, size, width, channels)
+    return (columns.unsqueeze(1) @ lines).permute(0, 3, 1, 2)
 
 
 def _resize_weights(start: Tensor, length: Tensor, cells: int, size: int) -> Tensor:
@@ -77,3 +81,13 @@ def centre_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
     """The central window of ids (B, H, W) or maps (B, C, H, W), without a resize (SeiT release)."""
     top, left = (ids.shape[-2] - size[0]) // 2, (ids.shape[-1] - size[1]) // 2
     return ids[..., top : top + size[0], left : left + size[1]]
+
+
+def random_window(ids: Tensor, keys: Keys, size: int) -> Tensor:
+    """One window of each grid, without a resize (SeiT, simple crop): ids (B, H, W) -> (B, size, size)."""
+    line = torch.arange(size, device=ids.device)
+    top, left = keys.uniform("random_window", 2).unbind(dim=1)
+    rows = (top * (ids.shape[1] - size + 1)).long().unsqueeze(1) + line
+    columns = (left * (ids.shape[2] - size + 1)).long().unsqueeze(1) + line
+    batch = torch.arange(len(ids), device=ids.device).view(-1, 1, 1)
+    return ids[batch, rows.unsqueeze(2), columns.unsqueeze(1)]

@@ -1,7 +1,12 @@
 """The token stores of a run: the named one, or the embedded digits."""
 
+from pathlib import Path
+
+import numpy as np
+
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.models import TokenAdapt, from_release, load_tokenadapt
 from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.digits import digits
@@ -40,11 +45,24 @@ def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]
     return side, side
 
 
-def check_codebook(store: TokenStore, codebook: str, checkpoint: str) -> None:
-    """Raise UserError unless the ids of the store mean what the checkpoint learned: the fingerprints are equal."""
-    found = codebook_fingerprint(store.codebook)
-    if found != codebook:
+def check_codebook(codebook: np.ndarray, source: str, expected: str, checkpoint: str) -> None:
+    """Raise UserError unless the ids of `source` mean what the checkpoint learned: equal fingerprints."""
+    found = codebook_fingerprint(codebook)
+    if found != expected:
         raise UserError(
-            f"codebook {found[:16]} of {store.path} is not the codebook {codebook[:16]} that {checkpoint} "
+            f"codebook {found[:16]} of {source} is not the codebook {expected[:16]} that {checkpoint} "
             "was trained on: name the store of its tokenizer"
         )
+
+
+def open_tokenadapt(path: str, store: TokenStore) -> TokenAdapt:
+    """TokenAdapt from a run's folder, its file, or the official one.
+
+    Raises ModelError if there is none, UserError if it was trained for another codebook.
+    """
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if file.suffix != ".safetensors":
+        return from_release(file)
+    model, codebook = load_tokenadapt(file)
+    check_codebook(store.codebook, str(store.path), codebook, path)
+    return model

@@ -14,20 +14,17 @@ Initial values, all in `MTM.init_weights`:
 """
 
 import inspect
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from seitpp import files
-from seitpp.errors import UserError
+from seitpp.models.saved import read_model, write_model
+from seitpp.models.stem import ModelError
 from seitpp.models.vit import PATCH, NormLayer
 from seitpp.tokenizers.transformer import sincos_positions
 
@@ -39,15 +36,12 @@ class MaskPlan(NamedTuple):
     hidden: Tensor
 
 
-class ModelError(UserError):
-    """A model file that cannot be used, or a grid that a model cannot have."""
-
-
 class MTM(nn.Module):
     """Masked token model. The defaults are the published ViT-B on the published tokens (98.3 M trained).
 
-    `encoder` names a `mtm_vit_*`; `grid` is (H, W) tokens, `num_codes` K, `code_dim` the width of the learned
-    code embedding. Raises ModelError if the grid does not divide into patches.
+    `encoder` names a `mtm_vit_*`, `encoder_size` its sizes where they are not those of the name (`embed_dim`,
+    `depth`, `num_heads`); `grid` is (H, W) tokens, `num_codes` K, `code_dim` the width of the learned code
+    embedding. Raises ModelError if the grid does not divide into patches.
     """
 
     def __init__(
@@ -60,6 +54,7 @@ class MTM(nn.Module):
         decoder_depth: int = 4,
         decoder_heads: int = 16,
         dropout: float = 0.1,
+        encoder_size: dict[str, int] | None = None,
     ):
         super().__init__()
         given = locals()
@@ -74,6 +69,7 @@ class MTM(nn.Module):
             num_classes=0,
             global_pool="token",
             token_drop_rate=dropout,
+            **(encoder_size or {}),
         )
         width, patches = self.encoder.embed_dim, self.encoder.patch_embed.num_patches
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -136,8 +132,7 @@ class MTM(nn.Module):
 
     def save(self, path: Path, codebook: str) -> None:
         """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
-        header = {"mtm": json.dumps({"settings": self.settings, "codebook": codebook})}
-        files.replace_file(path, lambda temporary: save_file(self.state_dict(), temporary, metadata=header))
+        write_model(path, "mtm", self, {"settings": self.settings, "codebook": codebook})
 
 
 def load_mtm(path: Path) -> tuple[MTM, str]:
@@ -145,16 +140,7 @@ def load_mtm(path: Path) -> tuple[MTM, str]:
 
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
-    if not path.is_file():
-        raise ModelError(f"no model file at {path}: expected the model.safetensors of a pre-training run")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("mtm", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if header is None:
-        raise ModelError(f"{path} holds no masked token model: expected a file that MTM.save wrote")
+    header, tensors = read_model(path, "mtm", "the model.safetensors of a pre-training run")
     model = MTM(**header["settings"])
     model.load_state_dict(tensors)
     return model.eval(), header["codebook"]

@@ -1,14 +1,17 @@
-"""Vision transformers that take token ids: the encoder of masked token modeling, later fine-tuned as it is.
+"""Vision transformers on tokens: `seit_vit_*` take maps of code vectors (SeiT), `mtm_vit_*` take ids (SeiT++).
 
-`timm.create_model(name, img_size=grid, in_chans=D, num_codes=K, num_classes=..., global_pool=...)` builds one;
-`img_size` is the token grid (H, W) and `in_chans` the width D of the embedding. The four names:
+`timm.create_model("seit_vit_base", img_size=28, in_chans=D, stem="conv4", num_classes=...)` and
+`timm.create_model("mtm_vit_base", img_size=28, in_chans=D, num_codes=K, num_classes=...)` build them; `img_size`
+is the token grid (H, W). `mtm_vit_*` is the encoder of masked token modeling, later fine-tuned as it is; D is
+then the width of its learned embedding. Both have learned positions and a cls token, and classify by the mean
+over the patches, LayerNorm (eps 1e-6), head. The sizes:
 
-| name          | width | depth | heads |
-|---------------|-------|-------|-------|
-| mtm_vit_nano  | 96    | 3     | 3     |
-| mtm_vit_tiny  | 192   | 12    | 3     |
-| mtm_vit_small | 384   | 12    | 6     |
-| mtm_vit_base  | 768   | 12    | 12    |
+| name  | width | depth | heads |
+|-------|-------|-------|-------|
+| nano  | 96    | 3     | 3     |
+| tiny  | 192   | 12    | 3     |
+| small | 384   | 12    | 6     |
+| base  | 768   | 12    | 12    |
 """
 
 from functools import partial
@@ -18,9 +21,17 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from seitpp.models.stem import StemAdapter, stem_geometry
+
 PATCH = 2  # tokens along one side of a patch (SeiT++ release: 2 x 2)
 NORM_EPS = 1e-6
 NormLayer = partial(nn.LayerNorm, eps=NORM_EPS)
+SIZES = {
+    "nano": {"embed_dim": 96, "depth": 3, "num_heads": 3},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+}
 
 
 class TokenEmbed(PatchEmbed):
@@ -44,48 +55,84 @@ class TokenEmbed(PatchEmbed):
 
 default_cfgs = generate_default_cfgs(
     {
-        f"mtm_vit_{size}.untrained": {"first_conv": "patch_embed.proj", "classifier": "head"}
-        for size in ("nano", "tiny", "small", "base")
+        f"{kind}_vit_{size}.untrained": {"first_conv": "patch_embed.proj", "classifier": "head"}
+        for kind in ("seit", "mtm")
+        for size in SIZES
     }
 )
 
 
-def _mtm_vit(
-    variant: str, pretrained: bool, num_codes: int = 391, token_drop_rate: float = 0.1, **kwargs
-) -> VisionTransformer:
+def _seit_vit(size: str, pretrained: bool, stem: str = "conv4", **kwargs) -> VisionTransformer:
     # The sizes of the published tokens are the defaults; a recipe reads its own from the store.
-    kwargs = {"img_size": 28, "in_chans": 32, "patch_size": PATCH, "global_pool": "avg", **kwargs}
+    stride = stem_geometry(stem).stride
+    embed = partial(StemAdapter, stem=stem)
+    return _vit(f"seit_vit_{size}", size, pretrained, embed, stride, **{"img_size": 14 * stride, **kwargs})
+
+
+def _mtm_vit(
+    size: str, pretrained: bool, num_codes: int = 391, token_drop_rate: float = 0.1, **kwargs
+) -> VisionTransformer:
+    embed = partial(TokenEmbed, num_codes=num_codes, drop_rate=token_drop_rate)
+    return _vit(f"mtm_vit_{size}", size, pretrained, embed, PATCH, **{"img_size": 14 * PATCH, **kwargs})
+
+
+def _vit(name: str, size: str, pretrained: bool, embed: partial, stride: int, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(
         VisionTransformer,
-        variant,
+        name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        embed_layer=partial(TokenEmbed, num_codes=num_codes, drop_rate=token_drop_rate),
+        embed_layer=embed,
+        patch_size=stride,
         norm_layer=NormLayer,
-        **kwargs,
+        **{"in_chans": 32, "global_pool": "avg", **SIZES[size], **kwargs},
     )
 
 
 @register_model
+def seit_vit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Maps, for thumbnails and tests: width 96, depth 3, 3 heads."""
+    return _seit_vit("nano", pretrained, **kwargs)
+
+
+@register_model
+def seit_vit_tiny(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Maps, ViT-Ti: width 192, depth 12, 3 heads."""
+    return _seit_vit("tiny", pretrained, **kwargs)
+
+
+@register_model
+def seit_vit_small(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Maps, ViT-S, published: width 384, depth 12, 6 heads."""
+    return _seit_vit("small", pretrained, **kwargs)
+
+
+@register_model
+def seit_vit_base(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Maps, ViT-B, published: width 768, depth 12, 12 heads."""
+    return _seit_vit("base", pretrained, **kwargs)
+
+
+@register_model
 def mtm_vit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """For thumbnails and tests: width 96, depth 3, 3 heads."""
-    return _mtm_vit("mtm_vit_nano", pretrained, **{"embed_dim": 96, "depth": 3, "num_heads": 3, **kwargs})
+    """Ids, for thumbnails and tests: width 96, depth 3, 3 heads."""
+    return _mtm_vit("nano", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_tiny(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-Ti: width 192, depth 12, 3 heads."""
-    return _mtm_vit("mtm_vit_tiny", pretrained, **{"embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
+    """Ids, ViT-Ti: width 192, depth 12, 3 heads."""
+    return _mtm_vit("tiny", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_small(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-S: width 384, depth 12, 6 heads."""
-    return _mtm_vit("mtm_vit_small", pretrained, **{"embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
+    """Ids, ViT-S: width 384, depth 12, 6 heads."""
+    return _mtm_vit("small", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_base(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-B, the published model: width 768, depth 12, 12 heads."""
-    return _mtm_vit("mtm_vit_base", pretrained, **{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+    """Ids, ViT-B, published: width 768, depth 12, 12 heads."""
+    return _mtm_vit("base", pretrained, **kwargs)

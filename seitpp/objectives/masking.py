@@ -1,6 +1,7 @@
 """Which patches are hidden in a step, and which of those the encoder never sees."""
 
 import math
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -9,21 +10,36 @@ from torch import Tensor
 from seitpp.augment.keyed import Keys
 from seitpp.models.mtm import MaskPlan
 
-# The law of the mask ratio (SeiT++ release): a normal distribution cut to [LOWEST, HIGHEST].
-MEAN, DEVIATION, LOWEST, HIGHEST = 0.45, 0.25, 0.4, 1.0
+
+@dataclass(frozen=True)
+class MaskLaw:
+    """The law of the share of patches that are hidden: a normal distribution cut to [`lowest`, `highest`].
+
+    The share `lowest` is dropped from the encoder, whatever the draw.
+    """
+
+    mean: float
+    deviation: float
+    lowest: float
+    highest: float
+
+    def ratio(self, seed: int, step: int) -> float:
+        """The share hidden in a step, one for the whole batch, by the inverse CDF."""
+        normal = NormalDist(self.mean, self.deviation)
+        low, high = normal.cdf(self.lowest), normal.cdf(self.highest)
+        u = Keys(seed, 0, torch.tensor([step])).uniform("mask_ratio", 1).item()
+        return min(max(normal.inv_cdf(low + (high - low) * u), self.lowest), self.highest)
+
+    def counts(self, num_patches: int, ratio: float) -> tuple[int, int]:
+        """(dropped, masked) patches of an image: ceil(L * lowest), always the same, and ceil(L * ratio)."""
+        return math.ceil(num_patches * self.lowest), math.ceil(num_patches * ratio)
 
 
-def mask_ratio(seed: int, step: int) -> float:
-    """The share of patches hidden in a step, one for the whole batch: a truncated normal, by its inverse CDF."""
-    law = NormalDist(MEAN, DEVIATION)
-    low, high = law.cdf(LOWEST), law.cdf(HIGHEST)
-    u = Keys(seed, 0, torch.tensor([step])).uniform("mask_ratio", 1).item()
-    return min(max(law.inv_cdf(low + (high - low) * u), LOWEST), HIGHEST)
-
-
-def mask_counts(num_patches: int, ratio: float) -> tuple[int, int]:
-    """(dropped, masked) patches of an image: ceil(L * 0.4), always the same, and ceil(L * ratio)."""
-    return math.ceil(num_patches * LOWEST), math.ceil(num_patches * ratio)
+MASK_LAWS = {
+    "seitpp": MaskLaw(mean=0.45, deviation=0.25, lowest=0.4, highest=1.0),  # SeiT++ release
+    "mage": MaskLaw(mean=0.55, deviation=0.25, lowest=0.5, highest=1.0),  # Li et al., arXiv 2211.09117
+    "mae": MaskLaw(mean=0.75, deviation=0.25, lowest=0.75, highest=0.75),  # He et al., arXiv 2111.06377: fixed
+}
 
 
 def mask_plan(noise: Tensor, num_dropped: int, num_masked: int) -> MaskPlan:

@@ -1,0 +1,271 @@
+"""Fine-tune a trained model: on the tokens of another set (or the same one), or on pixels.
+
+    accelerate launch recipes/finetune.py --checkpoint runs/mtm_pretrain-digits   # the embedded digits
+    accelerate launch recipes/finetune.py published --checkpoint RUN --store imagenet-tokens  # 1 GPU
+    accelerate launch --multi_gpu --num_processes 8 recipes/finetune.py pixels --checkpoint RUN --data imagenet
+
+A checkpoint is a run's folder, a model file of ours, or an official one of SeiT or SeiT++. `published` is the
+fine-tuning of SeiT++ after masked token modeling, ViT-B on ImageNet-1k tokens. `tokens` (from ImageNet-21k
+tokens to other tokens) and `pixels` (the stem becomes an embedding of 16 x 16 pixels) are the other two ways of
+SeiT, one after the other in its three-stage way. No result or time of these on GPUs is measured. `digits` (the
+default) takes about FINETUNE_TIME on a CPU.
+Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png and result.json
+into --out. Does not touch the checkpoint.
+"""
+
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Literal, NamedTuple
+
+import torch
+from timm.utils import unfreeze
+from torch import nn
+from torch.utils.data import Dataset
+
+from seitpp import plots
+from seitpp.augment import EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitView
+from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.data import check_codebook, open_splits, open_tokenadapt, window_of
+from seitpp.engine.evaluate import predict
+from seitpp.engine.optim import adamw
+from seitpp.engine.run import Run
+from seitpp.engine.schedule import warmup_cosine
+from seitpp.errors import UserError
+from seitpp.models import (
+    Saved,
+    choose_trained,
+    classifier_from,
+    input_kind,
+    input_size,
+    load_pretrained,
+    pixel_classifier_from,
+    save_classifier,
+)
+from seitpp.objectives import soft_label_loss, top1_share
+from seitpp.tokenizers.images import ImageDataset, hold_out, open_source
+from seitpp.tokens.codebook import codebook_fingerprint
+from seitpp.tokens.dataset import BatchOrder, TokenDataset
+
+HELD_OUT = 20  # of images without a validation split, one in so many
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """The published run: a ViT-B after masked token modeling, ImageNet-1k tokens, 100 epochs (SeiT++)."""
+
+    checkpoint: str | None = None  # where to start: a run's folder or a model file
+    store: str | None = None  # a token store; the embedded digits where neither store nor data is named
+    data: str | None = None  # images, as recipes/tokenize_images.py takes them: fine-tunes to pixels
+    split: str | None = "train"  # of the data
+    validation_split: str | None = "validation"  # of the data; None: every twentieth image is held out
+    trained: Literal["all", "attention", "head"] = "all"  # which weights; the head always
+    size: int | None = None  # side of the input; None: that of the checkpoint in tokens, or 224 pixels
+    crop: Literal["resized", "window"] | None = "resized"  # of maps; pixels and ids are always resized
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    eda: Literal["release", "paper"] | None = None  # of maps
+    colour: Literal["release", "paper", "seitpp"] | None = "seitpp"  # of tokens
+    tokenadapt: str | None = None  # of ids: a run of recipes/tokenadapt_train.py, its file, or the official one
+    adapted: float = 0.5  # of ids: share of the images that go through TokenAdapt
+    cutmix: float = 1.0
+    mixup: float = 0.8  # of ids: in TokenAdapt's space only
+    smoothing: float = 0.1
+    drop_path: float = 0.1
+    epochs: float = 100
+    warmup_epochs: float = 5
+    batch_size: int = 1024  # global
+    base_lr: float = 4e-3  # for a batch of 1024; scaled by the square root
+    last_lr: float = 1e-6
+    weight_decay: float = 0.1
+    layer_decay: float = 0.65
+    evaluation_epochs: float = 5
+
+
+PRESETS = {"published": Config()}
+PRESETS["tokens"] = replace(
+    PRESETS["published"],
+    preset="tokens",
+    crop="window",
+    colour="paper",
+    adapted=0.0,
+    mixup=0.0,
+    batch_size=4096,
+    base_lr=5e-6,  # 1e-5 at 4096
+    layer_decay=1.0,
+)
+PRESETS["pixels"] = replace(
+    PRESETS["published"], preset="pixels", colour=None, adapted=0.0, base_lr=5e-4, layer_decay=1.0
+)
+PRESETS["digits"] = replace(
+    PRESETS["published"],
+    preset="digits",
+    crop_scale=(0.4, 1.0),
+    colour=None,
+    adapted=0.0,
+    mixup=0.0,
+    epochs=30,
+    warmup_epochs=3,
+    batch_size=128,
+    precision="no",
+    workers=0,
+    checkpoint_epochs=10,
+    evaluation_epochs=5,
+)
+PRESETS["smoke"] = replace(
+    PRESETS["digits"],
+    preset="smoke",
+    epochs=2,
+    warmup_epochs=1,
+    checkpoint_epochs=0.5,
+    evaluation_epochs=1,
+    log_steps=1,
+)
+
+
+def main(config: Config) -> None:
+    # 1. Run: the output folder, the launch, the seed; where to start.
+    if config.checkpoint is None:
+        raise UserError("nothing to fine-tune: name a run's folder or a model file with --checkpoint")
+    run = Run("finetune", config)
+    source = load_pretrained(config.checkpoint)
+
+    # 2. Data, views and model: of tokens or of pixels.
+    task = (pixel_task if config.data else token_task)(config, run, source)
+    train, validation, model = task.train, task.validation, task.model.to(run.device)
+    view, centre_view, of = task.view.to(run.device), task.centre_view.to(run.device), attrgetter(task.field)
+    order = BatchOrder(len(train), config.batch_size, config.seed)
+    choose_trained(model, config.trained)
+
+    # 3. Optimisation: linear warm-up, then half a cosine, update by update; lower layers learn more slowly.
+    steps = round(config.epochs * order.steps_per_epoch)
+    warmup = round(config.warmup_epochs * order.steps_per_epoch)
+    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
+    evaluation_steps = max(1, round(config.evaluation_epochs * order.steps_per_epoch))
+    peak = config.base_lr * (config.batch_size / 1024) ** 0.5
+    optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
+    trained = run.prepare(
+        model,
+        optimizer,
+        order,
+        task.fingerprint,
+        lr=lambda step: warmup_cosine(step, steps, warmup, peak, final=config.last_lr),
+    )
+    learned, of_all = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or everything) / 1e6
+        for everything in (False, True)
+    )
+    run.print(
+        f"{config}\n{view}\n{len(train):,} images, {model.num_classes} classes; {learned:.2f} of {of_all:.2f} M "
+        f"parameters trained\n{steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from "
+        f"step {run.step}; peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
+    )
+
+    # 4. Training.
+    def evaluate() -> dict[str, float]:
+        found = predict(model, validation, lambda batch: centre_view(of(batch)), run.accelerator, config.workers)
+        return found.accuracies()
+
+    trained.train()
+    for step, batch in run.train(train, steps, checkpoint_steps, evaluate, evaluation_steps):
+        keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
+        inputs, targets = view(of(batch), batch.labels, keys)
+        logits = trained(inputs)
+        loss = soft_label_loss(logits, targets, config.smoothing)
+        run.update(loss, accuracy=top1_share(logits, targets.labels))
+
+    # 5. Proof: exact accuracies, weights, and curves.
+    result = evaluate()
+    for name, value in result.items():
+        run.print(f"{name} {value:6.2f} % of {len(validation):,} images")
+    if run.is_main:
+        unfreeze(model)
+        save_classifier(run.out / "model.safetensors", model, task.codebook, task.class_names)
+        plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
+    run.finish(result)
+
+
+class Task(NamedTuple):
+    """What differs between tokens and pixels; `field` names what a batch holds of an image, ids or images."""
+
+    train: Dataset
+    validation: Dataset
+    field: str
+    view: nn.Module
+    centre_view: nn.Module
+    model: nn.Module
+    fingerprint: str  # of the data
+    codebook: str | None
+    class_names: list[str] | None
+
+
+def token_task(config: Config, run: Run, source: Saved) -> Task:
+    """A store, and the source with a new head."""
+    train, validation = open_splits(run, config.store)
+    if source.codebook:
+        check_codebook(train.codebook, str(train.path), source.codebook, config.checkpoint)
+    body = getattr(source.model, "encoder", source.model)
+    kind, size = input_kind(body), window_of(train, config.size, "--size")
+    if kind == "pixels":
+        raise UserError(f"{config.checkpoint} takes pixels: name images with --data")
+    if kind == "maps" and config.adapted:
+        raise UserError(
+            f"{config.checkpoint} takes maps, which TokenAdapt does not give: preset tokens, or --adapted 0"
+        )
+    if kind == "ids" and (config.eda or config.crop != "resized"):
+        raise UserError(f"{config.checkpoint} takes ids: --eda and --crop are those of maps, leave them out")
+    if config.size is None and input_size(body):
+        size = input_size(body)
+    model = classifier_from(source.model, train.num_classes, size, config.drop_path)
+    codebook, mixed = torch.from_numpy(train.codebook), (config.cutmix, config.mixup)
+    if kind == "ids":
+        adapt = open_tokenadapt(config.tokenadapt, train) if config.tokenadapt else None
+        view = SeitPPFinetuneView(
+            codebook, size[0], config.crop_scale, adapt, config.adapted, config.colour, *mixed
+        )
+        centre_view = EvalView(size)
+    else:
+        view = SeitView(codebook, size[0], config.crop, config.crop_scale, config.eda, config.colour, *mixed)
+        centre_view = EvalView(size, codebook)
+    return Task(
+        TokenDataset(train),
+        TokenDataset(validation),
+        "ids",
+        view,
+        centre_view,
+        model,
+        train.fingerprint,
+        codebook_fingerprint(train.codebook),
+        train.class_names,
+    )
+
+
+def pixel_task(config: Config, run: Run, source: Saved) -> Task:
+    """Images as they are, and the source with a new stem and a new head."""
+    for name in ("store", "eda", "colour"):
+        if getattr(config, name):
+            raise UserError(f"--{name} has no meaning for pixels, which --data names: leave one of the two out")
+    train = open_source(config.data, config.split)
+    if config.validation_split is None:
+        train, validation = hold_out(train, HELD_OUT, config.data)
+    else:
+        validation = open_source(config.data, config.validation_split)
+    names = train.class_names
+    if not names or names != validation.class_names:
+        raise UserError(f"{config.data}: expected classes with the same names in both splits")
+    size = config.size or 224
+    side = size * 8 // 7  # as 256 to 224
+    model = pixel_classifier_from(source.model, len(names), size, config.drop_path)
+    return Task(
+        ImageDataset(train, (side, side)),
+        ImageDataset(validation, (side, side)),
+        "images",
+        PixelView(size, config.crop_scale, config.cutmix, config.mixup),
+        EvalPixelView(size),
+        model,
+        f"{len(train)} images of {len(names)} classes",
+        None,
+        names,
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(main, PRESETS, default="digits")

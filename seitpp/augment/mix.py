@@ -1,0 +1,126 @@
+"""CutMix and Mixup of maps with soft labels: one draw an image, partners by their place in the batch."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seitpp.augment.keyed import Keys
+from seitpp.errors import UserError
+
+
+class PairingError(UserError):
+    """A batch whose images cannot be paired."""
+
+
+def partners(indices: Tensor) -> Tensor:
+    """The place in the batch of each image's partner, its own place xor 2: `indices` (B,) -> (B,) int64.
+
+    So partners share a process and the oddness of their places. Raises PairingError unless B is a multiple of 4.
+    """
+    if len(indices) % 4:
+        raise PairingError(
+            f"a batch of {len(indices)} images on one process cannot be paired for mixing, expected a multiple "
+            "of 4: change the batch size, the number of processes or the accumulation"
+        )
+    return torch.arange(len(indices), device=indices.device) ^ 2
+
+
+class SoftLabels(NamedTuple):
+    """What a mixed image shows: `share` (B,) float32 in [0, 1] of the class `labels` (B,) int64, the rest of
+    the class `others` (B,) int64.
+    """
+
+    labels: Tensor
+    others: Tensor
+    share: Tensor
+
+    def dense(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
+        """The same as probabilities (B, num_classes); `smoothing` of it is spread over all classes."""
+        own, other = (F.one_hot(labels, num_classes).float() for labels in self[:2])
+        mixed = other + self.share.unsqueeze(1) * (own - other)
+        return mixed * (1 - smoothing) + smoothing / num_classes
+
+
+def cutmix(maps: Tensor, keys: Keys, alpha: float) -> tuple[Tensor, Tensor]:
+    """Replace a box of each map by its partner's (CutMix): maps (B, D, H, W) -> maps, own share (B,) float32.
+
+    The box covers 1 - lambda of the map before it is cut at the borders, lambda ~ Beta(alpha, alpha); its centre
+    is uniform. The share is exactly that of the tokens that remain. Raises PairingError.
+    """
+    return _blend(maps, keys, _outside_box(keys, alpha, maps.shape[2:]))
+
+
+def mixup(maps: Tensor, keys: Keys, alpha: float) -> tuple[Tensor, Tensor]:
+    """lambda * map + (1 - lambda) * its partner's (Mixup): maps (B, D, H, W) -> maps, own share (B,) float32.
+
+    The share is lambda ~ Beta(alpha, alpha). Raises PairingError.
+    """
+    return _blend(maps, keys, _ratio(keys, alpha))
+
+
+def _blend(maps: Tensor, keys: Keys, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps with the weight `own` (B, H or 1, W or 1), their partners with the rest; and the mean weight (B,)."""
+    # Exact where the weight is 0 or 1, and a third of the time of torch.where on a CPU.
+    mixed = torch.lerp(maps[partners(keys.indices)], maps, own.unsqueeze(1).to(maps.dtype))
+    return mixed, own.mean(dim=(1, 2))
+
+
+def _outside_box(keys: Keys, alpha: float, grid: tuple[int, int]) -> Tensor:
+    """(B, H, W) float32: 0 for the tokens in the box of CutMix, 1 for all others."""
+    draws = keys.uniform("cutmix", 4)
+    scale = (1 - _beta(draws[:, :2], alpha)).sqrt()
+    inside = []
+    for draw, length in zip(draws[:, 2:].unbind(dim=1), grid, strict=True):
+        side, centre = (scale * length).long(), (draw * length).long()
+        offset = torch.arange(length, device=draw.device) - (centre - side // 2).unsqueeze(1)
+        inside.append((offset >= 0) & (offset < side.unsqueeze(1)))
+    return 1 - (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).float()
+
+
+def _ratio(keys: Keys, alpha: float) -> Tensor:
+    """(B, 1, 1) float32: lambda of Mixup."""
+    return _beta(keys.uniform("mixup", 2), alpha).view(-1, 1, 1)
+
+
+def _beta(draws: Tensor, alpha: float) -> Tensor:
+    """Draws (B, 2) in [0, 1) -> (B,) float32 of Beta(alpha, alpha), exact for any alpha > 0.
+
+    Student's t with 2 alpha degrees of freedom by the polar method (Bailey, "Polar generation of random variates
+    with the t-distribution", 1994), as its share of its own length.
+    """
+    radius = ((1 - draws[:, 0].double()) ** (-1 / alpha) - 1).sqrt()
+    t = radius * (2 * math.pi * draws[:, 1].double()).cos()
+    return (0.5 + 0.5 * t / (1 + t.square()).sqrt()).float()
+
+
+class Mix(nn.Module):
+    """CutMix, Mixup, or for each image one of the two (probability 1/2); an alpha of 0 turns its method off."""
+
+    def __init__(self, cutmix: float = 1.0, mixup: float = 0.0):
+        super().__init__()
+        self.cutmix, self.mixup = cutmix, mixup
+
+    def forward(self, maps: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
+        """Maps (B, D, H, W), labels (B,) int64, keys of the same B images -> mixed maps and their labels.
+
+        Raises PairingError, if anything is mixed.
+        """
+        if not self.cutmix and not self.mixup:
+            return maps, SoftLabels(labels, labels, torch.ones_like(labels, dtype=torch.float32))
+        mixed, share = self._mix(maps, keys)
+        return mixed, SoftLabels(labels, labels[partners(keys.indices)], share)
+
+    def _mix(self, maps: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        if not self.mixup:
+            return cutmix(maps, keys, self.cutmix)
+        if not self.cutmix:
+            return mixup(maps, keys, self.mixup)
+        cut = keys.uniform("mix", 1).unsqueeze(2) < 0.5
+        box, ratio = _outside_box(keys, self.cutmix, maps.shape[2:]), _ratio(keys, self.mixup)
+        return _blend(maps, keys, torch.where(cut, box, ratio))
+
+    def extra_repr(self) -> str:
+        return f"cutmix={self.cutmix}, mixup={self.mixup}"

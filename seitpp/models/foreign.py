@@ -1,0 +1,99 @@
+"""Checkpoints of others: read without running code, asked for tensors by name."""
+
+import argparse
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from seitpp.models.stem import ModelError
+
+HEAD = 64  # channels of an attention head of a ViT
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, without the prefix `module.`. Raises ModelError naming the file."""
+    if not path.is_file():
+        raise ModelError(f"no checkpoint at {path}")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_checkpoint(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+        raise ModelError(f"{path} holds no state dict: expected names and tensors, alone or under 'model'")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _load_checkpoint(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT keeps its arguments beside the model
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle can end in any of them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path} cannot be read as plain tensors, and is not unpickled since that could run code ({reason}): "
+            "save its state dict alone, as safetensors, where you trust the file"
+        ) from error
+
+
+class Released(dict):
+    """The tensors of a checkpoint by their names; asking for one that is not there is a ModelError."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.path = path
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ModelError(f"{self.path}: tensor {name} is missing")
+
+    def fill(self, model: nn.Module, names: dict[str, str]) -> nn.Module:
+        """Put every tensor of `model` in its place, in eval mode, and name in one warning what is left over."""
+        theirs = {name: renamed(name, names) for name in model.state_dict()}
+        model.load_state_dict(
+            {name: self._shaped(theirs[name], tensor.shape) for name, tensor in model.state_dict().items()}
+        )
+        if unused := sorted(set(self) - set(theirs.values())):
+            warnings.warn(f"{self.path}: not used, {len(unused)} tensors: {', '.join(unused)}", stacklevel=3)
+        return model.eval()
+
+    def size(self) -> dict[str, int]:
+        """Width, depth and heads of the encoder."""
+        width = self["cls_token"].shape[-1]
+        return {"embed_dim": width, "depth": self.depth("blocks."), "num_heads": self.heads(width, HEAD)}
+
+    def depth(self, prefix: str) -> int:
+        """How many blocks there are whose names begin like `prefix`; at least one, so that its lack is told."""
+        return 1 + max((int(name.split(".")[1]) for name in self if name.startswith(prefix)), default=0)
+
+    def heads(self, width: int, channels: int) -> int:
+        """Heads of a width, which must divide."""
+        if width % channels:
+            raise ModelError(f"{self.path}: width {width}, expected a multiple of {channels}, those of a head")
+        return width // channels
+
+    def side(self) -> int:
+        """Patches along one side of the square grid."""
+        patches = self["pos_embed"].shape[1] - 1
+        if math.isqrt(patches) ** 2 != patches:
+            raise ModelError(f"{self.path}: {patches} positions and one of cls, expected a square grid")
+        return math.isqrt(patches)
+
+    def _shaped(self, name: str, shape: torch.Size) -> Tensor:
+        """A tensor in a shape that may differ in axes of one element only."""
+        tensor = self[name]
+        if [n for n in tensor.shape if n > 1] != [n for n in shape if n > 1]:
+            raise ModelError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        return tensor.reshape(shape)
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """`name` with another beginning, by the first in `names` that fits."""
+    for ours, theirs in names.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name

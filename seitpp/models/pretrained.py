@@ -1,0 +1,59 @@
+"""One door to every trained model: a run's folder, a model file of ours, an official checkpoint."""
+
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from seitpp.models.mtm import load_mtm
+from seitpp.models.release import from_release
+from seitpp.models.resnet import TokenResNet
+from seitpp.models.saved import Saved, load_classifier
+from seitpp.models.stem import ModelError, StemAdapter
+from seitpp.models.vit import TokenEmbed
+
+
+def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
+    """The classifier or masked token model at `path`, in eval mode.
+
+    A folder is that of a run: its model_ema.safetensors, if there is one and `ema`, else its model.safetensors.
+    Of an official checkpoint the codebook and the names of the classes are unknown (None). Raises ModelError
+    naming the file if there is none, or if it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        averaged = path / "model_ema.safetensors"
+        path = averaged if ema and averaged.is_file() else path / "model.safetensors"
+    kind = _own_kind(path)
+    if kind == "mtm":
+        model, codebook = load_mtm(path)
+        return Saved(model, codebook, None, None)
+    if kind == "classifier":
+        return load_classifier(path)
+    return Saved(from_release(path), None, None, None)
+
+
+def input_kind(model: nn.Module) -> Literal["ids", "maps", "pixels"]:
+    """What a classifier is given: ids (B, H, W), maps (B, D, H, W), or images (B, 3, H, W)."""
+    stem = getattr(model, "patch_embed", None)
+    if isinstance(stem, TokenEmbed):
+        return "ids"
+    return "maps" if isinstance(stem, StemAdapter) or isinstance(model, TokenResNet) else "pixels"
+
+
+def input_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of a ViT's input, in its cells: tokens or pixels. None for a ResNet, which takes any."""
+    return tuple(model.patch_embed.img_size) if isinstance(model, VisionTransformer) else None
+
+
+def _own_kind(path: Path) -> str | None:
+    """ "mtm" or "classifier", or None for a file that no model here has written."""
+    if not path.is_file():
+        raise ModelError(f"no model file at {path}: expected a run's folder or a model file")
+    try:
+        with safe_open(path, "pt") as file:
+            return next((kind for kind in ("mtm", "classifier") if kind in (file.metadata() or {})), None)
+    except SafetensorError:
+        return None

@@ -1,0 +1,175 @@
+"""TokenAdapt (SeiT++): f takes token vectors to a space where pixel augmentations hold, g takes it back to tokens.
+
+f: linear D -> C on every token, fixed positions, one transformer block, LayerNorm, transposed conv 2x2 -> D.
+g: conv 2x2 D -> C, fixed positions, one block, LayerNorm, linear C -> K.
+
+Initial values, all in `TokenAdapt.init_weights`; the published ones are not known:
+
+| parameter                | law                  | reason                                      |
+|--------------------------|----------------------|---------------------------------------------|
+| linear and conv weights  | Xavier uniform       | a 2x2 conv is the linear map of its patch   |
+| the last layer, C -> K   | 0                    | the first prediction is uniform: loss ln K  |
+| biases                   | 0                    |                                             |
+| LayerNorm                | weight 1, bias 0     |                                             |
+| positions                | sin-cos, not trained | SeiT++ release                              |
+"""
+
+import inspect
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from seitpp.augment.geometry import Geometry, apply_geometry
+from seitpp.models.foreign import renamed
+from seitpp.models.saved import read_model, write_model
+from seitpp.models.stem import ModelError
+from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, sincos_positions
+
+CELLS = 2  # cells of f's space along one side of a token (SeiT++ release: 32 -> 64)
+# How our names begin, and how those of the released state dict do.
+RELEASE_NAMES = {
+    "embed.": "conversion_function.0.",
+    "convert_positions": "conversion_function.1.de_pos_embedding",
+    "convert_blocks.": "conversion_function.1.transformer.",
+    "to_space.": "conversion_function.1.to_pixel.1.",
+    "invert_positions": "reverse_transform.0.en_pos_embedding",
+    "from_space.": "reverse_transform.0.to_patch_embedding.0.",
+    "invert_blocks.": "reverse_transform.0.transformer.",
+    "head.": "reverse_transform.1.",
+}
+# Released tensors whose shapes are the sizes of the model.
+SIZED = (
+    "conversion_function.0.weight",
+    "conversion_function.1.de_pos_embedding",
+    "conversion_function.1.transformer.layers.0.0.fn.to_qkv.weight",
+    "conversion_function.1.transformer.layers.0.1.fn.net.0.weight",
+    "reverse_transform.0.en_pos_embedding",
+    "reverse_transform.1.weight",
+)
+
+
+class TokenAdapt(nn.Module):
+    """f and g. The defaults are the published sizes (3.81 M trained).
+
+    `grid` is (H, W) tokens of a whole image, `crop` (H', W') of an augmented one; `num_codes` K, `code_dim` D;
+    `width` C, `heads` of 64 channels and `mlp` are those of the blocks.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int] = (32, 32),
+        crop: tuple[int, int] = (28, 28),
+        num_codes: int = 391,
+        code_dim: int = 32,
+        width: int = 384,
+        heads: int = 6,
+        mlp: int = 1536,
+    ):
+        super().__init__()
+        given = locals()
+        self.settings = {name: given[name] for name in inspect.signature(TokenAdapt).parameters}
+        self.grid, self.crop = grid, crop
+        shape = TransformerShape(width, 1, heads, mlp)
+        self.embed = nn.Linear(code_dim, width)
+        self.register_buffer("convert_positions", sincos_positions(grid, width).unsqueeze(0))
+        self.convert_blocks = Transformer(shape)
+        self.to_space = nn.ConvTranspose2d(width, code_dim, CELLS, CELLS)
+        self.from_space = nn.Conv2d(code_dim, width, CELLS, CELLS)
+        self.register_buffer("invert_positions", sincos_positions(crop, width).unsqueeze(0))
+        self.invert_blocks = Transformer(shape)
+        self.head = nn.Linear(width, num_codes)
+        self.init_weights()
+
+    def forward(self, maps: Tensor, geometry: Geometry) -> Tensor:
+        """Vectors (B, D, H, W) of whole images, A -> logits (B, K, H', W') of the tokens of A(x): g(A(f(Z)))."""
+        return self.invert(apply_geometry(self.convert(maps), geometry))
+
+    def convert(self, maps: Tensor) -> Tensor:
+        """f: vectors (B, D, H, W) -> (B, D, 2 H, 2 W), where pixel augmentations hold."""
+        tokens = self.embed(maps.flatten(2).transpose(1, 2))
+        tokens = self.convert_blocks(tokens + self.convert_positions)
+        return self.to_space(rearrange(tokens, "b (h w) c -> b c h w", h=self.grid[0]))
+
+    def invert(self, maps: Tensor) -> Tensor:
+        """g: augmented (B, D, 2 H', 2 W') -> logits (B, K, H', W')."""
+        tokens = self.from_space(maps).flatten(2).transpose(1, 2)
+        logits = self.head(self.invert_blocks(tokens + self.invert_positions))
+        return rearrange(logits, "b (h w) k -> b k h w", h=self.crop[0])
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """See the table at the top of this file."""
+        self.apply(_init_module)
+        nn.init.zeros_(self.head.weight)
+
+    def save(self, path: Path, codebook: str) -> None:
+        """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
+        write_model(path, "tokenadapt", self, {"settings": self.settings, "codebook": codebook})
+
+
+def _init_module(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def load_tokenadapt(path: Path) -> tuple[TokenAdapt, str]:
+    """A model that `TokenAdapt.save` wrote, in eval mode, and the fingerprint of its codebook.
+
+    Raises ModelError naming the file if it is missing, damaged or of another kind.
+    """
+    header, tensors = read_model(path, "tokenadapt", "the model.safetensors of a tokenadapt_train run")
+    model = TokenAdapt(**header["settings"])
+    model.load_state_dict(tensors)
+    return model.eval(), header["codebook"]
+
+
+def tokenadapt_from_release(state: dict[str, Tensor]) -> TokenAdapt:
+    """The model of a released state dict (bare, SeiT++'s names), in eval mode; the positions in it are used.
+
+    Sizes are read from the tensors, grids are square. Names in one warning what is not used. Raises ModelError
+    naming the tensors that are missing or of another shape.
+    """
+    if missing := [name for name in SIZED if name not in state]:
+        raise ModelError(f"not a released TokenAdapt: {', '.join(missing)} missing")
+    model = TokenAdapt(**_sizes(state))
+    theirs = {name: renamed(name, RELEASE_NAMES) for name in model.state_dict()}
+    wrong = [
+        f"{name} is {tuple(state[name].shape) if name in state else 'missing'}, expected {tuple(tensor.shape)}"
+        for name, tensor in tokenadapt_to_release(model).items()
+        if name not in state or state[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ModelError(f"not a released TokenAdapt: {'; '.join(wrong)}")
+    if unused := sorted(set(state) - set(theirs.values())):
+        warnings.warn(f"TokenAdapt does not use {', '.join(unused)}", stacklevel=2)
+    model.load_state_dict({name: state[released] for name, released in theirs.items()})
+    return model.eval()
+
+
+def _sizes(state: dict[str, Tensor]) -> dict:
+    """Arguments of TokenAdapt from the shapes of the tensors in `SIZED`."""
+    embed, whole, qkv, mlp, augmented, head = (state[name].shape for name in SIZED)
+    grid, crop = math.isqrt(whole[1]), math.isqrt(augmented[1])
+    return {
+        "grid": (grid, grid),
+        "crop": (crop, crop),
+        "num_codes": head[0],
+        "code_dim": embed[1],
+        "width": embed[0],
+        "heads": qkv[0] // (3 * HEAD),
+        "mlp": mlp[0],
+    }
+
+
+def tokenadapt_to_release(model: TokenAdapt) -> dict[str, Tensor]:
+    """The state dict under the released names."""
+    return {renamed(name, RELEASE_NAMES): tensor for name, tensor in model.state_dict().items()}
