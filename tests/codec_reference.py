@@ -34,13 +34,22 @@ def left(counts: list[int]) -> list[int]:
 
 def ans_body(counts: list[int], ids: list[int]) -> bytes:
     table = left(counts)
-    return b"" if len(counts) == 1 else push([(table, i) for i in ids])
+    return b"" if len(counts) == 1 else push([(table, i) for i in ids], len(counts))
 
 
-def push(tokens: list[tuple[list[int], int]]) -> bytes:
+def seed_size(num_codes: int, num_tokens: int) -> int:
+    size = 0
+    while num_codes**size < 2**24 and size < num_tokens:
+        size += 1
+    return size
+
+
+def push(tokens: list[tuple[list[int], int]], num_codes: int) -> bytes:
     """Body of (left, id) of each token, in the order of decoding."""
-    state, words = 0, []
-    for left, i in reversed(tokens):
+    state, words, coded = 0, [], len(tokens) - seed_size(num_codes, len(tokens))
+    for _, i in reversed(tokens[coded:]):
+        state = state * num_codes + i
+    for left, i in reversed(tokens[:coded]):
         p = left[i + 1] - left[i]
         if state >= p << 40:
             words.append(state % 2**32)
@@ -55,18 +64,25 @@ def push(tokens: list[tuple[list[int], int]]) -> bytes:
 def ans_ids(counts: list[int], body: bytes, num_tokens: int) -> list[int]:
     body += bytes(-len(body) % 4)
     words = [int.from_bytes(body[i : i + 4], "little") for i in range(0, len(body), 4)]
-    table, state, ids = left(counts), 0, []
+    num_codes, table, state, ids = len(counts), left(counts), 0, []
+    if num_codes == 1:
+        assert not body
+        return [0] * num_tokens
     while words and state < 2**32:
         state = state * 2**32 + words.pop()
-    for _ in range(num_tokens if len(counts) > 1 else 0):
+    size = seed_size(num_codes, num_tokens)
+    for _ in range(num_tokens - size):
         q = state % 2**24
         i = bisect_right(table, q) - 1
         state = (table[i + 1] - table[i]) * (state >> 24) + q - table[i]
         if state < 2**32 and words:
             state = state * 2**32 + words.pop()
         ids.append(i)
-    assert state == 0 and not words
-    return ids if len(counts) > 1 else [0] * num_tokens
+    assert state < num_codes**size and not words
+    for _ in range(size):
+        state, i = divmod(state, num_codes)
+        ids.append(i)
+    return ids
 
 
 # escape, packed, huffman
@@ -176,4 +192,4 @@ def context_body(data: bytes, grid: tuple[int, int], ids: list[int]) -> bytes:
                 )
             order += sorted(step, key=lambda token: token[0])
     lefts = {number: left(table.weights(number)) for number in {number for number, _ in order}}
-    return push([(lefts[number], i) for number, i in order]) if table.num_codes > 1 else b""
+    return push([(lefts[number], i) for number, i in order], table.num_codes) if table.num_codes > 1 else b""

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_images_that_could_not_be_read_are_left_out(tmp_path):
 
 
 def run_killed(target, *arguments, at: int) -> bool:
-    """Run in a process that gets SIGKILL at its `at`-th durable operation; whether it came to that."""
+    """Run in a process that gets SIGKILL before its `at`-th file operation; whether it came to that."""
 
     def body():
         done = 0
@@ -131,7 +132,8 @@ def run_killed(target, *arguments, at: int) -> bool:
 
             return operation
 
-        os.fsync, Path.rename, Path.replace = map(counted, (os.fsync, Path.rename, Path.replace))
+        os.fsync, os.unlink, os.rmdir = map(counted, (os.fsync, os.unlink, os.rmdir))
+        Path.rename, Path.replace = map(counted, (Path.rename, Path.replace))
         target(*arguments)
 
     process = multiprocessing.get_context("fork").Process(target=body)
@@ -157,14 +159,65 @@ def test_killed_at_every_file_operation_it_goes_on_to_the_same_bytes(tmp_path, e
             break
         for other in before:
             TokenStore(path, other).verify()
-        try:
-            make_and_publish(path, split)
-        except StoreError as error:
-            assert "has a split" in str(error)  # killed after the last rename
+        make_and_publish(path, split)
         assert contents(path) == wanted
+        assert [entry.name for entry in path.parent.iterdir()] == ["s"]
         at += 1
-    assert at > 20
+    assert at > 30
     assert contents(path) == wanted
+
+
+@pytest.fixture(scope="module")
+def killed_folder(tmp_path_factory) -> Path:
+    """A store whose writer got no further than the last rename, and what it left beside it."""
+    path, at = tmp_path_factory.mktemp("killed") / "s", 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "SHARD_IMAGES", SHARD)
+        while not path.exists():
+            assert run_killed(make_and_publish, path, "train", at=at)
+            at += 1
+    return path.parent
+
+
+@pytest.fixture
+def published_and_killed(killed_folder, tmp_path) -> Path:
+    shutil.copytree(killed_folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "s"
+
+
+def test_a_published_split_is_neither_written_again_nor_touched(published_and_killed, expected):
+    path = published_and_killed
+    times = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    ranks = [begin(path), begin(path)]
+    assert all(rank.finished() == {0, 1, 2} for rank in ranks)
+    ranks[0].publish()
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == times
+    assert contents(path) == expected["one"]
+    with pytest.raises(StoreError, match="has a split 'train' already"):
+        begin(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_images": 51}, {"columns": {}}, {"class_names": ["a", "c"]}, {"codebook": CODEBOOK + 1}],
+    ids=["images", "columns", "classes", "codebook"],
+)
+def test_another_command_does_not_take_the_published_split_for_its_own(published_and_killed, changes):
+    with pytest.raises(StoreError, match="has a split 'train' already"):
+        begin(published_and_killed, **changes)
+    assert begin(published_and_killed).published
+
+
+def test_a_split_that_somebody_else_published_meanwhile_is_refused(tmp_path):
+    path, staging = tmp_path / "s", make(tmp_path / "s")
+    with StoreWriter(path, **COMMON) as out:
+        out.add_batch(*images(range(10)))
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match="has a split 'train' already"):
+        begin(path)
+    with pytest.raises(StoreError, match="has a split 'train' already"):
+        staging.publish()
+    assert contents(tmp_path) == before
 
 
 def test_only_missing_shards_are_made_again(tmp_path):

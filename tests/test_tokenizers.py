@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from seitpp import TokenStore, tokenizers
-from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, base, nearest
+from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, base, nearest, patch_kmeans
 from seitpp.tokens.digits import digits, digits_images
 
 
@@ -80,11 +80,27 @@ def test_refit_gives_the_same_tokenizer_and_save_keeps_it(tokenizer, photographs
     assert torch.equal(loaded.encode(images), tokenizer.encode(images))
 
 
+def test_large_fits_go_in_batches_and_come_close(tokenizer, photographs, monkeypatch) -> None:
+    images, held_out = torch.cat(photographs)[::2], torch.cat(photographs)[1::2]
+    monkeypatch.setattr(patch_kmeans, "EXACT_CELLS", 0)
+    monkeypatch.setattr(patch_kmeans, "BATCH", 1000)
+    monkeypatch.setattr(patch_kmeans, "PART", 50)
+    monkeypatch.setattr(patch_kmeans, "CHUNK", 777)
+    fits = [PatchKMeans.fit(images, image_size=64, patch=8, num_codes=128, code_dim=32) for _ in range(2)]
+    assert fits[0].fingerprint == fits[1].fingerprint != tokenizer.fingerprint
+    torch.testing.assert_close(fits[0].components, tokenizer.components, atol=1e-4, rtol=0)
+    torch.testing.assert_close(fits[0].scale, tokenizer.scale)
+    exact, batches = (psnr(t.decode(t.encode(held_out)), held_out) for t in (tokenizer, fits[0]))
+    assert batches > exact - 0.3
+
+
 def test_bad_input_is_named(tokenizer, tmp_path) -> None:
     with pytest.raises(TokenizerError, match=r"expected \(B, 3, 64, 64\)"):
         tokenizer.encode(torch.zeros(1, 3, 32, 32))
     with pytest.raises(TokenizerError, match="distinct patches cannot give 128 codes"):
         PatchKMeans.fit(torch.zeros(2, 3, 64, 64), image_size=64, patch=8, num_codes=128, code_dim=32)
+    with pytest.raises(TokenizerError, match="128 patches cannot give 129 codes"):
+        PatchKMeans.fit(torch.rand(2, 3, 64, 64), image_size=64, patch=8, num_codes=129, code_dim=32)
     with pytest.raises(TokenizerError, match="not a multiple of patch"):
         PatchKMeans.fit(torch.zeros(2, 3, 64, 64), image_size=60, patch=8, num_codes=2, code_dim=32)
     with pytest.raises(TokenizerError, match="no tokenizer file"):

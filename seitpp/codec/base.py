@@ -39,7 +39,7 @@ def check_ids(ids: np.ndarray, num_codes: int) -> np.ndarray:
         raise ValueError(f"ids: got {ids.ndim}-D {ids.dtype}, expected a 1-D array of integers")
     if ids.size > MAX_TOKENS:
         raise ValueError(f"ids: got {ids.size} tokens, expected at most {MAX_TOKENS} an image")
-    if ids.size and not 0 <= ids.min() <= ids.max() < num_codes:
+    if ids.size and (ids.max() >= num_codes or (ids.dtype.kind == "i" and ids.min() < 0)):
         raise ValueError(f"ids: got values {ids.min()} .. {ids.max()}, expected 0 .. {num_codes - 1}")
     return ids.astype(np.int32)
 

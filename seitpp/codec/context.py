@@ -6,14 +6,14 @@ one call. Everything that chooses a table is integers, so encoder and decoder ag
 Source of the smoothing: absolute discounting, Ney, Essen and Kneser 1994.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from seitpp.codec.ans import AnsCoder, Categorical, categorical, check_empty, stack_body, stack_of
 from seitpp.codec.base import MAX_TOKENS, CodecError, check_ids, check_num_codes
 from seitpp.codec.seal import Seal
+from seitpp.codec.stack import Categorical, body_of, categorical, coder_of, seed_of, seed_size, seeded
 from seitpp.codec.table import MAX_CLASSES, ContextTable, quantized
 
 # The finest step has stride 1; tokens between multiples of the coarsest are too far apart to tell of each other.
@@ -57,6 +57,7 @@ class ContextCodec:
         self._num_classes = len(tables.centres)
         self._scores = _scores(tables.vectors, tables.centres)
         self._coarse, self._steps = _steps(height, width)
+        self._seed = min(seed_size(num_codes), height * width)
         self._seal = Seal(b"".join(side.to_bytes(4, "little") for side in self.grid) + table)
 
     @classmethod
@@ -89,15 +90,13 @@ class ContextCodec:
         ids = check_ids(ids, self.num_codes)
         if ids.size != self.grid[0] * self.grid[1]:
             raise ValueError(f"ids: got {ids.size} tokens, expected {self.grid[0]} x {self.grid[1]}")
-        known = np.append(ids, np.int32(self.num_codes))
-        groups = [(self._static, self._coarse)]
-        for step in self._steps:
-            groups.extend(self._groups(known, step))
-        coder = AnsCoder()
+        groups = list(self._order(np.append(ids, np.int32(self.num_codes))))
+        coder = seeded(ids[np.concatenate([places for model, places in groups if model is None])], self.num_codes)
         # A stack: what is decoded first goes in last.
         for model, places in reversed(groups):
-            coder.encode_reverse(ids[places], model)
-        return self._seal.close(stack_body(coder), ids.size)
+            if model is not None:
+                coder.encode_reverse(ids[places], model)
+        return self._seal.close(body_of(coder), ids.size)
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
         """The (num_tokens,) uint16 ids, all below num_codes, row by row.
@@ -106,26 +105,44 @@ class ContextCodec:
         """
         if num_tokens != self.grid[0] * self.grid[1]:
             raise CodecError(f"number of tokens: got {num_tokens}, expected {self.grid[0]} x {self.grid[1]}")
-        coder = stack_of(self._seal.open(data, num_tokens), self.num_codes)
+        coder = coder_of(self._seal.open(data, num_tokens), self.num_codes)
+        seed = seed_of(coder, self.num_codes, self._seed)
         known = np.full(num_tokens + 1, self.num_codes, np.int32)
-        known[self._coarse] = coder.decode(self._static, self._coarse.size)
-        for step in self._steps:
-            for model, places in self._groups(known, step):
+        for model, places in self._order(known):
+            if model is None:
+                known[places] = np.fromiter(seed, np.int32, places.size)
+            else:
                 known[places] = coder.decode(model, places.size)
-        check_empty(coder, num_tokens)
         return known[:-1].astype(np.uint16)
 
-    def _groups(self, known: np.ndarray, step: Step) -> Iterator[tuple[Categorical, np.ndarray]]:
-        """(model, places) of a step: classes ascending, and row by row within a class."""
-        classes = _classes(known, step.neighbours, self._scores)
-        order = step.places[np.argsort(classes, kind="stable")]
-        sizes = np.bincount(classes)
-        used = np.flatnonzero(sizes)
-        ends = np.cumsum(sizes[used]).tolist()
-        start, first = 0, step.kind * self._num_classes
-        for number, end in zip(used.tolist(), ends, strict=True):
-            yield self._models[first + number], order[start:end]
-            start = end
+    def _order(self, known: np.ndarray) -> Iterator[tuple[Categorical | None, np.ndarray]]:
+        """(model, places) of all tokens in the order of decoding; the last ones, the seed, have no model.
+
+        `known` must hold the tokens of each group when the next is asked for.
+        """
+        coded = known.size - 1 - self._seed
+        for places, groups in self._groups(known):
+            start = 0
+            for model, end in groups:
+                if end <= coded:
+                    yield model, places[start:end]
+                else:
+                    cut = max(start, coded)
+                    yield model, places[start:cut]
+                    yield None, places[cut:end]
+                start = end
+            coded -= places.size
+
+    def _groups(self, known: np.ndarray) -> Iterator[tuple[np.ndarray, Iterable[tuple[Categorical, int]]]]:
+        """Of each step the places, by class and then row by row, and the model of each class and its end there."""
+        yield self._coarse, [(self._static, self._coarse.size)]
+        for step in self._steps:
+            classes = _classes(known, step.neighbours, self._scores)
+            sizes = np.bincount(classes)
+            used = np.flatnonzero(sizes)
+            models = [self._models[step.kind * self._num_classes + number] for number in used.tolist()]
+            ends = np.cumsum(sizes[used]).tolist()
+            yield step.places[np.argsort(classes, kind="stable")], zip(models, ends, strict=True)
 
 
 def _steps(height: int, width: int) -> tuple[np.ndarray, list[Step]]:

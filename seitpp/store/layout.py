@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import safetensors.numpy
 
 from seitpp.codec import MAX_CODES, MAX_TOKENS
 from seitpp.errors import UserError
-from seitpp.files import sha256
+from seitpp.files import sha256, write_file
 
 FORMAT = "seitpp-token-store"
 VERSION = 1
@@ -68,14 +67,6 @@ def shard_names(document: dict[str, Any], split: str) -> list[str]:
     if found != expected or not found:
         raise StoreError(f"{DOCUMENT}: the shards of split {split!r} have gaps: {found}")
     return found
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write and sync a new file."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_document(root: Path, document: dict[str, Any]) -> None:

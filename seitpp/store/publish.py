@@ -16,13 +16,15 @@ import safetensors.numpy
 
 from seitpp import codec as codecs
 from seitpp.codec import Codec
-from seitpp.files import empty_folder, sync
+from seitpp.files import empty_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import column_array, read_shard, write_shard
 from seitpp.store.spec import SplitSpec, fingerprint
 
+# What was built waits in this folder of the staging folder.
+MADE = "store"
 # Enough for the tables of a codec that learns.
 LEARNED_IMAGES = 2**13
 
@@ -43,19 +45,23 @@ class Encoding(NamedTuple):
     build_codec: Callable[[], Codec]
 
 
-def publish(spec: SplitSpec, folder: Path, staged: list[Path], processes: int, replace_left: bool = False) -> None:
-    """Encode the `staged` shards into a new folder in `folder`, then put it in its place in `spec.path`.
+def build(spec: SplitSpec, folder: Path, staged: list[Path], processes: int = 1) -> dict[str, Any] | None:
+    """Encode the `staged` shards into folder/MADE; returns tokens.json of the store that the split is added to.
 
     Shards without images are left out. The bytes depend neither on `processes`, nor on who staged what.
-    replace_left: an unlisted folder of this split in the store is our own, of an interrupted call.
     Raises StoreError if there are no images, or if something else has taken the place of the split.
     """
-    made = folder / "store"
     # Read again: another split may have been published since.
-    store = spec.existing(replace_left)
-    empty_folder(made)
+    store = spec.existing()
+    empty_folder(folder / MADE)
     with _mapping(processes) as each:
-        _build(spec, made, staged, store, each)
+        _build(spec, folder / MADE, staged, store, each)
+    return store
+
+
+def place(spec: SplitSpec, folder: Path, store: dict[str, Any] | None) -> None:
+    """Put what was built in `folder` in its place: as a new store, or as a split of `store`."""
+    made = folder / MADE
     if store is None:
         # Onto nothing or onto an empty folder: fails if somebody filled it meanwhile.
         made.rename(spec.path)
@@ -92,9 +98,9 @@ def _build(
     split = {"rows": rows, "payload_bytes": payload_bytes, "num_classes": len(classes)}
     document = {**document, "splits": {**document["splits"], spec.split: split}}
     if store is None:
-        layout.write_file(made / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
+        write_file(made / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
         if table is not None:
-            layout.write_file(made / layout.TABLE, table)
+            write_file(made / layout.TABLE, table)
     _describe(made, document)
     sync(made / spec.split)
     sync(made)
@@ -103,8 +109,8 @@ def _build(
 def _describe(made: Path, document: dict[str, Any]) -> None:
     """Write the derived files, and tokens.json with the checksums of all new ones."""
     splits = json.dumps({"splits": list(document["splits"])})
-    layout.write_file(made / layout.DATASET_DICT, splits.encode())
-    layout.write_file(made / layout.CARD, card(document).encode())
+    write_file(made / layout.DATASET_DICT, splits.encode())
+    write_file(made / layout.CARD, card(document).encode())
     files = (path for path in sorted(made.rglob("*")) if path.is_file())
     entries = {path.relative_to(made).as_posix(): layout.file_entry(path) for path in files}
     # By name, since the order must not tell in which steps the store was made.
@@ -161,8 +167,8 @@ def _encode_all(
     size = sum(each(_encode, tasks))
     folder = made / spec.split
     info = {"features": spec.features().to_dict()}
-    layout.write_file(folder / layout.DATASET_INFO, json.dumps(info).encode())
-    layout.write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder)).encode())
+    write_file(folder / layout.DATASET_INFO, json.dumps(info).encode())
+    write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder)).encode())
     return size
 
 

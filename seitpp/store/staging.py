@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from seitpp.files import remove_folder, sync
+from seitpp.files import new_file, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.images import Columns, Images, check_images, make_batch
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import publish
+from seitpp.store.publish import MADE, build, place
 from seitpp.store.shards import write_shard
 from seitpp.store.spec import SplitSpec
 
@@ -30,7 +29,8 @@ class SplitStaging:
     Which images are in which shard does not depend on the processes. Each makes its own SplitStaging with the same
     arguments and writes some shards; when all are there, one process publishes. What was written stays when a
     process is killed: the next run asks for the finished shards and writes the others. The store has the bytes
-    that one uninterrupted StoreWriter would give it.
+    that one uninterrupted StoreWriter would give it. A run that was killed when its split was in the store already
+    is continued too: all shards are finished then, and `publish` only removes what was left.
 
         staging = SplitStaging("tokens", codebook=codebook, grid=(32, 32), num_images=len(images))
         for shard in range(rank, staging.num_shards, ranks):
@@ -72,8 +72,12 @@ class SplitStaging:
             raise StoreError(f"num_images: got {num_images}, expected 1 .. {layout.MAX_ROWS}")
         self.num_images = num_images
         self.folder = self._spec.path.parent / f".{self._spec.path.name}-{split}.staging"
-        self._spec.adopt(self._spec.existing(self._left_by_us()))
-        self._begin()
+        # Beside the folder, since it must outlive every file of it.
+        self._receipt = self.folder.with_suffix(".published")
+        self.published = self._receipt.exists() and self._in_store()
+        if not self.published:
+            self._spec.adopt(self._spec.existing(self._left_by_us()))
+            self._begin()
 
     @property
     def num_shards(self) -> int:
@@ -89,7 +93,7 @@ class SplitStaging:
 
     def finished(self) -> set[int]:
         """The shards that some process, of this run or of an earlier one, has written."""
-        return set(staged_shards(self.folder))
+        return set(range(self.num_shards) if self.published else staged_shards(self.folder))
 
     def write(
         self,
@@ -119,25 +123,54 @@ class SplitStaging:
         missing = sorted(set(range(self.num_shards)) - self.finished())
         if missing:
             raise StoreError(f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}")
-        with _only_one(self.folder / RECORD):
-            left = self._left_by_us()
-            if left:
-                remove_folder(self._spec.path / self._spec.split)
-            publish(self._spec, self.folder, list(staged_shards(self.folder).values()), processes, left)
-            remove_folder(self.folder)
+        if not self.published:
+            with _only_one(self.folder / RECORD):
+                self._publish(processes)
+        remove_folder(self.folder)
+        self._receipt.unlink(missing_ok=True)
+
+    def _publish(self, processes: int) -> None:
+        if self._left_by_us():
+            # Raises if somebody else has published the split by now: then the folder is theirs.
+            self._spec.existing(replace_left=True)
+            remove_folder(self._spec.path / self._spec.split)
+        store = build(self._spec, self.folder, list(staged_shards(self.folder).values()), processes)
+        receipt = self.folder / self._receipt.name
+        write_file(receipt, self._receipt_of(layout.read_document(self.folder / MADE)))
+        receipt.replace(self._receipt)
+        sync(self.folder.parent)
+        place(self._spec, self.folder, store)
+        self.published = True
+
+    def _receipt_of(self, document: dict[str, Any]) -> bytes:
+        """What was begun, and the files of the split in a store."""
+        prefix = f"{self._spec.split}/"
+        files = {name: entry for name, entry in document["files"].items() if name.startswith(prefix)}
+        return json.dumps({**self._record(), "files": files}).encode()
+
+    def _in_store(self) -> bool:
+        """Whether an earlier run has published exactly this split, and was killed before it had tidied up."""
+        if not (self._spec.path / layout.DOCUMENT).exists():
+            return False
+        store = layout.read_document(self._spec.path)
+        self._spec.adopt(store)
+        return self._receipt.read_bytes() == self._receipt_of(store)
 
     def _left_by_us(self) -> bool:
         """Whether an earlier run was killed between the renames that add a split to a store."""
-        made = self.folder / "store"
+        made = self.folder / MADE
         return (made / layout.DOCUMENT).exists() and not (made / self._spec.split).exists()
+
+    def _record(self) -> dict[str, Any]:
+        """What the folder belongs to."""
+        return {**self._spec.identity(), "num_images": self.num_images, "shard_images": self._spec.shard_images}
 
     def _begin(self) -> None:
         """Record what the folder belongs to, or refuse to continue with something else."""
-        record = {**self._spec.identity(), "num_images": self.num_images, "shard_images": self._spec.shard_images}
-        path = self.folder / RECORD
+        path, record = self.folder / RECORD, self._record()
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with _new_file(path) as file:
+            with new_file(path) as file:
                 file.write(json.dumps(record).encode())
         try:
             begun = json.loads(path.read_bytes())
@@ -159,23 +192,8 @@ def staged_shards(folder: Path) -> dict[int, Path]:
 
 def write_staged(spec: SplitSpec, folder: Path, shard: int, images: Images) -> None:
     """Write one staged shard, durably and in one step."""
-    with _new_file(folder / f"shard-{shard:05d}.arrow") as file:
+    with new_file(folder / f"shard-{shard:05d}.arrow") as file:
         write_shard(file, make_batch(spec, images))
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Any]:
-    """A file that takes the place of `path` when the block ends. Several processes may do so at the same time."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    sync(path.parent)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Write a split from one process: images are staged shard by shard, and published when all of them are there."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from seitpp.files import remove_folder
 from seitpp.store.images import Columns, check_images, no_images
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import publish
+from seitpp.store.publish import build, place
 from seitpp.store.spec import SplitSpec
 from seitpp.store.staging import staged_shards, write_staged
 
@@ -69,9 +69,10 @@ class StoreWriter:
             if kind is None:
                 if self._waiting.ids:
                     self._stage(len(self._waiting.ids))
-                publish(self._spec, self._folder, list(staged_shards(self._folder).values()), processes=1)
+                store = build(self._spec, self._folder, list(staged_shards(self._folder).values()))
+                place(self._spec, self._folder, store)
         finally:
-            shutil.rmtree(self._folder)
+            remove_folder(self._folder)
 
     def add(self, ids: np.ndarray, label: int, columns: Mapping[str, Any] | None = None) -> None:
         """Append one image. ids: (H, W) integers in 0 .. K - 1. columns: a value for each that was declared.

@@ -23,7 +23,7 @@ from seitpp.tokenizers import PatchKMeans
 from seitpp.tokenizers.images import Sample
 
 # Everything that the tokens follow from: another value here is another cache folder.
-SETTINGS = {"version": 1, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
+SETTINGS = {"version": 2, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
 VALIDATION_PER_CLASS = 36
 
 
