@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from seitpp.augment import Keys, crop_resize
-from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
+from seitpp.augment import Geometry, Keys, apply_geometry, crop_resize, random_geometry
 
 NOTHING = {"flip": 0.0, "affine": 0.0, "scale": None}
 

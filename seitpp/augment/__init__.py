@@ -1,5 +1,6 @@
 """Augmentation of whole batches on their device; every random draw is keyed by what it belongs to."""
 
+from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
 from seitpp.augment.images import crop_and_flip
 from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import crop_resize, random_resized_boxes
@@ -10,6 +11,7 @@ from seitpp.augment.views import EvalView, SeitPPFinetuneView, SeitPPView, SeitV
 __all__ = [
     "EvalPixelView",
     "EvalView",
+    "Geometry",
     "Keys",
     "PixelView",
     "SeitPPFinetuneView",
@@ -17,7 +19,9 @@ __all__ = [
     "SeitView",
     "SoftLabels",
     "ViewError",
+    "apply_geometry",
     "crop_and_flip",
     "crop_resize",
+    "random_geometry",
     "random_resized_boxes",
 ]

@@ -45,7 +45,7 @@ def random_geometry(
     scale: tuple[float, float] | None = (0.2, 1.0),
     identity: float = 0.0,
 ) -> Geometry:
-    """One draw for each image of `keys`; the defaults are the strengths of SeiT++ (TokenAdapt).
+    """One draw for each image of `keys`; the defaults are SeiT++'s (TokenAdapt), but for `scale`: ours.
 
     `flip` is the probability of a mirror, `affine` that of the chain shear x, shear y, rotate, translate x,
     translate y, and `part` that of each of its parts: up to +-`degrees`, +-`shift` of the side and +-`shear`

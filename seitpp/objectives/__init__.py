@@ -1,5 +1,6 @@
 """What one training step computes."""
 
+from seitpp.objectives.adapt import adapt_loss, augment_directly, token_accuracy
 from seitpp.objectives.classify import soft_label_loss, top1_share
 from seitpp.objectives.masking import MASK_LAWS, MaskLaw, mask_plan
 from seitpp.objectives.mtm import fill_hidden, hidden_tokens, masked_token_accuracy, masked_token_loss
@@ -11,6 +12,8 @@ __all__ = [
     "MaskLaw",
     "VGGDistance",
     "VQTraining",
+    "adapt_loss",
+    "augment_directly",
     "fill_hidden",
     "hidden_tokens",
     "mask_plan",
@@ -19,5 +22,6 @@ __all__ = [
     "quality",
     "restart_due",
     "soft_label_loss",
+    "token_accuracy",
     "top1_share",
 ]

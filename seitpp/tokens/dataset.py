@@ -42,6 +42,27 @@ class TokenDataset(Dataset):
         return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), self.store.labels[chosen])))
 
 
+class FewLabels(Dataset):
+    """`per_class` images of each class of a dataset, chosen by `seed`; batches keep the images' own indices.
+
+    `labels` (N,) are those of the dataset. Raises UserError if a class has fewer images.
+    """
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray, per_class: int, seed: int):
+        self.dataset = dataset
+        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
+        chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
+        if min(map(len, chosen)) < per_class:
+            raise UserError(f"{per_class} labels a class: one class has {min(map(len, chosen))} images")
+        self.indices = np.sort(np.concatenate(chosen))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.dataset.__getitems__(self.indices[indices].tolist())
+
+
 class BatchOrder:
     """The images of every global batch of a run. The remainder of an epoch that fills no batch is left out.
 

@@ -10,20 +10,22 @@ from torch.utils.data import Dataset
 from seitpp.tokenizers.images import Pixels
 
 STRIDE = 16  # pixels from one window to the next
-HELD_OUT_COLUMN = 480  # windows to the right of it are for validation, none lies across
+HELD_OUT = range(256, 368)  # columns for validation: a band through the temple and the flower
 
 
 class PhotographWindows(Dataset):
     """Windows of `side` x `side` pixels of both photographs as a dataset that makes whole batches.
 
-    `split` is "train" (the left three quarters) or "validation"; a window's label is its photograph.
+    `split` is "train" or "validation": windows without, or with only, held-out columns. A window's label is its
+    photograph.
     """
 
     def __init__(self, side: int, split: str):
         self.images = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
         height, width = self.images.shape[-2:]
-        start, end = (0, HELD_OUT_COLUMN) if split == "train" else (HELD_OUT_COLUMN, width)
-        tops, lefts = range(0, height - side + 1, STRIDE), range(start, end - side + 1, STRIDE)
+        bands = [HELD_OUT] if split == "validation" else [range(HELD_OUT.start), range(HELD_OUT.stop, width)]
+        tops = range(0, height - side + 1, STRIDE)
+        lefts = [left for band in bands for left in range(band.start, band.stop - side + 1, STRIDE)]
         self.side, self.places = side, list(product(range(len(self.images)), tops, lefts))
 
     def __len__(self) -> int:
