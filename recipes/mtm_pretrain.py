@@ -1,14 +1,16 @@
 """Pre-train a masked token model (SeiT++, masked token modeling) and probe its frozen encoder.
 
     accelerate launch recipes/mtm_pretrain.py                                    # the embedded digits
-    accelerate launch recipes/mtm_pretrain.py published --store imagenet-tokens  # 1 GPU
-    accelerate launch --multi_gpu --num_processes 8 recipes/mtm_pretrain.py published --store imagenet-tokens
+    accelerate launch recipes/mtm_pretrain.py published --store imagenet-tokens --tokenadapt RUN  # 1 GPU
+    accelerate launch --multi_gpu --num_processes 8 recipes/mtm_pretrain.py plain --store imagenet-tokens
 
 `digits` (the default) takes about 2 minutes on a CPU and lifts the linear probe from about 60 to 86-91 % and
 k-NN from about 45 to 81-84 % (three seeds, tests/long/mtm_digits.py). `published` is the paper's run, ViT-B on
-ImageNet-1k tokens for 400 epochs, but without TokenAdapt; its time on GPUs is not measured.
-Reads a token store; writes config.json, metrics.jsonl, checkpoints/, model.safetensors, report.html with its
-pictures, and result.json into --out. Does not fine-tune: the weights are for recipes/probe.py and what follows.
+ImageNet-1k tokens for 400 epochs, half of the images through TokenAdapt (recipes/tokenadapt_train.py); `plain`
+does without it, `coloradapt` adds ColorAdapt. Their time on GPUs is not measured.
+Reads a token store; writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors,
+report.html with its pictures, and result.json into --out. Does not fine-tune: the weights are for
+recipes/finetune.py, probe.py and inpaint.py.
 """
 
 import copy
@@ -172,7 +174,8 @@ def main(config: Config) -> None:
         trained.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
         decode = decode or partial(plots.paint_codes, codebook=codebook)
         pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
-        plots.write_report(run.out, "Masked token modeling", result, run.log.read(), train.num_codes, pictures)
+        logs = run.log.read(), run.evaluations.read()
+        plots.write_report(run.out, "Masked token modeling", result, *logs, train.num_codes, pictures)
     run.finish(result)
 
 

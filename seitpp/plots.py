@@ -23,6 +23,18 @@ from matplotlib import pyplot as plt
 PAINTED_PIXELS = 8  # side of a token that is painted, not decoded
 GREY = 0.5
 NAMED_CLASSES = 50  # more names than these would be unreadable
+RATIO_BINS = 20  # of mask ratios from 0 to 1
+PROBES = {"linear_probe_top1": "linear probe", "knn_top1": "k-NN"}
+# The pictures of a report, with their headings.
+REPORT = {
+    "loss.png": ("Loss", "Of every update, with the level of a uniform guess."),
+    "loss_by_ratio.png": ("Loss by mask ratio", "An update hides the same share in all its images."),
+    "probes.png": ("Frozen encoder", "Step 0 is the untrained one."),
+    "reconstructions.png": (
+        "Validation images",
+        "Grey tokens are hidden from the model; the last row fills them with its most likely codes.",
+    ),
+}
 
 
 def paint_codes(ids: Tensor, codebook: Tensor) -> Tensor:
@@ -99,6 +111,36 @@ def loss_curve(records: Sequence[dict], num_codes: int, path: Path) -> None:
     _save(figure, path)
 
 
+def loss_by_ratio(records: Sequence[dict], path: Path) -> None:
+    """Loss of the last third of the updates against their `mask_ratio`, and means of it."""
+    records = records[2 * len(records) // 3 :]
+    ratios, losses = (np.array([record[name] for record in records]) for name in ("mask_ratio", "loss"))
+    bins = (ratios * RATIO_BINS).astype(int)
+    counts = np.bincount(bins)
+    filled = counts > 0
+    means = [np.bincount(bins, weights=values)[filled] / counts[filled] for values in (ratios, losses)]
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    axis.plot(ratios, losses, ".", color="C0", alpha=0.25, markersize=3, label="an update of the last third")
+    axis.plot(*means, "o-", color="C0", label=f"means over {1 / RATIO_BINS:.2f}")
+    axis.set(xlabel="share of hidden patches", ylabel="loss (nats a hidden token)")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def probe_curve(evaluations: Sequence[dict], result: dict, steps: int, path: Path) -> None:
+    """Linear probe and k-NN of the encoder: untrained, in training (`evaluations`), and after its `steps`."""
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for name, label in PROBES.items():
+        points = {0: result[f"{name}_untrained"]} | {at["step"]: at[name] for at in evaluations}
+        points[steps] = result[name]
+        axis.plot(points.keys(), points.values(), "o-", label=label)
+    axis.set(xlabel="step", ylabel="top-1 of the frozen encoder (%)")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
     """One panel for each named value of every update, over the steps; logarithmic where all are positive."""
     figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
@@ -127,13 +169,28 @@ def confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:
 
 
 def write_report(
-    folder: Path, title: str, result: dict, records: Sequence[dict], num_codes: int, pictures: dict[str, Tensor]
+    folder: Path,
+    title: str,
+    result: dict,
+    records: Sequence[dict],
+    evaluations: Sequence[dict],
+    num_codes: int,
+    pictures: dict[str, Tensor],
 ) -> None:
-    """report.html in `folder`: the result as a table, loss.png and reconstructions.png."""
+    """report.html in `folder`: the result as a table, and the pictures of `REPORT`.
+
+    `records` are the lines of metrics.jsonl, `evaluations` those of evaluations.jsonl.
+    """
     loss_curve(records, num_codes, folder / "loss.png")
+    loss_by_ratio(records, folder / "loss_by_ratio.png")
+    probe_curve(evaluations, result, records[-1]["step"], folder / "probes.png")
     picture_grid(pictures, folder / "reconstructions.png")
     rows = "\n".join(
         f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in result.items()
+    )
+    sections = "\n".join(
+        f'<h2>{heading}</h2>\n<p>{text}</p>\n<img src="{picture}" alt="{heading}">'
+        for picture, (heading, text) in REPORT.items()
     )
     files.replace_text(
         folder / "report.html",
@@ -148,11 +205,7 @@ img {{ max-width: 100%; }}
 <table>
 {rows}
 </table>
-<h2>Loss</h2>
-<img src="loss.png" alt="Training loss by step">
-<h2>Validation images</h2>
-<p>Grey tokens are hidden from the model; the last row fills them with its most likely codes.</p>
-<img src="reconstructions.png" alt="Original, tokens, masked input and reconstruction">
+{sections}
 </body></html>
 """,
     )
