@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import EvalPixelView, EvalView
 from seitpp.engine.config import RunConfig, run_recipe
-from seitpp.engine.data import check_codebook
+from seitpp.engine.data import check_codes
 from seitpp.engine.evaluate import predict
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -44,7 +44,7 @@ class Config(RunConfig):
     data: str | None = None  # images, as recipes/tokenize_images.py takes them
     tokenizer: str | None = None  # makes tokens of the images; without it the model must take pixels
     split: str = "validation"  # of the store or of the data
-    window: int | None = None  # side of the central window of tokens; the side of the model's input where None
+    window: int | None = None  # side of the central window of tokens; that of the model's own run where None
     workers: int = 8
 
 
@@ -105,11 +105,11 @@ def open_data(config: Config, run: Run, saved: Saved) -> Data:
         )
     tokens = tokenized if config.data else stored
     dataset, ids, codebook, grid, class_names = tokens(config, run)
-    if saved.codebook:
-        check_codebook(codebook.numpy(), config.tokenizer or config.store, saved.codebook, config.checkpoint)
-    size = input_size(saved.model) or grid
-    window = (config.window, config.window) if config.window else size
-    maps = {"codebook": codebook, "size": size[0]} if kind == "maps" else {}
+    source = config.tokenizer or config.store or "the embedded digits"
+    check_codes(codebook.numpy(), source, saved, config.checkpoint)
+    size = input_size(saved.model)
+    window = (config.window, config.window) if config.window else saved.window or size or grid
+    maps = {"codebook": codebook, "size": size and size[0]} if kind == "maps" else {}
     view = EvalView(window, **maps).to(run.device)
     return Data(dataset, lambda batch: view(ids(batch)), class_names)
 

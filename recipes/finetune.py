@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from seitpp import plots
 from seitpp.augment import EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitView
 from seitpp.engine.config import TrainConfig, run_recipe
-from seitpp.engine.data import check_codebook, open_splits, open_tokenadapt, window_of
+from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
@@ -44,7 +44,7 @@ from seitpp.models import (
 from seitpp.objectives import soft_label_loss, top1_share
 from seitpp.tokenizers.images import ImageDataset, hold_out, open_source
 from seitpp.tokens.codebook import codebook_fingerprint
-from seitpp.tokens.dataset import BatchOrder, TokenDataset
+from seitpp.tokens.dataset import BatchOrder, FewLabels, TokenDataset
 
 HELD_OUT = 20  # of images without a validation split, one in so many
 
@@ -58,6 +58,7 @@ class Config(TrainConfig):
     data: str | None = None  # images, as recipes/tokenize_images.py takes them: fine-tunes to pixels
     split: str | None = "train"  # of the data
     validation_split: str | None = "validation"  # of the data; None: every twentieth image is held out
+    labels_per_class: int | None = None  # of a store: train on so many images of each class, chosen by the seed
     trained: Literal["all", "attention", "head"] = "all"  # which weights; the head always
     size: int | None = None  # side of the input; None: that of the checkpoint in tokens, or 224 pixels
     crop: Literal["resized", "window"] | None = "resized"  # of maps; pixels and ids are always resized
@@ -178,7 +179,7 @@ def main(config: Config) -> None:
         run.print(f"{name} {value:6.2f} % of {len(validation):,} images")
     if run.is_main:
         unfreeze(model)
-        save_classifier(run.out / "model.safetensors", model, task.codebook, task.class_names)
+        save_classifier(run.out / "model.safetensors", model, *task.known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
     run.finish(result)
 
@@ -193,27 +194,29 @@ class Task(NamedTuple):
     centre_view: nn.Module
     model: nn.Module
     fingerprint: str  # of the data
-    codebook: str | None
-    class_names: list[str] | None
+    known: tuple  # codebook, class names and window, for save_classifier
 
 
 def token_task(config: Config, run: Run, source: Saved) -> Task:
     """A store, and the source with a new head."""
     train, validation = open_splits(run, config.store)
-    if source.codebook:
-        check_codebook(train.codebook, str(train.path), source.codebook, config.checkpoint)
     body = getattr(source.model, "encoder", source.model)
-    kind, size = input_kind(body), window_of(train, config.size, "--size")
+    kind = input_kind(body)
     if kind == "pixels":
         raise UserError(f"{config.checkpoint} takes pixels: name images with --data")
+    check_codes(train.codebook, str(train.path), source, config.checkpoint)
     if kind == "maps" and config.adapted:
         raise UserError(
             f"{config.checkpoint} takes maps, which TokenAdapt does not give: preset tokens, or --adapted 0"
         )
     if kind == "ids" and (config.eda or config.crop != "resized"):
         raise UserError(f"{config.checkpoint} takes ids: --eda and --crop are those of maps, leave them out")
-    if config.size is None and input_size(body):
-        size = input_size(body)
+    size = window = window_of(train, config.size, "--size")
+    if config.size is None:  # a linear stem or a ResNet was judged by another window than its input
+        size = input_size(body) or source.window or size
+        window = source.window or size
+    if size[0] != size[1]:
+        raise UserError(f"a grid of {size}: the views cut squares, name a side of at most {min(size)} with --size")
     model = classifier_from(source.model, train.num_classes, size, config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), (config.cutmix, config.mixup)
     if kind == "ids":
@@ -221,28 +224,31 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         view = SeitPPFinetuneView(
             codebook, size[0], config.crop_scale, adapt, config.adapted, config.colour, *mixed
         )
-        centre_view = EvalView(size)
+        centre_view = EvalView(window)
     else:
         view = SeitView(codebook, size[0], config.crop, config.crop_scale, config.eda, config.colour, *mixed)
-        centre_view = EvalView(size, codebook)
+        centre_view = EvalView(window, codebook, size[0])
+    images = TokenDataset(train)
+    if config.labels_per_class:
+        images = FewLabels(images, train.labels, config.labels_per_class, config.seed)
     return Task(
-        TokenDataset(train),
+        images,
         TokenDataset(validation),
         "ids",
         view,
         centre_view,
         model,
         train.fingerprint,
-        codebook_fingerprint(train.codebook),
-        train.class_names,
+        (codebook_fingerprint(train.codebook), train.class_names, window),
     )
 
 
 def pixel_task(config: Config, run: Run, source: Saved) -> Task:
     """Images as they are, and the source with a new stem and a new head."""
-    for name in ("store", "eda", "colour"):
+    for name in ("store", "eda", "colour", "tokenadapt", "labels_per_class"):
         if getattr(config, name):
-            raise UserError(f"--{name} has no meaning for pixels, which --data names: leave one of the two out")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} has no meaning for pixels, which --data names: leave one of the two out")
     train = open_source(config.data, config.split)
     if config.validation_split is None:
         train, validation = hold_out(train, HELD_OUT, config.data)
@@ -262,8 +268,7 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
         EvalPixelView(size),
         model,
         f"{len(train)} images of {len(names)} classes",
-        None,
-        names,
+        (None, names, None),
     )
 
 

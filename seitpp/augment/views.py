@@ -160,7 +160,7 @@ class TokenAdaptCrop(nn.Module):
 
     def mixed(self, ids: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
         """The same, mixed in f's space before g, with the labels of the mixture."""
-        if tuple(ids.shape[1:]) != tuple(self.adapt.grid):
+        if tuple(ids.shape[1:]) != self.adapt.grid:
             raise ViewError(f"a grid of {tuple(ids.shape[1:])} through TokenAdapt, which takes {self.adapt.grid}")
         geometry = random_geometry(keys, self.adapt.grid[0], self.adapt.crop[0], scale=self.scale)
         space = apply_geometry(self.adapt.convert(embed(ids, self.codebook)), geometry)

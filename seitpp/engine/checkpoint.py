@@ -141,10 +141,8 @@ def restore(
     parameters = dict(model.named_parameters())
     for full_name, tensor in checkpoint.tensors["optimizer"].items():
         name, _, key = full_name.rpartition("/")
-        parameter = parameters[name]
-        # Adam's step counter stays on the CPU, where the optimizer made it.
-        device = "cpu" if tensor.ndim == 0 else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device)
+        # The step counter too: a fused optimizer keeps it beside its parameter.
+        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
 def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

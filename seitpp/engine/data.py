@@ -6,7 +6,8 @@ import numpy as np
 
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
-from seitpp.models import TokenAdapt, from_release, load_tokenadapt
+from seitpp.models import Saved, TokenAdapt, from_release, load_tokenadapt
+from seitpp.models.saved import classifier_spec
 from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.digits import digits
@@ -52,6 +53,26 @@ def check_codebook(codebook: np.ndarray, source: str, expected: str, checkpoint:
         raise UserError(
             f"codebook {found[:16]} of {source} is not the codebook {expected[:16]} that {checkpoint} "
             "was trained on: name the store of its tokenizer"
+        )
+
+
+def check_codes(codebook: np.ndarray, source: str, saved: Saved, checkpoint: str) -> None:
+    """Raise UserError unless a model can take the ids of `source`.
+
+    They must be of its codebook; where that is unknown, as of official checkpoints, as many codes as it embeds, or
+    of as many dimensions as its maps.
+    """
+    if saved.codebook:
+        check_codebook(codebook, source, saved.codebook, checkpoint)
+        return
+    sizes = classifier_spec(getattr(saved.model, "encoder", saved.model)).arguments
+    takes_ids = "num_codes" in sizes
+    expected, found = (sizes["num_codes"], len(codebook)) if takes_ids else (sizes["in_chans"], codebook.shape[1])
+    if found != expected:
+        what = "codes" if takes_ids else "dimensions"
+        raise UserError(
+            f"the codebook of {source} has {found} {what}, {checkpoint} takes {expected}: "
+            "name the store of its tokenizer"
         )
 
 

@@ -21,5 +21,4 @@ def adamw(
         groups = param_groups_layer_decay(
             model, weight_decay, no_weight_decay_list=excluded, layer_decay=layer_decay
         )
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)

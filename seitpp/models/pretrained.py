@@ -12,6 +12,7 @@ from seitpp.models.release import from_release
 from seitpp.models.resnet import TokenResNet
 from seitpp.models.saved import Saved, load_classifier
 from seitpp.models.stem import ModelError, StemAdapter
+from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import TokenEmbed
 
 
@@ -20,7 +21,7 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
 
     A folder is that of a run: its model_ema.safetensors, if there is one and `ema`, else its model.safetensors.
     Of an official checkpoint the codebook and the names of the classes are unknown (None). Raises ModelError
-    naming the file if there is none, or if it cannot be read.
+    naming the file if there is none, if it cannot be read, or if it is a TokenAdapt.
     """
     path = Path(path)
     if path.is_dir():
@@ -32,7 +33,10 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
         return Saved(model, codebook, None, None)
     if kind == "classifier":
         return load_classifier(path)
-    return Saved(from_release(path), None, None, None)
+    model = from_release(path)
+    if isinstance(model, TokenAdapt):
+        raise ModelError(f"{path} holds a TokenAdapt: expected a classifier or a masked token model")
+    return Saved(model, None, None, None)
 
 
 def input_kind(model: nn.Module) -> Literal["ids", "maps", "pixels"]:

@@ -54,12 +54,14 @@ class ClassifierSpec:
 
 class Saved(NamedTuple):
     """A model in eval mode, the fingerprint of its codebook (None: a model of pixels, or not known), the names of
-    its classes (None where its data had none), and its spec (None for what `save_classifier` did not write)."""
+    its classes (None where its data had none), its spec (None for what `save_classifier` did not write), and the
+    central window of tokens (height, width) that it was judged by (None: of the size of its input)."""
 
     model: nn.Module
     codebook: str | None
     class_names: list[str] | None
     spec: ClassifierSpec | None
+    window: tuple[int, int] | None = None
 
 
 def classifier_spec(model: nn.Module) -> ClassifierSpec:
@@ -93,11 +95,17 @@ def _vit_arguments(model: VisionTransformer) -> dict[str, Any]:
     return {**arguments, "patch_size": list(stem.patch_size)}
 
 
-def save_classifier(path: Path, model: nn.Module, codebook: str | None, class_names: Sequence[str] | None) -> None:
+def save_classifier(
+    path: Path,
+    model: nn.Module,
+    codebook: str | None,
+    class_names: Sequence[str] | None,
+    window: tuple[int, int] | None = None,
+) -> None:
     """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or a ViT of timm's own for pixels.
 
-    `codebook` is the fingerprint of the codebook, None for pixels. Raises ModelError if the model is not one that
-    its name and sizes make again, so that every file written can be read.
+    `codebook` is the fingerprint of the codebook, None for pixels; `window` as in `Saved`. Raises ModelError if
+    the model is not one that its name and sizes make again, so that every file written can be read.
     """
     spec = classifier_spec(model)
     with torch.device("meta"):
@@ -105,7 +113,7 @@ def save_classifier(path: Path, model: nn.Module, codebook: str | None, class_na
     if _shapes(again) != _shapes(model):
         raise ModelError(f"{spec} does not make the same tensors again: expected a model without other settings")
     names = None if class_names is None else list(class_names)
-    header = {"spec": asdict(spec), "codebook": codebook, "class_names": names}
+    header = {"spec": asdict(spec), "codebook": codebook, "class_names": names, "window": window}
     write_model(path, "classifier", model, header)
 
 
@@ -120,7 +128,8 @@ def load_classifier(path: Path) -> Saved:
         raise ModelError(f"{path} holds a {spec.name}, which neither timm nor seitpp.models knows")
     model = timm.create_model(spec.name, **spec.arguments)
     model.load_state_dict(tensors)
-    return Saved(model.eval(), header["codebook"], header["class_names"], spec)
+    window = tuple(header["window"]) if header["window"] else None
+    return Saved(model.eval(), header["codebook"], header["class_names"], spec, window)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

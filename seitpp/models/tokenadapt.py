@@ -72,7 +72,7 @@ class TokenAdapt(nn.Module):
         super().__init__()
         given = locals()
         self.settings = {name: given[name] for name in inspect.signature(TokenAdapt).parameters}
-        self.grid, self.crop = grid, crop
+        self.grid, self.crop = tuple(grid), tuple(crop)  # a file has lists
         shape = TransformerShape(width, 1, heads, mlp)
         self.embed = nn.Linear(code_dim, width)
         self.register_buffer("convert_positions", sincos_positions(grid, width).unsqueeze(0))

@@ -10,6 +10,7 @@ from timm.utils import freeze
 from torch import nn
 
 from seitpp.models.mtm import MTM
+from seitpp.models.pretrained import input_kind
 from seitpp.models.saved import classifier_spec
 from seitpp.models.stem import ModelError
 
@@ -48,12 +49,14 @@ def pixel_classifier_from(
 ) -> VisionTransformer:
     """A timm ViT of pixels (B, 3, `img_size`, `img_size`) from one of tokens (SeiT, "token to pixel").
 
-    As `classifier_from`, but the stem is new too: an embedding of 16 x 16 pixels. Raises ModelError if `source`
-    is not a ViT.
+    As `classifier_from`, but the stem is new too: an embedding of 16 x 16 pixels. A ViT of pixels keeps its own.
+    Raises ModelError if `source` is not a ViT.
     """
     body = source.encoder if isinstance(source, MTM) else source
     if not isinstance(body, VisionTransformer):
         raise ModelError(f"got a {type(body).__name__}, expected a ViT: only its stem can be exchanged for pixels")
+    if input_kind(body) == "pixels":
+        return classifier_from(body, num_classes, img_size, drop_path_rate, **overrides)
     sizes = {name: classifier_spec(body).arguments[name] for name in ("embed_dim", "depth", "num_heads")}
     model = timm.create_model(
         PIXEL_VITS.get(body.embed_dim, "vit_base_patch16_224"),
