@@ -60,6 +60,7 @@ class Config(TrainConfig):
     first_lr: float = 1e-6
     last_lr: float = 1e-5
     weight_decay: float = 0.1
+    layer_decay: float = 1.0  # of the rate, from each layer to the one below it
     ema: float = 0.99996
     evaluation_epochs: float = 5
 
@@ -142,7 +143,7 @@ def main(config: Config) -> None:
     checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
     evaluation_steps = max(1, round(config.evaluation_epochs * order.steps_per_epoch))
     peak = config.base_lr * config.batch_size / 512
-    optimizer = adamw(model, config.weight_decay)
+    optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
     trained = run.prepare(
         model,
         optimizer,

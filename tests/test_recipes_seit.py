@@ -125,6 +125,17 @@ def test_every_step_and_every_evaluation_is_written_down_once(smoke: Path) -> No
     assert (smoke / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "flags", [("--stem", "linear", "--size", 4), ("--model", "seit_resnet18", "--stem", "deconv")]
+)
+def test_evaluate_judges_by_the_window_of_the_run(flags: tuple, tmp_path: Path) -> None:
+    """The input of a linear stem is smaller than its window, that of a ResNet is of any size."""
+    few = ("--epochs", 0.2, "--warmup-epochs", 0.1, "--window", 6, "--batch-size", 64)
+    call(seit_train, "smoke", *flags, *few, "--out", tmp_path / "run")
+    call(evaluate, "--checkpoint", tmp_path / "run", "--out", tmp_path / "judged")
+    assert accuracies(tmp_path / "judged") == accuracies(tmp_path / "run", "_ema")
+
+
 def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> None:
     """Killed right after an evaluation, which lies beyond the checkpoint and is made again."""
     folder = tmp_path / "run"
