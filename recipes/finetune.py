@@ -9,8 +9,8 @@ fine-tuning of SeiT++ after masked token modeling, ViT-B on ImageNet-1k tokens. 
 tokens to other tokens) and `pixels` (the stem becomes an embedding of 16 x 16 pixels) are the other two ways of
 SeiT, one after the other in its three-stage way. No result or time of these on GPUs is measured. `digits` (the
 default) takes about FINETUNE_TIME on a CPU.
-Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png and result.json
-into --out. Does not touch the checkpoint.
+Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png, validation.png
+and result.json into --out. Does not touch the checkpoint.
 """
 
 from dataclasses import dataclass, replace
@@ -181,6 +181,8 @@ def main(config: Config) -> None:
         unfreeze(model)
         save_classifier(run.out / "model.safetensors", model, *task.known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
+        judged = [*run.evaluations.read(), {"step": run.step, **result}]
+        plots.curves(judged, ["top1", "top5"], run.out / "validation.png")
     run.finish(result)
 
 

@@ -9,8 +9,8 @@ time on GPUs is measured here. Other presets: vit_small, resnet50, resnet18; the
 the ablation none, cutmix, cutmix_eda, cutmix_noise; imagenet21k. `digits` (the default) takes about DIGITS_TIME
 on a CPU and reaches DIGITS_RESULT.
 Reads a token store with the splits train and validation; writes config.json, metrics.jsonl, evaluations.jsonl,
-checkpoints/, model.safetensors, model_ema.safetensors (the moving average of the weights), curves.png and
-result.json into --out.
+checkpoints/, model.safetensors, model_ema.safetensors (the moving average of the weights), curves.png,
+validation.png and result.json into --out.
 """
 
 from dataclasses import dataclass, replace
@@ -187,6 +187,8 @@ def main(config: Config) -> None:
         save_classifier(run.out / "model.safetensors", model, *known)
         save_classifier(run.out / "model_ema.safetensors", ema.module, *known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
+        judged = [*run.evaluations.read(), {"step": run.step, **result}]
+        plots.curves(judged, ["top1", "top1_ema"], run.out / "validation.png")
     run.finish({**result, "payload_bytes_per_image": train.payload_bytes / len(train)})
 
 

@@ -22,6 +22,7 @@ from matplotlib import pyplot as plt
 
 PAINTED_PIXELS = 8  # side of a token that is painted, not decoded
 GREY = 0.5
+LOG_SPAN = 30
 NAMED_CLASSES = 50  # more names than these would be unreadable
 RATIO_BINS = 20  # of mask ratios from 0 to 1
 PROBES = {"linear_probe_top1": "linear probe", "knn_top1": "k-NN"}
@@ -142,13 +143,14 @@ def probe_curve(evaluations: Sequence[dict], result: dict, steps: int, path: Pat
 
 
 def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
-    """One panel for each named value of every update, over the steps; logarithmic where all are positive."""
+    """One panel for each named value over the steps; logarithmic where it spans more than a factor of 30."""
     figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
     steps = [record["step"] for record in records]
     for axis, name in zip(axes[0], names, strict=True):
         values = [record[name] for record in records]
-        axis.plot(steps, values, color="C0", linewidth=0.8)
-        axis.set(xlabel="step", title=name, yscale="log" if min(values) > 0 else "linear")
+        axis.plot(steps, values, color="C0", linewidth=0.8, marker="." if len(values) < 50 else None)
+        wide = 0 < LOG_SPAN * min(values) < max(values)
+        axis.set(xlabel="step", title=name, yscale="log" if wide else "linear")
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
