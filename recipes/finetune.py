@@ -73,6 +73,7 @@ class Config(TrainConfig):
     drop_path: float = 0.1
     epochs: float = 100
     warmup_epochs: float = 5
+    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
     batch_size: int = 1024  # global
     base_lr: float = 4e-3  # for a batch of 1024; scaled by the square root
     last_lr: float = 1e-6
@@ -81,7 +82,7 @@ class Config(TrainConfig):
     evaluation_epochs: float = 5
 
 
-PRESETS = {"published": Config()}
+PRESETS = {"published": Config(compile=True)}
 PRESETS["tokens"] = replace(
     PRESETS["published"],
     preset="tokens",
@@ -107,6 +108,7 @@ PRESETS["digits"] = replace(
     warmup_epochs=3,
     batch_size=128,
     precision="no",
+    compile=False,
     workers=0,
     checkpoint_epochs=10,
     evaluation_epochs=5,
@@ -135,6 +137,7 @@ def main(config: Config) -> None:
     view, centre_view, of = task.view.to(run.device), task.centre_view.to(run.device), attrgetter(task.field)
     order = BatchOrder(len(train), config.batch_size, config.seed)
     choose_trained(model, config.trained)
+    model.set_grad_checkpointing(config.grad_checkpointing)
 
     # 3. Optimisation: linear warm-up, then half a cosine, update by update; lower layers learn more slowly.
     steps = round(config.epochs * order.steps_per_epoch)

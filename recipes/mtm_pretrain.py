@@ -57,6 +57,7 @@ class Config(TrainConfig):
     mask: Literal["seitpp", "mage", "mae"] = "seitpp"  # the law of the share of hidden patches
     epochs: float = 400
     warmup_epochs: float = 40
+    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
     batch_size: int = 4096  # global
     base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly
     weight_decay: float = 0.05
@@ -64,7 +65,7 @@ class Config(TrainConfig):
     evaluation_epochs: float = 20  # between two probes of the frozen encoder
 
 
-PRESETS = {"published": Config()}
+PRESETS = {"published": Config(compile=True)}
 PRESETS["coloradapt"] = replace(PRESETS["published"], preset="coloradapt", colour="coloradapt")
 PRESETS["plain"] = replace(PRESETS["published"], preset="plain", adapted=0.0)
 PRESETS["digits"] = replace(
@@ -82,6 +83,7 @@ PRESETS["digits"] = replace(
     batch_size=128,
     base_lr=6e-3,
     precision="no",
+    compile=False,
     workers=0,
     checkpoint_epochs=10,
     evaluation_epochs=25,
@@ -124,6 +126,7 @@ def main(config: Config) -> None:
         config.decoder_heads,
         config.dropout,
     ).to(run.device)
+    model.set_grad_checkpointing(config.grad_checkpointing)
     untrained = copy.deepcopy(model.encoder)
     patches = model.encoder.patch_embed.num_patches
     run.flops_per_image = step_flops(model, grid, law.counts(patches, 0.5))

@@ -55,6 +55,7 @@ class Config(TrainConfig):
     drop_path: float = 0.1
     epochs: float = 300
     warmup_epochs: float = 5
+    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
     batch_size: int = 1024  # global
     base_lr: float = 7.5e-4  # for a batch of 512; scaled linearly
     first_lr: float = 1e-6
@@ -65,7 +66,7 @@ class Config(TrainConfig):
     evaluation_epochs: float = 5
 
 
-PRESETS = {"published": Config()}
+PRESETS = {"published": Config(compile=True)}
 PRESETS |= {
     name: replace(PRESETS["published"], preset=name, **changes)
     for name, changes in {
@@ -93,6 +94,7 @@ PRESETS["digits"] = replace(
     base_lr=8e-3,
     ema=0.99,
     precision="no",
+    compile=False,
     workers=0,
     checkpoint_epochs=10,
     evaluation_epochs=10,
@@ -134,6 +136,7 @@ def main(config: Config) -> None:
         num_classes=train.num_classes,
         drop_path_rate=config.drop_path,
     ).to(run.device)
+    model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
     run.flops_per_image = count_flops(model, torch.zeros(1, codebook.shape[1], size, size, device="meta"))
 

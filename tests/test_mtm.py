@@ -193,3 +193,16 @@ def test_bad_models_are_refused(tmp_path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x08" * 100)
     with pytest.raises(ModelError, match="cannot be read"):
         load_mtm(tmp_path / "broken.safetensors")
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for enabled in (False, True):
+        model, (ids, plan) = small_model(dropout=0.1), batch()
+        model.set_grad_checkpointing(enabled)
+        torch.manual_seed(7)
+        masked_token_loss(model(ids, plan), ids, plan).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)

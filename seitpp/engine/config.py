@@ -44,6 +44,7 @@ class TrainConfig(RunConfig):
     """What a recipe that trains asks besides."""
 
     resume: bool = False
+    compile: bool = False  # torch.compile; worth its minutes on a GPU
     accumulation: int = 1
     workers: int = 8  # processes that read batches, for each process that trains
     checkpoint_epochs: float = 1

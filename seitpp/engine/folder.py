@@ -8,7 +8,10 @@ from seitpp import files
 from seitpp.errors import UserError
 
 # Settings that say where and how a run is watched, not what it computes: a resumed run may change them.
-FREE_SETTINGS = {"out", "resume", "overwrite", "accumulation", "workers", "log_steps", "trackers"}
+FREE_SETTINGS = {
+    *("out", "resume", "overwrite", "accumulation", "workers", "log_steps", "trackers"),
+    *("compile", "grad_checkpointing"),
+}
 
 
 class RunError(UserError):

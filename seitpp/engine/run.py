@@ -133,6 +133,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
+        if self.config.compile:
+            model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model
 

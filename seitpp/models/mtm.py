@@ -20,6 +20,7 @@ from typing import NamedTuple
 import timm
 import torch
 from einops import rearrange
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -90,6 +91,7 @@ class MTM(nn.Module):
         )
         self.decoder_norm = NormLayer(decoder_width)
         self.head = TokenHead(decoder_width, code_dim, num_codes)
+        self.grad_checkpointing = False
         self.init_weights()
 
     def forward(self, ids: Tensor, plan: MaskPlan) -> Tensor:
@@ -106,7 +108,7 @@ class MTM(nn.Module):
         patches = torch.where(plan.hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         patches = _take(patches + encoder.pos_embed[:, 1:], plan.kept)
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        return encoder.norm(encoder.blocks(torch.cat([cls, patches], dim=1)))
+        return encoder.norm(self._through(encoder.blocks, torch.cat([cls, patches], dim=1)))
 
     def decode(self, encoded: Tensor, plan: MaskPlan) -> Tensor:
         """(B, 1 + kept, C) -> logits (B, K, H, W). Every hidden place holds the projected cls output."""
@@ -115,9 +117,16 @@ class MTM(nn.Module):
         patches = cls.expand(-1, plan.hidden.shape[1], -1)
         patches = patches.scatter(1, plan.kept.unsqueeze(-1).expand_as(kept), kept)
         patches = torch.where(plan.hidden.unsqueeze(-1), cls, patches)
-        decoded = self.decoder_blocks(torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
+        decoded = self._through(self.decoder_blocks, torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
         table = self.encoder.patch_embed.token_emb.weight.detach()
         return self.head(self.decoder_norm(decoded)[:, 1:], table, self.encoder.patch_embed.grid_size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the input of each block only, and compute the rest again in the backward pass (as in timm)."""
+        self.grad_checkpointing = enable
+
+    def _through(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+        return checkpoint_seq(blocks, tokens) if self.grad_checkpointing else blocks(tokens)
 
     @torch.no_grad()
     def init_weights(self) -> None:
