@@ -7,8 +7,8 @@
 A checkpoint is a run's folder, a model file of ours, or an official one of SeiT or SeiT++. `published` is the
 fine-tuning of SeiT++ after masked token modeling, ViT-B on ImageNet-1k tokens. `tokens` (from ImageNet-21k
 tokens to other tokens) and `pixels` (the stem becomes an embedding of 16 x 16 pixels) are the other two ways of
-SeiT, one after the other in its three-stage way. No result or time of these on GPUs is measured. `digits` (the
-default) takes about FINETUNE_TIME on a CPU.
+SeiT, one after the other in its three-stage way; `finegrained` is for the sets of downstream/finegrained. No
+result or time of these is measured. `digits` (the default) takes about FINETUNE_TIME on a CPU.
 Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png, validation.png
 and result.json into --out. Does not touch the checkpoint.
 """
@@ -96,6 +96,15 @@ PRESETS["tokens"] = replace(
 )
 PRESETS["pixels"] = replace(
     PRESETS["published"], preset="pixels", colour=None, adapted=0.0, base_lr=5e-4, layer_decay=1.0
+)
+PRESETS["finegrained"] = replace(  # ours: nothing is published of it
+    PRESETS["published"],
+    preset="finegrained",
+    colour=None,
+    adapted=0.0,
+    mixup=0.0,
+    batch_size=256,
+    base_lr=1e-3,
 )
 PRESETS["digits"] = replace(
     PRESETS["published"],
