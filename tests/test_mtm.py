@@ -155,19 +155,6 @@ def test_positions_encode_column_then_row() -> None:
             assert positions[row, column].tolist() == pytest.approx(halves[0] + halves[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mtm_vit_nano", "mtm_vit_tiny", "mtm_vit_small", "mtm_vit_base"])
-def test_encoders_are_timm_models(name: str) -> None:
-    model = timm.create_model(name, img_size=8, in_chans=16, num_codes=64, num_classes=10).eval()
-    ids = torch.randint(64, (2, 8, 8))
-    assert model(ids).shape == (2, 10)
-    assert model.forward_features(ids).shape == (2, 17, model.embed_dim)
-    maps = model.forward_intermediates(ids.unsqueeze(1), intermediates_only=True, norm=False)
-    assert maps[-1].shape == (2, model.embed_dim, 4, 4)
-    model.set_input_size((12, 12))
-    model.reset_classifier(3)
-    assert model(torch.randint(64, (2, 12, 12))).shape == (2, 3)
-
-
 def test_encoder_goes_into_the_classifier_without_renaming() -> None:
     encoder = small_model().encoder
     classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=64, num_classes=10)
