@@ -103,7 +103,7 @@ def test_tokens_to_the_same_tokens(
     call(finetune, "smoke", "--checkpoint", runs[source], *few, "--out", tmp_path / "run")
     lines, evaluations = (lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in evaluations] == [2]
-    assert lines[0]["lr"] == 0 and lines[1]["lr"] == pytest.approx(4e-3 * (128 / 1024) ** 0.5)
+    assert lines[0]["lr"] == 0 and lines[1]["lr"] == pytest.approx(8e-3 * (128 / 1024) ** 0.5)
     assert lines[0]["loss"] == pytest.approx(np.log(10), abs=1e-3), "of a new head"
     saved = load_classifier(tmp_path / "run" / "model.safetensors")
     assert saved.class_names == [str(digit) for digit in range(10)]

@@ -8,10 +8,7 @@ as a loader's workers would, with the draws of Python, torch and numpy; ours has
 the CPU 15 times as quick; what stays on the host when maps are made on a device (here reading and decoding, there
 everything) 100 times as quick.
 
-Measured on one core of a cloud machine (AMD EPYC) that other programs shared, --images 1024, in microseconds an
-image: EDA and crop 3,215 against 186, 17 times; with Emb-Noise and CutMix 3,306 against 464, 7 times, since the
-25,120 keyed normal numbers of an image cost 215; the host's part 3,485 against 35, 100 times. When the other
-programs were busier, the first ratio went down to 8 and the last to 93.
+The figures are in docs/recipes.md. On a busy machine the first ratio went down to 8 and the last to 81.
 """
 
 import argparse
