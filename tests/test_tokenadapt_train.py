@@ -52,7 +52,7 @@ def test_smoke_through_the_command_line(tmp_path) -> None:
     model, codebook = load_tokenadapt(out / "model.safetensors")
     tokenizer = tokenizers.load(out / "tokenizer.safetensors")
     assert codebook == codebook_fingerprint(tokenizer.codebook.numpy())
-    assert model.grid == model.crop == [8, 8]
+    assert model.grid == model.crop == (8, 8)
     for picture in ("augmented.png", "losses.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -106,7 +106,7 @@ def test_two_photographs_make_their_own_tokenizer(tmp_path, monkeypatch) -> None
     tiny = {"width": 64, "heads": 1, "batch_size": 16, "epochs": 2 / 65, "warmup_epochs": 0.0}
     recipe.main(replace(recipe.PRESETS["photos"], out=str(tmp_path / "run"), **tiny))
     model, codebook = load_tokenadapt(tmp_path / "run" / "model.safetensors")
-    assert (model.grid, model.crop) == ([8, 8], [7, 7]) and model.head.out_features == 391
+    assert (model.grid, model.crop) == ((8, 8), (7, 7)) and model.head.out_features == 391
     tokenizer = tokenizers.load(tmp_path / "run" / "tokenizer.safetensors")
     assert codebook == codebook_fingerprint(tokenizer.codebook.numpy())
 
@@ -160,5 +160,5 @@ def test_a_folder_and_a_tokenizer_of_the_users(folder, tmp_path) -> None:
     settings = {"data": str(folder), "tokenizer": str(tmp_path / "tokenizer.safetensors"), "crop": 3}
     recipe.main(replace(TINY, out=str(tmp_path / "run"), **settings))
     model, _ = load_tokenadapt(tmp_path / "run" / "model.safetensors")
-    assert (model.grid, model.crop, model.head.out_features) == ([4, 4], [3, 3], 20)
+    assert (model.grid, model.crop, model.head.out_features) == ((4, 4), (3, 3), 20)
     assert not (tmp_path / "run" / "tokenizer.safetensors").exists()
