@@ -8,9 +8,9 @@
 `digits` (the default) took 4 minutes on one busy CPU core. Of the tokens of augmented, held-out digits TokenAdapt
 finds 73 %, augmentation of the vectors themselves 35 % (flips alone 85 and 39, rotations 78 and 51, crops 72 and
 52); decoded, its tokens are 6.2 dB closer to the augmented image. `photos` took 11 minutes: 49 and 46 %, 1.8 dB
-closer; it needs more photographs than two. With six and 2,400 steps (17 minutes), judged on two never seen: 57 and
-48 % (flips 56 and 52, rotations 60 and 53, crops 61 and 61), 2.2 dB; on windows of the six themselves 65 and 48 %.
-`published` has the published sizes and was not run.
+closer; it needs more photographs than two. With seven, at scales where a patch holds texture, and judged on one
+never seen (tests/bench/tokenadapt_photographs.py, 6 minutes): 43 and 29 % (flips 54 and 38, rotations 46 and 31,
+crops 49 and 41), 2.5 dB. `published` has the published sizes and was not run.
 Reads images and a tokenizer, which stays as it is. Writes model.safetensors, config.json, metrics.jsonl,
 checkpoints/, result.json and pictures into --out. Trains no classifier: f and g go, frozen, into other recipes.
 """
