@@ -1,4 +1,4 @@
-"""`seitpp`: look into stores, check them, change their codec, and take them from and to other places."""
+"""`seitpp`: look into stores, check them, change their codec; take stores and models from and to other places."""
 
 import argparse
 import difflib
@@ -115,9 +115,27 @@ def export_release(store: Path, out: Path) -> None:
     print(f"{out}: {_sizes(store)}")
 
 
-def push(store: Path, repo_id: str, private: bool) -> None:
-    """Upload a store to the Hugging Face hub as a dataset."""
-    print(hub.push(store, repo_id, private=private))
+def export_model(folder: Path, out: Path, ema: bool) -> None:
+    """Write the model of a finished run for others: weights and configuration for timm, and a model card."""
+    from seitpp import models
+
+    root = models.export_model(folder, out, ema)
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    print(
+        f"{out}: {', '.join(names)}\nREADME.md names no licence yet: the line that begins with # license is yours"
+    )
+
+
+def push(folder: Path, repo_id: str, private: bool) -> None:
+    """Upload a store, as a dataset, or an exported model to the Hugging Face hub."""
+    if (folder / layout.DOCUMENT).is_file():
+        print(hub.push(folder, repo_id, private=private))
+    elif (folder / "config.json").is_file():
+        from seitpp import models
+
+        print(models.push_model(folder, repo_id, private=private))
+    else:
+        raise CliError(f"{folder}: neither a token store nor a folder of export-model")
 
 
 def pull(repo_id: str, folder: Path | None) -> None:
@@ -312,7 +330,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     store = ("store", "folder of the store", {"type": Path})
     out = ("out", "folder to make; one that exists is refused", {"type": Path})
-    repo_id = ("repo_id", "OWNER/NAME of the dataset on the hub", {})
+    repo_id = ("repo_id", "OWNER/NAME on the hub", {})
     codec = {"choices": list(CODECS), "metavar": "NAME", "help": f"codec to write with: {', '.join(CODECS)}"}
     add(info, store)
     add(verify, store)
@@ -327,6 +345,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     command.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="default: images are square")
     command.add_argument("--codec", default="ans", **codec)
     add(export_release, store, out)
-    add(push, store, repo_id).add_argument("--private", action="store_true", help="if the dataset is made now")
+    run_folder = ("folder", "folder of a run of seit_train, finetune or mtm_pretrain", {"type": Path})
+    average = "not the moving average of the weights, where the run has one"
+    add(export_model, run_folder, out).add_argument("--no-ema", dest="ema", action="store_false", help=average)
+    pushed = ("folder", "a store, or a folder of export-model", {"type": Path})
+    add(push, pushed, repo_id).add_argument("--private", action="store_true", help="if the repository is made now")
     add(pull, repo_id, ("folder", "folder to make (default: in the user's cache)", {"type": Path, "nargs": "?"}))
     return parser, dict(commands.choices)

@@ -1,15 +1,18 @@
-"""push and pull; what stands in for the hub is a folder, and nothing else is replaced."""
+"""push and pull, of stores and models; what stands in for the hub is a folder, and nothing else is replaced."""
 
 import json
 import shutil
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
+from test_export import pretrained
 
-from seitpp import StoreWriter, TokenStore
+from seitpp import StoreWriter, TokenStore, cli
+from seitpp.models import ModelError, export_model, push_model
 from seitpp.store import StoreError, hub, layout
 from seitpp.store.hub import HubError
 
@@ -29,13 +32,14 @@ def remote(tmp_path: Path, monkeypatch) -> Path:
     root = tmp_path / "remote"
 
     def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-        assert repo_type == "dataset" and exist_ok
+        assert exist_ok
         (root / repo_id).mkdir(parents=True, exist_ok=True)
         (root / repo_id / ".private").write_text(str(private))
-        return f"https://hub/datasets/{repo_id}"
+        return f"https://hub/{repo_type}s/{repo_id}"
 
     def upload_folder(self, *, repo_id, repo_type, folder_path, commit_message, allow_patterns, delete_patterns):
-        assert repo_type == "dataset" and commit_message
+        assert commit_message
+        (root / repo_id / ".type").write_text(repo_type)
         for path in files(root / repo_id):
             if any(fnmatch(path, pattern) for pattern in delete_patterns):
                 (root / repo_id / path).unlink()
@@ -73,6 +77,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_pushed_is_pulled(store, remote, tmp_path):
     assert hub.push(store, "me/tokens", private=True) == "https://hub/datasets/me/tokens"
     assert (remote / "me/tokens/.private").read_text() == "True"
+    assert (remote / "me/tokens/.type").read_text() == "dataset"
     pulled = hub.pull("me/tokens", tmp_path / "pulled")
     assert contents(pulled) == contents(store)
     TokenStore(pulled).verify()
@@ -83,8 +88,7 @@ def test_only_the_files_of_the_store_travel(store, remote, tmp_path):
     (store / "train" / "notes").write_text("mine")
     hub.push(store, "me/tokens")
     assert set(files(remote / "me/tokens")) == {*json.loads((store / "tokens.json").read_text())["files"]} | {
-        "tokens.json",
-        ".private",
+        *("tokens.json", ".private", ".type"),
     }
     (remote / "me/tokens/train/extra.arrow").write_text("theirs")
     assert "train/extra.arrow" not in files(hub.pull("me/tokens", tmp_path / "pulled"))
@@ -179,3 +183,53 @@ def test_a_store_opens_by_its_hub_id(store: Path, remote: Path, tmp_path: Path, 
     assert np.array_equal(opened.ids(range(6)), local.ids(range(6)))
     with pytest.raises(StoreError, match="no such folder"):
         TokenStore("me/tokens")  # a path, which never reaches the network
+
+
+# Models
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return export_model(pretrained(tmp_path / "run"), tmp_path / "model")
+
+
+def test_a_model_is_pushed_as_a_model(model: Path, remote: Path, monkeypatch, capsys) -> None:
+    """What is there besides it stays behind, the card as the user left it goes along."""
+    (model / "README.md").write_text("license: mit")
+    before = contents(model)
+    (model / "secret.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["seitpp", "push", str(model), "me/mtm", "--private"])
+    cli.main()
+    assert capsys.readouterr().out == "https://hub/models/me/mtm\n"
+    assert contents(remote / "me/mtm") == {**before, ".private": b"True", ".type": b"model"}
+
+
+def test_a_push_removes_the_weights_of_an_earlier_model(model: Path, remote: Path) -> None:
+    push_model(model, "me/mtm")
+    (model / "mtm/model.safetensors").unlink()
+    push_model(model, "me/mtm")
+    assert "mtm/model.safetensors" not in files(remote / "me/mtm")
+    assert (remote / "me/mtm/.private").read_text() == "False"
+
+
+def test_what_is_no_whole_model_is_not_pushed(
+    model: Path, remote: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for name in ("mtm/model.safetensors", "model.safetensors"):
+        (model / name).write_bytes((model / name).read_bytes()[:-100])
+        with pytest.raises(ModelError, match=f"{name} cannot be read"):
+            push_model(model, "me/mtm")
+    with pytest.raises(
+        ModelError, match="run: a run, not an exported model, which `seitpp export-model` makes of it"
+    ):
+        push_model(tmp_path / "run", "me/mtm")
+    monkeypatch.setattr(sys, "argv", ["seitpp", "push", str(tmp_path), "me/mtm"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "neither a token store nor a folder of export-model" in capsys.readouterr().err
+    assert not remote.exists()
+
+
+def test_a_model_offline_is_one_line(model: Path) -> None:
+    with pytest.raises(HubError, match=r"^me/mtm on the hub: .*HF_HUB_OFFLINE"):
+        push_model(model, "me/mtm")

@@ -1,6 +1,7 @@
 """Token models as timm citizens: `timm.create_model("seit_vit_base", ...)` works after importing this package."""
 
 from seitpp.models import resnet as resnet  # timm learns of them by the import
+from seitpp.models.export import export_model, push_model
 from seitpp.models.mtm import MTM, MaskPlan, load_mtm
 from seitpp.models.pretrained import input_kind, input_size, load_pretrained
 from seitpp.models.release import from_release, save_release, to_release
@@ -21,6 +22,7 @@ __all__ = [
     "TokenEmbed",
     "choose_trained",
     "classifier_from",
+    "export_model",
     "from_release",
     "input_kind",
     "input_size",
@@ -29,6 +31,7 @@ __all__ = [
     "load_pretrained",
     "load_tokenadapt",
     "pixel_classifier_from",
+    "push_model",
     "save_classifier",
     "save_release",
     "to_release",

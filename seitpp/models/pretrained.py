@@ -15,6 +15,9 @@ from seitpp.models.stem import ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import TokenEmbed
 
+AVERAGED = "model_ema.safetensors"  # in a run's folder, the moving average of the weights
+KINDS = ("mtm", "classifier", "tokenadapt")  # of our own files
+
 
 def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
     """The classifier or masked token model at `path`, in eval mode.
@@ -23,20 +26,25 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
     Of an official checkpoint the codebook and the names of the classes are unknown (None). Raises ModelError
     naming the file if there is none, if it cannot be read, or if it is a TokenAdapt.
     """
-    path = Path(path)
-    if path.is_dir():
-        averaged = path / "model_ema.safetensors"
-        path = averaged if ema and averaged.is_file() else path / "model.safetensors"
+    path = model_file(Path(path), ema)
     kind = _own_kind(path)
     if kind == "mtm":
         model, codebook = load_mtm(path)
         return Saved(model, codebook, None, None)
     if kind == "classifier":
         return load_classifier(path)
-    model = from_release(path)
-    if isinstance(model, TokenAdapt):
+    model = None if kind == "tokenadapt" else from_release(path)
+    if model is None or isinstance(model, TokenAdapt):
         raise ModelError(f"{path} holds a TokenAdapt: expected a classifier or a masked token model")
     return Saved(model, None, None, None)
+
+
+def model_file(path: Path, ema: bool = True) -> Path:
+    """The file that `load_pretrained` takes: of a run's folder the moving average, if there is one and `ema`."""
+    if not path.is_dir():
+        return path
+    averaged = path / AVERAGED
+    return averaged if ema and averaged.is_file() else path / "model.safetensors"
 
 
 def input_kind(model: nn.Module) -> Literal["ids", "maps", "pixels"]:
@@ -53,11 +61,11 @@ def input_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _own_kind(path: Path) -> str | None:
-    """ "mtm" or "classifier", or None for a file that no model here has written."""
+    """One of KINDS, or None for a file that no model here has written."""
     if not path.is_file():
         raise ModelError(f"no model file at {path}: expected a run's folder or a model file")
     try:
         with safe_open(path, "pt") as file:
-            return next((kind for kind in ("mtm", "classifier") if kind in (file.metadata() or {})), None)
+            return next((kind for kind in KINDS if kind in (file.metadata() or {})), None)
     except SafetensorError:
         return None

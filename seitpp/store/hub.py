@@ -1,4 +1,4 @@
-"""Stores on the Hugging Face hub, where a store is a dataset repository, file by file."""
+"""Stores on the Hugging Face hub, where a store is a dataset repository, file by file; uploads, of models too."""
 
 import os
 from collections.abc import Callable
@@ -33,18 +33,28 @@ def push(store: str | os.PathLike[str], repo_id: str, private: bool = False) -> 
     root = Path(store).resolve()
     document = layout.read_document(root)
     layout.check_files(root, document["files"], document["files"], checksums=True)
+    message = f"Token store {document['checksum'][:12]}"
+    # Shards of an earlier store would be read as images of this one by other programs.
+    return upload(root, repo_id, "dataset", _file_names(document), message, private, stale="*.arrow")
+
+
+def upload(root: Path, repo_id: str, kind: str, names: list[str], message: str, private: bool, stale: str) -> str:
+    """Put the files `names` of the folder `root` into the repository `repo_id`, in one commit; its address.
+
+    `kind` is dataset or model. The repository is made if there is none, `private` or not; other files that match
+    `stale` are removed from it. Raises HubError for what the hub refuses.
+    """
     api = HfApi()
-    repository = _ask(repo_id, api.create_repo, repo_id, repo_type="dataset", private=private, exist_ok=True)
+    repository = _ask(repo_id, api.create_repo, repo_id, repo_type=kind, private=private, exist_ok=True)
     _ask(
         repo_id,
         api.upload_folder,
         repo_id=repo_id,
-        repo_type="dataset",
+        repo_type=kind,
         folder_path=root,
-        commit_message=f"Token store {document['checksum'][:12]}",
-        allow_patterns=_file_names(document),
-        # Those of an earlier store would be read as its images by other programs.
-        delete_patterns=["*.arrow"],
+        commit_message=message,
+        allow_patterns=names,
+        delete_patterns=[stale],
     )
     return str(repository)
 

@@ -1,0 +1,176 @@
+"""The model card, README.md, of an exported model."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from seitpp.models.pretrained import input_kind, input_size
+from seitpp.models.saved import Saved, classifier_spec
+
+METRICS = {
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "linear_probe_top1": "linear probe of the frozen encoder, top-1, %",
+    "linear_probe_top1_untrained": "the same before training, top-1, %",
+    "knn_top1": "k-NN by the features of the frozen encoder, top-1, %",
+    "knn_top1_untrained": "the same before training, top-1, %",
+    "loss": "loss of the last update, nats a hidden token",
+}
+LOADING = 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
+FROM_THE_HUB = '`"hf-hub:OWNER/NAME"` in the place of `"local-dir:FOLDER"` takes the model from the hub.'
+PATHS = ("checkpoint", "store", "data", "tokenizer", "tokenadapt")  # settings that name files of the user's
+
+
+def model_card(saved: Saved, settings: Mapping[str, Any], result: Mapping[str, Any], averaged: bool) -> str:
+    """The text of README.md: what the model is, how to load it, its data, results and training.
+
+    `saved` is the exported model, not an MTM; `settings` and `result` are config.json and result.json of the run;
+    `averaged` says that the weights are the moving average. What `result` does not know is left out.
+    """
+    name, data = classifier_spec(saved.model).name, _data_name(settings)
+    parts = [
+        _front_matter(saved),
+        f"# {name}, {'trained' if saved.model.num_classes else 'pre-trained'} on {data}",
+        _what(saved, averaged),
+        f"## Use\n\n```python\n{_example(saved, name)}```",
+        f"{FROM_THE_HUB}{_codes(saved)}",
+        f"## Data\n\n{_table(_data_facts(saved, data, result))}",
+        f"## Results\n\n{_table(_metrics(result, averaged), ('metric', 'value'))}",
+        f"Accuracies are those of the validation images{_judged(saved)}.",
+        f"## Training\n\n{_table(_training_facts(settings, result))}",
+        *_repeat(settings, result),
+        f"The settings, which are also in recipe.json:\n\n```json\n{json.dumps(settings, indent=2)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(saved: Saved) -> str:
+    tags = ["timm", "seitpp", *([] if input_kind(saved.model) == "pixels" else ["image-tokens"])]
+    lines = ["library_name: timm", "tags:", *(f"- {tag}" for tag in tags)]
+    if input_kind(saved.model) == "pixels":  # the hub would feed images to any model of this task
+        lines.append("pipeline_tag: image-classification")
+    return "\n".join(["---", *lines, "# license: name one here, for example apache-2.0", "---"])
+
+
+def _what(saved: Saved, averaged: bool) -> str:
+    model, spec = saved.model, classifier_spec(saved.model).arguments
+    size = input_size(model) or saved.window
+    sides = f"{size[0]} x {size[1]}"
+    takes = {
+        "pixels": f"images of {sides} pixels",
+        "maps": f"images as tokens: maps of {sides} code vectors of dimension {spec['in_chans']}",
+        "ids": f"images as tokens: {sides} ids of a codebook with {spec.get('num_codes')} codes",
+    }[input_kind(model)]
+    what = f"A classifier of {model.num_classes:,} classes" if model.num_classes else "The encoder of an MTM"
+    weights = "; the weights are the moving average of those of the run" if averaged else ""
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return f"{what} with {parameters:.1f} M parameters{weights}. It takes {takes}."
+
+
+def _example(saved: Saved, name: str) -> str:
+    kind, size = input_kind(saved.model), input_size(saved.model)
+    given = "logits" if saved.model.num_classes else "features"
+    if kind == "pixels":
+        return f"""import timm
+from PIL import Image
+
+{LOADING}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{given} = model(transform(Image.open("PICTURE").convert("RGB"))[None])
+"""
+    codebook = ", torch.from_numpy(store.codebook)" if kind == "maps" else ""
+    resized = f", {size[0]}" if kind == "maps" and size else ""
+    return f"""import timm
+import torch
+import seitpp.models  # makes timm know {name}
+from seitpp import TokenStore
+from seitpp.augment import EvalView
+
+{LOADING}
+store = TokenStore("STORE", "validation")
+view = EvalView({saved.window or size}{codebook}{resized})
+{given} = model(view(torch.from_numpy(store.ids(range(8)))))
+"""
+
+
+def _codes(saved: Saved) -> str:
+    if not saved.codebook:
+        return ""
+    return f"\nThe ids must come from the tokenizer whose codebook has the fingerprint {saved.codebook[:16]}."
+
+
+def _data_name(settings: Mapping[str, Any]) -> str:
+    return settings.get("store") or settings.get("data") or "the embedded digits"
+
+
+def _data_facts(saved: Saved, name: str, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    data, size = result.get("data") or {}, result.get("payload_bytes_per_image")
+    yield "data", name
+    if "images" in data:
+        yield "images", ", ".join(f"{split} {images:,}" for split, images in data["images"].items())
+    if size:
+        yield "bytes an image", f"{size:.1f}"
+    if "grid" in data:
+        yield "grid", f"{data['grid'][0]} x {data['grid'][1]} tokens"
+        yield "codes", f"{data['num_codes']} of dimension {data['code_dim']}"
+        yield "codec", data["codec"]
+        yield "fingerprint of the store", data["fingerprint"][:16]
+        yield "tokenizer", _tokenizer(data["tokenizer"])
+    if saved.codebook:
+        yield "fingerprint of the codebook", saved.codebook[:16]
+    if saved.model.num_classes:
+        yield "classes", f"{saved.model.num_classes:,}"
+
+
+def _tokenizer(tokenizer: Mapping[str, Any] | None) -> str:
+    spec, fingerprint = (tokenizer or {}).get("spec") or {}, (tokenizer or {}).get("fingerprint", "")
+    return " ".join([spec.get("kind", ""), fingerprint[:16]]).strip() or "not recorded"
+
+
+def _metrics(result: Mapping[str, Any], averaged: bool) -> Iterable[tuple[str, str]]:
+    for name, text in METRICS.items():
+        value = result.get(f"{name}_ema" if averaged else name)
+        if value is not None:
+            yield text, f"{value:.4g}"
+
+
+def _judged(saved: Saved) -> str:
+    return f", of each the central {saved.window[0]} x {saved.window[1]} tokens" if saved.window else ""
+
+
+def _training_facts(settings: Mapping[str, Any], result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if "recipe" in result:
+        yield "recipe", f"recipes/{result['recipe']}.py, preset {settings['preset']}"
+    if settings.get("checkpoint"):
+        yield "begun from", settings["checkpoint"]
+    yield "updates", f"{result['steps']:,} of {settings['batch_size']:,} images"
+    if "images_per_second" in result:
+        yield "throughput", f"{result['images_per_second']:,.0f} images/s"
+    yield "seconds in all", f"{result['seconds']:,.0f}"
+    yield "processes", f"{result['processes']}, {result['device']}"
+    commit = f", commit {result['git_commit']}" if result["git_commit"] else ""
+    yield "seitpp", f"{result['seitpp']}{commit}"
+
+
+def _repeat(settings: Mapping[str, Any], result: Mapping[str, Any]) -> Iterable[str]:
+    """The command that trains again; files of the user's are named by flags."""
+    if "recipe" not in result:
+        return
+    named = "".join(f" \\\n    --{name} {settings[name]}" for name in PATHS if settings.get(name))
+    command = f"accelerate launch recipes/{result['recipe']}.py --config recipe.json --out RUN{named}"
+    yield f"The same training again:\n\n```sh\n{command}\n```"
+
+
+def _table(rows: Iterable[tuple[str, str]], header: tuple[str, str] = ("fact", "value")) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in [header, ("---", "---"), *rows])
+
+
+def published(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they may be shown to others: of an absolute path the last name, no folder of the run."""
+    names = {
+        name: Path(settings[name]).name
+        for name in PATHS
+        if settings.get(name) and Path(settings[name]).is_absolute()
+    }
+    return {**settings, **names, "out": None, "resume": False, "overwrite": False}
