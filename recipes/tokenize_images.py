@@ -3,31 +3,38 @@
     accelerate launch recipes/tokenize_images.py --data photos --tokenizer tokenizer.safetensors --out tokens
     accelerate launch --multi_gpu --num_processes 8 recipes/tokenize_images.py published --data imagenet \\
         --source-split train --tokenizer vitvqgan.ckpt --out imagenet-tokens
+    accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
+        --out ade20k-tokens
+    accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
+        --out ade20k-tokens --source-split validation --split validation
 
 Reads a folder of images, Parquet files, webdataset tars or a named data set; writes one split of the store --out,
-which may hold other splits already. Interrupted, the same command goes on after the last finished shard and ends
-with the same bytes, on another number of processes too. With nothing named it tokenizes the embedded digits, in
-seconds; the rate of `published` on a GPU is not measured. Trains nothing.
+which may hold other splits already. A folder with images/ and annotations/ is read as ADE-20k: the store keeps
+each image's grid and its annotation, lossless. Interrupted, the same command goes on after the last finished shard
+and ends with the same bytes, on another number of processes too. With nothing named it tokenizes the embedded
+digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
 """
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from seitpp import TokenStore, tokenizers
-from seitpp.engine.config import run_recipe
+from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
 from seitpp.store import SplitStaging
 from seitpp.tokenizers import Tokenizer
-from seitpp.tokenizers.images import ImageError, ImageSource, decode_image, open_source
+from seitpp.tokenizers.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
+from seitpp.tokenizers.decoding import Decoded, DecodedImages, Kept, encode
+from seitpp.tokenizers.images import ImageSource, Size, fit_short_side, open_source
 from seitpp.tokens.digits import DigitsSource, digits
 
 
@@ -40,6 +47,7 @@ class Config:
     tokenizer: str | None = None  # a tokenizer file; that of the digits where nothing is named
     out: str | None = None  # the store
     split: str = "train"  # the split of the store that is written
+    short_side: int | None = None  # pixels, each image its own grid; else the tokenizer's size (annotated: 512)
     codec: str = "ans"
     keep_source: bool = False  # also keep each image's file name and its size in bytes, as columns
     skip_errors: bool = False  # leave out images that cannot be read, and list them beside the store
@@ -48,8 +56,13 @@ class Config:
 
 
 PRESETS = {"published": Config(batch_size=256, workers=16)}
+PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size=16)
 PRESETS["digits"] = replace(PRESETS["published"], batch_size=128, workers=0)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
+
+
+# What can be kept beside tokens and label; an image's annotation is, where it has one.
+COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64"}
 
 
 def main(config: Config) -> None:
@@ -58,6 +71,8 @@ def main(config: Config) -> None:
     source, tokenizer = open_data(config, accelerator)
     if config.out is None:
         raise UserError("no store to write: name a folder with --out")
+    if isinstance(source, AnnotatedSource) and config.short_side is None:
+        config = replace(config, short_side=SHORT_SIDE)
 
     # 2. Into a split of the store.
     tokenize(source, tokenizer, config, accelerator)
@@ -69,83 +84,62 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
     Raises UserError if the split is there already, or at an image that cannot be read unless those are skipped.
     """
     tokenizer = tokenizer.to(accelerator.device).eval()
+    size, grid, description = sizing(tokenizer, config.short_side)
+    annotated = isinstance(source, AnnotatedSource)
+    columns = [
+        *(["annotation"] if annotated else []),
+        *(["file_name", "source_bytes"] if config.keep_source else []),
+    ]
 
     # What is there already, and what this process is to do.
     staging = SplitStaging(
         config.out,
-        codebook=tokenizer.codebook.float().cpu().numpy(),
-        grid=tokenizer.spec.grid,
+        codebook=tokenizer.codebook.detach().float().cpu().numpy(),
+        grid=grid,
         num_images=len(source),
         codec=config.codec,
         split=config.split,
         class_names=source.class_names,
-        tokenizer=tokenizer.description(),
-        columns={"file_name": "string", "source_bytes": "int64"} if config.keep_source else None,
+        tokenizer=description,
+        columns={name: COLUMNS[name] for name in columns},
     )
     todo = sorted(set(range(staging.num_shards)) - staging.finished())
     accelerator.wait_for_everyone()  # nobody writes a shard before all have seen which are missing
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     accelerator.print(
         f"{config}\n{len(source):,} images in {staging.num_shards} shards, {staging.num_shards - len(todo)} of "
-        f"them finished; grid {tokenizer.spec.grid}, K = {tokenizer.spec.num_codes}; "
+        f"them finished; grid {grid or 'of each image'}, K = {tokenizer.spec.num_codes}; "
         f"{accelerator.num_processes} process(es)"
     )
 
     # Decode, tokenize, write shard by shard; the loader decodes ahead, across shards.
     skipped = Path(f"{config.out}-{config.split}-skipped.txt")
-    batches = iter(decoding_loader(source, tokenizer, staging, mine, config))
-    done, source_bytes, started = 0, 0, time.perf_counter()
+    batches = iter(decoding_loader(DecodedImages(source, size), staging, mine, config))
+    totals, started = np.zeros(4, np.int64), time.perf_counter()
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:
         for shard in mine:
-            parts = []
+            ids: list[np.ndarray] = []
+            kept: list[Kept] = []
             for _ in batches_of(staging.images(shard), config.batch_size):
                 decoded = next(batches)
                 if decoded.errors:
                     report_errors(decoded.errors, config.skip_errors, skipped)
-                pixels = decoded.images.to(accelerator.device, non_blocking=True)
-                parts.append((tokenizer.encode(pixels.float() / 255).cpu().numpy().astype(np.uint16), decoded))
-                bar.update(len(decoded.indices))
-            done += write_shard(staging, shard, parts, config.keep_source)
-            source_bytes += sum(sum(decoded.source_bytes) for _, decoded in parts)
+                ids += encode(tokenizer, decoded, accelerator.device)
+                kept += decoded.kept
+                bar.update(len(decoded.kept))
+            write_shard(
+                staging, shard, np.array(ids, np.uint16).reshape(-1, *grid) if grid else ids, kept, columns
+            )
+            totals += totals_of(kept)
+    totals = accelerator.reduce(torch.from_numpy(totals).to(accelerator.device)).tolist()
     seconds = time.perf_counter() - started
 
     # One process counts, encodes and publishes what all have made.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         staging.publish()
-        summarize(TokenStore(config.out, config.split, verify=False), done, source_bytes, seconds)
+        summarize(TokenStore(config.out, config.split, verify=False), totals, seconds, annotated)
     accelerator.wait_for_everyone()
-
-
-class Decoded(NamedTuple):
-    """A batch of readable images and what is kept of each; `errors` says which were not readable."""
-
-    indices: list[int]
-    images: torch.Tensor  # (n, 3, height, width) uint8; a tensor, which a worker hands over without a copy
-    labels: list[int]
-    names: list[str]
-    source_bytes: list[int]
-    errors: list[str]
-
-
-class DecodedImages(Dataset):
-    """Images of a source, decoded and resized; an unreadable one is reported, not raised, by a worker."""
-
-    def __init__(self, source: ImageSource, size: tuple[int, int]):
-        self.source, self.size = source, size
-
-    def __getitems__(self, indices: list[int]) -> Decoded:
-        kept, images, errors = [], [], []
-        for index in indices:
-            try:
-                sample = self.source.read(index)
-                images.append(decode_image(sample, self.size))
-                kept.append((index, sample.label, sample.name, len(sample.data)))
-            except ImageError as error:
-                errors.append(str(error))
-        pixels = torch.from_numpy(np.stack(images)) if images else torch.empty(0, 3, *self.size, dtype=torch.uint8)
-        columns = [list(column) for column in zip(*kept, strict=True)] or [[], [], [], []]
-        return Decoded(columns[0], pixels, columns[1], columns[2], columns[3], errors)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, Tokenizer]:
@@ -156,7 +150,23 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, To
         return DigitsSource(config.source_split or config.split), tokenizers.load(config.tokenizer or default)
     if config.tokenizer is None:
         raise UserError("--data without --tokenizer: name a tokenizer file (recipes/tokenizer_train.py makes one)")
+    if has_annotations(config.data):
+        return AnnotatedSource(config.data, config.source_split), tokenizers.load(config.tokenizer)
     return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
+
+
+def sizing(tokenizer: Tokenizer, short_side: int | None) -> tuple[Size, tuple[int, int] | None, dict]:
+    """The size of images, their grid where all have the same, and what the store says of its tokenizer."""
+    if short_side is None:
+        return tokenizer.spec.image_size, tokenizer.spec.grid, tokenizer.description()
+    multiple = tokenizer.side_multiple
+    if short_side < multiple or short_side % multiple:
+        raise UserError(
+            f"--short-side {short_side}: expected a multiple of {multiple}, since the {tokenizer.spec.kind} "
+            f"tokenizer wants images whose sides are multiples of {multiple} pixels"
+        )
+    size = partial(fit_short_side, short_side=short_side, multiple=multiple)
+    return size, None, {**tokenizer.description(), "short_side": short_side}
 
 
 def batches_of(images: range, size: int) -> Iterator[range]:
@@ -164,13 +174,10 @@ def batches_of(images: range, size: int) -> Iterator[range]:
     return (images[start : start + size] for start in range(0, len(images), size))
 
 
-def decoding_loader(
-    source: ImageSource, tokenizer: Tokenizer, staging: SplitStaging, shards: list[int], config: Config
-) -> DataLoader:
+def decoding_loader(images: DecodedImages, staging: SplitStaging, shards: list[int], config: Config) -> DataLoader:
     """Batches of decoded images of `shards`, in order; a batch never holds images of two shards."""
     batches = [list(batch) for shard in shards for batch in batches_of(staging.images(shard), config.batch_size)]
-    dataset = DecodedImages(source, tokenizer.spec.image_size)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=as_it_is, num_workers=config.workers)
+    return DataLoader(images, batch_sampler=batches, collate_fn=as_it_is, num_workers=config.workers)
 
 
 def as_it_is(batch: Decoded) -> Decoded:
@@ -186,24 +193,30 @@ def report_errors(errors: list[str], skip: bool, path: Path) -> None:
         file.writelines(f"{error}\n" for error in errors)
 
 
-def write_shard(staging: SplitStaging, shard: int, parts: list[tuple[np.ndarray, Decoded]], keep: bool) -> int:
-    """Write the images of a shard durably; their number."""
-    ids = np.concatenate([ids for ids, _ in parts])
-    labels = np.array([label for _, decoded in parts for label in decoded.labels], dtype=np.int64)
-    columns = {
-        "file_name": [name for _, decoded in parts for name in decoded.names],
-        "source_bytes": [size for _, decoded in parts for size in decoded.source_bytes],
-    }
-    staging.write(shard, ids, labels, columns if keep else None)
-    return len(ids)
+def write_shard(
+    staging: SplitStaging, shard: int, ids: np.ndarray | list[np.ndarray], kept: list[Kept], columns: list[str]
+) -> None:
+    """Write the images of a shard durably."""
+    labels = np.array([image.label for image in kept], dtype=np.int64)
+    staging.write(shard, ids, labels, {name: [getattr(image, name) for image in kept] for name in columns})
 
 
-def summarize(store: TokenStore, done: int, source_bytes: int, seconds: float) -> None:
-    """Print what this process did, and what the whole split takes."""
+def totals_of(kept: list[Kept]) -> np.ndarray:
+    """(4,) int64: images, and the bytes of their files, of their annotations' files and of these as stored."""
+    rows = [(1, image.source_bytes, image.annotation_bytes, len(image.annotation)) for image in kept]
+    return np.array(rows, np.int64).reshape(-1, 4).sum(axis=0)
+
+
+def summarize(store: TokenStore, totals: list[int], seconds: float, annotated: bool) -> None:
+    """Print what all processes did in this run, and what the whole split takes."""
     used = int((store.counts > 0).sum())
-    print(f"{done:,} images here in {seconds:.1f} s, {done / seconds:.1f} images/s")
+    done, *sizes = totals
+    print(f"{done:,} images in {seconds:.1f} s, {done / seconds:.1f} images/s")
     if done:
-        print(f"source   {source_bytes / done:10,.1f} bytes an image")
+        image, annotation, stored = (size / done for size in sizes)
+        print(f"source   {image:10,.1f} bytes an image{' (JPEG)' if annotated else ''}")
+        if annotated:
+            print(f"labels   {annotation:10,.1f} bytes an image (PNG), {stored:,.1f} as they are stored")
     print(
         f"tokens   {store.payload_bytes / len(store):10,.1f} bytes an image, {len(store):,} images in {store.path}"
     )

@@ -156,6 +156,21 @@ class Tokenizer(nn.Module, ABC):
         size = (size, size) if isinstance(size, int) else tuple(size)
         self.spec = replace(self.spec, image_size=size)
 
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of which both sides of every image size are multiples."""
+        return self.spec.patch
+
+    @contextmanager
+    def at_size(self, size: tuple[int, int]) -> Iterator[None]:
+        """Tokenize images of another (height, width) within the block. Raises TokenizerError as set_image_size."""
+        before = self.spec.image_size
+        self.set_image_size(size)
+        try:
+            yield
+        finally:
+            self.set_image_size(before)
+
     def model_input(self, images: Tensor) -> Tensor:
         """Images in [0, 1] -> what the network is given: (images - mean) / std, in its dtype."""
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))

@@ -8,6 +8,8 @@ import io
 import json
 import tarfile
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -195,17 +197,42 @@ class DatasetSource:
         return Sample(data, image["path"] or f"#{index}", row[self._label] if self._label else 0)
 
 
-def decode_image(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """Decode to RGB and resize to exactly `size` (height, width), bicubic: (3, height, width) uint8.
+# (height, width) of every resized image, or a function that makes it of an image's own (height, width).
+Size = tuple[int, int] | Callable[[tuple[int, int]], tuple[int, int]]
 
-    Raises ImageError naming the image if it cannot be read; an image that claims to be enormous is one of those.
-    """
+
+@contextmanager
+def opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The image in a file's bytes, not decoded yet; whatever goes wrong with it in the block is an ImageError."""
     try:
-        with Image.open(io.BytesIO(sample.data)) as image:
-            resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{sample.name}: cannot be read as an image ({error})") from error
+        raise ImageError(f"{name}: cannot be read as an image ({error})") from error
+
+
+def decode_image(sample: Sample, size: Size) -> np.ndarray:
+    """Decode to RGB and resize to exactly `size`, bicubic: (3, height, width) uint8.
+
+    Raises ImageError naming the image if it cannot be read; an image that is or would be enormous is one of those.
+    """
+    with opened(sample.data, sample.name) as image:
+        height, width = size((image.height, image.width)) if callable(size) else size
+        if height * width > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{height} x {width} pixels when it is resized")
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def fit_short_side(size: tuple[int, int], short_side: int, multiple: int) -> tuple[int, int]:
+    """(height, width) of an image of `size` (height, width) that is resized to `short_side` pixels.
+
+    The long side becomes that multiple of `multiple` which is nearest to the same aspect ratio, the larger of two.
+    `short_side` is a multiple already.
+    """
+    unit = 2 * min(size) * multiple
+    height, width = ((2 * side * short_side + unit // 2) // unit * multiple for side in size)
+    return height, width
 
 
 class Part:

@@ -72,6 +72,11 @@ class RefinedPatchKMeans(PatchKMeans):
             self.spec = before
             raise
 
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of a window."""
+        return WINDOW * self.spec.patch
+
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> map (B, D, H, W); the last channel is constant."""
         patches = (self._patches(self.model_input(images)) - self.mean) / self.scale

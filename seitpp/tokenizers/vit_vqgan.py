@@ -92,6 +92,7 @@ class ViTVQGAN(Tokenizer):
         self.quantizer = Quantizer(spec.num_codes, spec.code_dim)
         self.pre_quant = nn.Linear(encoder.width, spec.code_dim)
         self.post_quant = nn.Linear(spec.code_dim, decoder.width)
+        self._trained: tuple[tuple[int, int], Tensor, Tensor] | None = None  # grid and positions, once changed
         self.apply(_initialise)
 
     @classmethod
@@ -143,13 +144,16 @@ class ViTVQGAN(Tokenizer):
     def set_image_size(self, size: int | tuple[int, int]) -> None:
         """Tokenize images of another size from now on: positions are interpolated bicubically.
 
-        Not what the checkpoint was trained for: look at reconstructions. Raises TokenizerError unless `size`
-        is a multiple of the patch.
+        Not what the checkpoint was trained for: look at reconstructions. Always from the positions that it came
+        with, so sizes in between leave no trace, and its own size has its own positions again, bit for bit.
+        Raises TokenizerError unless `size` is a multiple of the patch.
         """
-        old = self.spec.grid
+        encoder, decoder = self.encoder.en_pos_embedding, self.decoder.de_pos_embedding
+        trained = self._trained or (self.spec.grid, encoder, decoder)
         super().set_image_size(size)
-        for owner, name in ((self.encoder, "en_pos_embedding"), (self.decoder, "de_pos_embedding")):
-            setattr(owner, name, _interpolated(getattr(owner, name), old, self.spec.grid))
+        self._trained = trained
+        self.encoder.en_pos_embedding = _interpolated(trained[1].to(encoder), trained[0], self.spec.grid)
+        self.decoder.de_pos_embedding = _interpolated(trained[2].to(decoder), trained[0], self.spec.grid)
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1] -> map (B, D, H, W), not normalised."""

@@ -1,0 +1,173 @@
+"""Images with annotations (label maps) in the layout of ADE-20k, and annotations as small lossless PNG files."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from seitpp.tokenizers.images import ImageError, opened
+
+JPEG, PNG = {".jpg", ".jpeg"}, {".png"}
+# Short side of the images in pixels where nothing is said: crops of 512 pixels are what ADE-20k is trained with.
+SHORT_SIDE = 512
+# Values of an annotation are one byte, and one of them is for pixels that are ignored.
+MAX_CLASSES = 255
+# In the header of a PNG file: bits of a sample, and what it is.
+DEPTH, COLOUR = 24, 25
+GREY, PALETTE = 0, 3
+
+
+class AnnotatedSample(NamedTuple):
+    """An image as any source has it, with the bytes of its annotation's file."""
+
+    data: bytes
+    name: str
+    label: int
+    annotation: bytes
+
+
+def has_annotations(folder: str | Path) -> bool:
+    """Whether `folder` has images/SPLIT/ and annotations/SPLIT/ for at least one split."""
+    images, annotations = (
+        {path.name for path in Path(folder, name).glob("*") if path.is_dir()} for name in ("images", "annotations")
+    )
+    return bool(images & annotations)
+
+
+class AnnotatedSource:
+    """FOLDER/images/SPLIT/NAME.jpg with FOLDER/annotations/SPLIT/NAME.png, in the order of their names.
+
+    Of an annotation's values 0 is ignored and v is class v - 1 (what mmsegmentation calls reduce_zero_label). An
+    image's label is the class that covers most of it, 0 where all is ignored. Without `split`, the images of all.
+    An image without annotation and an annotation without image are errors when it is their turn to be read.
+    Raises ImageError if there are no images or no class names.
+    """
+
+    def __init__(self, folder: str | Path, split: str | None):
+        self.class_names = read_class_names(Path(folder))
+        self._folders = [Path(folder, name, split or "") for name in ("images", "annotations")]
+        self._images = _by_name(self._folders[0], JPEG)
+        self._annotations = _by_name(self._folders[1], PNG)
+        if not self._images:
+            raise ImageError(f"{self._folders[0]}: no images below it (.jpg)")
+        self._names = sorted({*self._images, *self._annotations})
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> AnnotatedSample:
+        """Image `index`. Raises ImageError naming the file if it or its annotation is not as it should be."""
+        name = self._names[index]
+        image, annotation = self._images.get(name), self._annotations.get(name)
+        if image is None:
+            raise ImageError(f"{annotation}: an annotation without image, expected {self._folders[0] / name}.jpg")
+        if annotation is None:
+            raise ImageError(f"{image}: an image without annotation, expected {self._folders[1] / name}.png")
+        data, annotated = _read(image), _read(annotation)
+        label = self._label(annotated, annotation, _size(data, image))
+        return AnnotatedSample(data, str(image.relative_to(self._folders[0])), label, annotated)
+
+    def _label(self, annotated: bytes, path: Path, size: tuple[int, int]) -> int:
+        """The class that covers most pixels of an annotation, which is checked."""
+        values, classes = decode_annotation(annotated, str(path)), len(self.class_names)
+        if values.shape != size:
+            raise ImageError(f"{path}: {_by(values.shape)} pixels, but its image has {_by(size)} (height x width)")
+        if values.max() > classes:
+            row, column = np.unravel_index(values.argmax(), values.shape)
+            raise ImageError(
+                f"{path}: value {values.max()} in row {row}, column {column}, expected the classes 1 to {classes} "
+                "or 0 (ignored)"
+            )
+        counts = np.bincount(values.ravel(), minlength=classes + 1)
+        return int(counts[1:].argmax())
+
+
+def read_class_names(folder: Path) -> list[str]:
+    """The names of the classes, synonyms included, from the objectInfo*.txt in the folder.
+
+    Raises ImageError if there is not one such file, or if it is not as ADE-20k has it: separated by tabs, with a
+    header that has Idx and Name, and then the classes 1, 2, ..., each with another name.
+    """
+    files = sorted(folder.glob("objectInfo*.txt"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "no objectInfo*.txt"
+        raise ImageError(
+            f"{folder}: {found}, expected one objectInfo*.txt beside images/ and annotations/ with the classes, "
+            "as ADE-20k has it: between tabs, with the columns Idx (1, 2, ..) and Name"
+        )
+    try:
+        lines = files[0].read_text(encoding="utf-8").splitlines()
+        header, *rows = ([cell.strip() for cell in line.split("\t")] for line in lines if line.strip())
+        numbers, names = zip(
+            *((int(row[header.index("Idx")]), row[header.index("Name")]) for row in rows), strict=True
+        )
+    except (ValueError, IndexError) as error:
+        raise ImageError(f"{files[0]}: expected a header and rows with Idx and Name between tabs") from error
+    if numbers != tuple(range(1, len(rows) + 1)) or len(set(names)) != len(names) or len(names) > MAX_CLASSES:
+        raise ImageError(
+            f"{files[0]}: expected at most {MAX_CLASSES} classes, numbered 1, 2, .. in order, all names different"
+        )
+    return list(names)
+
+
+def decode_annotation(data: bytes, name: str) -> np.ndarray:
+    """The values (h, w) of a PNG file: grey of 8 or 16 bits, or the numbers (not the colours) of a palette.
+
+    Raises ImageError naming the file for everything else, since its values would be a matter of interpretation.
+    """
+    with opened(data, name) as image:
+        values, kind = np.asarray(image), image.format
+    if kind != "PNG" or not (data[COLOUR] == PALETTE or (data[COLOUR] == GREY and data[DEPTH] >= 8)):
+        found = f"PNG of {data[DEPTH]} bits with {len(image.getbands())} channels" if kind == "PNG" else kind
+        raise ImageError(
+            f"{name}: {found}, expected a PNG with one channel, 8-bit grey or a palette, whose values are classes"
+        )
+    return values
+
+
+def smallest_png(data: bytes) -> bytes:
+    """A PNG annotation with values below 256 in the fewest bytes: as it is, as 8-bit grey, or with a palette.
+
+    All three decode to the same values; in ours the palette's colours are the values, too.
+    """
+    values = decode_annotation(data, "annotation").astype(np.uint8)
+    grey, palette = Image.fromarray(values), Image.fromarray(values)
+    palette.putpalette(np.arange(int(values.max()) + 1, dtype=np.uint8).repeat(3).tobytes())
+    as_it_is = [data] if data[DEPTH] <= 8 else []
+    return min([*as_it_is, _png(palette), _png(grey)], key=len)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _by_name(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+    """The files below a folder by their path in it, without suffix."""
+    files: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in files:
+            raise ImageError(f"{path}: has the name of {files[name].name}; remove one of the two")
+        files[name] = path
+    return files
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _size(data: bytes, path: Path) -> tuple[int, int]:
+    with opened(data, str(path)) as image:
+        return image.height, image.width
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
