@@ -11,7 +11,7 @@ CUBIC_A = -0.75  # the bicubic kernel of torch's and OpenCV's interpolation
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
-def crop_resize(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_resize(maps: Tensor, boxes: Tensor, size: int, grids: Tensor | None = None) -> Tensor:
     """Cut a box from each map and resize it bicubically to size x size.
 
     `maps` (B, C, H, W) float, `boxes` (B, 4) int64 = top, left, height, width in cells ->
@@ -19,9 +19,13 @@ def crop_resize(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
     (SeiT, Token-RRC), so it equals `F.interpolate(map[:, top:top+height, left:left+width], size,
     mode="bicubic")`. Both directions are linear maps with four weights a row, applied as two batched
     matrix products; the result is channels-last in memory, as maps from `embed` are.
+
+    With `grids` (B, 2) int64, the height and width of the real part of each map, a box that begins there may
+    reach beyond it: its scale is that of the whole box, and the edge of the real part is repeated.
     """
-    rows = _resize_weights(boxes[:, 0], boxes[:, 2], maps.shape[2], size).to(maps.dtype)
-    columns = _resize_weights(boxes[:, 1], boxes[:, 3], maps.shape[3], size).to(maps.dtype)
+    inside = boxes[:, 2:] if grids is None else torch.minimum(boxes[:, 2:], grids - boxes[:, :2])
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], inside[:, 0], maps.shape[2], size).to(maps.dtype)
+    columns = _resize_weights(boxes[:, 1], boxes[:, 3], inside[:, 1], maps.shape[3], size).to(maps.dtype)
     batch, channels, _, width = maps.shape
     # All columns and channels of an image are one matrix: as many small products would take four times as long.
     lines = rows @ maps.permute(0, 2, 3, 1).flatten(2)
@@ -29,13 +33,15 @@ def crop_resize(maps: Tensor, boxes: Tensor, size: int) -> Tensor:
     return (columns.unsqueeze(1) @ lines).permute(0, 3, 1, 2)
 
 
-def _resize_weights(start: Tensor, length: Tensor, cells: int, size: int) -> Tensor:
-    """(B,) start and length of each box along one axis -> (B, size, cells) bicubic weights, fp32."""
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+def _resize_weights(start: Tensor, length: Tensor, inside: Tensor, cells: int, size: int) -> Tensor:
+    """(B,) start and length of each box along one axis, and how much of it is inside its map ->
+    (B, size, cells) bicubic weights, fp32.
+    """
+    start, length, inside = (numbers.view(-1, 1, 1) for numbers in (start, length, inside))
     out = torch.arange(size, device=start.device).view(1, -1, 1)
     centre = (out + 0.5) * (length.double() / size) - 0.5
     taps = centre.floor() + torch.arange(-1, 3, device=start.device)
-    cell = torch.minimum(taps.clamp(min=0).long(), length - 1) + start
+    cell = torch.minimum(taps.clamp(min=0).long(), inside - 1) + start
     weights = torch.zeros(len(start), size, cells, device=start.device)
     return weights.scatter_add_(2, cell, _cubic(centre - taps).float())
 

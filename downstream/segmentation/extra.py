@@ -1,0 +1,33 @@
+"""The door to mmsegmentation, which only the extra `segmentation` installs."""
+
+import contextlib
+import io
+import warnings
+from functools import cache
+
+from seitpp.errors import UserError
+
+
+class ExtraError(UserError):
+    """mmsegmentation is not installed, or cannot be imported."""
+
+
+@cache
+def load_mmseg() -> None:
+    """Import mmsegmentation without what it prints, and let names in configs be its own.
+
+    A recipe calls this before it imports the modules beside this one that need mmsegmentation. It reaches no
+    network. Raises ExtraError if a package of the extra is missing or does not load.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from mmengine.logging import MMLogger
+            from mmseg.utils import register_all_modules
+
+            register_all_modules(init_default_scope=True)
+    except ImportError as error:
+        raise ExtraError(
+            f'segmentation needs mmsegmentation ({error}): pip install "seitpp[segmentation]"'
+        ) from error
+    MMLogger.get_current_instance().setLevel("WARNING")
