@@ -11,7 +11,6 @@ of SeiT or SeiT++. Every image counts once on any number of processes. On the di
 Writes config.json, result.json, per_class.csv, confusion.csv and confusion.png into --out. Trains nothing.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seitpp import TokenStore, plots, tokenizers
+from seitpp import TokenStore, files, plots, tokenizers
 from seitpp.augment import EvalPixelView, EvalView
-from seitpp.engine.config import RunConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codes
 from seitpp.engine.evaluate import predict
 from seitpp.engine.run import Run
@@ -158,20 +158,19 @@ def check_classes(saved: Saved, data: Data, checkpoint: str) -> None:
 
 def write_tables(folder: Path, counts: Tensor, names: list[str]) -> None:
     """per_class.csv, a line a class; confusion.csv, a line for each pair of label and prediction that occurs."""
-    with (folder / "per_class.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "images", "top1", "mostly_taken_for"])
-        for label, row in enumerate(counts):
-            wrong = row.clone()
-            wrong[label] = 0
-            images, correct = int(row.sum()), int(row[label])
-            percent = f"{100 * correct / images:.2f}" if images else ""
-            table.writerow([names[label], images, percent, names[int(wrong.argmax())] if wrong.any() else ""])
-    with (folder / "confusion.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["label", "predicted", "images"])
-        for label, predicted in counts.nonzero().tolist():
-            table.writerow([names[label], names[predicted], int(counts[label, predicted])])
+    classes = []
+    for label, row in enumerate(counts):
+        wrong = row.clone()
+        wrong[label] = 0
+        images, correct = int(row.sum()), int(row[label])
+        percent = f"{100 * correct / images:.2f}" if images else ""
+        classes.append([names[label], images, percent, names[int(wrong.argmax())] if wrong.any() else ""])
+    files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
+    pairs = [
+        [names[label], names[predicted], int(counts[label, predicted])]
+        for label, predicted in counts.nonzero().tolist()
+    ]
+    files.replace_csv(folder / "confusion.csv", ["label", "predicted", "images"], pairs)
 
 
 if __name__ == "__main__":

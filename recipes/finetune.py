@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 
 from seitpp import plots
 from seitpp.augment import EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitView
-from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.optim import adamw
@@ -176,8 +177,10 @@ def main(config: Config) -> None:
     )
 
     # 4. Training.
+    judged = run.judged(validation)
+
     def evaluate() -> dict[str, float]:
-        found = predict(model, validation, lambda batch: centre_view(of(batch)), run.accelerator, config.workers)
+        found = predict(model, judged, lambda batch: centre_view(of(batch)), run.accelerator, config.workers)
         return found.accuracies()
 
     trained.train()
@@ -191,13 +194,13 @@ def main(config: Config) -> None:
     # 5. Proof: exact accuracies, weights, and curves.
     result = evaluate()
     for name, value in result.items():
-        run.print(f"{name} {value:6.2f} % of {len(validation):,} images")
+        run.print(f"{name} {value:6.2f} % of {len(judged):,} images")
     if run.is_main:
         unfreeze(model)
         save_classifier(run.out / "model.safetensors", model, *task.known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
-        judged = [*run.evaluations.read(), {"step": run.step, **result}]
-        plots.curves(judged, ["top1", "top5"], run.out / "validation.png")
+        scores = [*run.evaluations.read(), {"step": run.step, **result}]
+        plots.curves(scores, ["top1", "top5"], run.out / "validation.png")
     run.finish(result)
 
 
@@ -274,6 +277,7 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
     names = train.class_names
     if not names or names != validation.class_names:
         raise UserError(f"{config.data}: expected classes with the same names in both splits")
+    run.facts["data"] = {"images": {"train": len(train), "validation": len(validation)}}
     size = config.size or 224
     side = size * 8 // 7  # as 256 to 224
     model = pixel_classifier_from(source.model, len(names), size, config.drop_path)

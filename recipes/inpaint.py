@@ -33,7 +33,8 @@ from torch.utils.data import Subset
 
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import EvalView, Keys
-from seitpp.engine.config import RunConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_splits
 from seitpp.engine.run import Run
 from seitpp.errors import UserError

@@ -20,11 +20,13 @@ from functools import partial
 from typing import Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from seitpp import plots, tokenizers
 from seitpp.augment import EvalView, Keys, SeitPPView
-from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import open_splits, open_tokenadapt, window_of
 from seitpp.engine.evaluate import probe
 from seitpp.engine.metrics import count_flops
@@ -138,7 +140,7 @@ def main(config: Config) -> None:
     evaluation_steps = max(1, round(config.evaluation_epochs * order.steps_per_epoch))
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(model, config.weight_decay, config.betas)
-    model = run.prepare(
+    trained = run.prepare(
         model, optimizer, order, train.fingerprint, lr=lambda step: warmup_cosine(step, steps, warmup, peak)
     )
     run.print(
@@ -150,33 +152,32 @@ def main(config: Config) -> None:
     )
 
     # 6. Training; on the way, probes of the encoder as it is.
-    def evaluate() -> dict[str, float]:
-        return probe(run.plain_model.encoder, train, validation, EvalView(grid), run.accelerator)
+    judged = [run.judged(TokenDataset(split)) for split in (train, validation)]
 
-    model.train()
+    def evaluate(encoder: VisionTransformer = model.encoder) -> dict[str, float]:
+        return probe(encoder, *judged, train.num_classes, EvalView(grid), run.accelerator)
+
+    trained.train()
     for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         ids = view(batch.ids, keys)
         ratio = law.ratio(config.seed, step)
         plan = mask_plan(keys.uniform("mask", patches), *law.counts(patches, ratio))
-        logits = model(ids, plan)
+        logits = trained(ids, plan)
         loss = masked_token_loss(logits, ids, plan)
         run.update(loss, accuracy=masked_token_accuracy(logits, ids, plan), mask_ratio=ratio)
 
     # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
-    trained = run.plain_model.eval()
-    scores = evaluate()
-    before = probe(untrained, train, validation, EvalView(grid), run.accelerator)
+    model.eval()
     result = {
-        **scores,
-        **{f"{name}_untrained": value for name, value in before.items()},
+        **evaluate(),
+        **{f"{name}_untrained": value for name, value in evaluate(untrained).items()},
         "loss": run.log.read()[-1]["loss"],
-        "payload_bytes_per_image": train.payload_bytes / len(train),
     }
     if run.is_main:
-        trained.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
+        model.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
         decode = decode or partial(plots.paint_codes, codebook=codebook)
-        pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
+        pictures = plots.reconstructions(model, validation, grid, config.seed, decode, originals)
         logs = run.log.read(), run.evaluations.read()
         plots.write_report(run.out, "Masked token modeling", result, *logs, train.num_codes, pictures)
     run.finish(result)

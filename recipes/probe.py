@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seitpp.augment import EvalView
-from seitpp.engine.config import RunConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_splits
 from seitpp.engine.evaluate import probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_mtm
+from seitpp.tokens.dataset import TokenDataset
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def main(config: Config) -> None:
     run.start()
 
     # 3. Probe.
-    result = probe(model.encoder, train, validation, EvalView(window), run.accelerator)
+    images = TokenDataset(train), TokenDataset(validation)
+    result = probe(model.encoder, *images, train.num_classes, EvalView(window), run.accelerator)
     for name, value in result.items():
         run.print(f"{name:20} {value:6.2f} % of {len(validation):,} images")
     run.finish(result)

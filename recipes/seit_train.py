@@ -23,7 +23,8 @@ from timm.utils import ModelEmaV3
 import seitpp.models  # noqa: F401 (makes timm know our models)
 from seitpp import plots
 from seitpp.augment import EvalView, Keys, SeitView
-from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import open_splits, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.metrics import count_flops
@@ -164,11 +165,11 @@ def main(config: Config) -> None:
     )
 
     # 6. Training.
+    judged = run.judged(TokenDataset(validation))
+
     def evaluate() -> dict[str, float]:
         found = {
-            suffix: predict(
-                weights, TokenDataset(validation), lambda batch: centre_view(batch.ids), run.accelerator
-            ).accuracies()
+            suffix: predict(weights, judged, lambda batch: centre_view(batch.ids), run.accelerator).accuracies()
             for suffix, weights in (("", model), ("_ema", ema.module))
         }
         return {f"{name}{suffix}": value for suffix, scores in found.items() for name, value in scores.items()}
@@ -184,15 +185,15 @@ def main(config: Config) -> None:
     # 7. Proof: exact accuracies, weights, and curves.
     result = evaluate()
     for name, value in result.items():
-        run.print(f"{name:12} {value:6.2f} % of {len(validation):,} images")
+        run.print(f"{name:12} {value:6.2f} % of {len(judged):,} images")
     if run.is_main:
         known = codebook_fingerprint(train.codebook), train.class_names, window
         save_classifier(run.out / "model.safetensors", model, *known)
         save_classifier(run.out / "model_ema.safetensors", ema.module, *known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
-        judged = [*run.evaluations.read(), {"step": run.step, **result}]
-        plots.curves(judged, ["top1", "top1_ema"], run.out / "validation.png")
-    run.finish({**result, "payload_bytes_per_image": train.payload_bytes / len(train)})
+        scores = [*run.evaluations.read(), {"step": run.step, **result}]
+        plots.curves(scores, ["top1", "top1_ema"], run.out / "validation.png")
+    run.finish(result)
 
 
 if __name__ == "__main__":

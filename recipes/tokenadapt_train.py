@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from seitpp import plots, tokenizers
 from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.maps import centre_window
-from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import ON_DIGITS
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
@@ -168,6 +169,7 @@ def main(config: Config) -> None:
 
     # 7. Proof: held-out images, one augmentation after the other, in figures and in pictures.
     trained = run.plain_model.eval()
+    validation = run.judged(validation)
     result = judge(trained, pair, validation, config, run)
     if run.is_main:
         trained.save(run.out / "model.safetensors", codebook_fingerprint(codebook.cpu().numpy()))

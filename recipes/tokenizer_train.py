@@ -19,11 +19,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
-from seitpp.engine.config import TrainConfig, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
@@ -31,9 +31,9 @@ from seitpp.errors import UserError
 from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
 from seitpp.objectives.vq import WEIGHTS, vq_losses, weighted_sum
 from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, code_counts, refine, usage
-from seitpp.tokenizers.images import ImageDataset, ImageSource, Pixels, hold_out, open_source
+from seitpp.tokenizers.images import ImageDataset, ImageSource, hold_out, open_source
 from seitpp.tokenizers.transformer import TransformerShape
-from seitpp.tokens.dataset import BatchOrder
+from seitpp.tokens.dataset import BatchOrder, evaluation_loader
 from seitpp.tokens.digits import DigitsSource
 
 NEED_DATA = {"published", "photos"}
@@ -189,20 +189,18 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
 def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -> dict:
     """Codes used, perplexity, and the means over images of PSNR (dB) and SSIM; warns if few codes are used."""
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    mine = range(rank, len(source), ranks)
-    batches = [list(mine[start : start + 64]) for start in range(0, len(mine), 64)]
-    dataset = ImageDataset(source, tokenizer.spec.image_size)
+    dataset = run.judged(ImageDataset(source, tokenizer.spec.image_size))
     counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
     sums = torch.zeros(2, device=run.device)
-    for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=as_it_is, num_workers=config.workers):
+    for batch in evaluation_loader(dataset, 64, rank, ranks, config.workers):
         images = batch.to(run.device).images.float() / 255
         ids = tokenizer.encode(images)
         decoded = tokenizer.decode(ids)
         counts += code_counts(ids, len(counts))
         sums += quality(decoded, images).sum(dim=0)
     used = usage(run.accelerator.reduce(counts))
-    mean_psnr, mean_ssim = (run.accelerator.reduce(sums) / len(source)).tolist()
-    run.print(f"{used}; PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.3f} of {len(source):,} held-out images")
+    mean_psnr, mean_ssim = (run.accelerator.reduce(sums) / len(dataset)).tolist()
+    run.print(f"{used}; PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.3f} of {len(dataset):,} held-out images")
     return {"codes_used": used.used, "perplexity": used.perplexity, "psnr": mean_psnr, "ssim": mean_ssim}
 
 
@@ -224,11 +222,6 @@ def open_data(config: Config) -> tuple[ImageSource, ImageSource]:
     if config.validation_split is not None:
         return source, open_source(config.data, config.validation_split)
     return hold_out(source, HELD_OUT, config.data)
-
-
-def as_it_is(batch: Pixels) -> Pixels:
-    """The dataset makes whole batches."""
-    return batch
 
 
 if __name__ == "__main__":

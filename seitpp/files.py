@@ -1,15 +1,20 @@
 """Files that are there whole or not at all: every durable write of the project goes through this module.
 
 A file is written beside its target, synced, and renamed over it; a folder is filled beside its target, synced
-file by file, and renamed. Nothing here imports torch.
+file by file, and renamed. Every change on disk is one call of `os`, so that a test can fail, or kill at, each of
+them. Nothing here imports torch.
 """
 
+# ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108
+import csv
+import fcntl
 import hashlib
+import io
 import json
 import os
-import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -39,10 +44,23 @@ def sync(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write and sync a new file where nobody looks yet: in a folder that is published later."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(path, data, os.O_TRUNC)
+
+
+def append_file(path: Path, data: bytes) -> None:
+    """Add to a file, or begin it, and sync it. Interrupted, a part of `data` may be there."""
+    _write(path, data, os.O_APPEND)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest[:CHUNK]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -65,17 +83,23 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes 0600
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes 0600
         sync(temporary)
-        temporary.replace(path)
+        os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            os.unlink(temporary)
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step."""
+    replace_file(path, lambda temporary: write_file(temporary, data))
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file in one step."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_bytes(path, text.encode())
 
 
 def replace_json(path: Path, value: object) -> None:
@@ -83,14 +107,21 @@ def replace_json(path: Path, value: object) -> None:
     replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def replace_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table in one step."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    replace_text(path, text.getvalue())
+
+
 def publish_folder(staging: Path, target: Path) -> None:
     """Sync every file and folder under `staging`, then rename it to `target`, which must not exist."""
     for path in sorted(staging.rglob("*")):
         if path.is_file():
-            path.chmod(0o666 & ~_umask())
+            os.chmod(path, 0o666 & ~_umask())
         sync(path)
     sync(staging)
-    staging.rename(target)
+    os.rename(staging, target)
     sync(target.parent)
 
 
@@ -112,20 +143,48 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         remove_folder(staging)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; one that is there stays as it is."""
+    os.makedirs(path, exist_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it; one that is not there is no error."""
     if path.exists():
-        shutil.rmtree(path)
+        empty_folder(path)
+        os.rmdir(path)
 
 
-def empty_folder(path: Path) -> None:
-    """Make a folder, or remove what is in it."""
-    path.mkdir(parents=True, exist_ok=True)
+def empty_folder(path: Path, but: Collection[str] = ()) -> None:
+    """Make a folder, or remove what is in it, all but the files named in `but`."""
+    make_folder(path)
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
+            remove_folder(child)
+        elif child.name not in but:
+            os.unlink(child)
+
+
+def lock(path: Path) -> int | None:
+    """Lock the file `path` for this process, and say in it who that is; None if another process has locked it.
+
+    The lock ends when the descriptor returned is closed or the process dies, however it dies; forked children do
+    not hold it (POSIX record locks, which hold on network file systems too).
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Give back what `lock` returned."""
+    os.close(descriptor)
 
 
 def _umask() -> int:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seitpp import TokenStore
+from seitpp import TokenStore, files
 from seitpp.augment import EvalView
 from seitpp.engine import checkpoint
-from seitpp.engine.config import ConfigError, load_config, parse, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import ConfigError, load_config, parse
 from seitpp.engine.evaluate import Features, extract_features, knn, linear_probe
-from seitpp.engine.folder import RunError, choose_folder, start_folder
+from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
 from seitpp.engine.optim import adamw
 from seitpp.engine.schedule import warmup_cosine
@@ -125,11 +128,15 @@ def save(folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) 
     checkpoint.save(folder, step, "store-a", checkpoint.tensors_of(model, optimizer, ema=None))
 
 
+def newest(folder) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.newest(folder))
+
+
 def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
     other, other_optimizer = trained(seed=1)
-    found = checkpoint.load_latest(tmp_path)
+    found = newest(tmp_path)
     checkpoint.restore(found, "store-a", other, other_optimizer, ema=None)
     assert found.step == 3
     for one, two in ((model, optimizer), (other, other_optimizer)):
@@ -145,39 +152,38 @@ def test_two_checkpoints_are_kept_and_latest_names_the_newest(tmp_path) -> None:
         save(tmp_path, step, model, optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000002", "step-00000003"]
     assert (tmp_path / "LATEST").read_text() == "step-00000003"
-    assert checkpoint.load_latest(tmp_path / "none") is None
+    assert checkpoint.newest(tmp_path / "none") is None
 
 
-def test_a_flipped_bit_or_a_missing_file_is_refused_and_the_one_before_taken(tmp_path) -> None:
+def two_checkpoints(folder: Path) -> list[Path]:
+    """The files of the newer of two."""
     model, optimizer = trained()
-    generator = np.random.default_rng(0)
-    for trial in range(60):
-        save(tmp_path, 1, model, optimizer)
-        save(tmp_path, 2, model, optimizer)
-        files = sorted((tmp_path / "step-00000002").iterdir())
-        path = files[trial % len(files)]
-        data = bytearray(path.read_bytes())
-        if trial < len(files):
-            path.unlink()
-        else:
-            data[generator.integers(len(data))] ^= 1 << generator.integers(8)
-            path.write_bytes(data)
-        # A flip inside the manifest's white space changes nothing that counts.
-        harmless = path.name == "manifest.json" and path.exists() and _same_manifest(data, files)
-        if harmless:
-            assert checkpoint.load_latest(tmp_path).step == 2
-        else:
-            with pytest.warns(UserWarning, match="going back to the checkpoint before it"):
-                assert checkpoint.load_latest(tmp_path).step == 1
+    save(folder, 1, model, optimizer)
+    save(folder, 2, model, optimizer)
+    return sorted((folder / "step-00000002").iterdir())
 
 
-def _same_manifest(data: bytes, files: list) -> bool:
-    try:
-        return json.loads(data) == {
-            path.name: checkpoint._entry(path) for path in files if path.stem != "manifest"
-        }
-    except ValueError:
-        return False
+def test_a_flipped_bit_in_any_file_is_refused_and_the_checkpoint_before_taken(tmp_path) -> None:
+    generator, paths = np.random.default_rng(0), two_checkpoints(tmp_path)
+    for trial in range(300):
+        path = paths[trial % len(paths)]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+        path.write_bytes(data)
+        with pytest.warns(UserWarning, match="going back to the checkpoint before it"):
+            assert newest(tmp_path).step == 1, path
+        path.write_bytes(whole)
+    assert newest(tmp_path).step == 2
+
+
+def test_a_missing_file_is_refused_and_the_checkpoint_before_taken(tmp_path) -> None:
+    for path in two_checkpoints(tmp_path):
+        whole = path.read_bytes()
+        path.unlink()
+        with pytest.warns(UserWarning, match="going back to the checkpoint before it"):
+            assert newest(tmp_path).step == 1
+        path.write_bytes(whole)
 
 
 def test_only_damaged_checkpoints_are_an_error(tmp_path) -> None:
@@ -188,13 +194,13 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path) -> None:
         pytest.warns(UserWarning, match=r"model\.safetensors is not the file that was saved"),
         pytest.raises(checkpoint.CheckpointError, match="none of the 1 checkpoints"),
     ):
-        checkpoint.load_latest(tmp_path)
+        newest(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer)
-    found = checkpoint.load_latest(tmp_path)
+    found = newest(tmp_path)
     other = nn.Sequential(nn.Linear(4, 6))
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(
@@ -211,14 +217,9 @@ def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
 
 def test_a_folder_with_something_in_it_is_never_written_over(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="not empty"):
-        choose_folder("x", {}, str(tmp_path), resume=False, overwrite=False)
-    with pytest.raises(RunError, match="holds no run"):
-        choose_folder("x", {}, str(tmp_path), resume=False, overwrite=True)
-    with pytest.raises(RunError, match="no run to resume"):
-        choose_folder("x", {}, str(tmp_path), resume=True, overwrite=False)
-    with pytest.raises(RunError, match="no run to resume"):
-        choose_folder("x", {}, str(tmp_path / "missing"), resume=True, overwrite=False)
+    for resume, overwrite in ((False, False), (False, True), (True, False)):
+        with pytest.raises(RunError, match="not empty and holds no run"):
+            choose_folder("x", {}, str(tmp_path), resume, overwrite)
     with pytest.raises(RunError, match="--resume without --out"):
         choose_folder("x", {}, None, resume=True, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -227,15 +228,37 @@ def test_a_folder_with_something_in_it_is_never_written_over(tmp_path) -> None:
 def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/x", "runs/x-2"):
-        folder = choose_folder("x", {"lr": 1}, None, False, False)
-        assert str(folder) == expected and not folder.exists()
-        start_folder(folder, {"lr": 1})
-    assert str(choose_folder("x", {"lr": 1, "workers": 3}, "runs/x", resume=True, overwrite=False)) == "runs/x"
+        folder, resumed = choose_folder("x", {"lr": 1}, None, False, False)
+        assert str(folder) == expected and not folder.exists() and not resumed
+        files.unlock(enter_folder(folder, {"lr": 1}, resumed, overwrite=False))
+    run = Path("runs/x")
+    assert choose_folder("x", {"lr": 1, "workers": 3}, "runs/x", resume=True, overwrite=False) == (run, True)
+    assert choose_folder("x", {"lr": 1}, "runs/y", resume=True, overwrite=False) == (Path("runs/y"), False)
     with pytest.raises(RunError, match="lr 1 -> 2"):
         choose_folder("x", {"lr": 2}, "runs/x", resume=True, overwrite=False)
-    (tmp_path / "runs/x/old").touch()
-    start_folder(choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=True), {"lr": 2})
-    assert [path.name for path in (tmp_path / "runs/x").iterdir()] == ["config.json"]
+    with pytest.raises(RunError, match="not empty: name another --out, or pass --resume or --overwrite"):
+        choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=False)
+    (run / "old").touch()
+    with pytest.raises(RunError, match="another process has run there just now"):
+        enter_folder(run, {"lr": 2}, resumed=False, overwrite=False)
+    folder, resumed = choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=True)
+    files.unlock(enter_folder(folder, {"lr": 2}, resumed, overwrite=True))
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
+    assert json.loads((run / "config.json").read_text()) == {"lr": 2}
+
+
+def test_a_folder_is_locked_while_its_owner_lives(tmp_path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from seitpp.engine.folder import enter_folder;"
+        "enter_folder(Path(sys.argv[1]), {}, False, False); print('locked', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "locked\n"
+    with pytest.raises(RunError, match=rf"in use by process {owner.pid} on "):
+        enter_folder(tmp_path, {}, resumed=True, overwrite=False)
+    owner.kill()
+    owner.wait()
+    files.unlock(enter_folder(tmp_path, {}, resumed=True, overwrite=False))
 
 
 def test_metrics_have_no_line_twice_after_a_kill(tmp_path) -> None:
@@ -341,7 +364,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
     store = TokenStore(digits().store, "validation")
     encoder = MTM("mtm_vit_nano", (8, 8), store.num_codes, 16, 32, 1, 2).encoder
     whole, parts = (
-        extract_features(encoder, store, EvalView((8, 8)), Accelerator(cpu=True), batch_size=size)
+        extract_features(encoder, TokenDataset(store), EvalView((8, 8)), Accelerator(cpu=True), batch_size=size)
         for size in (360, 7)
     )
     torch.testing.assert_close(whole.vectors, parts.vectors, atol=1e-5, rtol=0)

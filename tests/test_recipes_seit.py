@@ -20,7 +20,8 @@ from accelerate import Accelerator
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import EvalView, Keys, SeitView
-from seitpp.engine.config import parse, run_recipe
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import parse
 from seitpp.engine.evaluate import predict
 from seitpp.models import MTM, TokenAdapt, load_classifier, save_classifier, save_release
 from seitpp.tokens.codebook import codebook_fingerprint, embed

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from sets import SETS, differences, read_set
 
 from seitpp import TokenStore, tokenizers
-from seitpp.engine.config import run_recipe
+from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
 from seitpp.tokenizers.images import DatasetSource
 

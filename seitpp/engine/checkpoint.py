@@ -12,13 +12,16 @@
 Nothing random is saved: every draw is keyed by seed, epoch, image and step.
 """
 
+import hashlib
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -26,6 +29,7 @@ from seitpp import files
 from seitpp.errors import UserError
 
 KEPT = 2
+MANIFEST = "manifest.json"
 
 Groups = dict[str, dict[str, Tensor]]  # tensors by name, in files by name
 
@@ -55,24 +59,53 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEma
 
 
 def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
-    """Publish a checkpoint under `folder`; then point LATEST to it; then remove all but the newest two."""
+    """Publish a checkpoint under `folder`; then point LATEST to it; then remove all but the newest two.
+
+    Raises CheckpointError if the disk does not take it; those before it are then whole, and LATEST names one.
+    """
     target = folder / f"step-{step:08d}"
     staging = folder / f".{target.name}.tmp"
-    files.remove_folder(staging)
-    staging.mkdir(parents=True)
+    try:
+        files.remove_folder(staging)
+        files.make_folder(staging)
+        _fill(staging, step, store, tensors)
+        files.remove_folder(target)  # a damaged one that a resumed run reaches again
+        files.publish_folder(staging, target)
+        files.replace_text(folder / "LATEST", target.name)
+        for old in _checkpoints(folder)[:-KEPT]:
+            files.remove_folder(old)
+    except OSError as error:
+        with suppress(OSError):
+            files.remove_folder(staging)
+        raise CheckpointError(
+            f"saving step {step} in {folder} failed: {error.strerror}; {latest(folder)}; mend or make room, then "
+            "go on with --resume"
+        ) from error
+
+
+def _fill(folder: Path, step: int, store: str, tensors: Groups) -> None:
+    """One file after the other, so that a second copy of one group at most lies in memory."""
+    manifest = {}
+
+    def write(name: str, data: bytes) -> None:
+        files.write_file(folder / name, data)
+        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
     for name, group in tensors.items():
-        save_file(_contiguous(group), staging / f"{name}.safetensors")
-    (staging / "state.json").write_text(json.dumps({"step": step, "store": store}))
-    manifest = {path.name: _entry(path) for path in sorted(staging.iterdir())}
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    files.remove_folder(target)  # a damaged one that a resumed run reaches again
-    files.publish_folder(staging, target)
-    files.replace_text(folder / "LATEST", target.name)
-    for old in _checkpoints(folder)[:-KEPT]:
-        files.remove_folder(old)
+        write(f"{name}.safetensors", safetensors.torch.save(_contiguous(group)))
+    write("state.json", json.dumps({"step": step, "store": store}).encode())
+    files.write_file(folder / MANIFEST, _manifest_file(manifest))
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path) -> str:
+    """Which checkpoint is the newest, in words."""
+    pointer = folder / "LATEST"
+    if not pointer.exists():
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint is {pointer.read_text()}"
+
+
+def newest(folder: Path) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none at all.
 
     A damaged one is passed over with a warning for the one before it. Raises CheckpointError if all are damaged.
@@ -80,7 +113,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
     found = _checkpoints(folder)
     for path in reversed(found):
         try:
-            return _load(path)
+            _verify(path)
+            return path
         except CheckpointError as error:
             warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
     if found:
@@ -102,18 +136,34 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _load(path: Path) -> Checkpoint:
+def _manifest_file(manifest: dict[str, dict]) -> bytes:
+    return json.dumps(manifest, indent=2).encode()
+
+
+def _verify(path: Path) -> None:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        written = (path / MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        if written != _manifest_file(manifest):
+            raise CheckpointError(f"{path / MANIFEST} is not as it was written")
         for name in sorted({"model.safetensors", "optimizer.safetensors", "state.json"} | set(manifest)):
             if manifest[name] != _entry(path / name):
                 raise CheckpointError(f"{path / name} is not the file that was saved (size or SHA-256 differ)")
-        state = json.loads((path / "state.json").read_text())
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {path} is incomplete: {error!r}") from error
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint that `newest` found. Raises CheckpointError where it is not there."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): expected --out on a file system that all machines share"
+        ) from error
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, state["step"], state["store"], tensors)
 
 

@@ -1,12 +1,10 @@
-"""The command line of a recipe: `recipe.py [preset] --flag value ...`, from a frozen dataclass and its presets."""
+"""The settings of a recipe: a frozen dataclass, its presets, `recipe.py [preset] --flag value ...`."""
 
 import dataclasses
 import difflib
 import json
-import os
-import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -33,6 +31,7 @@ class RunConfig:
 
     # Fixed where nothing is trained; settings of a TrainConfig.
     resume: ClassVar[bool] = False
+    dry_run: ClassVar[bool] = False
     accumulation: ClassVar[int] = 1
     workers: ClassVar[int] = 0
     log_steps: ClassVar[int] = 1
@@ -43,23 +42,14 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What a recipe that trains asks besides."""
 
-    resume: bool = False
+    resume: bool = False  # go on where the run in --out was stopped; begin it where there is none
+    dry_run: bool = False  # try every part in a minute, two steps of training among them, and keep nothing
     compile: bool = False  # torch.compile; worth its minutes on a GPU
     accumulation: int = 1
     workers: int = 8  # processes that read batches, for each process that trains
     checkpoint_epochs: float = 1
     log_steps: int = 20
     trackers: tuple[str, ...] = ()
-
-
-def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], default: str) -> None:
-    """Parse the command line and call `main`; what the user can mend is one line on stderr and exit status 2."""
-    try:
-        main(parse(presets, default, sys.argv[1:]))
-    except UserError as error:
-        rank = os.environ.get("RANK")
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> Config:

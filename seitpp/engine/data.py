@@ -1,6 +1,7 @@
 """The token stores of a run: the named one, or the embedded digits."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,24 @@ def open_splits(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
         raise UserError(
             f"{train.path}: its images have grids of their own, expected one grid: tokenize to one size"
         )
+    run.facts |= facts_of(train, validation)
     return train, validation
+
+
+def facts_of(train: TokenStore, validation: TokenStore) -> dict[str, Any]:
+    """What result.json says of the data of a run."""
+    return {
+        "payload_bytes_per_image": train.payload_bytes / len(train),
+        "data": {
+            "images": {store.split: len(store) for store in (train, validation)},
+            "grid": train.grid,
+            "num_codes": train.num_codes,
+            "code_dim": train.codebook.shape[1],
+            "codec": train.codec.name,
+            "fingerprint": train.fingerprint,
+            "tokenizer": train.tokenizer,
+        },
+    }
 
 
 def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:

@@ -10,8 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from seitpp.store import TokenStore
-from seitpp.tokens.dataset import TokenDataset, evaluation_loader
+from seitpp.tokens.dataset import evaluation_loader
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # the usual weighted k-NN (Wu et al. 2018, "Unsupervised feature learning ...")
 QUERY_CELLS = 1 << 25  # cells of the query x bank similarity matrix that are held at once
@@ -84,9 +83,10 @@ def predict(
 
 @torch.no_grad()
 def extract_features(
-    encoder: VisionTransformer, store: TokenStore, view: nn.Module, accelerator: Accelerator, batch_size: int = 256
+    encoder: VisionTransformer, dataset: Dataset, view: nn.Module, accelerator: Accelerator, batch_size: int = 256
 ) -> Features:
-    """Features of a whole split, on every process: the cls output and the mean of the patch outputs, side by side.
+    """Features of a whole dataset of tokens, on every process: the cls output and the mean of the patch outputs,
+    side by side.
 
     Each process encodes every n-th image; what it pads to make shares equal is cut off again, so every image
     counts once on any number of processes.
@@ -94,14 +94,14 @@ def extract_features(
     encoder = encoder.to(accelerator.device).eval()
     ranks, rank = accelerator.num_processes, accelerator.process_index
     vectors, labels = [], []
-    for batch in evaluation_loader(TokenDataset(store), batch_size, rank, ranks, workers=0):
+    for batch in evaluation_loader(dataset, batch_size, rank, ranks, workers=0):
         with accelerator.autocast():
             output = encoder.forward_features(view(batch.ids.to(accelerator.device)))
         prefix = encoder.num_prefix_tokens
         vectors.append(torch.cat([output[:, 0], output[:, prefix:].mean(dim=1)], dim=1).float())
         labels.append(batch.labels.to(accelerator.device))
-    share = -(-len(store) // ranks)
-    return Features(*(_gather(torch.cat(part), share, len(store), accelerator) for part in (vectors, labels)))
+    share = -(-len(dataset) // ranks)
+    return Features(*(_gather(torch.cat(part), share, len(dataset), accelerator) for part in (vectors, labels)))
 
 
 def _gather(part: Tensor, share: int, total: int, accelerator: Accelerator) -> Tensor:
@@ -145,8 +145,9 @@ def linear_probe(train: Features, validation: Features, num_classes: int, penalt
 
 def probe(
     encoder: VisionTransformer,
-    train: TokenStore,
-    validation: TokenStore,
+    train: Dataset,
+    validation: Dataset,
+    num_classes: int,
     view: nn.Module,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -154,6 +155,6 @@ def probe(
     bank = extract_features(encoder, train, view, accelerator)
     queries = extract_features(encoder, validation, view, accelerator)
     return {
-        "linear_probe_top1": linear_probe(bank, queries, train.num_classes).percent,
-        "knn_top1": knn(bank, queries, train.num_classes).percent,
+        "linear_probe_top1": linear_probe(bank, queries, num_classes).percent,
+        "knn_top1": knn(bank, queries, num_classes).percent,
     }

@@ -28,9 +28,7 @@ class MetricsLog:
 
     def write(self, records: list[dict]) -> None:
         """Append records and make them durable."""
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        files.sync(self.path)
+        files.append_file(self.path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def read(self) -> list[dict]:
         """All records so far."""

@@ -10,63 +10,68 @@
 """
 
 import hashlib
-import importlib.util
 import math
-import os
-import resource
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list, set_seed, tqdm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
 from seitpp.engine import checkpoint
 from seitpp.engine.config import RunConfig
-from seitpp.engine.folder import RunError, choose_folder, start_folder
+from seitpp.engine.folder import RunError, choose_folder, enter_folder
+from seitpp.engine.machine import check_processes, check_trackers, device_name, git_commit, peak_memory
 from seitpp.engine.metrics import MetricsLog, matmul_rate
+from seitpp.engine.stopping import Stopped, StopRequest
 from seitpp.errors import UserError
 from seitpp.tokens.dataset import BatchOrder, training_loader
+
+DRY_RUN_IMAGES = 64
 
 
 class Run:
     """One run under Accelerate, on any number of processes.
 
     `recipe` and the preset name the default folder, runs/RECIPE-PRESET. The whole config is stored in the folder
-    and compared on resume. Raises RunError for a folder that is not empty (unless `resume` or `overwrite`), a run
-    that is not there or differs (with `resume`), or a tracker that is not installed.
+    and compared on resume; the folder is locked while the process lives. Raises RunError for a folder that is in
+    use or not empty (unless `resume` or `overwrite`), a run with other settings (with `resume`), or a tracker that
+    is not installed.
     """
 
     def __init__(self, recipe: str, config: RunConfig):
-        _check_trackers(config.trackers)
+        check_trackers(config.trackers)
         self.started = time.perf_counter()
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
         )
-        _check_processes(self.accelerator.num_processes)
+        check_processes(self.accelerator.num_processes)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.config, self.settings = config, asdict(config)
-        self.out = Path(self._on_main(lambda: str(self._choose_folder(recipe))))
+        self.recipe, self.config, self.settings = recipe, config, asdict(config)
+        self.facts = {}  # what `open_splits` found, for result.json
+        self.out, self.resumed = self._on_main(self._choose_folder)
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
         self.step, self.flops_per_image, self._pending = 0, None, []
         self._trained_images, self._trained_seconds = 0, 0.0
+        self._stop = StopRequest(self.accelerator.num_processes)
         set_seed(config.seed)
 
-    def _choose_folder(self, recipe: str) -> Path:
+    def _choose_folder(self) -> tuple[Path, bool]:
         config = self.config
         return choose_folder(
-            f"{recipe}-{config.preset}", self.settings, config.out, config.resume, config.overwrite
+            f"{self.recipe}-{config.preset}", self.settings, config.out, config.resume, config.overwrite
         )
 
     def _on_main(self, function: Callable[[], object]) -> object:
@@ -75,7 +80,7 @@ class Run:
         if self.is_main:
             try:
                 outcome[0] = function()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 outcome[1] = str(error)
         value, error = broadcast_object_list(outcome)
         if error is not None:
@@ -83,12 +88,14 @@ class Run:
         return value
 
     def start(self) -> None:
-        """Make the output folder. Called by `prepare`, when data and model have proved good; a run that trains
-        nothing calls it itself.
+        """Make and lock the output folder. Called by `prepare`, when data and model have proved good; a run that
+        trains nothing calls it itself.
         """
-        if self.is_main and not self.config.resume:
-            start_folder(self.out, self.settings)
-        self.accelerator.wait_for_everyone()
+        self._lock = self._on_main(
+            lambda: enter_folder(self.out, self.settings, self.resumed, self.config.overwrite)
+        )
+        if self.config.resume and not self.resumed:
+            self.print(f"nothing to resume in {self.out}: the run begins")
         if self.config.trackers:
             self.accelerator.project_configuration.logging_dir = str(self.out)
             self.accelerator.log_with = filter_trackers(list(self.config.trackers), self.out)
@@ -121,16 +128,13 @@ class Run:
         checkpoint of another model or store.
         """
         self._check_shares(order.batch_size)
-        if self.config.resume:
-            found = checkpoint.load_latest(self.out / "checkpoints")
-            if found is not None:
-                checkpoint.restore(found, store, model, optimizer, ema)
-                self.step = found.step
         self.start()
-        if self.is_main:
-            self.log.keep_until(self.step)
-            self.evaluations.keep_until(self.step - 1)  # that of this step is made once more
-        self.accelerator.wait_for_everyone()
+        path = self._on_main(lambda: checkpoint.newest(self.out / "checkpoints"))
+        if path is not None:
+            found = checkpoint.load(path)
+            checkpoint.restore(found, store, model, optimizer, ema)
+            self.step = found.step
+        self._on_main(self._drop_later_lines)
         self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
         if self.config.compile:
@@ -155,33 +159,40 @@ class Run:
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         accumulation, workers = self.config.accumulation, self.config.workers
+        if self.config.dry_run:  # one step, and once resumed another one
+            steps, checkpoint_steps, evaluation_steps = min(steps, self.step + 1), 1, 1
         loader = training_loader(dataset, self.order, range(self.step, steps), rank, ranks, accumulation, workers)
-        self.checkpoint_steps, self.steps = checkpoint_steps, steps
+        self.dataset, self.checkpoint_steps, self.steps = dataset, checkpoint_steps, steps
         rate = matmul_rate(self.device, self._compute_dtype()) * ranks if self.flops_per_image else None
         self._matmul_rate = rate
         self.bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=1.0, smoothing=0.05)
         self._start_interval()
-        batches = iter(loader)
-        while self.step < steps:
-            step = self.step
-            if evaluate and step and step % evaluation_steps == 0:
-                self._evaluate(evaluate)
-            self._micro = []
-            for micro in range(accumulation):
-                asked = time.perf_counter()
-                batch = next(batches)
-                self._waited += time.perf_counter() - asked
-                torch.manual_seed(_dropout_seed(self.config.seed, rank, step, micro))
-                with self.accelerator.accumulate(self.model):
-                    yield step, batch.to(self.device)
-        self.bar.close()
+        batches = iter(loader)  # starts the workers, which must not inherit what follows
+        self._stop.listen()
+        try:
+            while self.step < steps:
+                step = self.step
+                if evaluate and step and step % evaluation_steps == 0:
+                    self._evaluate(evaluate)
+                self._micro = []
+                for micro in range(accumulation):
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    self._waited += time.perf_counter() - asked
+                    torch.manual_seed(_dropout_seed(self.config.seed, rank, step, micro))
+                    with self.accelerator.accumulate(self.model):
+                        yield step, batch.to(self.device)
+        finally:
+            self._stop.release()
+            self.bar.close()
 
     def update(self, loss: Tensor, **metrics: Tensor | float) -> None:
         """Backward; on the last micro-batch also clip, set the rate of this step, update, and log.
 
         `loss` () is the mean over this process's share; `metrics` are logged beside it: tensors are averaged
         over the processes, numbers are taken as they are. Raises RunError at the first loss or gradient that is
-        not finite: it names step and rank, and no checkpoint is made of it.
+        not finite: it names step and rank, saves what that rank saw, and makes no checkpoint of it. Raises Stopped
+        after SIGTERM or SIGINT, when the step is saved.
         """
         self.accelerator.backward(loss)
         self._micro.append({"loss": loss.detach(), **metrics})
@@ -200,40 +211,50 @@ class Run:
         record = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm.detach()})
         self.bar.update()
-        due = self.step % self.checkpoint_steps == 0 or self.step == self.steps
+        asked = self._stop.agreed()
+        due = asked or self.step % self.checkpoint_steps == 0 or self.step == self.steps
         if due or self.step % self.config.log_steps == 0:
             self._flush()
         if due:
             self.save()
+        if asked:
+            self._stop.release()
+            raise Stopped(
+                f"stopped after step {self.step}, which is saved: go on with --resume --out {self.out}", asked
+            )
 
     def save(self) -> None:
-        """Publish a checkpoint of the present step."""
-        if self.is_main:
-            checkpoint.save(
-                self.out / "checkpoints",
-                self.step,
-                self.store_fingerprint,
-                checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema),
-            )
-        self.accelerator.wait_for_everyone()
+        """Publish a checkpoint of the present step. Raises RunError if the disk does not take it."""
+        tensors = checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema)
+        folder = self.out / "checkpoints"
+        self._on_main(lambda: checkpoint.save(folder, self.step, self.store_fingerprint, tensors))
         # Time spent on a checkpoint is not training time.
         self._start_interval()
 
+    def judged(self, dataset: Dataset) -> Dataset:
+        """What an evaluation looks at: the whole dataset, or its first images in a dry run."""
+        return Subset(dataset, range(min(len(dataset), DRY_RUN_IMAGES))) if self.config.dry_run else dataset
+
     def finish(self, result: dict) -> None:
-        """Write result.json: `result`, the throughput of training if there was any, and where it came from."""
+        """Write result.json: `result`, the throughput of training if there was any, the data, and where it came
+        from.
+        """
         trained = (
             {"images_per_second": self._trained_images / self._trained_seconds} if self._trained_images else {}
         )
         origin = {
+            "recipe": self.recipe,
             "seconds": round(time.perf_counter() - self.started, 1),
             "steps": self.step,
             "processes": self.accelerator.num_processes,
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "seitpp": __version__,
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
         }
+        whole = {**result, **trained, **self.facts, **origin}
+        self._on_main(lambda: files.replace_json(self.out / "result.json", whole))
         if self.is_main:
-            files.replace_json(self.out / "result.json", {**result, **trained, **origin})
+            files.unlock(self._lock)
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------ inside
@@ -258,8 +279,7 @@ class Run:
         self.plain_model.eval()
         scores = dict(evaluate())
         self.plain_model.train()
-        if self.is_main:
-            self.evaluations.write([{"step": self.step, **scores}])
+        self._on_main(lambda: self.evaluations.write([{"step": self.step, **scores}]))
         self.accelerator.log(scores, step=self.step)
         self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         # Time spent on an evaluation is not training time.
@@ -271,8 +291,7 @@ class Run:
         self._pending = []
         speed = self._speed()
         records[-1] |= speed
-        if self.is_main:
-            self.log.write(records)
+        self._on_main(lambda: self.log.write(records))
         self.accelerator.log({k: v for k, v in records[-1].items() if k != "step"}, step=self.step)
         self.bar.set_postfix(
             loss=f"{records[-1]['loss']:.4f}",
@@ -287,11 +306,12 @@ class Run:
         by_rank = self.accelerator.gather(values.unsqueeze(0)).cpu()
         broken = (~by_rank.isfinite()).nonzero()
         if len(broken):
-            self.bar.close()
             rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[0], at[2]))
+            step, value = records[position]["step"], by_rank[rank, position, column]
+            batch = self._on_main(lambda: self._save_batch(step - 1, rank))
             raise RunError(
-                f"{names[column]} is {by_rank[rank, position, column]} at step {records[position]['step']} "
-                f"on rank {rank}: stopped; {self._last_checkpoint()}; lower the learning rate"
+                f"{names[column]} is {value} at step {step} on rank {rank}: stopped; its images are in {batch}; "
+                f"{checkpoint.latest(self.out / 'checkpoints')}; lower the learning rate"
             )
         means = by_rank.double().mean(dim=0).tolist()
         return [
@@ -299,13 +319,22 @@ class Run:
             for record, values in zip(records, means, strict=True)
         ]
 
-    def _last_checkpoint(self) -> str:
-        latest = self.out / "checkpoints" / "LATEST"
-        return (
-            f"the last good checkpoint is {latest.read_text()}"
-            if latest.exists()
-            else "there is no checkpoint yet"
-        )
+    def _save_batch(self, step: int, rank: int) -> Path:
+        """Write what `rank` saw in the update number `step`. All that is random in it follows from seed, epoch and
+        indices, so that from a checkpoint before it the update can be repeated.
+        """
+        accumulation, ranks = self.config.accumulation, self.accelerator.num_processes
+        indices = np.concatenate(list(self.order.shares(range(step, step + 1), rank, ranks, accumulation)))
+        batch = self.dataset.__getitems__(indices.tolist())._asdict()
+        known = {"step": step, "epoch": step // self.order.steps_per_epoch, "seed": self.config.seed, "rank": rank}
+        path = self.out / f"broken-step-{step + 1:08d}-rank-{rank}.safetensors"
+        metadata = {name: str(value) for name, value in known.items()}
+        files.replace_bytes(path, safetensors.torch.save(batch, metadata))
+        return path
+
+    def _drop_later_lines(self) -> None:
+        self.log.keep_until(self.step)
+        self.evaluations.keep_until(self.step - 1)  # that of this step is made once more
 
     def _speed(self) -> dict:
         seconds = time.perf_counter() - self._interval_start
@@ -313,49 +342,13 @@ class Run:
         speed = {"images_per_second": images / seconds, "data_wait": self._waited / seconds}
         if self._matmul_rate:
             speed["mfu"] = self.flops_per_image * images / seconds / self._matmul_rate
-        speed["memory_gib"] = _peak_memory(self.device) / 2**30
+        speed["memory_gib"] = peak_memory(self.device) / 2**30
         self._trained_images += images
         self._trained_seconds += seconds
         self._start_interval()
         return speed
 
 
-def _check_processes(processes: int) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != processes:
-        raise RunError(
-            f"{launched} processes were launched, but Accelerate sees {processes}, so each would train alone: "
-            "without a GPU set ACCELERATE_USE_CPU=1"
-        )
-
-
-def _check_trackers(trackers: tuple[str, ...]) -> None:
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise RunError(f'tracker {tracker!r} is not installed: pip install "seitpp[trackers]"')
-
-
 def _dropout_seed(seed: int, rank: int, step: int, micro: int) -> int:
     digest = hashlib.sha256(f"dropout {seed} {rank} {step} {micro}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout this runs from; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -4,6 +4,7 @@ Neither the number of processes, nor the accumulation, nor the loader's workers 
 global batch, or in which order.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -124,12 +125,19 @@ def _already_a_batch(batch: Batch) -> Batch:
     return batch
 
 
+def _leave_signals_to_the_run(_: int) -> None:
+    # A terminal or a scheduler sends them to the workers too, who must go on until the run has finished its step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(dataset: Dataset, batches: Sampler | list[list[int]], workers: int) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=_already_a_batch,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),  # else each iterator draws from the global generator
     )

@@ -2,7 +2,8 @@
 
     python tests/long/damage.py [--flips 10000] [--changes all] [--fuzz 20000000]
 
-1. One flipped bit in any file of a store: refused when the store is opened.
+1. One flipped bit in any file of a store: refused when the store is opened; in any file of a checkpoint: refused,
+   and the checkpoint before it taken.
 2. Every one-byte change and every truncation of a shard of about 4 kB, opened without verification, every image
    read: refused, or the tokens are right.
 3. Random and mutated payloads to every codec: no exception but CodecError, no id >= K. Payloads that are accepted
@@ -15,13 +16,17 @@ import argparse
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from seitpp import TokenStore, codec
+from seitpp.engine import checkpoint
 from seitpp.store import StoreError, StoreWriter
 
 K, D, GRID = 391, 4, (32, 32)
@@ -60,6 +65,28 @@ def flips(count: int) -> int:
                 pass
             path.write_bytes(data)
     print(f"flips: {count:,} bits over {len(files)} files, {silent} not refused")
+    return silent
+
+
+def checkpoint_flips(count: int) -> int:
+    """Flip one bit of any file of the newer of two checkpoints; how often it was taken all the same."""
+    rng, silent = np.random.default_rng(2), 0
+    model = nn.Linear(16, 16)
+    tensors = checkpoint.tensors_of(model, torch.optim.AdamW(model.parameters()), ema=None)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        for step in (1, 2):
+            checkpoint.save(Path(folder), step, "store", tensors)
+        files = sorted(Path(folder, "step-00000002").iterdir())
+        for trial in tqdm(range(count), desc="checkpoint flips"):
+            path = files[trial % len(files)]
+            data = path.read_bytes()
+            damaged = bytearray(data)
+            damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged)
+            silent += checkpoint.newest(Path(folder)).name != "step-00000001"
+            path.write_bytes(data)
+    print(f"checkpoint flips: {count:,} bits over {len(files)} files, {silent} not refused")
     return silent
 
 
@@ -126,7 +153,7 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=20_000_000)
     options = parser.parse_args()
     started = time.perf_counter()
-    silent = flips(options.flips)
+    silent = flips(options.flips) + checkpoint_flips(options.flips)
     with ProcessPoolExecutor(PROCESSES) as pool:
         parts = pool.map(changes, [(n, PROCESSES) for n in range(PROCESSES)], [options.changes] * PROCESSES)
         tried, refused, wrong = (sum(column) for column in zip(*parts, strict=True))
@@ -138,7 +165,7 @@ def main() -> None:
         broken += failures
         print(f"fuzz {name}: {inputs:,} inputs, {accepted:,} accepted, {failures} promises broken")
     print(
-        f"{options.flips:,} flips, {tried:,} changes, {options.fuzz:,} fuzz inputs in "
+        f"2 x {options.flips:,} flips, {tried:,} changes, {options.fuzz:,} fuzz inputs in "
         f"{time.perf_counter() - started:.0f} s: {silent + wrong + broken} failures"
     )
     sys.exit(silent + wrong + broken > 0)

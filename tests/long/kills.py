@@ -1,0 +1,124 @@
+"""Every training recipe killed at random moments, and started again with the same command, to the same bits.
+
+    python tests/long/kills.py [--kills 200] [--processes 1] [--recipes mtm_pretrain ...]
+
+Each trial runs a recipe's smoke preset, kills it (SIGKILL, one of its processes at random, then the rest) after a
+random part of the time that it takes undisturbed, starts it again, kills it again, four times, and lets it end.
+Then weights, moving average, optimizer, every logged figure and every evaluation must be those of the run that
+nobody disturbed, to the bit. Processes are forked, so that a start takes no imports.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train")
+KILLS_A_TRIAL = 4
+TIMES = {"images_per_second", "data_wait", "mfu", "memory_gib"}
+
+
+def launch(function: Callable[[], None], processes: int, log: Path) -> list[int]:
+    """Forked children that see each other as a launcher's processes do; their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            try:
+                sys.stdout = sys.stderr = log.open("a", buffering=1)
+                if processes > 1:
+                    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+                    os.environ |= {name: str(value) for name, value in launched.items()}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "1"}
+                function()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        children.append(child)
+    return children
+
+
+def finish(children: list[int], log: Path) -> None:
+    """Wait for children that must succeed."""
+    if any(os.waitpid(child, 0)[1] for child in children):
+        raise SystemExit(f"a run that nobody killed failed:\n{log.read_text()[-3000:]}")
+
+
+def kill(children: list[int], seconds: float) -> int:
+    """Kill them after some time, one before the others; 1 if it was in time to kill one, else 0."""
+    time.sleep(seconds)
+    random.shuffle(children)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return int(any(os.waitpid(child, 0)[1] == signal.SIGKILL for child in children))
+
+
+def learned(run: Path) -> dict:
+    """All that must be the same."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = run / "checkpoints" / (run / "checkpoints/LATEST").read_text()
+    files = [*last.glob("*.safetensors"), *run.glob("model*.safetensors"), run / "evaluations.jsonl"]
+    return {
+        "metrics": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+        **{path.name if path.parent == run else f"last/{path.name}": path.read_bytes() for path in files},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    random.seed(given.seed)
+    modules = {name: importlib.import_module(name) for name in {*given.recipes, "mtm_pretrain"}}
+    with tempfile.TemporaryDirectory() as folder:
+        root, log = Path(folder), Path(folder) / "log"
+
+        def begin(name: str, out: Path, **settings: object) -> list[int]:
+            config = replace(modules[name].PRESETS["smoke"], out=str(out), resume=True, **settings)
+            return launch(lambda: modules[name].main(config), given.processes, log)
+
+        finish(begin("mtm_pretrain", root / "pretrained"), log)
+        more = {"finetune": {"checkpoint": str(root / "pretrained")}}
+        expected, seconds = {}, {}
+        for name in given.recipes:
+            started = time.perf_counter()
+            finish(begin(name, root / name, **more.get(name, {})), log)
+            expected[name], seconds[name] = learned(root / name), time.perf_counter() - started
+        kills = trials = 0
+        while kills < given.kills:
+            name = given.recipes[trials % len(given.recipes)]
+            out = root / f"{name}-{trials}"
+            for _ in range(KILLS_A_TRIAL):
+                kills += kill(begin(name, out, **more.get(name, {})), random.uniform(0, seconds[name]))
+            finish(begin(name, out, **more.get(name, {})), log)
+            found = learned(out)
+            different = [key for key in expected[name] if found.get(key) != expected[name][key]]
+            if different:
+                raise SystemExit(f"{name}, trial {trials}: differs in {', '.join(different)}")
+            trials += 1
+            print(f"{kills} kills, {trials} trials", end="\r", flush=True)
+    print(
+        f"{kills} kills of {given.processes} process(es) in {trials} runs of {', '.join(given.recipes)}: 0 bits differ"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A run of milliseconds through the real engine, to be killed, signalled and broken at a chosen place.
+
+    python tests/tiny_run.py OUT [--accumulation N] [--die STEP MICRO] [--term STEP RANK] [--nan STEP RANK]
+
+It always passes --resume, as one command that begins and goes on. It trains a small classifier with dropout and a
+moving average on the embedded digits, STEPS updates over more than one epoch, with a checkpoint every third and
+an evaluation every fifth.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from seitpp import TokenStore
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
+from seitpp.engine.optim import adamw
+from seitpp.engine.run import Run
+from seitpp.tokens.dataset import BatchOrder, TokenDataset
+from seitpp.tokens.digits import digits
+
+STEPS, CHECKPOINT_STEPS, EVALUATION_STEPS, BATCH = 17, 3, 5, 128  # 11 steps an epoch
+
+# What happens in an update before its loss is known: (step, micro-batch, rank, loss) -> loss.
+Accident = Callable[[int, int, int, torch.Tensor], torch.Tensor]
+
+
+def no_accident(step: int, micro: int, rank: int, loss: torch.Tensor) -> torch.Tensor:
+    return loss
+
+
+def train(out: Path, accident: Accident = no_accident, dropout: float = 0.1, **settings) -> None:
+    """The run, from the beginning or from where it was stopped; its weights are then in OUT/model.safetensors."""
+    defaults = {"preset": "tiny", "precision": "no", "workers": 0, "log_steps": 2, "resume": True}
+    config = TrainConfig(out=str(out), **{**defaults, **settings})
+    run = Run("tiny", config)
+    store = TokenStore(digits().store, "train", verify=False)
+    order = BatchOrder(len(store), BATCH, config.seed)
+    model = nn.Sequential(nn.Embedding(64, 4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(256, 10))
+    ema = ModelEmaV3(model, decay=0.9)
+    trained = run.prepare(
+        model, adamw(model, 0.05), order, store.fingerprint, lr=lambda step: 1e-3 * (step + 1), ema=ema
+    )
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad():
+            return {"weight": float(model[3].weight.abs().sum())}
+
+    seen = {}
+    for step, batch in run.train(TokenDataset(store), STEPS, CHECKPOINT_STEPS, evaluate, EVALUATION_STEPS):
+        micro = seen[step] = seen.get(step, -1) + 1
+        loss = F.cross_entropy(trained(batch.ids.long()), batch.labels)
+        run.update(accident(step, micro, run.accelerator.process_index, loss))
+    if run.is_main:
+        averages = {f"ema.{name}": value for name, value in ema.module.state_dict().items()}
+        save_file(model.state_dict() | averages, out / "model.safetensors")
+    run.finish(evaluate())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    for name in ("die", "term", "nan"):
+        parser.add_argument(f"--{name}", type=int, nargs=2)
+    given = parser.parse_args()
+
+    def accident(step: int, micro: int, rank: int, loss: torch.Tensor) -> torch.Tensor:
+        if given.die == [step, micro]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if given.term == [step, rank]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss * float("nan") if given.nan == [step, rank] else loss
+
+    def start(_: TrainConfig) -> None:
+        train(given.out, accident, given.dropout, accumulation=given.accumulation)
+
+    del sys.argv[1:]
+    run_recipe(start, {"tiny": TrainConfig()}, default="tiny")
+
+
+if __name__ == "__main__":
+    main()
