@@ -395,6 +395,8 @@ def test_views_refuse_what_tokenadapt_was_not_trained_for() -> None:
             view(CODES, 8)
         with pytest.raises(ViewError, match=r"\(7, 7\).*the crop is 8"):
             view(CODES, 8, adapt=small_adapt(7))
+        with pytest.raises(ViewError, match="no image goes through it: pass --adapted"):
+            view(CODES, 7, adapt=small_adapt(7), adapted=0.0)
     with pytest.raises(ViewError, match=r"\(12, 12\).*\(8, 8\)"):
         SeitPPView(CODES, 7, adapt=small_adapt(7))(torch.zeros(8, 12, 12, dtype=torch.long), KEYS.of(EVEN))
     with pytest.raises(PairingError, match="6 images"):

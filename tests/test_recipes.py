@@ -220,7 +220,7 @@ def test_bad_folders_are_refused_and_left_alone(smoke: Path, tmp_path: Path) -> 
     refused(
         (["mtm_pretrain", "smoke", "--out", smoke], [smoke, "not empty", "--resume"]),
         (["mtm_pretrain", "smoke", "--out", smoke, "--resume", "--seed", "1"], ["seed 0 -> 1"]),
-        (["mtm_pretrain", "smoke", "--out", tmp_path, "--resume"], [tmp_path, "holds no run"]),
+        (["mtm_pretrain", "smoke", "--out", smoke.parent, "--resume"], [smoke.parent, "holds no run"]),
         (["probe", "--checkpoint", tmp_path / "none", "--out", tmp_path / "p"], ["no model file"]),
     )
     assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before

@@ -28,7 +28,8 @@ class SeitPPView(nn.Module):
     `codebook` (K, D) float; `size` the side of the crop in tokens, or None for the whole grid unchanged; `scale`
     the range of the crop's share of the grid. `adapt` is a trained TokenAdapt for this grid and size; the share
     `adapted` of the images goes through it, evenly spread over the batch. `colour`: a preset of ColourAugment,
-    None for nothing. Raises ViewError without `adapt`, unless `adapted` is 0: it never runs random weights.
+    None for nothing. Raises ViewError without `adapt`, unless `adapted` is 0: it never runs random weights; and
+    with one that nothing goes through.
     """
 
     def __init__(
@@ -43,8 +44,7 @@ class SeitPPView(nn.Module):
         super().__init__()
         self.register_buffer("codebook", codebook)
         self.size, self.scale = size, scale
-        self.adapt = TokenAdaptCrop(codebook, size, adapt, scale) if adapted else None
-        self.adapted = adapted
+        self.adapt, self.adapted = _adapting(codebook, size, adapt, adapted, scale), adapted
         self.colour = ColourAugment(colour) if colour else None
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class SeitPPFinetuneView(nn.Module):
 
     One half: random resized crop, CutMix. The other, the share `adapted`: TokenAdapt, with CutMix or Mixup of f's
     space before g. Then colour on the vectors of both, and the nearest codes. Arguments as SeitPPView, `cutmix`
-    and `mixup` as Mix; Mixup acts only in f's space. Raises ViewError without `adapt`, unless `adapted` is 0.
+    and `mixup` as Mix; Mixup acts only in f's space. Raises ViewError as SeitPPView.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SeitPPFinetuneView(nn.Module):
         self.register_buffer("codebook", codebook)
         self.size, self.scale, self.adapted = size, scale, adapted
         self.mix = Mix(cutmix)
-        self.adapt = TokenAdaptCrop(codebook, size, adapt, scale, Mix(cutmix, mixup)) if adapted else None
+        self.adapt = _adapting(codebook, size, adapt, adapted, scale, Mix(cutmix, mixup))
         self.colour = ColourAugment(colour) if colour else None
 
     @torch.no_grad()
@@ -166,6 +166,21 @@ class TokenAdaptCrop(nn.Module):
         space = apply_geometry(self.adapt.convert(embed(ids, self.codebook)), geometry)
         space, targets = self.mix(space, labels, keys)
         return embed(self.adapt.invert(space).argmax(dim=1), self.codebook), targets
+
+
+def _adapting(
+    codebook: Tensor,
+    size: int | None,
+    adapt: nn.Module | None,
+    adapted: float,
+    scale: tuple[float, float],
+    mix: Mix | None = None,
+) -> TokenAdaptCrop | None:
+    if adapted:
+        return TokenAdaptCrop(codebook, size, adapt, scale, mix)
+    if adapt is not None:
+        raise ViewError("TokenAdapt is given, but no image goes through it: pass --adapted 0.5, or no --tokenadapt")
+    return None
 
 
 @lru_cache(maxsize=8)  # else a step would wait for two small copies to the device

@@ -306,7 +306,7 @@ class Run:
         by_rank = self.accelerator.gather(values.unsqueeze(0)).cpu()
         broken = (~by_rank.isfinite()).nonzero()
         if len(broken):
-            rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[0], at[2]))
+            rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[2], at[0]))
             step, value = records[position]["step"], by_rank[rank, position, column]
             batch = self._on_main(lambda: self._save_batch(step - 1, rank))
             raise RunError(

@@ -16,7 +16,7 @@ def warmup_cosine(
 
 
 def warmup_linear(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The rate of the update number `step` (0 the first) of `steps`: linear from 0 to `peak` over `warmup` updates,
+    """The rate of update number `step` (0 the first) of `steps`: linear from 0 to `peak` over `warmup` updates,
     then linear to 0.
     """
     if step < warmup:
