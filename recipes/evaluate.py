@@ -141,7 +141,7 @@ def stored(config: Config, run: Run) -> tuple:
     if path is None:
         with run.accelerator.main_process_first():
             path = digits().store
-    store = TokenStore(path, config.split, verify=run.is_main)
+    store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
     codebook = torch.from_numpy(store.codebook)
     return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names
 

@@ -180,7 +180,8 @@ def main(config: Config) -> None:
     judged = run.judged(validation)
 
     def evaluate() -> dict[str, float]:
-        found = predict(model, judged, lambda batch: centre_view(of(batch)), run.accelerator, config.workers)
+        weights = run.whole(model)
+        found = predict(weights, judged, lambda batch: centre_view(of(batch)), run.accelerator, config.workers)
         return found.accuracies()
 
     trained.train()
@@ -192,12 +193,12 @@ def main(config: Config) -> None:
         run.update(loss, accuracy=top1_share(logits, targets.labels))
 
     # 5. Proof: exact accuracies, weights, and curves.
-    result = evaluate()
+    result, weights = evaluate(), run.whole(model)
     for name, value in result.items():
         run.print(f"{name} {value:6.2f} % of {len(judged):,} images")
     if run.is_main:
-        unfreeze(model)
-        save_classifier(run.out / "model.safetensors", model, *task.known)
+        unfreeze(weights)
+        save_classifier(run.out / "model.safetensors", weights, *task.known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
         scores = [*run.evaluations.read(), {"step": run.step, **result}]
         plots.curves(scores, ["top1", "top5"], run.out / "validation.png")

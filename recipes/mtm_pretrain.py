@@ -154,7 +154,8 @@ def main(config: Config) -> None:
     # 6. Training; on the way, probes of the encoder as it is.
     judged = [run.judged(TokenDataset(split)) for split in (train, validation)]
 
-    def evaluate(encoder: VisionTransformer = model.encoder) -> dict[str, float]:
+    def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
+        encoder = encoder or run.whole(model).encoder
         return probe(encoder, *judged, train.num_classes, EvalView(grid), run.accelerator)
 
     trained.train()
@@ -168,17 +169,17 @@ def main(config: Config) -> None:
         run.update(loss, accuracy=masked_token_accuracy(logits, ids, plan), mask_ratio=ratio)
 
     # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
-    model.eval()
+    trained = run.whole(model).eval()
     result = {
         **evaluate(),
         **{f"{name}_untrained": value for name, value in evaluate(untrained).items()},
-        "loss": run.log.read()[-1]["loss"],
     }
     if run.is_main:
-        model.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
+        trained.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
         decode = decode or partial(plots.paint_codes, codebook=codebook)
-        pictures = plots.reconstructions(model, validation, grid, config.seed, decode, originals)
+        pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
         logs = run.log.read(), run.evaluations.read()
+        result["loss"] = logs[0][-1]["loss"]
         plots.write_report(run.out, "Masked token modeling", result, *logs, train.num_codes, pictures)
     run.finish(result)
 

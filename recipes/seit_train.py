@@ -169,7 +169,9 @@ def main(config: Config) -> None:
 
     def evaluate() -> dict[str, float]:
         found = {
-            suffix: predict(weights, judged, lambda batch: centre_view(batch.ids), run.accelerator).accuracies()
+            suffix: predict(
+                run.whole(weights), judged, lambda batch: centre_view(batch.ids), run.accelerator
+            ).accuracies()
             for suffix, weights in (("", model), ("_ema", ema.module))
         }
         return {f"{name}{suffix}": value for suffix, scores in found.items() for name, value in scores.items()}
@@ -184,12 +186,13 @@ def main(config: Config) -> None:
 
     # 7. Proof: exact accuracies, weights, and curves.
     result = evaluate()
+    model, average = run.whole(model), run.whole(ema.module)
     for name, value in result.items():
         run.print(f"{name:12} {value:6.2f} % of {len(judged):,} images")
     if run.is_main:
         known = codebook_fingerprint(train.codebook), train.class_names, window
         save_classifier(run.out / "model.safetensors", model, *known)
-        save_classifier(run.out / "model_ema.safetensors", ema.module, *known)
+        save_classifier(run.out / "model_ema.safetensors", average, *known)
         plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
         scores = [*run.evaluations.read(), {"step": run.step, **result}]
         plots.curves(scores, ["top1", "top1_ema"], run.out / "validation.png")

@@ -168,8 +168,7 @@ def main(config: Config) -> None:
         run.update(adapt_loss(logits, target), accuracy=accuracy)
 
     # 7. Proof: held-out images, one augmentation after the other, in figures and in pictures.
-    trained = run.plain_model.eval()
-    validation = run.judged(validation)
+    trained, validation = run.whole(run.plain_model).eval(), run.judged(validation)
     result = judge(trained, pair, validation, config, run)
     if run.is_main:
         trained.save(run.out / "model.safetensors", codebook_fingerprint(codebook.cpu().numpy()))

@@ -179,7 +179,9 @@ def _adapting(
     if adapted:
         return TokenAdaptCrop(codebook, size, adapt, scale, mix)
     if adapt is not None:
-        raise ViewError("TokenAdapt is given, but no image goes through it: pass --adapted 0.5, or no --tokenadapt")
+        raise ViewError(
+            "TokenAdapt is given, but no image goes through it: pass --adapted 0.5, or no --tokenadapt"
+        )
     return None
 
 

@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from seitpp import files
+from seitpp.engine.sharded import split_as
 from seitpp.errors import UserError
 
 KEPT = 2
@@ -156,13 +157,8 @@ def _verify(path: Path) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` found. Raises CheckpointError where it is not there."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): expected --out on a file system that all machines share"
-        ) from error
+    """Read a checkpoint that `newest` found."""
+    state = json.loads((path / "state.json").read_text())
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, state["step"], state["store"], tensors)
 
@@ -187,12 +183,14 @@ def restore(
     for name, module in modules.items():
         _check_same(checkpoint.path, checkpoint.tensors.get(name, {}), module.state_dict())
     for name, module in modules.items():
-        module.load_state_dict(checkpoint.tensors[name])
+        places = module.state_dict()
+        tensors = checkpoint.tensors[name].items()
+        module.load_state_dict({key: split_as(tensor, places[key]) for key, tensor in tensors})
     parameters = dict(model.named_parameters())
     for full_name, tensor in checkpoint.tensors["optimizer"].items():
         name, _, key = full_name.rpartition("/")
         # The step counter too: a fused optimizer keeps it beside its parameter.
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+        optimizer.state[parameters[name]][key] = split_as(tensor, parameters[name])
 
 
 def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -19,8 +19,8 @@ ON_DIGITS = ("digits", "smoke")  # the presets that need no data
 def open_splits(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
     """The splits train and validation of the store, or of the digits where none is named.
 
-    Only the main process verifies the files. Raises UserError where the preset is made for a store of the user's,
-    or where the images of the store differ in their grids.
+    One process of each machine verifies the files. Raises UserError where the preset is made for a store of the
+    user's, or where the images of the store differ in their grids.
     """
     if store is None:
         preset = run.config.preset
@@ -28,7 +28,8 @@ def open_splits(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
             raise UserError(f"preset {preset} needs --store, a folder of tokens; the digits are for {ON_DIGITS}")
         with run.accelerator.main_process_first():
             store = digits().store
-    train, validation = (TokenStore(store, split, verify=run.is_main) for split in ("train", "validation"))
+    verify = run.accelerator.is_local_main_process
+    train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
     if train.grid is None:
         raise UserError(
             f"{train.path}: its images have grids of their own, expected one grid: tokenize to one size"

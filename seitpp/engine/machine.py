@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from seitpp.engine.folder import RunError
 
@@ -16,13 +18,19 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_processes(processes: int) -> None:
-    """Raise RunError unless Accelerate sees the processes that were launched."""
-    launched = launched_processes()
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise RunError unless Accelerate sees the processes that were launched, as one process, DDP or FSDP 2."""
+    launched, processes = launched_processes(), accelerator.num_processes
     if launched != processes:
         raise RunError(
             f"{launched} processes were launched, but Accelerate sees {processes}, so each would train alone: "
             "without a GPU set ACCELERATE_USE_CPU=1"
+        )
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise RunError(
+            f"launched with {kind.value} of a kind that is not supported here: to split a model over GPUs take "
+            "FSDP of version 2, accelerate launch --config_file recipes/accelerate/fsdp.yaml"
         )
 
 

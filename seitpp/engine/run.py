@@ -9,6 +9,7 @@
 `step` counts updates from 0; a checkpoint "step-120" is the state after 120 of them.
 """
 
+import copy
 import hashlib
 import math
 import time
@@ -22,16 +23,16 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
-from accelerate.utils import broadcast_object_list, set_seed, tqdm
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed, tqdm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
-from seitpp.engine import checkpoint
+from seitpp.engine import checkpoint, sharded
 from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
-from seitpp.engine.machine import check_processes, check_trackers, device_name, git_commit, peak_memory
+from seitpp.engine.machine import check_launch, check_trackers, device_name, git_commit, peak_memory
 from seitpp.engine.metrics import MetricsLog, matmul_rate
 from seitpp.engine.stopping import Stopped, StopRequest
 from seitpp.errors import UserError
@@ -45,8 +46,8 @@ class Run:
 
     `recipe` and the preset name the default folder, runs/RECIPE-PRESET. The whole config is stored in the folder
     and compared on resume; the folder is locked while the process lives. Raises RunError for a folder that is in
-    use or not empty (unless `resume` or `overwrite`), a run with other settings (with `resume`), or a tracker that
-    is not installed.
+    use or not empty (unless `resume` or `overwrite`), a run with other settings (with `resume`), a tracker that is
+    not installed, or a launch that is not one process, DDP or FSDP 2.
     """
 
     def __init__(self, recipe: str, config: RunConfig):
@@ -56,7 +57,7 @@ class Run:
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
         )
-        check_processes(self.accelerator.num_processes)
+        check_launch(self.accelerator)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.recipe, self.config, self.settings = recipe, config, asdict(config)
         self.facts = {}  # what `open_splits` found, for result.json
@@ -67,6 +68,11 @@ class Run:
         self._trained_images, self._trained_seconds = 0, 0.0
         self._stop = StopRequest(self.accelerator.num_processes)
         set_seed(config.seed)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of the weights (FSDP)."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     def _choose_folder(self) -> tuple[Path, bool]:
         config = self.config
@@ -105,7 +111,7 @@ class Run:
             )
 
     def print(self, text: str) -> None:
-        """Print on the main process."""
+        """Print once on each machine."""
         self.accelerator.print(text)
 
     # ------------------------------------------------------------------------------------------ training
@@ -128,19 +134,30 @@ class Run:
         checkpoint of another model or store.
         """
         self._check_shares(order.batch_size)
+        self._check_agreed("the training data", store)
         self.start()
-        path = self._on_main(lambda: checkpoint.newest(self.out / "checkpoints"))
-        if path is not None:
-            found = checkpoint.load(path)
-            checkpoint.restore(found, store, model, optimizer, ema)
-            self.step = found.step
-        self._on_main(self._drop_later_lines)
         self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
+        self._template = copy.deepcopy(model).cpu() if self.sharded else None
         if self.config.compile:
             model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if ema:
+            sharded.split_module_as(ema.module, model)
+        self._restore()
+        self._on_main(self._drop_later_lines)
         return self.model
+
+    def whole(self, module: nn.Module) -> nn.Module:
+        """The plain model, or its moving average, with all its weights: what is evaluated and saved.
+
+        It is a copy where the launch splits the weights (FSDP). Every process must call this.
+        """
+        if self._template is None:
+            return module
+        found = copy.deepcopy(self._template)
+        found.load_state_dict(sharded.gather(module.state_dict()))
+        return found.to(self.device)
 
     def train(
         self,
@@ -209,7 +226,8 @@ class Run:
             self.ema.update(self.plain_model, step=self.step)
         parts = self._micro
         record = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm.detach()})
+        norm = sharded.whole(norm.detach())
+        self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm})
         self.bar.update()
         asked = self._stop.agreed()
         due = asked or self.step % self.checkpoint_steps == 0 or self.step == self.steps
@@ -225,7 +243,8 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the present step. Raises RunError if the disk does not take it."""
-        tensors = checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema)
+        groups = checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema)
+        tensors = {name: sharded.gather(group, keep=self.is_main) for name, group in groups.items()}
         folder = self.out / "checkpoints"
         self._on_main(lambda: checkpoint.save(folder, self.step, self.store_fingerprint, tensors))
         # Time spent on a checkpoint is not training time.
@@ -258,6 +277,22 @@ class Run:
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------ inside
+
+    def _check_agreed(self, what: str, value: str) -> None:
+        """Several machines may have several disks: raise RunError unless all processes see the same value."""
+        values = gather_object([value])
+        if len(set(values)) > 1:
+            seen = ", ".join(f"{value[:16]} on rank {values.index(value)}" for value in dict.fromkeys(values))
+            raise RunError(f"{what} differs between processes ({seen}): expected the same files on all machines")
+
+    def _restore(self) -> None:
+        folder = self.out / "checkpoints"
+        newest = checkpoint.newest(folder)
+        self._check_agreed(f"the newest checkpoint in {folder}", newest.name if newest else "none")
+        if newest:
+            found = checkpoint.load(newest)
+            checkpoint.restore(found, self.store_fingerprint, self.plain_model, self.plain_optimizer, self.ema)
+            self.step = found.step
 
     def _check_shares(self, batch_size: int) -> None:
         ranks, accumulation = self.accelerator.num_processes, self.config.accumulation

@@ -115,9 +115,8 @@ def main() -> None:
                 raise SystemExit(f"{name}, trial {trials}: differs in {', '.join(different)}")
             trials += 1
             print(f"{kills} kills, {trials} trials", end="\r", flush=True)
-    print(
-        f"{kills} kills of {given.processes} process(es) in {trials} runs of {', '.join(given.recipes)}: 0 bits differ"
-    )
+    runs = f"{trials} runs of {', '.join(given.recipes)}"
+    print(f"{kills} kills of {given.processes} process(es) in {runs}: 0 bits differ")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""Launches by the files of recipes/accelerate, on CPU processes: FSDP, and two machines."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+FILES = TESTS.parent / "recipes/accelerate"
+RECIPE = TESTS.parent / "recipes/seit_train.py"
+SHORT = ["smoke", "--epochs", "1", "--warmup-epochs", "0.5", "--evaluation-epochs", "0.5", "--drop-path", "0"]
+SHORT += ["--ema", "0.9"]
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+WEIGHTS = ("model.safetensors", "model_ema.safetensors")
+
+
+def fsdp(*arguments: object) -> None:
+    """Run the recipe as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes."""
+    launcher = ["accelerate", "launch", "--config_file", FILES / "fsdp.yaml", "--num_processes", 2]
+    line = [*launcher, "--main_process_port", 0, TESTS / "fsdp_on_cpu.py", RECIPE, *SHORT, *arguments]
+    finished = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False, env=ON_CPU)
+    assert finished.returncode == 0, finished.stderr
+
+
+def rank_of(rank: int, ranks: int) -> dict[str, str]:
+    """The environment of a machine's only process, one of `ranks`, as torchrun makes it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return {**place, "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def check_same_training(folder: Path, expected: Path) -> None:
+    """The same losses, figures of every evaluation, weights, and checkpoint."""
+    for found, wanted in zip(lines(folder, "metrics.jsonl"), lines(expected, "metrics.jsonl"), strict=True):
+        assert found["lr"] == wanted["lr"] and found["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert lines(folder, "evaluations.jsonl") == lines(expected, "evaluations.jsonl")
+    last = Path("checkpoints") / (expected / "checkpoints/LATEST").read_text()
+    for name in (*WEIGHTS, *(last / f"{part}.safetensors" for part in ("model", "ema", "optimizer"))):
+        found, wanted = load_file(folder / name), load_file(expected / name)
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0, msg=f"{name}: {key}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run on one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    subprocess.run([sys.executable, RECIPE, *SHORT, "--out", folder], check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "processes", "machines"),
+    [
+        ("one_gpu.yaml", DistributedType.NO, 1, 1),
+        ("eight_gpus.yaml", DistributedType.MULTI_GPU, 8, 1),
+        ("two_machines.yaml", DistributedType.MULTI_GPU, 16, 2),
+        ("fsdp.yaml", DistributedType.FSDP, 8, 1),
+    ],
+)
+def test_accelerate_reads_the_files(file: str, kind: DistributedType, processes: int, machines: int) -> None:
+    config = load_config_from_file(str(FILES / file))
+    assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, processes, machines)
+
+
+def test_fsdp_goes_on_where_one_process_stopped(alone: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / (folder / "checkpoints/LATEST").read_text())
+    for name in WEIGHTS:
+        (folder / name).unlink()
+    fsdp("--out", folder, "--resume")
+    assert json.loads((folder / "result.json").read_text())["processes"] == 2
+    check_same_training(folder, alone)
+
+
+def test_fsdp_of_version_1_is_refused() -> None:
+    with_fsdp = {**ON_CPU, **rank_of(0, 1), "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    line = [sys.executable, TESTS / "fsdp_on_cpu.py", RECIPE, *SHORT]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_fsdp)
+    assert finished.returncode == 2 and "take FSDP of version 2" in finished.stderr, finished.stderr
+
+
+def test_machines_that_see_different_checkpoints_are_refused(alone: Path, tmp_path: Path) -> None:
+    """Each machine is a folder of its own here, with one process, and only the first has the run."""
+    shutil.copytree(alone, tmp_path / "0/run")
+    (tmp_path / "1").mkdir()
+    line = [sys.executable, RECIPE, *SHORT, "--out", "run", "--resume"]
+    place = rank_of(0, 2)
+    machines = [
+        subprocess.Popen(
+            line, stderr=subprocess.PIPE, text=True, cwd=tmp_path / rank, env={**ON_CPU, **place, "RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    for rank, (_, errors) in enumerate([machine.communicate() for machine in machines]):
+        assert f"error (rank {rank}): the newest checkpoint in run/checkpoints differs between processes" in errors
+        assert "step-00000011 on rank 0, none on rank 1" in errors
+    assert not (tmp_path / "1/run").exists()
