@@ -1,7 +1,7 @@
 """Pictures of a run: the loss, reconstructions, and one page that shows them."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log
 from pathlib import Path
 
@@ -19,9 +19,14 @@ from seitpp.store import TokenStore
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import hsv_to_rgb, to_hex
 
 PAINTED_PIXELS = 8  # side of a token that is painted, not decoded
 GREY = 0.5
+IGNORED = 255  # the class of a pixel that counts nowhere
+GOLDEN_SECTION, FIRST_HUE = 0.618034, 0.58
+VERDICTS = ((0.88, 0.88, 0.88), (0.8, 0.1, 0.1), (0.0, 0.0, 0.0))  # a right pixel, a wrong one, one without label
+SEGMENTED_SIDE = 2.0  # inches of a segmented image
 LOG_SPAN = 30
 NAMED_CLASSES = 50  # more names than these would be unreadable
 RATIO_BINS = 20  # of mask ratios from 0 to 1
@@ -34,6 +39,12 @@ REPORT = {
     "reconstructions.png": (
         "Validation images",
         "Grey tokens are hidden from the model; the last row fills them with its most likely codes.",
+    ),
+}
+SEGMENTATION_REPORT = {
+    "pictures.png": (
+        "Images",
+        "Red pixels are wrong; black ones have no label. The colours of the classes are in the table below.",
     ),
 }
 
@@ -83,10 +94,35 @@ def reconstructions(
     }
 
 
-def picture_grid(rows: dict[str, Tensor], path: Path) -> None:
-    """Draw each entry, images (n, 3, h, w) in [0, 1], as a row of pictures with its name at the left."""
+def paint_classes(labels: Tensor, colours: Tensor) -> Tensor:
+    """Classes (h, w) of any integer dtype -> image (3, h, w), each class in its row of `colours` (classes, 3), 255
+    black.
+    """
+    black = labels == IGNORED
+    return colours[labels.long().masked_fill(black, 0)].masked_fill(black.unsqueeze(2), 0.0).permute(2, 0, 1)
+
+
+def paint_errors(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Classes (h, w) -> image (3, h, w): light where they agree, red where not, black where the label is 255."""
+    wrong = torch.where(labels == IGNORED, 2, (predictions != labels).long())
+    return torch.tensor(VERDICTS)[wrong].permute(2, 0, 1)
+
+
+def class_colours(classes: int) -> Tensor:
+    """(classes, 3) in [0, 1]: hues a golden section apart, in three strengths, so that neighbours differ."""
+    number = np.arange(classes)
+    strength = np.array([(0.75, 0.85), (0.45, 0.95), (0.9, 0.55)])[number % 3]
+    hues = ((FIRST_HUE + number * GOLDEN_SECTION) % 1)[:, None]
+    return torch.from_numpy(hsv_to_rgb(np.concatenate([hues, strength], axis=1))).float()
+
+
+def picture_grid(rows: Mapping[str, Sequence[Tensor]], path: Path, side: float = 1.3) -> None:
+    """Draw each entry, images (3, h, w) in [0, 1], as a row of pictures, `side` inches wide, with its name at the
+    left.
+    """
     columns = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns + 1.5, 1.35 * len(rows)), squeeze=False)
+    size = side * columns + 1.5, (side + 0.05) * len(rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
@@ -187,12 +223,43 @@ def write_report(
     loss_by_ratio(records, folder / "loss_by_ratio.png")
     probe_curve(evaluations, result, records[-1]["step"], folder / "probes.png")
     picture_grid(pictures, folder / "reconstructions.png")
+    _write_page(folder, title, result, REPORT)
+
+
+def write_segmentation_report(
+    folder: Path,
+    result: dict,
+    class_names: Sequence[str],
+    per_class: Mapping[str, np.ndarray],
+    pictures: Mapping[str, Sequence[Tensor]],
+) -> None:
+    """report.html in `folder`: the result, the pictures, and a table of the classes, which is their legend too.
+
+    `per_class` has columns of numbers (classes,) in percent, NaN where there is none.
+    """
+    picture_grid(pictures, folder / "pictures.png", SEGMENTED_SIDE)
+    colours = [to_hex(colour) for colour in class_colours(len(class_names)).tolist()]
+    lines = [
+        f'<tr><td><span style="color: {colour}">&#9632;</span> {html.escape(name)}</td>'
+        + "".join(f"<td>{'' if value != value else f'{value:.2f}'}</td>" for value in values)
+        + "</tr>"
+        for colour, name, *values in zip(colours, class_names, *per_class.values(), strict=True)
+    ]
+    head = "".join(f"<td>{name}</td>" for name in per_class)
+    table = "\n".join(["<h2>Classes</h2>\n<table>", f"<tr><td></td>{head}</tr>", *lines, "</table>"])
+    _write_page(folder, "Semantic segmentation", result, SEGMENTATION_REPORT, table)
+
+
+def _write_page(
+    folder: Path, title: str, result: dict, pictures: dict[str, tuple[str, str]], rest: str = ""
+) -> None:
+    """report.html: the result as a table, `pictures` {file: (heading, text)}, and more HTML."""
     rows = "\n".join(
         f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in result.items()
     )
     sections = "\n".join(
         f'<h2>{heading}</h2>\n<p>{text}</p>\n<img src="{picture}" alt="{heading}">'
-        for picture, (heading, text) in REPORT.items()
+        for picture, (heading, text) in pictures.items()
     )
     files.replace_text(
         folder / "report.html",
@@ -208,6 +275,7 @@ img {{ max-width: 100%; }}
 {rows}
 </table>
 {sections}
+{rest}
 </body></html>
 """,
     )
@@ -215,5 +283,5 @@ img {{ max-width: 100%; }}
 
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    files.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)

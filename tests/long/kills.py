@@ -3,7 +3,7 @@
     python tests/long/kills.py [--kills 200] [--processes 1] [--recipes mtm_pretrain ...]
 
 Each trial runs a recipe's smoke preset, kills it (SIGKILL, one of its processes at random, then the rest) after a
-random part of the time that it takes undisturbed, starts it again, kills it again, four times, and lets it end.
+random part of the time that it takes undisturbed, starts it again, kills it again, eight times, and lets it end.
 Then weights, moving average, optimizer, every logged figure and every evaluation must be those of the run that
 nobody disturbed, to the bit. Processes are forked, so that a start takes no imports.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train")
-KILLS_A_TRIAL = 4
+KILLS_A_TRIAL = 8
 TIMES = {"images_per_second", "data_wait", "mfu", "memory_gib"}
 
 

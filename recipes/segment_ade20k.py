@@ -1,0 +1,248 @@
+"""Fine-tune a model of tokens for semantic segmentation: UPerNet of mmsegmentation on a token ViT.
+
+    accelerate launch recipes/segment_ade20k.py                                  # synthetic scenes, from scratch
+    accelerate launch recipes/segment_ade20k.py published --store ade20k-tokens --checkpoint RUN          # 1 GPU
+    accelerate launch --multi_gpu --num_processes 8 recipes/segment_ade20k.py published --store ade20k-tokens \\
+        --checkpoint RUN --tokenadapt ADAPT
+    accelerate launch recipes/segment_ade20k.py published --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
+        --checkpoint RUN                                                         # pixels, for comparison
+
+Needs `pip install "seitpp[segmentation]"`. A store is one that recipes/tokenize_images.py made of images with
+annotations; with --data the tokenizer works inside the backbone and mmsegmentation's own pipeline before it.
+`published` has the settings of MAE and BEiT for ViT-B on ADE-20k, since SeiT++ does not say its own: neither its
+result nor its time is measured. `scenes` (the default) is for a CPU; what it reaches is in docs/segmentation.md.
+Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, per_class.csv, curves.png,
+validation.png and result.json into --out; pictures are for recipes/evaluate_segmentation.py.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
+from downstream.segmentation.extra import load_mmseg
+from downstream.segmentation.view import SegmentView
+from seitpp import TokenStore, plots, tokenizers
+from seitpp.augment import Keys
+from seitpp.engine.command import run_recipe
+from seitpp.engine.config import TrainConfig
+from seitpp.engine.data import facts_of, open_tokenadapt
+from seitpp.engine.optim import adamw
+from seitpp.engine.run import Run
+from seitpp.engine.schedule import warmup_linear
+from seitpp.errors import UserError
+from seitpp.tokens.codebook import codebook_fingerprint
+
+if TYPE_CHECKING:
+    from downstream.segmentation.sources import Source
+
+DEFAULTS = {"scenes": SCENES, "smoke": FEW_SCENES}  # what a preset takes where no data is named
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """ViT-B on ADE-20k for 160,000 iterations, the settings of MAE and BEiT."""
+
+    store: str | None = None  # a token store with annotations; the scenes where neither store nor data is named
+    data: str | None = None  # images and annotations in the layout of ADE-20k: trains on pixels
+    tokenizer: str | None = None  # of the data
+    short_side: int = 512  # of the data: pixels to which images are resized, before the crop's scale
+    checkpoint: str | None = None  # where to start: a run's folder or a model file; None: from scratch
+    model: str = "mtm_vit_base"  # from scratch
+    tokenadapt: str | None = None  # mirrors half of the images: a run of recipes/tokenadapt_train.py, or a file
+    crop: int = 64  # side in tokens, in training and of the windows in evaluation
+    scale: tuple[float, float] = (0.5, 2.0)
+    max_share: float = 0.75  # of one class in a crop
+    colour: Literal["paper", "release", "seitpp", "coloradapt"] | None = None
+    channels: int | None = None  # of the head; None: the width of the ViT
+    drop_path: float = 0.1
+    steps: int = 160_000
+    warmup_steps: int = 1_500
+    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
+    batch_size: int = 16  # global
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    evaluation_steps: int = 16_000
+    stride: int | None = None  # of the windows in evaluation, in tokens; None: two thirds of the crop
+
+
+PRESETS = {"published": Config()}
+PRESETS["vit_small"] = replace(PRESETS["published"], preset="vit_small", model="mtm_vit_small")
+PRESETS["scenes"] = replace(
+    PRESETS["published"],
+    preset="scenes",
+    model="mtm_vit_nano",
+    short_side=64,
+    crop=16,
+    scale=(1.0, 1.0),
+    max_share=1.0,
+    channels=32,
+    drop_path=0.0,
+    steps=1200,
+    warmup_steps=50,
+    batch_size=8,
+    lr=2e-3,
+    layer_decay=0.85,  # three blocks; 0.65 is for twelve
+    precision="no",
+    workers=0,
+    checkpoint_epochs=2,
+    evaluation_steps=200,
+)
+PRESETS["smoke"] = replace(
+    PRESETS["scenes"],
+    preset="smoke",
+    crop=8,
+    scale=(0.5, 2.0),
+    max_share=0.75,
+    channels=16,
+    drop_path=0.1,
+    steps=16,
+    warmup_steps=4,
+    checkpoint_epochs=1,
+    evaluation_steps=8,
+    log_steps=1,
+)
+
+
+def main(config: Config) -> None:
+    load_mmseg()
+    from downstream.segmentation.evaluation import WholeImage, count_pixels, stride_of
+    from downstream.segmentation.inference import predict_labels, slide_logits
+    from downstream.segmentation.metric import SegmentationScore
+    from downstream.segmentation.model import (
+        broadcast_statistics,
+        build_segmenter,
+        save_segmenter,
+        segmentation_loss,
+    )
+    from downstream.segmentation.sources import open_backbone
+
+    # 1. Run: the output folder, the launch, the seed.
+    run = Run("segment_ade20k", config)
+    sync_norm = run.device.type == "cuda" and run.accelerator.num_processes > 1
+    check_share(config, run)
+
+    # 2. Data and their view: tokens of a store, or pixels.
+    source = pixel_source(config, run) if config.data else token_source(config, run)
+    order, judged = source.order, run.judged(source.validation)
+
+    # 3. Model: a pyramid of four levels, UPerHead, and an auxiliary head while it trains.
+    backbone = open_backbone(config.checkpoint, config.model, source, config.crop, config.drop_path)
+    model = build_segmenter(backbone, len(source.class_names), config.channels, sync_norm).to(run.device)
+    backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
+
+    # 4. Optimisation: linear warm-up, then linear to 0; lower layers learn more slowly.
+    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
+    optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
+    trained = run.prepare(
+        model,
+        optimizer,
+        order,
+        source.fingerprint,
+        lr=lambda step: warmup_linear(step, config.steps, config.warmup_steps, config.lr),
+    )
+    run.print(
+        f"{config}\n{source}; {len(source.class_names)} classes; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters\n"
+        f"{config.steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step "
+        f"{run.step}; peak lr {config.lr:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
+    )
+
+    # 5. Training; on the way, every pixel of the validation images.
+    sides = [source.cells * side for side in (config.crop, stride_of(config.crop, config.stride))]
+
+    def evaluate() -> SegmentationScore:
+        whole = run.whole(model).eval()
+        broadcast_statistics(whole)
+
+        def predict(image: WholeImage) -> Tensor:
+            logits = slide_logits(whole, source.inputs(image, backbone), *sides, source.patch // source.cells)
+            return predict_labels(logits, image.labels.shape[1:])
+
+        return count_pixels(predict, judged, source.class_names, run.accelerator, config.workers)
+
+    def summary() -> dict[str, float]:
+        return evaluate().summary()
+
+    trained.train()
+    for step, batch in run.train(source.train, config.steps, checkpoint_steps, summary, config.evaluation_steps):
+        keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
+        inputs, labels = source.augmented(batch, keys, backbone)
+        loss, parts = segmentation_loss(trained, inputs, labels)
+        run.update(loss, **parts)
+
+    # 6. Proof: exact figures, a table by class, weights, and curves.
+    score, weights = evaluate(), run.whole(model)
+    run.print(score.table())
+    if run.is_main:
+        fingerprint = codebook_fingerprint(source.codebook)
+        save_segmenter(run.out / "model.safetensors", weights, fingerprint, source.class_names, source.patch)
+        score.write_csv(run.out / "per_class.csv")
+        plots.curves(run.log.read(), ["loss", "decode.acc_seg", "lr"], run.out / "curves.png")
+        scores = [*run.evaluations.read(), {"step": run.step, **score.summary()}]
+        plots.curves(scores, ["mIoU", "aAcc", "mAcc"], run.out / "validation.png")
+    run.finish(score.summary())
+
+
+def token_source(config: Config, run: Run) -> "Source":
+    """The splits train and validation of the store, or of the scenes where none is named."""
+    from downstream.segmentation.sources import TokenSource, pixels_a_token
+
+    store = config.store
+    if config.tokenizer:
+        raise UserError("--tokenizer belongs to --data, which trains on pixels: leave it out, or name images")
+    if store is None:
+        if config.preset not in DEFAULTS:
+            raise UserError(f"preset {config.preset} needs --store, tokens with annotations, or --data")
+        with run.accelerator.main_process_first():
+            store = default_scenes(DEFAULTS[config.preset]).store
+    verify = run.accelerator.is_local_main_process
+    train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
+    run.facts |= facts_of(train, validation)
+    adapt = open_tokenadapt(config.tokenadapt, train) if config.tokenadapt else None
+    view = SegmentView(
+        torch.from_numpy(train.codebook),
+        config.crop,
+        pixels_a_token(train),
+        config.scale,
+        config.max_share,
+        config.colour,
+        adapt,
+    )
+    return TokenSource(train, validation, view.to(run.device), config.batch_size, config.seed)
+
+
+def pixel_source(config: Config, run: Run) -> "Source":
+    """Images and annotations in the layout of ADE-20k, with the tokenizer inside the backbone."""
+    from downstream.segmentation.sources import PixelSource
+
+    for name in ("store", "colour", "tokenadapt"):
+        if getattr(config, name):
+            raise UserError(f"--{name} has no meaning for pixels, which --data names: leave one of the two out")
+    if config.tokenizer is None:
+        raise UserError("--data without --tokenizer: name the tokenizer whose tokens the checkpoint knows")
+    tokenizer = tokenizers.load(config.tokenizer)
+    crop = config.crop, config.short_side, config.scale, config.max_share
+    source = PixelSource(config.data, tokenizer, *crop, config.batch_size, config.seed)
+    run.facts["data"] = {"images": {"train": len(source.train), "validation": len(source.validation)}}
+    return source
+
+
+def check_share(config: Config, run: Run) -> None:
+    """Raise UserError if a process has one image at a time, over which a batch norm of 1 x 1 cells is nothing."""
+    share = config.batch_size / (run.accelerator.num_processes * config.accumulation)
+    if share < 2:
+        raise UserError(
+            f"batch {config.batch_size} on {run.accelerator.num_processes} processes x {config.accumulation} "
+            "accumulation steps: expected at least 2 images at a time, for the batch norms"
+        )
+
+
+if __name__ == "__main__":
+    run_recipe(main, PRESETS, default="scenes")
