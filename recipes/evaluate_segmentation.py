@@ -90,7 +90,7 @@ def main(config: Config) -> None:
     windows = window, stride_of(window, config.stride), saved.patch
     mirror = None
     if config.flip:
-        adapt = open_tokenadapt(config.flip, data)
+        adapt = open_tokenadapt(config.flip, data.codebook, data.path)
         mirror = mirror_whole(TokenAdaptMirror(codebook, window, adapt).to(run.device), codebook, window)
     run.start()
     run.print(f"{config}\n{len(data.dataset):,} images of {data.path}; writing to {run.out}")

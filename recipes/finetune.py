@@ -241,7 +241,7 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
     model = classifier_from(source.model, train.num_classes, size, config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), (config.cutmix, config.mixup)
     if kind == "ids":
-        adapt = open_tokenadapt(config.tokenadapt, train) if config.tokenadapt else None
+        adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
         view = SeitPPFinetuneView(
             codebook, size[0], config.crop_scale, adapt, config.adapted, config.colour, *mixed
         )

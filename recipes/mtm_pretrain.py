@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     decode, originals = report_tools(config)
 
     # 3. View: ids -> vectors -> crop, or TokenAdapt -> colour -> ids, on the device.
-    adapt = open_tokenadapt(config.tokenadapt, train) if config.tokenadapt else None
+    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
     view = SeitPPView(codebook, config.crop, config.crop_scale, adapt, config.adapted, config.colour)
     view, law = view.to(run.device), MASK_LAWS[config.mask]
 

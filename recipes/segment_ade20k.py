@@ -205,7 +205,7 @@ def token_source(config: Config, run: Run) -> "Source":
     verify = run.accelerator.is_local_main_process
     train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
     run.facts |= facts_of(train, validation)
-    adapt = open_tokenadapt(config.tokenadapt, train) if config.tokenadapt else None
+    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
     view = SegmentView(
         torch.from_numpy(train.codebook),
         config.crop,

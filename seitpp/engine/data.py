@@ -95,14 +95,14 @@ def check_codes(codebook: np.ndarray, source: str, saved: Saved, checkpoint: str
         )
 
 
-def open_tokenadapt(path: str, store: TokenStore) -> TokenAdapt:
-    """TokenAdapt from a run's folder, its file, or the official one.
+def open_tokenadapt(path: str, codebook: np.ndarray, source: str) -> TokenAdapt:
+    """TokenAdapt from a run's folder, its file, or the official one, for the ids of `source`.
 
     Raises ModelError if there is none, UserError if it was trained for another codebook.
     """
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     if file.suffix != ".safetensors":
         return from_release(file)
-    model, codebook = load_tokenadapt(file)
-    check_codebook(store.codebook, str(store.path), codebook, path)
+    model, expected = load_tokenadapt(file)
+    check_codebook(codebook, source, expected, path)
     return model
