@@ -139,9 +139,13 @@ def fit(config: Config, run: Run, train: ImageSource) -> Tokenizer:
 
 
 def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer:
-    """A ViT-VQGAN from random weights. Raises UserError under FSDP: dead codes are moved in a whole codebook."""
-    if run.sharded:
-        raise UserError("a tokenizer is not trained under FSDP: launch with recipes/accelerate/eight_gpus.yaml")
+    """A ViT-VQGAN from random weights. Raises UserError under FSDP and DeepSpeed: dead codes are moved in a whole
+    codebook.
+    """
+    if run.sharded or run.zero:
+        raise UserError(
+            "a tokenizer is not trained under FSDP or DeepSpeed: launch with recipes/accelerate/eight_gpus.yaml"
+        )
     # 1. Data and model.
     order = BatchOrder(len(train), config.batch_size, config.seed)
     size = config.image_size, config.image_size

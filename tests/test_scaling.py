@@ -1,5 +1,9 @@
-"""Launches by the files of recipes/accelerate, on CPU processes: FSDP, and two machines."""
+"""Launches by the files of recipes/accelerate, on CPU processes: FSDP, and two machines.
 
+What needs DeepSpeed is in tests/long/processes.py.
+"""
+
+import importlib.util
 import json
 import os
 import shutil
@@ -11,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file
+
+from seitpp.engine.zero import supports
 
 TESTS = Path(__file__).parent
 FILES = TESTS.parent / "recipes/accelerate"
@@ -73,6 +79,7 @@ def alone(tmp_path_factory) -> Path:
         ("eight_gpus.yaml", DistributedType.MULTI_GPU, 8, 1),
         ("two_machines.yaml", DistributedType.MULTI_GPU, 16, 2),
         ("fsdp.yaml", DistributedType.FSDP, 8, 1),
+        ("deepspeed.yaml", DistributedType.DEEPSPEED, 8, 1),
     ],
 )
 def test_accelerate_reads_the_files(file: str, kind: DistributedType, processes: int, machines: int) -> None:
@@ -95,6 +102,21 @@ def test_fsdp_of_version_1_is_refused() -> None:
     line = [sys.executable, TESTS / "fsdp_on_cpu.py", RECIPE, *SHORT]
     finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_fsdp)
     assert finished.returncode == 2 and "take FSDP of version 2" in finished.stderr, finished.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_installed_is_one_line() -> None:
+    with_deepspeed = {**os.environ, **rank_of(0, 1), "ACCELERATE_USE_DEEPSPEED": "true"}
+    line = [sys.executable, RECIPE, *SHORT]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_deepspeed)
+    assert finished.returncode == 2 and 'pip install "seitpp[deepspeed]"' in finished.stderr, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "taken"), [(1, "none", True), (2, "none", True), (3, "none", False), (2, "cpu", False)]
+)
+def test_stages_of_deepspeed(stage: int, offload: str, taken: bool) -> None:
+    assert supports(DeepSpeedPlugin(zero_stage=stage, offload_optimizer_device=offload)) == taken
 
 
 def test_machines_that_see_different_checkpoints_are_refused(alone: Path, tmp_path: Path) -> None:

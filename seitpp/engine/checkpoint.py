@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from seitpp import files
 from seitpp.engine.sharded import split_as
+from seitpp.engine.zero import ZeroOptimizer
 from seitpp.errors import UserError
 
 KEPT = 2
@@ -48,13 +49,18 @@ class Checkpoint(NamedTuple):
     tensors: Groups
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> Groups:
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer, ema: ModelEmaV3 | None
+) -> Groups:
     """Everything that a checkpoint holds: "model", "optimizer" (by "parameter name/key") and maybe "ema"."""
-    state = {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    if isinstance(optimizer, ZeroOptimizer):
+        state = optimizer.tensors(model)
+    else:
+        state = {
+            f"{name}/{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
     groups = {"model": model.state_dict(), "optimizer": state}
     return groups | {"ema": ema.module.state_dict()} if ema else groups
 
@@ -167,7 +173,7 @@ def restore(
     checkpoint: Checkpoint,
     store: str,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | ZeroOptimizer,
     ema: ModelEmaV3 | None,
 ) -> None:
     """Put a checkpoint into a model, its optimizer and its moving average.
@@ -186,6 +192,9 @@ def restore(
         places = module.state_dict()
         tensors = checkpoint.tensors[name].items()
         module.load_state_dict({key: split_as(tensor, places[key]) for key, tensor in tensors})
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.restore(model, checkpoint.tensors["optimizer"])
+        return
     parameters = dict(model.named_parameters())
     for full_name, tensor in checkpoint.tensors["optimizer"].items():
         name, _, key = full_name.rpartition("/")

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from seitpp.engine import zero
 from seitpp.engine.folder import RunError
 
 
@@ -19,23 +20,29 @@ def launched_processes() -> int:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raise RunError unless Accelerate sees the processes that were launched, as one process, DDP or FSDP 2."""
+    """Raise RunError unless Accelerate sees the processes that were launched, as one process, DDP, FSDP 2, or ZeRO
+    1 or 2.
+    """
     launched, processes = launched_processes(), accelerator.num_processes
     if launched != processes:
         raise RunError(
             f"{launched} processes were launched, but Accelerate sees {processes}, so each would train alone: "
             "without a GPU set ACCELERATE_USE_CPU=1"
         )
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+    kind, plugin = accelerator.distributed_type, accelerator.deepspeed_plugin
+    if (plugin and not zero.supports(plugin)) or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise RunError(
-            f"launched with {kind.value} of a kind that is not supported here: to split a model over GPUs take "
-            "FSDP of version 2, accelerate launch --config_file recipes/accelerate/fsdp.yaml"
+            f"launched with {kind.value} of a kind that is not supported here (DeepSpeed's stages 1 and 2 without "
+            "offloading are): to split the weights too take FSDP of version 2, accelerate launch --config_file "
+            "recipes/accelerate/fsdp.yaml"
         )
 
 
-def check_trackers(trackers: tuple[str, ...]) -> None:
-    """Raise RunError for a tracker that is not installed."""
+def check_installed(trackers: tuple[str, ...]) -> None:
+    """Raise RunError for a tracker that is not installed, or DeepSpeed if it is launched."""
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if asked and importlib.util.find_spec("deepspeed") is None:
+        raise RunError('launched with DeepSpeed, which is not installed: pip install "seitpp[deepspeed]"')
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
             raise RunError(f'tracker {tracker!r} is not installed: pip install "seitpp[trackers]"')

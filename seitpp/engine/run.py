@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
-from seitpp.engine import checkpoint, sharded
+from seitpp.engine import checkpoint, sharded, zero
 from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
-from seitpp.engine.machine import check_launch, check_trackers, device_name, git_commit, peak_memory
+from seitpp.engine.machine import check_installed, check_launch, device_name, git_commit, peak_memory
 from seitpp.engine.metrics import MetricsLog, matmul_rate
 from seitpp.engine.stopping import Stopped, StopRequest
 from seitpp.errors import UserError
@@ -47,11 +47,11 @@ class Run:
     `recipe` and the preset name the default folder, runs/RECIPE-PRESET. The whole config is stored in the folder
     and compared on resume; the folder is locked while the process lives. Raises RunError for a folder that is in
     use or not empty (unless `resume` or `overwrite`), a run with other settings (with `resume`), a tracker that is
-    not installed, or a launch that is not one process, DDP or FSDP 2.
+    not installed, or a launch that is not one process, DDP, FSDP 2 or DeepSpeed's ZeRO 1 or 2.
     """
 
     def __init__(self, recipe: str, config: RunConfig):
-        check_trackers(config.trackers)
+        check_installed(config.trackers)
         self.started = time.perf_counter()
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
@@ -73,6 +73,11 @@ class Run:
     def sharded(self) -> bool:
         """Whether each process holds only a part of the weights (FSDP)."""
         return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def zero(self) -> bool:
+        """Whether each process updates only a part of the weights, from a copy of its own (DeepSpeed)."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def _choose_folder(self) -> tuple[Path, bool]:
         config = self.config
@@ -141,7 +146,11 @@ class Run:
         self._template = copy.deepcopy(model).cpu() if self.sharded else None
         if self.config.compile:
             model.compile()
+        if self.zero:
+            zero.configure(self.accelerator, model, order.batch_size, self.config.accumulation, clip)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.zero:
+            self.plain_optimizer = zero.ZeroOptimizer(optimizer)
         if ema:
             sharded.split_module_as(ema.module, model)
         self._restore()
@@ -211,14 +220,14 @@ class Run:
         not finite: it names step and rank, saves what that rank saw, and makes no checkpoint of it. Raises Stopped
         after SIGTERM or SIGINT, when the step is saved.
         """
-        self.accelerator.backward(loss)
+        rate = self.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self.accelerator.backward(loss)  # DeepSpeed clips and updates in it
         self._micro.append({"loss": loss.detach(), **metrics})
         if not self.accelerator.sync_gradients:
             return
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
-        rate = self.lr(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -226,7 +235,7 @@ class Run:
             self.ema.update(self.plain_model, step=self.step)
         parts = self._micro
         record = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        norm = sharded.whole(norm.detach())
+        norm = torch.tensor(norm, device=self.device) if self.zero else sharded.whole(norm.detach())
         self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm})
         self.bar.update()
         asked = self._stop.agreed()
@@ -303,7 +312,7 @@ class Run:
             )
 
     def _compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def _start_interval(self) -> None:
         self._interval_step, self._interval_start, self._waited = self.step, time.perf_counter(), 0.0
