@@ -62,10 +62,11 @@ def rehearse(main: Callable[[Config], None], config: Config) -> None:
             main(dataclasses.replace(config, out=str(out), resume=resume))
         if os.environ.get("RANK", "0") != "0":
             return
+        parts = ["begun", "saved", "resumed", "evaluated", "reported"]
         if json.loads((out / "result.json").read_text())["recipe"] in EXPORTED:
             export_model(out, Path(folder) / "exported")
-    seconds = time.perf_counter() - started
-    print(f"dry run: begun, saved, resumed, evaluated, reported and exported in {seconds:.0f} s; nothing is kept")
+            parts.append("exported")
+    print(f"dry run: {', '.join(parts)} in {time.perf_counter() - started:.0f} s; nothing is kept")
 
 
 def _fail(message: str) -> NoReturn:
