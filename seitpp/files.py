@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all: every durable write of the project goes through this module.
+"""Files that are there whole or not at all: all that a run writes goes through this module.
 
 A file is written beside its target, synced, and renamed over it; a folder is filled beside its target, synced
-file by file, and renamed. Every change on disk is one call of `os`, so that a test can fail, or kill at, each of
-them. Nothing here imports torch.
+file by file, and renamed. Whatever a run changes on disk is one call of `os` here, so that a test can fail, or
+kill at, each of them. Nothing here imports torch.
 """
 
 # ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108
@@ -71,9 +71,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).replace(path)
+            os.replace(file.name, path)
         except BaseException:
-            Path(file.name).unlink()
+            os.unlink(file.name)
             raise
     sync(path.parent)
 
@@ -163,6 +163,26 @@ def empty_folder(path: Path, but: Collection[str] = ()) -> None:
             remove_folder(child)
         elif child.name not in but:
             os.unlink(child)
+
+
+def make_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of the user's cache, which `make` fills on first use; several processes may ask for it."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
+    folder = root / name
+    if folder.exists():
+        return folder
+    make_folder(root)
+    staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}-"))
+    try:
+        make(staging)
+        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp makes it private
+        os.rename(staging, folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster, and its folder is as good as ours
+            raise
+    finally:
+        remove_folder(staging)
+    return folder
 
 
 def lock(path: Path) -> int | None:

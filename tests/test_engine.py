@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
 from seitpp.engine.optim import adamw
 from seitpp.engine.schedule import warmup_cosine
+from seitpp.engine.stopping import Stopped
 from seitpp.errors import UserError
 from seitpp.models import MTM
 from seitpp.tokens.dataset import BatchOrder, TokenDataset, evaluation_loader, training_loader
@@ -324,6 +326,13 @@ def test_what_the_user_can_mend_is_one_line_and_a_defect_keeps_its_traceback(mon
     with pytest.raises(SystemExit) as exit_:
         run_recipe(fails, PRESETS, "smoke")
     assert exit_.value.code == 2 and capsys.readouterr().err == "error: no disk, buy one\n"
+
+    def stops(config: Config) -> None:
+        raise Stopped("stopped after step 5", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(stops, PRESETS, "smoke")
+    assert exit_.value.code == 143 and capsys.readouterr().err == "stopped after step 5\n"
 
     def breaks(config: Config) -> None:
         raise ValueError("a defect")

@@ -7,10 +7,8 @@ All scenes have one size, so that recipes/mtm_pretrain.py can be trained on the 
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import torch
 
 from downstream.segmentation.data import COLUMN
 from downstream.segmentation.scenes import write_scenes
+from seitpp import files
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 from seitpp.tokenizers.annotated import AnnotatedSource, smallest_png
@@ -56,28 +55,12 @@ class Scenes(NamedTuple):
 def default_scenes(settings: SceneSettings = SCENES) -> Scenes:
     """The tokenized scenes in the user's cache folder; made on first use, reused afterwards."""
     facts = json.dumps({"version": VERSION, **asdict(settings)}, sort_keys=True)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
-    folder = root / f"scenes-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        _publish(root, folder, settings)
+    name = f"scenes-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    folder = files.make_once(name, partial(_make, settings))
     return Scenes(folder / "images", folder / "store", folder / "tokenizer.safetensors")
 
 
-def _publish(root: Path, folder: Path, settings: SceneSettings) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=root, prefix=".scenes-"))
-    try:
-        _make(staging, settings)
-        staging.chmod(0o755)  # mkdtemp makes it private
-        staging.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster, and its folder is as good as ours
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _make(folder: Path, settings: SceneSettings) -> None:
+def _make(settings: SceneSettings, folder: Path) -> None:
     """The layout of ADE-20k, a tokenizer fitted to it, and a store with both splits."""
     counts = {"training": settings.training, "validation": settings.validation}
     write_scenes(folder / "images", settings.num_classes, counts, settings.size)

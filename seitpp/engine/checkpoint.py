@@ -140,7 +140,7 @@ def _entry(path: Path) -> dict:
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _manifest_file(manifest: dict[str, dict]) -> bytes:

@@ -7,9 +7,6 @@ pixels at a time, so that an image is an 8 x 8 grid with one token for each orig
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -18,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from seitpp import files
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 from seitpp.tokenizers.images import Sample
@@ -56,25 +54,8 @@ def digits_images(split: str) -> tuple[Tensor, Tensor]:
 def digits() -> Digits:
     """The tokenized digits in the user's cache folder; made on first use (seconds), reused afterwards."""
     name = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:12]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
-    folder = root / f"digits-{name}"
-    if not folder.exists():
-        _publish(root, folder)
+    folder = files.make_once(f"digits-{name}", _tokenize)
     return Digits(folder / "store", folder / "tokenizer.safetensors")
-
-
-def _publish(root: Path, folder: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=root, prefix=".digits-"))
-    try:
-        _tokenize(staging)
-        staging.chmod(0o755)  # mkdtemp makes it private
-        staging.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster, and its folder is as good as ours
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _tokenize(folder: Path) -> None:
