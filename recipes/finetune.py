@@ -153,10 +153,10 @@ def main(config: Config) -> None:
     model.set_grad_checkpointing(config.grad_checkpointing)
 
     # 3. Optimisation: linear warm-up, then half a cosine, update by update; lower layers learn more slowly.
-    steps = round(config.epochs * order.steps_per_epoch)
-    warmup = round(config.warmup_epochs * order.steps_per_epoch)
-    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
-    evaluation_steps = max(1, round(config.evaluation_epochs * order.steps_per_epoch))
+    steps = order.steps(config.epochs)
+    warmup = order.steps(config.warmup_epochs)
+    checkpoint_steps = order.steps(config.checkpoint_epochs)
+    evaluation_steps = order.steps(config.evaluation_epochs)
     peak = config.base_lr * (config.batch_size / 1024) ** 0.5
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
     trained = run.prepare(

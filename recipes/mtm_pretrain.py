@@ -134,10 +134,10 @@ def main(config: Config) -> None:
     run.flops_per_image = step_flops(model, grid, law.counts(patches, 0.5))
 
     # 5. Optimisation: linear warm-up, then half a cosine to 0, update by update.
-    steps = round(config.epochs * order.steps_per_epoch)
-    warmup = round(config.warmup_epochs * order.steps_per_epoch)
-    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
-    evaluation_steps = max(1, round(config.evaluation_epochs * order.steps_per_epoch))
+    steps = order.steps(config.epochs)
+    warmup = order.steps(config.warmup_epochs)
+    checkpoint_steps = order.steps(config.checkpoint_epochs)
+    evaluation_steps = order.steps(config.evaluation_epochs)
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(model, config.weight_decay, config.betas)
     trained = run.prepare(

@@ -138,7 +138,7 @@ def main(config: Config) -> None:
     backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
 
     # 4. Optimisation: linear warm-up, then linear to 0; lower layers learn more slowly.
-    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
+    checkpoint_steps = order.steps(config.checkpoint_epochs)
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
     trained = run.prepare(
         model,

@@ -157,9 +157,9 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
 
     # 2. Optimisation: linear warm-up, then half a cosine to 0, update by update.
     tokens = config.batch_size * spec.grid[0] * spec.grid[1]
-    steps = round(config.epochs * order.steps_per_epoch)
-    warmup = round(config.warmup_epochs * order.steps_per_epoch)
-    checkpoint_steps = max(1, round(config.checkpoint_epochs * order.steps_per_epoch))
+    steps = order.steps(config.epochs)
+    warmup = order.steps(config.warmup_epochs)
+    checkpoint_steps = order.steps(config.checkpoint_epochs)
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(training, config.weight_decay, config.betas)
     seen = f"{len(train)} images"  # beside the settings, what a resumed run must find again

@@ -119,6 +119,20 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(smoke: Path, tmp_pa
         assert (folder / name).read_bytes() == (smoke / name).read_bytes(), name
 
 
+def kill_after_an_evaluation(recipe: str, folder: Path, steps: int) -> None:
+    """Begin the smoke preset and kill it right after its first evaluation, before the last of its `steps`."""
+    process = subprocess.Popen(
+        command(recipe, "smoke", "--out", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    evaluations, deadline = folder / "evaluations.jsonl", time.monotonic() + 240
+    while not (evaluations.exists() and evaluations.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(metrics_so_far(folder)) < steps and not (folder / "result.json").exists()
+
+
 def metrics_so_far(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 

@@ -4,11 +4,9 @@ import csv
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +15,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from test_recipes import kill_after_an_evaluation
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import EvalView, Keys, SeitView
@@ -140,15 +139,7 @@ def test_evaluate_judges_by_the_window_of_the_run(flags: tuple, tmp_path: Path) 
 def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> None:
     """Killed right after an evaluation, which lies beyond the checkpoint and is made again."""
     folder = tmp_path / "run"
-    line = [sys.executable, str(RECIPES / "seit_train.py"), "smoke", "--out", str(folder)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not lines_of(folder / "evaluations.jsonl"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(lines_of(folder / "metrics.jsonl")) < STEPS and not (folder / "result.json").exists()
+    kill_after_an_evaluation("seit_train", folder, STEPS)
 
     call(seit_train, "smoke", "--out", folder, "--resume")
     learned = [

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from test_recipes import torchrun
+from test_recipes import kill_after_an_evaluation, torchrun
 from test_recipes_seit import call, lines_of, recipe, refused, result_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -95,15 +93,7 @@ def test_the_rate_rises_and_falls_in_straight_lines() -> None:
 def test_killed_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> None:
     """Killed right after an evaluation, two steps after a checkpoint."""
     folder = tmp_path / "run"
-    line = [sys.executable, str(RECIPES / "segment_ade20k.py"), "smoke", "--out", str(folder)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not lines_of(folder / "evaluations.jsonl"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(lines_of(folder / "metrics.jsonl")) < STEPS and not (folder / "result.json").exists()
+    kill_after_an_evaluation("segment_ade20k", folder, STEPS)
 
     call(segment, "smoke", "--out", folder, "--resume")
     clock = {"images_per_second", "data_wait", "memory_gib"}

@@ -181,10 +181,12 @@ class Run:
         `dataset` makes a batch, a thing with `to(device)`, of a list of indices (`__getitems__`). A checkpoint is
         published every `checkpoint_steps` updates and at the end. `evaluate` is called on every process before the
         updates `evaluation_steps`, 2 x `evaluation_steps`, ..., with the model in eval mode; its figures are
-        printed and written to evaluations.jsonl. Between two items, the caller must call `update` once.
+        printed and written to evaluations.jsonl. An interval of less than one update is one. Between two items,
+        the caller must call `update` once.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         accumulation, workers = self.config.accumulation, self.config.workers
+        checkpoint_steps, evaluation_steps = max(1, checkpoint_steps), max(1, evaluation_steps)
         if self.config.dry_run:  # one step, and once resumed another one
             steps, checkpoint_steps, evaluation_steps = min(steps, self.step + 1), 1, 1
         loader = training_loader(dataset, self.order, range(self.step, steps), rank, ranks, accumulation, workers)

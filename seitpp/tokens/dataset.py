@@ -78,6 +78,10 @@ class BatchOrder:
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.steps_per_epoch = num_images // batch_size
 
+    def steps(self, epochs: float) -> int:
+        """The number of updates of so many epochs, rounded."""
+        return round(epochs * self.steps_per_epoch)
+
     def epoch_order(self, epoch: int) -> np.ndarray:
         """The permutation (num_images,) int64 of an epoch."""
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_images)
