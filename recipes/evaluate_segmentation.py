@@ -91,7 +91,9 @@ def main(config: Config) -> None:
     mirror = None
     if config.flip:
         adapt = open_tokenadapt(config.flip, data.codebook, data.path)
-        mirror = mirror_whole(TokenAdaptMirror(codebook, window, adapt).to(run.device), codebook, window)
+        mirror = mirror_whole(
+            TokenAdaptMirror(codebook, window, adapt).to(run.device), codebook, window, data.lookup
+        )
     run.start()
     run.print(f"{config}\n{len(data.dataset):,} images of {data.path}; writing to {run.out}")
 
@@ -101,7 +103,7 @@ def main(config: Config) -> None:
         if config.scales == (1.0,) and mirror is None:
             scores = slide_logits(model, model.backbone.from_ids(ids, codebook), *windows)
         else:
-            scores = view_scores(model, ids, codebook, *windows, config.scales, mirror)
+            scores = view_scores(model, ids, codebook, *windows, config.scales, mirror, data.lookup)
         return predict_labels(scores, image.labels.shape[1:])
 
     score = count_pixels(predict, data.dataset, saved.class_names, run.accelerator, config.workers)
@@ -140,6 +142,7 @@ class Data(NamedTuple):
     picture: Callable[[Tensor], Tensor]  # of the inputs of an image, (3, h, w) in [0, 1]
     shown: str  # what that picture is
     codebook: np.ndarray
+    lookup: str
     class_names: list[str]
     path: str
 
@@ -157,7 +160,9 @@ def open_tokens(config: Config, run: Run, patch: int) -> Data:
     decode = partial(decoded, tokenizers.load(file)) if file else painted(store.codebook)
     shown = "decoded tokens" if file else "codes"
     dataset = WholeTokens(SegmentedTokens(store, patch))
-    return Data(dataset, lambda ids: ids, decode, shown, store.codebook, store.class_names, str(store.path))
+    return Data(
+        dataset, lambda ids: ids, decode, shown, store.codebook, store.lookup, store.class_names, str(store.path)
+    )
 
 
 def decoded(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
@@ -193,6 +198,7 @@ def open_images(config: Config, run: Run) -> Data:
         lambda images: images[0] / 255,
         "image",
         codebook,
+        tokenizer.spec.lookup,
         source.class_names,
         config.data,
     )

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from seitpp import plots
-from seitpp.augment import EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitView
+from seitpp.augment import ColorPreset, EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, window_of
@@ -66,7 +66,7 @@ class Config(TrainConfig):
     crop: Literal["resized", "window"] | None = "resized"  # of maps; pixels and ids are always resized
     crop_scale: tuple[float, float] = (0.08, 1.0)
     eda: Literal["release", "paper"] | None = None  # of maps
-    colour: Literal["release", "paper", "seitpp"] | None = "seitpp"  # of tokens
+    colour: ColorPreset | None = "seitpp"  # of tokens
     tokenadapt: str | None = None  # of ids: a run of recipes/tokenadapt_train.py, its file, or the official one
     adapted: float = 0.5  # of ids: share of the images that go through TokenAdapt
     cutmix: float = 1.0
@@ -150,6 +150,8 @@ def main(config: Config) -> None:
     view, centre_view, of = task.view.to(run.device), task.centre_view.to(run.device), attrgetter(task.field)
     order = BatchOrder(len(train), config.batch_size, config.seed)
     choose_trained(model, config.trained)
+    if config.compile:
+        view.compile()
     model.set_grad_checkpointing(config.grad_checkpointing)
 
     # 3. Optimisation: linear warm-up, then half a cosine, update by update; lower layers learn more slowly.
@@ -187,7 +189,8 @@ def main(config: Config) -> None:
     trained.train()
     for step, batch in run.train(train, steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        inputs, targets = view(of(batch), batch.labels, keys)
+        with run.accelerator.autocast():  # TokenAdapt's
+            inputs, targets = view(of(batch), batch.labels, keys)
         logits = trained(inputs)
         loss = soft_label_loss(logits, targets, config.smoothing)
         run.update(loss, accuracy=top1_share(logits, targets.labels))
@@ -239,15 +242,23 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
     if size[0] != size[1]:
         raise UserError(f"a grid of {size}: the views cut squares, name a side of at most {min(size)} with --size")
     model = classifier_from(source.model, train.num_classes, size, config.drop_path)
-    codebook, mixed = torch.from_numpy(train.codebook), (config.cutmix, config.mixup)
+    codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
     if kind == "ids":
         adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
         view = SeitPPFinetuneView(
-            codebook, size[0], config.crop_scale, adapt, config.adapted, config.colour, *mixed
+            codebook,
+            size=size[0],
+            scale=config.crop_scale,
+            adapt=adapt,
+            tokenadapt_fraction=config.adapted,
+            color=config.colour,
+            lookup=train.lookup,
+            **mixed,
         )
         centre_view = EvalView(window)
     else:
-        view = SeitView(codebook, size[0], config.crop, config.crop_scale, config.eda, config.colour, *mixed)
+        crop = {"crop": config.crop, "scale": config.crop_scale}
+        view = SeitView(codebook, size=size[0], **crop, eda=config.eda, color=config.colour, **mixed)
         centre_view = EvalView(window, codebook, size[0])
     images = TokenDataset(train)
     if config.labels_per_class:

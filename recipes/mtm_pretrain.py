@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from seitpp import plots, tokenizers
-from seitpp.augment import EvalView, Keys, SeitPPView
+from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import open_splits, open_tokenadapt, window_of
@@ -55,7 +55,7 @@ class Config(TrainConfig):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
     adapted: float = 0.5  # share of the images that go through TokenAdapt
-    colour: Literal["coloradapt"] | None = None
+    colour: ColorPreset | None = None
     mask: Literal["seitpp", "mage", "mae"] = "seitpp"  # the law of the share of hidden patches
     epochs: float = 400
     warmup_epochs: float = 40
@@ -112,10 +112,20 @@ def main(config: Config) -> None:
     grid = window_of(train, config.crop, "--crop")
     decode, originals = report_tools(config)
 
-    # 3. View: ids -> vectors -> crop, or TokenAdapt -> colour -> ids, on the device.
+    # 3. View: ids -> vectors -> color -> crop, or TokenAdapt -> ids, on the device.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
-    view = SeitPPView(codebook, config.crop, config.crop_scale, adapt, config.adapted, config.colour)
-    view, law = view.to(run.device), MASK_LAWS[config.mask]
+    view = SeitPPView(
+        codebook,
+        size=config.crop,
+        scale=config.crop_scale,
+        adapt=adapt,
+        tokenadapt_fraction=config.adapted,
+        color=config.colour,
+        lookup=train.lookup,
+    ).to(run.device)
+    law = MASK_LAWS[config.mask]
+    if config.compile:
+        view.compile()
 
     # 4. Model: its first loss is ln K.
     model = MTM(
@@ -161,7 +171,8 @@ def main(config: Config) -> None:
     trained.train()
     for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        ids = view(batch.ids, keys)
+        with run.accelerator.autocast():  # TokenAdapt's
+            ids = view(batch.ids, keys)
         ratio = law.ratio(config.seed, step)
         plan = mask_plan(keys.uniform("mask", patches), *law.counts(patches, ratio))
         logits = trained(ids, plan)

@@ -18,7 +18,7 @@ validation.png and result.json into --out; pictures are for recipes/evaluate_seg
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.extra import load_mmseg
 from downstream.segmentation.view import SegmentView
 from seitpp import TokenStore, plots, tokenizers
-from seitpp.augment import Keys
+from seitpp.augment import ColorPreset, Keys
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import facts_of, open_tokenadapt
@@ -58,7 +58,7 @@ class Config(TrainConfig):
     crop: int = 64  # side in tokens, in training and of the windows in evaluation
     scale: tuple[float, float] = (0.5, 2.0)
     max_share: float = 0.75  # of one class in a crop
-    colour: Literal["paper", "release", "seitpp", "coloradapt"] | None = None
+    colour: ColorPreset | None = None
     channels: int | None = None  # of the head; None: the width of the ViT
     drop_path: float = 0.1
     steps: int = 160_000

@@ -2,15 +2,18 @@
 
     accelerate launch recipes/seit_train.py                                    # the embedded digits
     accelerate launch recipes/seit_train.py published --store imagenet-tokens  # 1 GPU
+    accelerate launch recipes/seit_train.py seitpp --store imagenet-tokens --tokenadapt ADAPT  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/seit_train.py published --store imagenet-tokens
 
 `published` is the paper's ViT-B on ImageNet-1k tokens, 300 epochs, 74.0 % top-1 there; neither its result nor its
 time on GPUs is measured here. Other presets: vit_small, resnet50, resnet18; the stems stem_linear and stem_conv2;
-the ablation none, cutmix, cutmix_eda, cutmix_noise; imagenet21k. `digits` (the default) takes 130 s on a CPU
-core and reaches 98.6 +- 0.7 % top-1 (five seeds, tests/bench/seit_digits.py; 97.4 +- 0.9 without augmentation).
-Reads a token store with the splits train and validation; writes config.json, metrics.jsonl, evaluations.jsonl,
-checkpoints/, model.safetensors, model_ema.safetensors (the moving average of the weights), curves.png,
-validation.png and result.json into --out.
+the ablation none, cutmix, cutmix_eda, cutmix_noise; imagenet21k. `seitpp` is SeiT++ without masked modeling (75.5
+% there), half of the images through TokenAdapt, with its color; `seitpp_coloradapt` and `seitpp_tokenadapt` have
+one of the two, and with `_small` they are a ViT-S. `digits` (the default) takes 130 s on a CPU core and reaches
+98.6 +- 0.7 % top-1 (five seeds, tests/bench/seit_digits.py; 97.4 +- 0.9 without augmentation). Reads a token store
+with the splits train and validation; writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/,
+model.safetensors, model_ema.safetensors (the moving average of the weights), curves.png, validation.png and
+result.json into --out.
 """
 
 from dataclasses import dataclass, replace
@@ -22,10 +25,10 @@ from timm.utils import ModelEmaV3
 
 import seitpp.models  # noqa: F401 (makes timm know our models)
 from seitpp import plots
-from seitpp.augment import EvalView, Keys, SeitView
+from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import open_splits, window_of
+from seitpp.engine.data import open_splits, open_tokenadapt, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
@@ -49,7 +52,9 @@ class Config(TrainConfig):
     crop: Literal["resized", "window"] | None = "resized"  # Token-RRC, or a random window as it is
     crop_scale: tuple[float, float] = (0.08, 1.0)
     eda: Literal["release", "paper"] | None = "release"
-    colour: Literal["release", "paper"] | None = "paper"
+    colour: ColorPreset | None = "paper"
+    tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
+    adapted: float = 0.0  # share of the images that go through TokenAdapt
     cutmix: float = 1.0  # alpha of the Beta law; 0: none
     mixup: float = 0.0
     smoothing: float = 0.1
@@ -81,7 +86,14 @@ PRESETS |= {
         "cutmix_eda": {"colour": None},
         "cutmix_noise": {"eda": None},
         "imagenet21k": {"epochs": 270, "crop": "window", "eda": None},
+        "seitpp": {"colour": "seitpp", "adapted": 0.5},
+        "seitpp_coloradapt": {"colour": "seitpp"},
+        "seitpp_tokenadapt": {"adapted": 0.5},
     }.items()
+}
+PRESETS |= {
+    f"{name}_small": replace(PRESETS[name], preset=f"{name}_small", model="seit_vit_small")
+    for name in ("seitpp", "seitpp_coloradapt", "seitpp_tokenadapt")
 }
 PRESETS["digits"] = replace(
     PRESETS["published"],
@@ -123,9 +135,21 @@ def main(config: Config) -> None:
     size = config.size or window[0]
 
     # 3. Views: ids -> EDA -> crop -> vectors -> colour -> CutMix; and the central window.
+    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
     view = SeitView(
-        codebook, size, config.crop, config.crop_scale, config.eda, config.colour, config.cutmix, config.mixup
+        codebook,
+        size=size,
+        crop=config.crop,
+        scale=config.crop_scale,
+        eda=config.eda,
+        color=config.colour,
+        cutmix=config.cutmix,
+        mixup=config.mixup,
+        adapt=adapt,
+        tokenadapt_fraction=config.adapted,
     ).to(run.device)
+    if config.compile:
+        view.compile()
     centre_view = EvalView(window, codebook, size).to(run.device)
 
     # 4. Model, and the moving average of its weights.
@@ -179,7 +203,8 @@ def main(config: Config) -> None:
     trained.train()
     for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        maps, targets = view(batch.ids, batch.labels, keys)
+        with run.accelerator.autocast():  # TokenAdapt's
+            maps, targets = view(batch.ids, batch.labels, keys)
         logits = trained(maps)
         loss = soft_label_loss(logits, targets, config.smoothing)
         run.update(loss, accuracy=top1_share(logits, targets.labels))

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from scipy import stats
 from torchvision import transforms
 
-from seitpp.augment import EvalView, Keys, SeitPPView, crop_resize, random_resized_boxes
+from seitpp.augment import EvalView, Keys, SeitPPFinetuneView, SeitPPView, crop_resize, random_resized_boxes
 from seitpp.augment.keyed import philox4x32
+from seitpp.tokenizers.base import LOOKUPS
 from seitpp.tokens.codebook import embed, nearest
 
 
@@ -98,17 +99,32 @@ def test_nearest_is_cosine_and_finds_every_code_itself() -> None:
 
 def test_view_without_crop_keeps_the_ids() -> None:
     ids = torch.randint(64, (4, 8, 8), dtype=torch.int32).to(torch.uint16)
-    view = SeitPPView(torch.randn(64, 16), size=None, adapted=0)
+    view = SeitPPView(torch.randn(64, 16), size=None, tokenadapt_fraction=0)
     assert torch.equal(view(ids, Keys(0, 0, torch.arange(4))), ids.long())
 
 
 def test_view_crops_each_image_by_its_own_key() -> None:
     codebook, ids = torch.randn(391, 32), torch.randint(391, (6, 32, 32))
-    view = SeitPPView(codebook, size=28, adapted=0)
+    view = SeitPPView(codebook, size=28, tokenadapt_fraction=0)
     whole = view(ids, Keys(5, 2, torch.arange(6)))
     assert whole.shape == (6, 28, 28) and whole.dtype == torch.int64 and 0 <= whole.min() <= whole.max() < 391
     assert torch.equal(view(ids[4:], Keys(5, 2, torch.arange(4, 6))), whole[4:])
     assert not torch.equal(view(ids, Keys(5, 3, torch.arange(6))), whole)
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_an_untouched_grid_comes_back_whole_by_the_lookup_of_its_tokenizer(lookup: str) -> None:
+    """A crop of the whole grid moves nothing. FSQ's codes lie on few directions: by cosine many would change."""
+    levels = [(torch.arange(n) - n // 2) / (n // 2) for n in (8, 5, 5, 5)]
+    codebook = torch.cartesian_prod(*levels) if lookup == "euclidean" else torch.randn(1000, 4)
+    ids, few = torch.randint(1000, (4, 16, 16)), Keys(0, 0, torch.arange(4))
+    settings = {"size": 16, "scale": (1.0, 1.0), "tokenadapt_fraction": 0, "lookup": lookup}
+    assert torch.equal(SeitPPView(codebook, **settings)(ids, few), ids)
+    fine = SeitPPFinetuneView(codebook, color=None, cutmix=0.0, **settings)
+    assert torch.equal(fine(ids, torch.zeros(4, dtype=torch.long), few)[0], ids)
+    if lookup == "euclidean":
+        settings["lookup"] = "cosine"
+        assert (SeitPPView(codebook, **settings)(ids, few) != ids).float().mean() > 0.05
 
 
 def test_evaluation_takes_the_central_window() -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from seitpp.augment import Keys
-from seitpp.augment.colour import COLOUR_RATES, ColourAugment, color_adapt, emb_noise
+from seitpp.augment.color import COLOR_RATES, ColorAugment, color_adapt, emb_noise
 from seitpp.augment.ids import EDA_RATES, TokenEDA, replace_synonyms, swap_squares
 from seitpp.augment.mix import Mix, PairingError, SoftLabels, cutmix, mixup, partners
 from seitpp.tokens.codebook import synonyms
@@ -188,14 +188,14 @@ def test_color_adapt_of_constant_channels_is_finite() -> None:
     torch.testing.assert_close(adapted[2], torch.full((3, 6, 6), 0.7))
 
 
-@pytest.mark.parametrize("rates", COLOUR_RATES)
+@pytest.mark.parametrize("rates", COLOR_RATES)
 def test_colour_acts_on_its_share_of_the_images(rates: str) -> None:
     maps = torch.randn(800, 2, 4, 4)
     ways = [maps, emb_noise(maps, keys(800)), color_adapt(maps, partners(torch.arange(800)))]
-    done = ColourAugment(rates)(maps, keys(800))
+    done = ColorAugment(rates)(maps, keys(800))
     same = torch.stack([(way == done).flatten(1).all(dim=1) for way in ways])
     assert (same.sum(dim=0) == 1).all()
-    noise, adapt = COLOUR_RATES[rates].emb_noise, COLOUR_RATES[rates].color_adapt
+    noise, adapt = COLOR_RATES[rates].emb_noise, COLOR_RATES[rates].color_adapt
     for count, share in zip(same.sum(dim=1).tolist(), (1 - noise - adapt, noise, adapt), strict=True):
         assert stats.binomtest(count, 800, share).pvalue > 1e-3
 

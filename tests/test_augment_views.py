@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from seitpp.augment import EvalView, Keys, SeitView, crop_resize
-from seitpp.augment.colour import ColourAugment
+from seitpp.augment.color import ColorAugment
 from seitpp.augment.ids import TokenEDA
 from seitpp.augment.maps import random_window
 from seitpp.augment.mix import Mix, PairingError
@@ -37,7 +37,7 @@ def test_random_window_is_a_window_and_any_window() -> None:
 @pytest.mark.parametrize("crop", ["resized", "window", None])
 def test_view_with_nothing_else_is_the_crop(crop: str | None) -> None:
     ids, labels = torch.randint(40, (5, 12, 12)), torch.arange(5)
-    view = SeitView(CODEBOOK, 12, crop, scale=(1.0, 1.0), eda=None, colour=None, cutmix=0.0)
+    view = SeitView(CODEBOOK, size=12, crop=crop, scale=(1.0, 1.0), eda=None, color=None, cutmix=0.0)
     maps, soft = view(ids.to(torch.uint16), labels, keys(5))
     # A resized crop of the whole area finds no box of another ratio, so it takes the whole grid.
     assert torch.equal(maps, embed(ids, CODEBOOK))
@@ -45,10 +45,10 @@ def test_view_with_nothing_else_is_the_crop(crop: str | None) -> None:
 
 
 @pytest.mark.parametrize("crop", ["resized", "window"])
-@pytest.mark.parametrize("colour", ["paper", "seitpp"])
-def test_view_depends_on_the_image_and_its_partner_only(crop: str, colour: str) -> None:
+@pytest.mark.parametrize("color", ["paper", "seitpp"])
+def test_view_depends_on_the_image_and_its_partner_only(crop: str, color: str) -> None:
     ids, labels = torch.randint(40, (32, 16, 16)), torch.arange(32)
-    view = SeitView(CODEBOOK, 14, crop, colour=colour, mixup=0.8)
+    view = SeitView(CODEBOOK, size=14, crop=crop, color=color, mixup=0.8)
     maps, soft = view(ids, labels, keys(32))
     assert maps.shape == (32, 6, 14, 14) and maps.dtype == torch.float32 and maps.isfinite().all()
     part, part_soft = view(ids[8:16], labels[8:16], keys(8, first=8))
@@ -59,9 +59,9 @@ def test_view_depends_on_the_image_and_its_partner_only(crop: str, colour: str) 
 
 def test_view_goes_in_the_order_of_seit() -> None:
     ids, labels, few = torch.randint(40, (16, 32, 32)), torch.arange(16), keys(16)
-    view = SeitView(CODEBOOK, 28, "window", eda="paper", colour="release")
+    view = SeitView(CODEBOOK, size=28, crop="window", eda="paper", color="release")
     vectors = embed(random_window(TokenEDA(CODEBOOK, "paper")(ids, few), few, 28), CODEBOOK)
-    expected, _ = Mix()(ColourAugment("release")(vectors, few), labels, few)
+    expected, _ = Mix()(ColorAugment("release")(vectors, few), labels, few)
     assert torch.equal(view(ids, labels, few)[0], expected)
 
 
@@ -69,7 +69,7 @@ def test_view_goes_in_the_order_of_seit() -> None:
 def test_maps_keep_the_type_of_the_codebook(dtype: torch.dtype) -> None:
     ids, labels = torch.randint(40, (8, 16, 16)), torch.arange(8)
     expected, maps = (
-        SeitView(codebook, 14, eda=None, colour="seitpp", mixup=0.8)(ids, labels, keys(8))[0]
+        SeitView(codebook, size=14, eda=None, color="seitpp", mixup=0.8)(ids, labels, keys(8))[0]
         for codebook in (CODEBOOK, CODEBOOK.to(dtype))
     )
     assert maps.dtype == dtype
@@ -79,13 +79,13 @@ def test_maps_keep_the_type_of_the_codebook(dtype: torch.dtype) -> None:
 def test_view_names_what_does_not_fit() -> None:
     ids, labels = torch.zeros(4, 8, 8, dtype=torch.long), torch.arange(4)
     with pytest.raises(ViewError, match="window of 9 x 9 tokens of the grid"):
-        SeitView(CODEBOOK, 9, "window")(ids, labels, keys(4))
+        SeitView(CODEBOOK, size=9, crop="window")(ids, labels, keys(4))
     with pytest.raises(ViewError, match="without a crop: expected 7 x 7"):
-        SeitView(CODEBOOK, 7, None)(ids, labels, keys(4))
+        SeitView(CODEBOOK, size=7, crop=None)(ids, labels, keys(4))
     with pytest.raises(ViewError, match="window of 8 x 10"):
         EvalView((8, 10))(ids)
     with pytest.raises(PairingError):
-        SeitView(CODEBOOK, 8, None)(ids[:3], labels[:3], keys(3))
+        SeitView(CODEBOOK, size=8, crop=None)(ids[:3], labels[:3], keys(3))
 
 
 def test_evaluation_gives_maps() -> None:
@@ -99,9 +99,11 @@ def test_evaluation_gives_maps() -> None:
 
 
 def test_views_print_their_parameters() -> None:
-    printed = repr(SeitView(CODEBOOK, 28, scale=(0.3, 0.9), eda="paper", colour="seitpp", cutmix=0.6, mixup=0.7))
+    printed = repr(
+        SeitView(CODEBOOK, size=28, scale=(0.3, 0.9), eda="paper", color="seitpp", cutmix=0.6, mixup=0.7)
+    )
     for word in (
-        *("size=28", "scale=(0.3, 0.9)", "cutmix=0.6", "mixup=0.7", "emb_noise=0.75", "color_adapt=0.25"),
+        *("size=28", "scale=(0.3, 0.9)", "cutmix=0.6", "mixup=0.7", "emb_noise=0.375", "color_adapt=0.125"),
         *(
             "replaced_images=1.0",
             "replaced_tokens=0.25",

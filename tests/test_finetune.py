@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import EvalPixelView, Keys, PixelView, SeitPPFinetuneView, SeitPPView, ViewError
-from seitpp.augment.colour import ColourAugment
+from seitpp.augment.color import ColorAugment
 from seitpp.augment.geometry import apply_geometry, random_geometry
 from seitpp.augment.maps import crop_resize, random_resized_boxes
 from seitpp.augment.mix import Mix, PairingError, SoftLabels
@@ -329,10 +329,12 @@ def test_the_share_of_a_batch_is_spread_evenly_and_put_back(share: float) -> Non
     assert torch.equal(through[: len(first)], first), "of a share of the batch as of the whole"
 
 
-def through_tokenadapt(adapt: TokenAdapt, scale: tuple[float, float], mix: Mix) -> tuple[Tensor, SoftLabels]:
+def through_tokenadapt(
+    adapt: TokenAdapt, maps: Tensor, scale: tuple[float, float], mix: Mix
+) -> tuple[Tensor, SoftLabels]:
     """Ids of the odd places, and their labels."""
     geometry = random_geometry(KEYS.of(ODD), 8, adapt.crop[0], scale=scale)
-    space = apply_geometry(adapt.convert(embed(IDS[ODD], CODES)), geometry)
+    space = apply_geometry(adapt.convert(maps[ODD]), geometry)
     space, targets = mix(space, LABELS[ODD], KEYS.of(ODD))
     return adapt.invert(space).argmax(dim=1), targets
 
@@ -340,28 +342,30 @@ def through_tokenadapt(adapt: TokenAdapt, scale: tuple[float, float], mix: Mix) 
 @pytest.mark.parametrize("size", [7, 8])
 def test_odd_places_go_through_tokenadapt(size: int) -> None:
     adapt, scale = small_adapt(size), (0.2, 1.0)
-    ids = SeitPPView(CODES, size, scale, adapt)(IDS.to(torch.uint16), KEYS)
+    ids = SeitPPView(CODES, size=size, scale=scale, adapt=adapt)(IDS.to(torch.uint16), KEYS)
     assert ids.shape == (16, size, size) and ids.dtype == torch.int64
     cropped = crop_resize(embed(IDS[EVEN], CODES), random_resized_boxes(KEYS.of(EVEN), (8, 8), scale), size)
     assert torch.equal(ids[EVEN], nearest(cropped, CODES))
-    assert torch.equal(ids[ODD], through_tokenadapt(adapt, scale, Mix(0.0))[0])
+    assert torch.equal(ids[ODD], through_tokenadapt(adapt, embed(IDS, CODES), scale, Mix(0.0))[0])
     assert len(ids[ODD].unique()) > 5 and not adapt.training
     assert not any(parameter.requires_grad for parameter in adapt.parameters())
-    every = SeitPPView(CODES, size, scale, adapt, adapted=1.0)(IDS, KEYS)
+    every = SeitPPView(CODES, size=size, scale=scale, adapt=adapt, tokenadapt_fraction=1.0)(IDS, KEYS)
     assert torch.equal(every[ODD], ids[ODD]) and not torch.equal(every[EVEN], ids[EVEN])
 
 
 def test_the_view_of_fine_tuning_goes_in_the_order_of_seitpp() -> None:
     adapt, scale = small_adapt(7), (0.08, 1.0)
-    ids, labels = SeitPPFinetuneView(CODES, 7, scale, adapt)(IDS.to(torch.uint16), LABELS, KEYS)
-    maps, share, others = torch.empty(16, 32, 7, 7), torch.empty(16), torch.empty(16, dtype=torch.int64)
-    cropped = crop_resize(embed(IDS[EVEN], CODES), random_resized_boxes(KEYS.of(EVEN), (8, 8), scale), 7)
-    maps[EVEN], plain = Mix(1.0)(cropped, LABELS[EVEN], KEYS.of(EVEN))
-    adapted, through = through_tokenadapt(adapt, scale, Mix(1.0, 0.8))
-    maps[ODD] = embed(adapted, CODES)
+    ids, labels = SeitPPFinetuneView(CODES, size=7, scale=scale, adapt=adapt)(IDS.to(torch.uint16), LABELS, KEYS)
+    colored = ColorAugment("seitpp")(embed(IDS, CODES), KEYS)
+    assert not torch.equal(colored, embed(IDS, CODES))
+    expected, share, others = torch.empty(16, 7, 7).long(), torch.empty(16), torch.empty(16).long()
+    cropped = crop_resize(colored[EVEN], random_resized_boxes(KEYS.of(EVEN), (8, 8), scale), 7)
+    mixed, plain = Mix(1.0)(cropped, LABELS[EVEN], KEYS.of(EVEN))
+    expected[EVEN] = nearest(mixed, CODES)
+    expected[ODD], through = through_tokenadapt(adapt, colored, scale, Mix(1.0, 0.8))
     for places, targets in ((EVEN, plain), (ODD, through)):
         share[places], others[places] = targets.share, targets.others
-    assert torch.equal(ids, nearest(ColourAugment("seitpp")(maps, KEYS), CODES))
+    assert torch.equal(ids, expected)
     assert torch.equal(labels.labels, LABELS) and torch.equal(labels.others, LABELS ^ 4)
     assert torch.equal(labels.share, share) and torch.equal(labels.others, others)
     assert ids.shape == (16, 7, 7) and ids.min() >= 0 and ids.max() < 64
@@ -369,8 +373,8 @@ def test_the_view_of_fine_tuning_goes_in_the_order_of_seitpp() -> None:
 
 def test_views_do_not_depend_on_how_a_batch_is_split() -> None:
     for view in (
-        SeitPPView(CODES, 7, adapt=small_adapt(7), colour="coloradapt"),
-        SeitPPFinetuneView(CODES, 7, adapt=small_adapt(7)),
+        SeitPPView(CODES, size=7, adapt=small_adapt(7), color="coloradapt"),
+        SeitPPFinetuneView(CODES, size=7, adapt=small_adapt(7)),
     ):
         halves = []
         for part in (slice(None), slice(0, 8), slice(8, 16)):
@@ -383,31 +387,33 @@ def test_views_do_not_depend_on_how_a_batch_is_split() -> None:
 
 
 def test_without_tokenadapt_the_views_agree() -> None:
-    plain = SeitPPView(CODES, 7, (0.08, 1.0), adapted=0.0)(IDS, KEYS)
-    ids, labels = SeitPPFinetuneView(CODES, 7, adapted=0.0, colour=None, cutmix=0.0)(IDS, LABELS, KEYS)
+    plain = SeitPPView(CODES, size=7, scale=(0.08, 1.0), tokenadapt_fraction=0.0)(IDS, KEYS)
+    ids, labels = SeitPPFinetuneView(CODES, size=7, tokenadapt_fraction=0.0, color=None, cutmix=0.0)(
+        IDS, LABELS, KEYS
+    )
     assert torch.equal(ids, plain) and torch.equal(labels.labels, LABELS) and labels.share.eq(1).all()
-    assert not torch.equal(SeitPPFinetuneView(CODES, 7, adapted=0.0)(IDS, LABELS, KEYS)[0], plain)
+    assert not torch.equal(SeitPPFinetuneView(CODES, size=7, tokenadapt_fraction=0.0)(IDS, LABELS, KEYS)[0], plain)
 
 
 def test_views_refuse_what_tokenadapt_was_not_trained_for() -> None:
     for view in (SeitPPView, SeitPPFinetuneView):
         with pytest.raises(ViewError, match=r"no weights.*--tokenadapt.*--adapted 0"):
-            view(CODES, 8)
+            view(CODES, size=8)
         with pytest.raises(ViewError, match=r"\(7, 7\).*the crop is 8"):
-            view(CODES, 8, adapt=small_adapt(7))
+            view(CODES, size=8, adapt=small_adapt(7))
         with pytest.raises(ViewError, match="no image goes through it: pass --adapted"):
-            view(CODES, 7, adapt=small_adapt(7), adapted=0.0)
+            view(CODES, size=7, adapt=small_adapt(7), tokenadapt_fraction=0.0)
     with pytest.raises(ViewError, match=r"\(12, 12\).*\(8, 8\)"):
-        SeitPPView(CODES, 7, adapt=small_adapt(7))(torch.zeros(8, 12, 12, dtype=torch.long), KEYS.of(EVEN))
+        SeitPPView(CODES, size=7, adapt=small_adapt(7))(torch.zeros(8, 12, 12, dtype=torch.long), KEYS.of(EVEN))
     with pytest.raises(PairingError, match="6 images"):
-        SeitPPFinetuneView(CODES, 7, adapt=small_adapt(7))(IDS[:12], LABELS[:12], KEYS.of(torch.arange(12)))
+        SeitPPFinetuneView(CODES, size=7, adapt=small_adapt(7))(IDS[:12], LABELS[:12], KEYS.of(torch.arange(12)))
 
 
 def test_a_tokenadapt_from_a_file_fits_the_views(tmp_path: Path) -> None:
     adapt = small_adapt(7)
     adapt.save(tmp_path / "model.safetensors", "0")
     loaded, _ = load_tokenadapt(tmp_path / "model.safetensors")
-    expected, found = (SeitPPView(CODES, 7, adapt=model)(IDS, KEYS) for model in (adapt, loaded))
+    expected, found = (SeitPPView(CODES, size=7, adapt=model)(IDS, KEYS) for model in (adapt, loaded))
     assert torch.equal(found, expected)
 
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kornia.geometry.transform import get_affine_matrix2d, warp_affine
 from scipy import stats
 
 from seitpp.augment import Geometry, Keys, apply_geometry, crop_resize, random_geometry
+from seitpp.augment.geometry import affine_matrices
 
 NOTHING = {"flip": 0.0, "affine": 0.0, "scale": None}
 
@@ -103,22 +105,41 @@ def test_laws() -> None:
     n = 4000
     geometry = random_geometry(keys(n), 32, 28)
     chain = ~(geometry.matrices == torch.eye(3)).flatten(1).all(dim=1)
-    shifted = geometry.matrices[:, :2, 2] != 0
+    shifted = random_geometry(keys(n), 32, 28, shear=0.0).matrices[:, :2, 2] != 0
     assert stats.binomtest(int(geometry.flipped.sum()), n, 0.5).pvalue > 1e-3
     assert stats.binomtest(int(chain.sum()), n, 0.5 * (1 - 0.5**5)).pvalue > 1e-3
     for part in shifted.T:
         assert stats.binomtest(int(part.sum()), n, 0.25).pvalue > 1e-3
     assert stats.binomtest(int(shifted.all(dim=1).sum()), n, 0.125).pvalue > 1e-3
-    shifts = geometry.matrices[:, :2, 2][shifted]
+    unsheared = random_geometry(keys(n), 32, 28, shear=0.0).matrices[:, :2, 2]
+    shifts = unsheared[unsheared != 0]
     assert stats.kstest(shifts.numpy(), stats.uniform(-0.2, 0.4).cdf).pvalue > 1e-3
     turned = random_geometry(keys(n), 32, 28, affine=1.0, part=1.0, shift=0.0, shear=0.0).matrices
     angles = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
     assert stats.kstest(angles.numpy(), stats.uniform(-30, 60).cdf).pvalue > 1e-3
     sheared = random_geometry(keys(n), 32, 28, affine=1.0, part=1.0, shift=0.0, degrees=0.0).matrices
-    for entry in (sheared[:, 0, 1], sheared[:, 1, 0]):
-        assert stats.kstest(entry.atan().rad2deg().numpy(), stats.uniform(-15, 30).cdf).pvalue > 1e-3
+    for entry in (sheared[:, 0, 1], sheared[:, 1, 0]):  # to one side only, as in the release
+        assert stats.kstest(-entry.atan().rad2deg().numpy(), stats.uniform(0, 15).cdf).pvalue > 1e-3
     assert abs(stats.spearmanr(angles[:-1], angles[1:]).statistic) < 0.06
     torch.testing.assert_close(torch.linalg.det(sheared), torch.ones(n))
+
+
+def test_the_affine_map_is_that_of_kornia_part_by_part() -> None:
+    """Rotate, translate, shear: matrices as the product of kornia's, maps as kornia moves them."""
+    maps, n = torch.randn(16, 3, 24, 24), 16
+    angle, (shifts, shears) = 60 * torch.rand(n) - 30, torch.rand(2, n, 2)
+    zero, one = torch.zeros(n, 2), torch.ones(n, 2)
+    turned = get_affine_matrix2d(zero, zero, one, angle)
+    moved = get_affine_matrix2d(shifts - 0.5, zero, one, torch.zeros(n))
+    sheared = get_affine_matrix2d(zero, zero, one, torch.zeros(n), *(15 * shears).deg2rad().unbind(dim=1))
+    matrices = affine_matrices(angle, shifts - 0.5, 15 * shears)
+    torch.testing.assert_close(matrices, sheared @ moved @ turned)
+    center, side = (24 - 1) / 2, 24
+    to_pixels = torch.tensor([[side, 0, center], [0, side, center], [0, 0, 1]])
+    pixels = to_pixels @ matrices @ to_pixels.inverse()
+    expected = warp_affine(maps, pixels[:, :2], (24, 24), align_corners=True)
+    flat = Geometry(torch.zeros(n, dtype=torch.bool), matrices, torch.tensor([[0, 0, 24, 24]] * n), 24, 24)
+    torch.testing.assert_close(apply_geometry(maps, flat), expected, atol=2e-5, rtol=0)
 
 
 def test_half_precision_maps_are_moved_in_full() -> None:

@@ -236,9 +236,18 @@ def test_every_preset_fits_the_published_tokens(preset: str) -> None:
     config, codebook = seit_train.PRESETS[preset], torch.randn(391, 32)
     size = config.size or config.window or 32
     view = SeitView(
-        codebook, size, config.crop, config.crop_scale, config.eda, config.colour, config.cutmix, config.mixup
+        codebook,
+        size=size,
+        crop=config.crop,
+        scale=config.crop_scale,
+        eda=config.eda,
+        color=config.colour,
+        cutmix=config.cutmix,
+        mixup=config.mixup,
+        adapt=TokenAdapt() if config.adapted else None,
+        tokenadapt_fraction=config.adapted,
     )
-    maps, _ = view(torch.randint(391, (4, 32, 32)), torch.arange(4), Keys(0, 0, torch.arange(4)))
+    maps, _ = view(torch.randint(391, (8, 32, 32)), torch.arange(8), Keys(0, 0, torch.arange(8)))
     with torch.device("meta"):
         model = timm.create_model(
             config.model,

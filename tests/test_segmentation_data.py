@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import Keys, ViewError
-from seitpp.augment.colour import ColourAugment
+from seitpp.augment.color import ColorAugment
 from seitpp.models import TokenAdapt
 from seitpp.tokens.codebook import embed
 from seitpp.tokens.dataset import BatchOrder, training_loader
@@ -308,12 +308,12 @@ def test_an_image_does_not_depend_on_its_batch(mirrored: bool) -> None:
 def test_colour_comes_last() -> None:
     batch = numbered(GRIDS[:8])
     maps, labels = SegmentView(PLACES, CROP, PATCH)(batch, keys(8))
-    coloured, same = SegmentView(PLACES, CROP, PATCH, colour="seitpp")(batch, keys(8))
-    assert torch.equal(coloured, ColourAugment("seitpp")(maps, keys(8))) and torch.equal(same, labels)
+    coloured, same = SegmentView(PLACES, CROP, PATCH, color="seitpp")(batch, keys(8))
+    assert torch.equal(coloured, ColorAugment("seitpp")(maps, keys(8))) and torch.equal(same, labels)
 
 
 def test_the_view_says_what_it_does_and_what_does_not_fit() -> None:
-    view = SegmentView(PLACES, CROP, PATCH, colour="coloradapt")
+    view = SegmentView(PLACES, CROP, PATCH, color="coloradapt")
     for words in ("crop=8, patch=5, scale=(0.5, 2.0), max_share=0.75; no mirror", "color_adapt=0.5"):
         assert words in repr(view)
     mirroring = SegmentView(torch.eye(240), CROP, PATCH, adapt=still_adapt(7, 6))

@@ -104,7 +104,7 @@ def test_what_the_backbone_takes() -> None:
     for kind, inputs in (("ids", ids), ("maps", maps)):
         model = backbone(kind)
         assert torch.equal(model.from_ids(ids.to(torch.uint16), CODEBOOK), inputs)
-        assert torch.equal(model.from_maps(maps, CODEBOOK), inputs)
+        assert torch.equal(model.from_maps(maps, CODEBOOK, "cosine"), inputs)
 
 
 def sources(folder: Path) -> dict[str, Path]:

@@ -55,9 +55,11 @@ class TokenViT(nn.Module):
         """What the backbone takes, of ids (B, H, W) of any integer dtype and the codebook (K, D)."""
         return ids.long() if self.input_kind == "ids" else embed(ids, codebook)
 
-    def from_maps(self, maps: Tensor, codebook: Tensor) -> Tensor:
-        """What the backbone takes, of maps (B, D, H, W): for ids those of the nearest codes."""
-        return nearest(maps, codebook) if self.input_kind == "ids" else maps
+    def from_maps(self, maps: Tensor, codebook: Tensor, lookup: str) -> Tensor:
+        """What the backbone takes, of maps (B, D, H, W): for ids those of the nearest codes by the tokenizer's
+        `lookup`.
+        """
+        return nearest(maps, codebook, lookup) if self.input_kind == "ids" else maps
 
     def forward(self, inputs: Tensor) -> list[Tensor]:
         """Ids (B, H, W) int64 or maps (B, D, H, W) -> four levels (B, C, H / 2, W / 2), a cell for each patch."""

@@ -91,15 +91,18 @@ def count_pixels(
     return score
 
 
-def mirror_whole(mirror: Callable[[Tensor, Tensor, Tensor], Tensor], codebook: Tensor, window: int) -> Callable:
+def mirror_whole(
+    mirror: Callable[[Tensor, Tensor, Tensor], Tensor], codebook: Tensor, window: int, lookup: str
+) -> Callable:
     """A mirror for `view_scores`, map (B, D, h, w) -> the map of the mirrored image, of one for boxes.
 
-    `mirror`, a TokenAdaptMirror, takes ids, boxes and grids and gives maps of window x window tokens. The image is
-    mirrored window by window; what a window holds beyond its edge is cut off.
+    `mirror`, a TokenAdaptMirror, takes ids, boxes and grids and gives maps of window x window tokens; `lookup` is
+    the tokenizer's, as in `nearest`. The image is mirrored window by window; what a window holds beyond its edge
+    is cut off.
     """
 
     def mirrored(maps: Tensor) -> Tensor:
-        ids = nearest(maps, codebook)
+        ids = nearest(maps, codebook, lookup)
         height, width = ids.shape[1:]
         grids = torch.tensor([height, width], device=ids.device).expand(len(ids), 2)
         rows = []

@@ -62,16 +62,18 @@ def view_scores(
     patch: int,
     scales: Sequence[float] = (1.0,),
     mirror: Callable[[Tensor], Tensor] | None = None,
+    lookup: str = "cosine",
 ) -> Tensor:
     """Probabilities, the mean over the views of an image (multi-scale and flip testing): (B, classes, p H, p W).
 
     `ids` (B, H, W) of any integer dtype, `codebook` (K, D). A scale other than 1 resizes the map bicubically to
     the nearest whole number of tokens. `mirror` gives the map (B, D, h, w) of the mirrored image for the map of
     an image; mirrored tokens are other tokens, which is what TokenAdapt knows, so without it nothing is flipped.
+    `lookup` is the tokenizer's, as in `nearest`.
     The other arguments are those of `slide_logits`, which is all that a test on one scale needs.
     """
     size, total, views = (patch * ids.shape[-2], patch * ids.shape[-1]), 0, 0
-    for inputs, mirrored in _views(model.backbone, ids, codebook, scales, mirror):
+    for inputs, mirrored in _views(model.backbone, ids, codebook, scales, mirror, lookup):
         logits = slide_logits(model, inputs, window, stride, patch)
         total += _resized(logits.flip(-1) if mirrored else logits, size).softmax(dim=1)
         views += 1
@@ -105,15 +107,23 @@ def _continued(inputs: Tensor, window: int) -> Tensor:
 
 
 def _views(
-    backbone: TokenViT, ids: Tensor, codebook: Tensor, scales: Sequence[float], mirror: Callable | None
+    backbone: TokenViT,
+    ids: Tensor,
+    codebook: Tensor,
+    scales: Sequence[float],
+    mirror: Callable | None,
+    lookup: str,
 ) -> Iterator[tuple[Tensor, bool]]:
     """What the backbone takes of each view, and whether it is mirrored."""
     maps = embed(ids, codebook)
     for scale in scales:
         scaled = maps if scale == 1 else _scaled(maps, scale)
-        yield backbone.from_ids(ids, codebook) if scale == 1 else backbone.from_maps(scaled, codebook), False
+        yield (
+            backbone.from_ids(ids, codebook) if scale == 1 else backbone.from_maps(scaled, codebook, lookup),
+            False,
+        )
         if mirror:
-            yield backbone.from_maps(mirror(scaled), codebook), True
+            yield backbone.from_maps(mirror(scaled), codebook, lookup), True
 
 
 def _scaled(maps: Tensor, scale: float) -> Tensor:

@@ -61,12 +61,12 @@ class TokenSource:
         self.validation = WholeTokens(SegmentedTokens(validation, view.patch))
         self.order = BatchOrder(len(train), batch_size, seed)
         self.codebook, self.class_names, self.patch = train.codebook, train.class_names, view.patch
-        self.name, self.fingerprint = str(train.path), train.fingerprint
+        self.name, self.fingerprint, self.lookup = str(train.path), train.fingerprint, train.lookup
         self.view = view
 
     def augmented(self, batch: Segmented, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
         maps, labels = self.view(batch, keys)
-        return backbone.from_maps(maps, self.view.codebook), labels
+        return backbone.from_maps(maps, self.view.codebook, self.lookup), labels
 
     def inputs(self, image: WholeImage, backbone: TokenViT) -> Tensor:
         return backbone.from_ids(image.inputs, self.view.codebook)

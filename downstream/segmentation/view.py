@@ -5,7 +5,6 @@ image by s and cut out a crop is to resize one box of crop / s tokens a side.
 """
 
 from copy import deepcopy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from downstream.segmentation.data import IGNORED, Segmented
 from seitpp.augment import Keys, ViewError, crop_resize
-from seitpp.augment.colour import ColourAugment
+from seitpp.augment.color import ColorAugment, ColorPreset
 from seitpp.augment.views import split_places
 from seitpp.models import TokenAdapt
 from seitpp.models.tokenadapt import CELLS
@@ -25,11 +24,11 @@ ATTEMPTS = 10  # boxes whose share of one class is looked at (mmsegmentation, Ra
 
 
 class SegmentView(nn.Module):
-    """Tokens and labels -> a random box -> maybe its mirror image -> colour -> maps and labels.
+    """Tokens and labels -> a random box -> maybe its mirror image -> color -> maps and labels.
 
     `codebook` (K, D) float; `crop` the side of the maps in tokens, `patch` the pixels along one side of a token;
     `scale` the range of the resize; `max_share` the largest share that one class has of the labelled pixels of a
-    box; `colour` a preset of ColourAugment, None for nothing. `adapt` is a trained TokenAdapt for this codebook,
+    box; `color` a preset of ColorAugment, None for nothing. `adapt` is a trained TokenAdapt for this codebook,
     of any grid: every second image of a batch is mirrored through it. Without one nothing is mirrored, since the
     mirrored tokens of an image are not the tokens of its mirror image. Raises ViewError if `adapt` is for other
     codes.
@@ -42,14 +41,14 @@ class SegmentView(nn.Module):
         patch: int,
         scale: tuple[float, float] = (0.5, 2.0),
         max_share: float = 0.75,
-        colour: Literal["paper", "release", "seitpp", "coloradapt"] | None = None,
+        color: ColorPreset | None = None,
         adapt: TokenAdapt | None = None,
     ):
         super().__init__()
         self.register_buffer("codebook", codebook)
         self.crop, self.patch, self.scale, self.max_share = crop, patch, scale, max_share
         self.mirror = TokenAdaptMirror(codebook, crop, adapt) if adapt else None
-        self.colour = ColourAugment(colour) if colour else None
+        self.color = ColorAugment(color) if color else None
 
     @torch.no_grad()
     def forward(self, batch: Segmented, keys: Keys) -> tuple[Tensor, Tensor]:
@@ -57,7 +56,7 @@ class SegmentView(nn.Module):
         labels (B, patch crop, patch crop) int64.
 
         Where a box is larger than its image, labels are 255 and vectors those of the image's edge. Raises
-        ViewError if B is odd and one half is mirrored, PairingError if B is no multiple of 4 and the colour op
+        ViewError if B is odd and one half is mirrored, PairingError if B is no multiple of 4 and the color op
         pairs images.
         """
         boxes = random_boxes(batch, keys, self.crop, self.patch, self.scale, self.max_share)
@@ -66,8 +65,8 @@ class SegmentView(nn.Module):
             maps = self._resized(batch.ids, boxes, batch.grids)
         else:
             maps, labels = self._half_mirrored(batch, boxes, labels)
-        if self.colour:
-            maps = self.colour(maps, keys)
+        if self.color:
+            maps = self.color(maps, keys)
         return maps, labels.long()
 
     def _resized(self, ids: Tensor, boxes: Tensor, grids: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def random_boxes(
     RandomCrop, the first of ten places is taken where no class has more than `max_share` of the labelled pixels,
     else an eleventh; here one pixel a token of the crop is looked at.
     """
-    draws = keys.uniform("segmentation boxes", 1 + 2 * (ATTEMPTS + 1)).double()
+    draws = keys.uniform("segmentation boxes", 1 + 2 * (ATTEMPTS + 1))
     side = (crop / (scale[0] + (scale[1] - scale[0]) * draws[:, :1])).round().long()
     places = (batch.grids - side).clamp(min=0) + 1
     corners = (draws[:, 1:].unflatten(1, (-1, 2)) * places.unsqueeze(1)).long()

@@ -1,5 +1,6 @@
 """Augmentation of whole batches on their device; every random draw is keyed by what it belongs to."""
 
+from seitpp.augment.color import ColorPreset
 from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
 from seitpp.augment.images import crop_and_flip
 from seitpp.augment.keyed import Keys
@@ -9,6 +10,7 @@ from seitpp.augment.pixels import EvalPixelView, PixelView
 from seitpp.augment.views import EvalView, SeitPPFinetuneView, SeitPPView, SeitView, ViewError
 
 __all__ = [
+    "ColorPreset",
     "EvalPixelView",
     "EvalView",
     "Geometry",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
+from seitpp.tokenizers.base import full_precision
 
 CUBIC_A = -0.75  # the bicubic kernel of torch's and OpenCV's interpolation
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
@@ -21,16 +22,19 @@ def crop_resize(maps: Tensor, boxes: Tensor, size: int, grids: Tensor | None = N
     matrix products; the result is channels-last in memory, as maps from `embed` are.
 
     With `grids` (B, 2) int64, the height and width of the real part of each map, a box that begins there may
-    reach beyond it: its scale is that of the whole box, and the edge of the real part is repeated.
+    reach beyond it: its scale is that of the whole box, and the edge of the real part is repeated. Autocast does
+    not reach in here: half precision would change the ids of what is cut.
     """
     inside = boxes[:, 2:] if grids is None else torch.minimum(boxes[:, 2:], grids - boxes[:, :2])
     rows = _resize_weights(boxes[:, 0], boxes[:, 2], inside[:, 0], maps.shape[2], size).to(maps.dtype)
     columns = _resize_weights(boxes[:, 1], boxes[:, 3], inside[:, 1], maps.shape[3], size).to(maps.dtype)
     batch, channels, _, width = maps.shape
-    # All columns and channels of an image are one matrix: as many small products would take four times as long.
-    lines = rows @ maps.permute(0, 2, 3, 1).flatten(2)
-    lines = lines.view(batch, size, width, channels)
-    return (columns.unsqueeze(1) @ lines).permute(0, 3, 1, 2)
+    with full_precision(maps.device):
+        # All columns and channels of an image are one matrix: as many small products would take four times as
+        # long.
+        lines = rows @ maps.permute(0, 2, 3, 1).flatten(2)
+        lines = lines.view(batch, size, width, channels)
+        return (columns.unsqueeze(1) @ lines).permute(0, 3, 1, 2)
 
 
 def _resize_weights(start: Tensor, length: Tensor, inside: Tensor, cells: int, size: int) -> Tensor:
@@ -39,18 +43,26 @@ def _resize_weights(start: Tensor, length: Tensor, inside: Tensor, cells: int, s
     """
     start, length, inside = (numbers.view(-1, 1, 1) for numbers in (start, length, inside))
     out = torch.arange(size, device=start.device).view(1, -1, 1)
-    centre = (out + 0.5) * (length.double() / size) - 0.5
-    taps = centre.floor() + torch.arange(-1, 3, device=start.device)
-    cell = torch.minimum(taps.clamp(min=0).long(), inside - 1) + start
+    # The center of an output cell is (out + 0.5) * length / size - 0.5, here in whole halves of 1 / size: exact
+    # without float64, which not every device has.
+    halves = (2 * out + 1) * length - size
+    first = halves.div(2 * size, rounding_mode="floor")
+    offset = (halves - first * (2 * size)).float() / (2 * size)
+    line = torch.arange(cells, device=start.device)
     weights = torch.zeros(len(start), size, cells, device=start.device)
-    return weights.scatter_add_(2, cell, _cubic(centre - taps).float())
+    for tap, weight in zip(range(-1, 3), _cubic_weights(offset), strict=True):
+        # Where taps meet at an edge they are added in this order: a scatter adds in any, which could change ids.
+        cell = torch.minimum((first + tap).clamp(min=0), inside - 1) + start
+        weights = weights + torch.where(line == cell, weight, 0.0)
+    return weights
 
 
-def _cubic(distance: Tensor) -> Tensor:
-    d = distance.abs()
-    inner = ((CUBIC_A + 2) * d - (CUBIC_A + 3)) * d * d + 1
-    outer = ((d - 5) * d + 8) * d * CUBIC_A - 4 * CUBIC_A
-    return torch.where(d <= 1, inner, torch.where(d < 2, outer, 0.0))
+def _cubic_weights(offset: Tensor) -> list[Tensor]:
+    """The weights of the four cells around a place that is `offset` in [0, 1) beyond the second of them."""
+    second, third = (((CUBIC_A + 2) * d - (CUBIC_A + 3)) * d * d + 1 for d in (offset, 1 - offset))
+    # The outer branch of the kernel, from 1 to 2 cells away, without a difference of large terms.
+    first, fourth = (CUBIC_A * d * (1 - d).square() for d in (offset, 1 - offset))
+    return [first, second, third, fourth]
 
 
 def random_resized_boxes(
@@ -63,7 +75,7 @@ def random_resized_boxes(
     attempts that fits is taken, else the largest centred box of an allowed ratio.
     """
     height, width = grid
-    draws = keys.uniform("random_resized_boxes", CROP_ATTEMPTS * 4).double().view(-1, CROP_ATTEMPTS, 4)
+    draws = keys.uniform("random_resized_boxes", CROP_ATTEMPTS * 4).view(-1, CROP_ATTEMPTS, 4)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * draws[..., 1]).exp()
@@ -73,14 +85,22 @@ def random_resized_boxes(
     left = (draws[..., 3] * (width - w + 1)).long()
     boxes = torch.stack([top, left, h, w], dim=-1)
     first = fits.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, 4)
-    fallback = _largest_box(grid, ratio, boxes.device)
+    fallback = same_boxes(keys.indices, _largest_box(grid, ratio))
     return torch.where(fits.any(dim=1, keepdim=True), boxes.gather(1, first).squeeze(1), fallback)
 
 
-def _largest_box(grid: tuple[int, int], ratio: tuple[float, float], device: torch.device) -> Tensor:
+def _largest_box(grid: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
     height, width = grid
     h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], device=device)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def same_boxes(indices: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """One box (top, left, height, width) for each of the images `indices` (B,): (B, 4) int64.
+
+    Made where the indices lie, number by number: to copy it there, a step would wait for the device.
+    """
+    return torch.stack([torch.full_like(indices, number) for number in box], dim=1)
 
 
 def centre_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
@@ -90,7 +110,9 @@ def centre_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def random_window(ids: Tensor, keys: Keys, size: int) -> Tensor:
-    """One window of each grid, without a resize (SeiT, simple crop): ids (B, H, W) -> (B, size, size)."""
+    """One window of each grid, without a resize (SeiT, simple crop): ids (B, H, W) -> (B, size, size), or vectors
+    (B, H, W, D) -> (B, size, size, D).
+    """
     line = torch.arange(size, device=ids.device)
     top, left = keys.uniform("random_window", 2).unbind(dim=1)
     rows = (top * (ids.shape[1] - size + 1)).long().unsqueeze(1) + line

@@ -89,11 +89,14 @@ def _beta(draws: Tensor, alpha: float) -> Tensor:
     """Draws (B, 2) in [0, 1) -> (B,) float32 of Beta(alpha, alpha), exact for any alpha > 0.
 
     Student's t with 2 alpha degrees of freedom by the polar method (Bailey, "Polar generation of random variates
-    with the t-distribution", 1994), as its share of its own length.
+    with the t-distribution", 1994), as its share of its own length: t / sqrt(1 + t^2), where t is
+    sqrt((1 - s) / s) cos(2 pi v) for s = (1 - u)^(1 / alpha). Written without the quotient nothing overflows in
+    float32.
     """
-    radius = ((1 - draws[:, 0].double()) ** (-1 / alpha) - 1).sqrt()
-    t = radius * (2 * math.pi * draws[:, 1].double()).cos()
-    return (0.5 + 0.5 * t / (1 + t.square()).sqrt()).float()
+    log_s = torch.log1p(-draws[:, 0]) / alpha
+    s, rest = log_s.exp(), -torch.expm1(log_s)
+    cosine = (2 * math.pi * draws[:, 1]).cos()
+    return 0.5 + 0.5 * rest.sqrt() * cosine / (s + rest * cosine.square()).sqrt()
 
 
 class Mix(nn.Module):

@@ -116,6 +116,13 @@ class TokenStore:
         batches = [shard.batch for shard in self._shards]
         return Column(name, self.columns[name], batches, self._starts, self.path / self.split)
 
+    @property
+    def lookup(self) -> str:
+        """How the tokenizer chose the nearest code, "cosine" or "euclidean"; "cosine", as in the released sets,
+        where nothing is known of the tokenizer.
+        """
+        return ((self.tokenizer or {}).get("spec") or {}).get("lookup", "cosine")
+
     def verify(self) -> None:
         """Compare the checksum of every file and decode every image of all splits.
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from seitpp.errors import UserError
 
-# Cells of the token x code similarity matrix that are held at once: 64 MiB in fp32.
-LOOKUP_CELLS = 1 << 24
+# Cells of the token x code similarity matrix that are held at once: 64 MiB in fp32 on a CPU, else 512 MiB, so that
+# a device is not given its work in pieces.
+LOOKUP_CELLS, DEVICE_LOOKUP_CELLS = 1 << 24, 1 << 27
 LOOKUPS = ("cosine", "euclidean")
 
 
@@ -121,7 +122,8 @@ def nearest(maps: Tensor, codebook: Tensor, lookup: str = "cosine") -> Tensor:
             offsets = rows.new_zeros(())
         else:  # |z - c|^2 is smallest where z c - |c|^2 / 2 is largest; |z|^2 would only cost digits
             offsets = rows.square().sum(dim=1) / -2
-        chunks = vectors.split(max(1, LOOKUP_CELLS // len(rows)))
+        cells = LOOKUP_CELLS if maps.device.type == "cpu" else DEVICE_LOOKUP_CELLS
+        chunks = vectors.split(max(1, cells // len(rows)))
         ids = torch.cat([torch.addmm(offsets, chunk, rows.T).argmax(dim=1) for chunk in chunks])
     return ids.view(batch, height, width)
 
@@ -173,8 +175,9 @@ class Tokenizer(nn.Module, ABC):
 
     def model_input(self, images: Tensor) -> Tensor:
         """Images in [0, 1] -> what the network is given: (images - mean) / std, in its dtype."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))
-        return ((images - mean) / std).to(self.dtype)
+        # Number by number: to copy three numbers to a device, the host would wait for it.
+        channels = zip(images.unbind(dim=1), self.spec.mean, self.spec.std, strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(self.dtype)
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def code_counts(ids: Tensor, num_codes: int) -> Tensor:
 
 def usage(counts: Tensor) -> Usage:
     """The usage that counts (K,) show. Warns where under half of the codes are used."""
+    counts = counts.cpu()  # in float64, which not every device has
     shares = counts.double() / counts.sum().clamp(min=1)
     report = Usage(int((counts > 0).sum()), len(counts), torch.special.entr(shares).sum().exp().item())
     if report.share < ENOUGH_USED:

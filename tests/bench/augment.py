@@ -96,8 +96,8 @@ class Ours:
     def __init__(self, store: TokenStore):
         self.dataset = TokenDataset(store)
         self.codebook = torch.from_numpy(store.codebook)
-        self.crop = SeitView(self.codebook, SIZE, colour=None, cutmix=0.0)
-        self.view = SeitView(self.codebook, SIZE)
+        self.crop = SeitView(self.codebook, size=SIZE, color=None, cutmix=0.0)
+        self.view = SeitView(self.codebook, size=SIZE)
 
     def read(self, indices: range) -> Batch:
         return self.dataset.__getitems__(list(indices))

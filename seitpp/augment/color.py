@@ -1,4 +1,4 @@
-"""What changes the colours of an image, on its map: Emb-Noise (SeiT) and ColorAdapt (SeiT++)."""
+"""What changes the colors of an image, on its map: Emb-Noise (SeiT) and ColorAdapt (SeiT++)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -41,44 +41,52 @@ def color_adapt(maps: Tensor, partner: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ColourRates:
+class ColorRates:
     """How often each acts. One draw of an image decides: Emb-Noise acts on the lowest `emb_noise` of the draws,
     ColorAdapt on the highest `color_adapt`, so never both on an image, since they sum to at most 1.
+
+    `whole_grid`: where supervised training applies them, to the grid before it is cropped (SeiT++) or to the crop
+    (SeiT).
     """
 
     emb_noise: float
     color_adapt: float
+    whole_grid: bool
 
 
-COLOUR_RATES = {
-    "paper": ColourRates(emb_noise=0.5, color_adapt=0.0),
-    "release": ColourRates(emb_noise=0.25, color_adapt=0.125),
-    "seitpp": ColourRates(emb_noise=0.75, color_adapt=0.25),
-    "coloradapt": ColourRates(emb_noise=0.0, color_adapt=0.5),
+COLOR_RATES = {
+    "paper": ColorRates(emb_noise=0.5, color_adapt=0.0, whole_grid=False),
+    "release": ColorRates(emb_noise=0.25, color_adapt=0.125, whole_grid=False),
+    "seitpp": ColorRates(emb_noise=0.375, color_adapt=0.125, whole_grid=True),
+    "seitpp_every_image": ColorRates(emb_noise=0.75, color_adapt=0.25, whole_grid=True),
+    "coloradapt": ColorRates(emb_noise=0.0, color_adapt=0.5, whole_grid=True),
 }
+# As a setting of a recipe; each view says what it is without.
+ColorPreset = Literal["paper", "release", "seitpp", "seitpp_every_image", "coloradapt"]
 
 
-class ColourAugment(nn.Module):
+class ColorAugment(nn.Module):
     """Emb-Noise or ColorAdapt, each on its share of the images, which are never the same.
 
-    `rates`: "paper" (SeiT), "release" (its later release), "seitpp" (SeiT++, fine-tuning) or "coloradapt" (SeiT++,
-    pre-training).
+    `rates`: "paper" (SeiT), "release" (its later release), "seitpp" (SeiT++, fine-tuning: the release chooses the
+    op of a batch with 0.75 and 0.25 and lets it act on half of the images), "seitpp_every_image" (0.75 and 0.25
+    read as shares of the images) or "coloradapt" (SeiT++, pre-training).
     """
 
-    def __init__(self, rates: Literal["paper", "release", "seitpp", "coloradapt"] = "paper"):
+    def __init__(self, rates: ColorPreset = "paper"):
         super().__init__()
-        self.rates = COLOUR_RATES[rates]
+        self.rates = COLOR_RATES[rates]
 
     def forward(self, maps: Tensor, keys: Keys) -> Tensor:
         """Maps (B, D, H, W), keys of the same B images -> maps. Raises PairingError, if ColorAdapt is on."""
         draw = keys.uniform("colour", 1).view(-1, 1, 1, 1)
-        coloured = maps
+        colored = maps
         if self.rates.emb_noise:
-            coloured = torch.where(draw < self.rates.emb_noise, emb_noise(maps, keys), coloured)
+            colored = torch.where(draw < self.rates.emb_noise, emb_noise(maps, keys), colored)
         if self.rates.color_adapt:
             adapted = color_adapt(maps, partners(keys.indices))
-            coloured = torch.where(draw >= 1 - self.rates.color_adapt, adapted, coloured)
-        return coloured
+            colored = torch.where(draw >= 1 - self.rates.color_adapt, adapted, colored)
+        return colored
 
     def extra_repr(self) -> str:
         return f"{self.rates}, scale={NOISE_SCALE}, std={NOISE_STD}"
