@@ -2,178 +2,48 @@
 
 import argparse
 import os
+import re
 import warnings
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
+import release_reference as reference
 import timm
 import torch
+from release_reference import CODES, DIM, PATCHES, Weights
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from seitpp.augment import Keys
+from seitpp.engine.data import open_tokenadapt
+from seitpp.errors import UserError
 from seitpp.models import (
     MTM,
     ModelError,
+    TokenAdapt,
     from_release,
     load_classifier,
     load_mtm,
+    load_pretrained,
     save_classifier,
     save_release,
     to_release,
 )
-from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.objectives import mask_plan, masked_token_loss
+from seitpp.tokens.codebook import codebook_fingerprint
 
-WIDTH, DEPTH, DIM, CODES, CLASSES, PATCHES = 128, 2, 6, 17, 5, 16
-DECODER_WIDTH, DECODER_DEPTH = 64, 1
-Weights = dict[str, Tensor]
-
-
-# The reference: what the papers and the release define, tensor by tensor.
-
-
-def affine(w: Weights, name: str, x: Tensor) -> Tensor:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def norm(w: Weights, name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
-
-
-def attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
-    parts = affine(w, f"{name}.qkv", x).chunk(3, dim=-1)
-    outputs = []
-    for q, k, v in zip(*(part.chunk(heads, dim=-1) for part in parts), strict=True):
-        weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
-        outputs.append(weights @ v)
-    return affine(w, f"{name}.proj", torch.cat(outputs, -1))
-
-
-def transformer(w: Weights, blocks: str, x: Tensor, depth: int, heads: int) -> Tensor:
-    for i in range(depth):
-        x = x + attention(w, f"{blocks}.{i}.attn", norm(w, f"{blocks}.{i}.norm1", x), heads)
-        hidden = gelu(affine(w, f"{blocks}.{i}.mlp.fc1", norm(w, f"{blocks}.{i}.norm2", x)))
-        x = x + affine(w, f"{blocks}.{i}.mlp.fc2", hidden)
-    return x
-
-
-def stem(w: Weights, maps: Tensor, stride: int, padding: int) -> Tensor:
-    weight, bias = w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]
-    windows = torch.nn.functional.unfold(maps, weight.shape[-1], padding=padding, stride=stride)
-    return (weight.flatten(1) @ windows).transpose(1, 2) + bias
-
-
-def classify(w: Weights, patches: Tensor) -> Tensor:
-    x = torch.cat([w["cls_token"].expand(len(patches), -1, -1), patches], 1) + w["pos_embed"]
-    x = transformer(w, "blocks", x, DEPTH, WIDTH // 64)
-    return affine(w, "head", norm(w, "norm", x[:, 1:].mean(1)))
-
-
-def seit_logits(w: Weights, maps: Tensor, stride: int, padding: int) -> Tensor:
-    return classify(w, stem(w, maps, stride, padding))
-
-
-def id_patches(w: Weights, ids: Tensor) -> Tensor:
-    vectors = norm(w, "token_emb.LayerNorm", w["token_emb.word_embeddings.weight"][ids])
-    return stem(w, vectors.permute(0, 3, 1, 2), 2, 0)
-
-
-def seitpp_logits(w: Weights, ids: Tensor) -> Tensor:
-    return classify(w, id_patches(w, ids))
-
-
-def mtm_logits(w: Weights, ids: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
-    """Logits (B, L, 4, K) of the tokens of every patch: image by image, patch by patch."""
-    return torch.stack([mtm_image(w, *image) for image in zip(id_patches(w, ids), kept, hidden, strict=True)])
-
-
-def mtm_image(w: Weights, patches: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
-    positions, cls = w["pos_embed"][0], w["cls_token"][0, 0]
-    inputs = [cls + positions[0]]
-    for place in kept.tolist():
-        content = w["mask_token_label"].flatten() if hidden[place] else patches[place]
-        inputs.append(content + positions[1 + place])
-    encoded = transformer(w, "blocks", torch.stack(inputs)[None], DEPTH, WIDTH // 64)
-    encoded = affine(w, "decoder_embed", norm(w, "norm", encoded))[0]
-    seen = {place: vector for place, vector in zip(kept.tolist(), encoded[1:], strict=True) if not hidden[place]}
-    decoder_in = torch.stack([encoded[0], *(seen.get(place, encoded[0]) for place in range(PATCHES))])
-    decoder_in = decoder_in[None] + w["decoder_pos_embed_learned"]
-    decoded = transformer(w, "decoder_blocks", decoder_in, DECODER_DEPTH, DECODER_WIDTH // 32)
-    tokens = affine(w, "mlm_layer.fc", norm(w, "decoder_norm", decoded)[0, 1:]).view(PATCHES, 4, DIM)
-    tokens = norm(w, "mlm_layer.ln", gelu(tokens))
-    return tokens @ w["token_emb.word_embeddings.weight"].T + w["mlm_layer.bias"].flatten()
-
-
-def mtm_loss(logits: Tensor, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Cross-entropy per token, averaged over the tokens of a patch, then over the hidden patches of the batch."""
-    losses = []
-    for image, grid, mask in zip(logits, ids, hidden, strict=True):
-        for place in mask.nonzero().flatten().tolist():
-            row, column = 2 * (place // 4), 2 * (place % 4)
-            targets = grid[row : row + 2, column : column + 2].flatten()
-            losses.append(-image[place].log_softmax(-1)[range(4), targets].mean())
-    return torch.stack(losses).mean()
-
-
-# Random checkpoints in the released layout.
-
-
-def shapes_of_blocks(blocks: str, width: int, depth: int) -> dict[str, tuple[int, ...]]:
-    parts = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width)}
-    parts |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
-    return {f"{blocks}.{i}.{part}": shape for i in range(depth) for part, shape in parts.items()}
-
-
-def weights(layers: dict[str, tuple[int, ...]], bare: dict[str, tuple[int, ...]]) -> Weights:
-    generator = torch.Generator().manual_seed(0)
-    state = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in bare.items()}
-    for name, shape in layers.items():
-        scale = 0.3 if len(shape) == 1 else 1.0 / torch.tensor(shape[1:]).prod().item() ** 0.5
-        state[f"{name}.weight"] = (len(shape) == 1) + scale * torch.randn(shape, generator=generator)
-        state[f"{name}.bias"] = 0.3 * torch.randn(shape[0], generator=generator)
-    return state
-
-
-ENCODER = {**shapes_of_blocks("blocks", WIDTH, DEPTH), "norm": (WIDTH,)}
-TOKENS = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, 1 + PATCHES, WIDTH)}
-
-
-def seit_state(kernel: int = 4) -> Weights:
-    stem_shape = (WIDTH, DIM, kernel, kernel)
-    return weights({**ENCODER, "patch_embed.proj": stem_shape, "head": (CLASSES, WIDTH)}, TOKENS)
-
-
-IDS_LAYERS = {**ENCODER, "patch_embed.proj": (WIDTH, DIM, 2, 2), "token_emb.LayerNorm": (DIM,)}
-IDS_BARE = {**TOKENS, "token_emb.word_embeddings.weight": (CODES, DIM)}
-
-
-def seitpp_state() -> Weights:
-    return weights({**IDS_LAYERS, "head": (CLASSES, WIDTH)}, IDS_BARE)
-
-
-def mtm_state() -> Weights:
-    layers = {
-        **IDS_LAYERS,
-        **shapes_of_blocks("decoder_blocks", DECODER_WIDTH, DECODER_DEPTH),
-        "decoder_embed": (DECODER_WIDTH, WIDTH),
-        "decoder_norm": (DECODER_WIDTH,),
-        "mlm_layer.fc": (4 * DIM, DECODER_WIDTH),
-        "mlm_layer.ln": (DIM,),
-    }
-    bare = {
-        **IDS_BARE,
-        "mask_token_label": (1, 1, WIDTH),
-        "decoder_pos_embed_learned": (1, 1 + PATCHES, DECODER_WIDTH),
-        "mlm_layer.bias": (1, 1, CODES),
-    }
-    return weights(layers, bare)
+STATES = {
+    "seit": reference.seit_state(),
+    "seitpp": reference.seitpp_state(),
+    "seitpp published": reference.published(reference.seitpp_state()),
+    "mtm": reference.mtm_state(),
+    "mtm published": reference.published(reference.mtm_state()),
+    "tokenadapt": reference.tokenadapt_state(),
+}
+CARRIERS = ["seitpp published", "mtm published"]
+FILES = ["deit", "bare", "ddp", "safetensors"]
 
 
 def some_ids() -> Tensor:
@@ -184,48 +54,125 @@ def some_maps(side: int = 8) -> Tensor:
     return torch.randn(3, DIM, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def load(tmp_path, state: Weights) -> torch.nn.Module:
-    """Through a file, all of whose tensors must be used."""
-    torch.save({"model": state}, tmp_path / "released.pth")
+def written(folder: Path, state: Weights, layout: str = "deit") -> Path:
+    """A file of `state` as they are found: DeiT's, a bare state dict, one of DDP, or safetensors."""
+    path = folder / f"released.{'safetensors' if layout == 'safetensors' else 'pth'}"
+    if layout == "safetensors":
+        save_file(state, path)
+    elif layout == "deit":
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))]).state_dict()
+        arguments = argparse.Namespace(lr=0.1, model="deit_small_token_32", betas=(0.9, 0.95), resume=None)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
+        content = {"model": state, "model_ema": zeros, "args": arguments, "optimizer": optimizer, "epoch": 299}
+        torch.save(content, path)
+    else:
+        prefix = "module." if layout == "ddp" else ""
+        torch.save({prefix + name: tensor for name, tensor in state.items()}, path)
+    return path
+
+
+def load(tmp_path: Path, state: Weights, layout: str = "deit", **part: str) -> nn.Module:
+    """Through a file, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return from_release(tmp_path / "released.pth")
+        return from_release(written(tmp_path, state, layout), **part)
 
 
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "kernel", "stride", "padding"), [("linear", 1, 1, 0), ("conv2", 2, 2, 0), ("conv4", 4, 2, 1)]
-)
-def test_seit_classifier(tmp_path, name: str, kernel: int, stride: int, padding: int) -> None:
-    state, maps = seit_state(kernel), some_maps(4 * stride)
-    model = load(tmp_path, state)
-    assert model.patch_embed.stem == name and not model.training
-    close(model(maps), seit_logits(state, maps, stride, padding))
-
-
-def test_seitpp_classifier(tmp_path) -> None:
-    state = seitpp_state()
-    model = load(tmp_path, state)
-    close(model(some_ids()), seitpp_logits(state, some_ids()))
+def check(kind: str, model: nn.Module) -> None:
+    """The outputs of a model against those of the reference."""
+    state, ids = STATES[kind], some_ids()
     assert not model.training
+    if kind == "seit":
+        close(model(some_maps()), reference.seit_logits(state, some_maps(), 2, 1))
+    elif kind.startswith("seitpp"):
+        close(model(ids), reference.seitpp_logits(state, ids))
+    elif kind.startswith("mtm"):
+        check_mtm(model, state, ids)
+    else:
+        whole, augmented = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 6, 6)
+        close(model.convert(whole), reference.plain_convert(whole, state))
+        close(model.invert(augmented), reference.plain_invert(augmented, state))
 
 
-def test_mtm_logits_and_loss(tmp_path) -> None:
-    state, ids = mtm_state(), some_ids()
+def check_mtm(model: MTM, state: Weights, ids: Tensor) -> None:
     plan = mask_plan(Keys(0, 0, torch.arange(3)).uniform("mask", PATCHES), 5, 9)
-    model = load(tmp_path, state)
-    logits, expected = model(ids, plan), mtm_logits(state, ids, plan.kept, plan.hidden)
+    logits, expected = model(ids, plan), reference.mtm_logits(state, ids, plan.kept, plan.hidden)
     # (B, L, 4, K) -> (B, K, H, W), a patch being two tokens high and two wide
     grid = expected.view(3, 4, 4, 2, 2, CODES).permute(0, 5, 1, 3, 2, 4).reshape(3, CODES, 8, 8)
     close(logits, grid)
-    close(masked_token_loss(logits, ids, plan), mtm_loss(expected, ids, plan.hidden))
-    assert not model.training and not model.encoder.pos_embed.requires_grad
+    close(masked_token_loss(logits, ids, plan), reference.mtm_loss(expected, ids, plan.hidden))
+    assert not model.encoder.pos_embed.requires_grad
 
 
-@pytest.mark.parametrize("state", [seit_state(), seitpp_state()], ids=["seit", "seitpp"])
-def test_the_norm_after_the_mean_may_be_called_fc_norm(tmp_path, state: Weights) -> None:
+def assert_same(one: nn.Module, two: nn.Module) -> None:
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(t, two.state_dict()[name]) for name, t in one.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", FILES)
+@pytest.mark.parametrize("kind", STATES)
+def test_in_from_every_file(tmp_path, kind: str, layout: str) -> None:
+    model = load(tmp_path, STATES[kind], layout)
+    check(kind, model)
+    if kind != "tokenadapt":
+        assert_same(load_pretrained(written(tmp_path, STATES[kind], layout)).model, model)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_out_again(tmp_path, kind: str) -> None:
+    """Names, shapes and values are those of what was read, strictly."""
+    state = STATES[kind]
+    model = load(tmp_path, state)
+    adapt = load(tmp_path, state, part="tokenadapt") if kind in CARRIERS else None
+    again = to_release(model, adapt)
+    plain = reference.plain_module(state)
+    plain.load_state_dict(again, strict=True)
+    for name, tensor in plain.state_dict().items():
+        assert again[name].shape == state[name].shape, name
+        if name == "decoder_pos_embed":  # which is not read but known
+            close(tensor, state[name])
+        else:
+            assert torch.equal(tensor, state[name]), name
+    save_release(model, tmp_path / "again.pth", adapt)
+    assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == {"model"}
+    assert_same(from_release(tmp_path / "again.pth"), model)
+
+
+@pytest.mark.parametrize("layout", FILES)
+@pytest.mark.parametrize("kind", [*CARRIERS, "tokenadapt"])
+def test_the_tokenadapt_is_taken_out(tmp_path, kind: str, layout: str) -> None:
+    adapt = load(tmp_path, STATES[kind], layout, part="tokenadapt")
+    assert isinstance(adapt, TokenAdapt) and not adapt.training
+    check("tokenadapt", adapt)
+    assert to_release(adapt).keys() == STATES["tokenadapt"].keys()
+    assert all(torch.equal(tensor, STATES["tokenadapt"][name]) for name, tensor in to_release(adapt).items())
+    codebook, path = np.zeros((CODES, 4), np.float32), str(written(tmp_path, STATES[kind], layout))
+    assert_same(open_tokenadapt(path, codebook, "the store"), adapt)
+    for other, found in ((codebook[1:], "16 codes of 4"), (codebook[:, 1:], "17 codes of 3")):
+        refusal = (
+            f"the codebook of the store has {found} dimensions, the TokenAdapt in {path} takes 17 codes of 4 "
+            "dimensions: name the store of its tokenizer"
+        )
+        with pytest.raises(UserError, match=f"^{re.escape(refusal)}$"):
+            open_tokenadapt(path, other, "the store")
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "stride", "padding"), [("linear", 1, 1, 0), ("conv2", 2, 2, 0), ("conv4", 4, 2, 1)]
+)
+def test_stems(tmp_path, name: str, kernel: int, stride: int, padding: int) -> None:
+    state, maps = reference.seit_state(kernel), some_maps(4 * stride)
+    model = load(tmp_path, state)
+    assert model.patch_embed.stem == name
+    close(model(maps), reference.seit_logits(state, maps, stride, padding))
+
+
+@pytest.mark.parametrize("kind", ["seit", "seitpp published"])
+def test_the_norm_after_the_mean_may_be_called_fc_norm(tmp_path, kind: str) -> None:
+    state = STATES[kind]
     other = {
         name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in state.items()
     }
@@ -233,53 +180,94 @@ def test_the_norm_after_the_mean_may_be_called_fc_norm(tmp_path, state: Weights)
     assert_same(load(tmp_path, other), load(tmp_path, state))
 
 
-def assert_same(one: torch.nn.Module, two: torch.nn.Module) -> None:
-    assert all(torch.equal(t, two.state_dict()[name]) for name, t in one.state_dict().items())
+def test_axes_of_one_element_may_differ(tmp_path) -> None:
+    """As far as they are read; what is written has the released shapes."""
+    state = STATES["mtm published"]
+    bare = ("mlm_layer.bias", "mask_token_label", "decoder_pos_embed_learned", "pos_embed")
+    squeezed = {name: state[name].squeeze() for name in bare} | {"cls_token": state["cls_token"].unsqueeze(0)}
+    model = load(tmp_path, {**state, **squeezed})
+    assert_same(model, load(tmp_path, STATES["mtm"]))
+    shapes = {name: tensor.shape for name, tensor in to_release(model).items()}
+    assert shapes == {name: tensor.shape for name, tensor in STATES["mtm"].items()}
 
 
-@pytest.mark.parametrize("layout", ["deit", "bare", "ddp", "safetensors"])
-def test_layouts_of_files(tmp_path, layout: str) -> None:
-    state, path = seit_state(), tmp_path / f"released.{'safetensors' if layout == 'safetensors' else 'pth'}"
-    if layout == "safetensors":
-        save_file(state, path)
-    elif layout == "deit":
-        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
-        arguments = argparse.Namespace(lr=0.1, model="deit_small_token_32", betas=(0.9, 0.95), resume=None)
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-        content = {"model": state, "model_ema": zeros, "args": arguments, "optimizer": optimizer, "epoch": 299}
-        torch.save(content, path)
-    else:
-        prefix = "module." if layout == "ddp" else ""
-        torch.save({prefix + name: tensor for name, tensor in state.items()}, path)
-    close(from_release(path)(some_maps()), seit_logits(state, some_maps(), 2, 1))
+def without(kind: str, *beginnings: str) -> Weights:
+    return {name: tensor for name, tensor in STATES[kind].items() if not name.startswith(beginnings)}
 
 
 def test_what_is_not_used_is_named_in_one_warning(tmp_path) -> None:
-    state = {**mtm_state(), "decoder_pos_embed": torch.zeros(1, 17, 64), "spare.weight": torch.zeros(3)}
-    torch.save({"model": state}, tmp_path / "mtm.pth")
+    """Not the unused positions of MTM, nor a TokenAdapt, unless a part of it is missing."""
+    path = written(tmp_path, {**STATES["mtm published"], "spare.weight": torch.zeros(3)})
     with pytest.warns(UserWarning) as caught:
-        from_release(tmp_path / "mtm.pth")
-    assert [str(w.message) for w in caught] == [
-        f"{tmp_path / 'mtm.pth'}: not used, 2 tensors: decoder_pos_embed, spare.weight"
-    ]
+        from_release(path)
+    assert [str(w.message) for w in caught] == [f"{path}: not used, 1 tensors: spare.weight"]
     assert caught[0].filename == __file__
+    path = written(tmp_path, without("mtm published", "reverse_transform.", "conversion_function.1"))
+    with pytest.warns(UserWarning) as caught:
+        check("mtm published", from_release(path))
+    names = "conversion_function.0.bias, conversion_function.0.weight"
+    assert [str(w.message) for w in caught] == [f"{path}: not used, 2 tensors: {names}"]
+    for kind in ("tokenadapt", "seitpp published"):
+        path = written(tmp_path, {**STATES[kind], "reverse_transform.2.weight": torch.zeros(3)})
+        with pytest.warns(UserWarning, match=r"not used, 1 tensors: reverse_transform.2.weight"):
+            from_release(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost", "part", "message"),
+    [
+        (
+            "mtm published",
+            ("decoder_", "mask_token"),
+            "model",
+            "(MTM) lacks mask_token_label, decoder_embed.*, decoder_pos_embed_learned, decoder_blocks.*, "
+            "decoder_norm.*",
+        ),
+        ("mtm", ("decoder_embed.bias",), "model", "(MTM) lacks decoder_embed.bias"),
+        ("seitpp published", ("head.",), "model", "(SeiT++ classifier) lacks head.*"),
+        ("seit", ("norm.", "head."), "model", "(SeiT classifier) lacks head.*"),
+        ("seit", ("norm.",), "model", "(SeiT classifier) lacks norm.weight, norm.bias"),
+        ("tokenadapt", ("reverse_transform.",), "model", "(TokenAdapt) lacks reverse_transform.*"),
+        ("mtm published", ("reverse_transform.",), "tokenadapt", "(TokenAdapt) lacks reverse_transform.*"),
+        (
+            "seit",
+            ("blocks.0.attn", "blocks.0.mlp", "blocks.0.norm1"),
+            "model",
+            "(SeiT classifier) lacks blocks.0.norm1.weight, blocks.0.norm1.bias, blocks.0.attn.qkv.weight, "
+            "blocks.0.attn.qkv.bias, blocks.0.attn.proj.weight, blocks.0.attn.proj.bias, "
+            "blocks.0.mlp.fc1.weight, blocks.0.mlp.fc1.bias and 2 more",
+        ),
+        (
+            "seitpp",
+            (),
+            "tokenadapt",
+            "(TokenAdapt) lacks conversion_function.*, reverse_transform.*",
+        ),
+    ],
+)
+def test_missing_parts_are_named_in_one_line(tmp_path, kind: str, lost: tuple, part: str, message: str) -> None:
+    path = written(tmp_path, without(kind, *lost))
+    with pytest.raises(ModelError) as refusal:
+        from_release(path, part)
+    assert str(refusal.value) == f"{path} {message}: name a file that holds all of it"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.1.mlp.fc2.bias": None}, "released.pth: tensor blocks.1.mlp.fc2.bias is missing"),
-        ({"cls_token": None}, "released.pth: tensor cls_token is missing"),
+        ({"blocks.1.mlp.fc2.bias": None}, "lacks blocks.1.mlp.fc2.bias: name a file"),
+        ({"cls_token": None}, "lacks cls_token: name a file"),
         ({"head.weight": torch.zeros(5, 3)}, r"head.weight has shape \(5, 3\), expected \(5, 128\)"),
         ({"cls_token": torch.zeros(1, 1, 100)}, "width 100, expected a multiple of 64"),
         ({"pos_embed": torch.zeros(1, 16, 128)}, "15 positions and one of cls, expected a square grid"),
         ({"patch_embed.proj.weight": torch.zeros(128, 6, 3, 3)}, "stem of kernel 3, expected one of"),
-        ({"patch_embed.proj.weight": None}, "are of no released model"),
+        ({"patch_embed.proj.weight": None}, "lacks patch_embed.proj.weight: name a file"),
+        ({"patch_embed.proj.weight": None, "patch_embed.proj.bias": None}, "are of no released model"),
         ({"head.weight": "text"}, "holds no state dict"),
     ],
 )
 def test_bad_states_are_refused(tmp_path, change: dict, message: str) -> None:
-    state = {name: tensor for name, tensor in {**seit_state(), **change}.items() if tensor is not None}
+    state = {name: tensor for name, tensor in {**STATES["seit"], **change}.items() if tensor is not None}
     with pytest.raises(ModelError, match=message):
         load(tmp_path, state)
 
@@ -296,7 +284,7 @@ class Payload:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path) -> None:
     path, mark = tmp_path / "hostile.pth", tmp_path / "mark"
-    torch.save({"model": seit_state(), "args": Payload(mark)}, path)
+    torch.save({"model": STATES["seit"], "args": Payload(mark)}, path)
     with pytest.raises(ModelError, match=rf"{path} cannot be read as plain tensors, and is not unpickled"):
         from_release(path)
     assert not mark.exists()
@@ -316,17 +304,6 @@ def test_files_that_are_not_there_or_damaged(tmp_path) -> None:
         from_release(tmp_path / "tensor.pth")
 
 
-@pytest.mark.parametrize("state", [seit_state(), seitpp_state(), mtm_state()], ids=["seit", "seitpp", "mtm"])
-def test_out_again(tmp_path, state: Weights) -> None:
-    model = load(tmp_path, state)
-    written = to_release(model)
-    assert set(written) == set(state)
-    assert all(torch.equal(written[name].flatten(), tensor.flatten()) for name, tensor in state.items())
-    save_release(model, tmp_path / "again.pth")
-    assert_same(from_release(tmp_path / "again.pth"), model)
-    assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == {"model"}
-
-
 def test_published_widths_have_their_names(tmp_path) -> None:
     save_release(timm.create_model("seit_vit_tiny", in_chans=4, num_classes=3, img_size=8), tmp_path / "tiny.pth")
     model = from_release(tmp_path / "tiny.pth")
@@ -335,10 +312,10 @@ def test_published_widths_have_their_names(tmp_path) -> None:
 
 
 def test_a_model_read_in_can_be_saved_as_ours(tmp_path) -> None:
-    model = load(tmp_path, seitpp_state())
+    model = load(tmp_path, STATES["seitpp"])
     save_classifier(tmp_path / "ours", model, "abc", None)
     assert_same(load_classifier(tmp_path / "ours").model, model)
-    mtm = load(tmp_path, mtm_state())
+    mtm = load(tmp_path, STATES["mtm"])
     mtm.save(tmp_path / "mtm", "abc")
     assert_same(load_mtm(tmp_path / "mtm")[0], mtm)
 
@@ -359,16 +336,24 @@ def test_models_without_a_place_in_the_layout_are_not_written() -> None:
         )
 
 
-def test_tokenadapt(tmp_path) -> None:
-    torch.manual_seed(0)
+def test_a_tokenadapt_goes_beside_models_of_its_codes_only(tmp_path) -> None:
     adapt = TokenAdapt((4, 4), (2, 2), num_codes=5, code_dim=6, width=64, heads=1, mlp=32)
-    state, path = to_release(adapt), tmp_path / "adapt.pth"
-    assert {name.split(".")[0] for name in state} == {"conversion_function", "reverse_transform"}
-    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
-    assert_same(from_release(path), adapt)
-    save_release(adapt, path)
-    assert_same(from_release(path), adapt)
-    del state["conversion_function.0.weight"]
-    torch.save(state, path)
-    with pytest.raises(ModelError, match=rf"{path}: .*conversion_function\.0\.weight"):
-        from_release(path)
+    for model in (load(tmp_path, STATES["seit"]), adapt):
+        with pytest.raises(ModelError, match="published beside an MTM or a mtm_vit_"):
+            to_release(model, adapt)
+    with pytest.raises(ModelError, match="TokenAdapt of 5 codes, the model beside it has 17"):
+        to_release(load(tmp_path, STATES["mtm"]), adapt)
+
+
+def test_a_tokenadapt_of_ours_is_known_by_its_codebook(tmp_path) -> None:
+    mtm, adapt = load(tmp_path, STATES["mtm"]), load(tmp_path, STATES["tokenadapt"])
+    codebook = np.zeros((CODES, 4), np.float32)
+    adapt.save(tmp_path / "model.safetensors", codebook_fingerprint(codebook))
+    assert_same(open_tokenadapt(str(tmp_path), codebook, "the store"), adapt)
+    with pytest.raises(UserError, match="is not the codebook"):
+        open_tokenadapt(str(tmp_path), codebook + 1, "the store")
+    mtm.save(tmp_path / "model.safetensors", codebook_fingerprint(codebook))
+    with pytest.raises(ModelError, match=r"of another kind: expected .* tokenadapt_train run"):
+        open_tokenadapt(str(tmp_path), codebook, "the store")
+    with pytest.raises(ModelError, match="holds a TokenAdapt: expected a classifier or a masked token model"):
+        load_pretrained(written(tmp_path, STATES["tokenadapt"]))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from seitpp.augment import Keys
-from seitpp.models import MTM, ModelError, load_mtm
+from seitpp.models import MTM, ModelError, TokenAdapt, load_mtm, to_release
 from seitpp.objectives import (
     MASK_LAWS,
     fill_hidden,
@@ -46,8 +46,19 @@ def test_published_size() -> None:
     model = MTM()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert round(trained / 1e6, 1) == 98.3
+    published = to_release(model, TokenAdapt())  # with all positions, which are not trained
+    assert round(sum(t.numel() for t in published.values()) / 1e6, 1) == 103.1
     assert not model.encoder.pos_embed.requires_grad
     assert model.encoder.blocks[0].norm1.eps == model.decoder_norm.eps == 1e-6
+
+
+def test_initial_tokens_and_positions() -> None:
+    model = small_model()
+    assert not model.mask_token.any() and not model.decoder_pos_embed.any()
+    assert model.mask_token.requires_grad and model.decoder_pos_embed.requires_grad
+    assert 0.01 < model.encoder.cls_token.std() < 0.03
+    assert torch.equal(model.encoder.pos_embed[0, 1:], sincos_positions((4, 4), 96))
+    assert not model.encoder.pos_embed[0, 0].any()
 
 
 def test_first_loss_is_ln_k() -> None:

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from release_reference import plain_convert, plain_invert, tokenadapt_state
 from torch import Tensor
 
 from seitpp.augment import Keys, apply_geometry, random_geometry
-from seitpp.models import ModelError, TokenAdapt, load_tokenadapt
-from seitpp.models.tokenadapt import tokenadapt_from_release, tokenadapt_to_release
+from seitpp.models import ModelError, TokenAdapt, from_release, load_tokenadapt
 from seitpp.objectives.adapt import (
     MEASURES,
     adapt_loss,
@@ -40,98 +40,10 @@ def small_model(**changes) -> TokenAdapt:
     return TokenAdapt(**{**settings, **changes})
 
 
-def released_state(grid: int, crop: int, codes: int, dim: int, width: int, heads: int, mlp: int) -> dict:
-    """Random tensors under every released name."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / 8
-
-    def transformer(prefix: str) -> dict:
-        block = f"{prefix}.layers.0"
-        norms = {
-            f"{norm}.{part}": draw(width) + (part == "weight")
-            for norm in (f"{block}.0.norm", f"{block}.1.norm", f"{prefix}.norm")
-            for part in ("weight", "bias")
-        }
-        return norms | {
-            f"{block}.0.fn.to_qkv.weight": draw(3 * heads * 64, width),
-            f"{block}.0.fn.to_out.weight": draw(width, heads * 64),
-            f"{block}.0.fn.to_out.bias": draw(width),
-            f"{block}.1.fn.net.0.weight": draw(mlp, width),
-            f"{block}.1.fn.net.0.bias": draw(mlp),
-            f"{block}.1.fn.net.2.weight": draw(width, mlp),
-            f"{block}.1.fn.net.2.bias": draw(width),
-        }
-
-    return {
-        "conversion_function.0.weight": draw(width, dim),
-        "conversion_function.0.bias": draw(width),
-        "conversion_function.1.de_pos_embedding": draw(1, grid * grid, width),
-        **transformer("conversion_function.1.transformer"),
-        "conversion_function.1.to_pixel.1.weight": draw(width, dim, 2, 2),
-        "conversion_function.1.to_pixel.1.bias": draw(dim),
-        "reverse_transform.0.en_pos_embedding": draw(1, crop * crop, width),
-        "reverse_transform.0.to_patch_embedding.0.weight": draw(width, dim, 2, 2),
-        "reverse_transform.0.to_patch_embedding.0.bias": draw(width),
-        **transformer("reverse_transform.0.transformer"),
-        "reverse_transform.1.weight": draw(codes, width),
-        "reverse_transform.1.bias": draw(codes),
-    }
-
-
-def plain_transformer(tokens: Tensor, state: dict, prefix: str) -> Tensor:
-    """One pre-norm block of heads of 64 and a LayerNorm, matrix by matrix."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(dim=-1, keepdim=True)
-        scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * state[f"{prefix}.{name}.weight"] + state[f"{prefix}.{name}.bias"]
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ state[f"{prefix}.{name}.weight"].T + state.get(f"{prefix}.{name}.bias", 0)
-
-    queries, keys, values = linear(norm(tokens, "layers.0.0.norm"), "layers.0.0.fn.to_qkv").chunk(3, dim=-1)
-    heads = []
-    for q, k, v in zip(*(part.split(64, dim=-1) for part in (queries, keys, values)), strict=True):
-        heads.append((q @ k.transpose(1, 2) / 8).softmax(dim=-1) @ v)
-    tokens = tokens + linear(torch.cat(heads, dim=-1), "layers.0.0.fn.to_out")
-    hidden = linear(norm(tokens, "layers.0.1.norm"), "layers.0.1.fn.net.0").tanh()
-    return norm(tokens + linear(hidden, "layers.0.1.fn.net.2"), "norm")
-
-
-def plain_convert(maps: Tensor, state: dict) -> Tensor:
-    """f, token by token."""
-    name = "conversion_function"
-    batch, _, height, width = maps.shape
-    tokens = maps.permute(0, 2, 3, 1).reshape(batch, height * width, -1)
-    tokens = tokens @ state[f"{name}.0.weight"].T + state[f"{name}.0.bias"] + state[f"{name}.1.de_pos_embedding"]
-    tokens = plain_transformer(tokens, state, f"{name}.1.transformer")
-    patches = torch.einsum("bnc,cdpq->bndpq", tokens, state[f"{name}.1.to_pixel.1.weight"])
-    out = torch.zeros(batch, patches.shape[2], 2 * height, 2 * width)
-    for at in range(height * width):
-        row, column = divmod(at, width)
-        out[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patches[:, at]
-    return out + state[f"{name}.1.to_pixel.1.bias"].view(-1, 1, 1)
-
-
-def plain_invert(maps: Tensor, state: dict) -> Tensor:
-    """g, token by token."""
-    name = "reverse_transform"
-    weight, tokens = state[f"{name}.0.to_patch_embedding.0.weight"], []
-    for row in range(0, maps.shape[2], 2):
-        for column in range(0, maps.shape[3], 2):
-            patch = maps[:, :, row : row + 2, column : column + 2]
-            tokens.append(torch.einsum("bdpq,cdpq->bc", patch, weight))
-    tokens = torch.stack(tokens, dim=1) + state[f"{name}.0.to_patch_embedding.0.bias"]
-    tokens = plain_transformer(tokens + state[f"{name}.0.en_pos_embedding"], state, f"{name}.0.transformer")
-    logits = tokens @ state[f"{name}.1.weight"].T + state[f"{name}.1.bias"]
-    return logits.transpose(1, 2).reshape(len(maps), -1, maps.shape[2] // 2, maps.shape[3] // 2)
-
-
-def test_a_released_state_gives_the_plain_forward() -> None:
-    state = released_state(grid=5, crop=3, codes=13, dim=6, width=48, heads=2, mlp=40)
-    model = tokenadapt_from_release(state)
+def test_a_released_state_gives_the_plain_forward(tmp_path) -> None:
+    state = tokenadapt_state(grid=5, crop=3, codes=13, dim=6, width=48, heads=2, mlp=40)
+    torch.save(state, tmp_path / "adapt.pth")
+    model = from_release(tmp_path / "adapt.pth")
     assert not model.training and model.settings == {
         "grid": (5, 5),
         "crop": (3, 3),
@@ -146,21 +58,6 @@ def test_a_released_state_gives_the_plain_forward() -> None:
     assert space.shape == (2, 6, 10, 10) and logits.shape == (2, 13, 3, 3)
     torch.testing.assert_close(space, plain_convert(whole, state), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, plain_invert(augmented, state), atol=1e-5, rtol=1e-5)
-    back = tokenadapt_to_release(model)
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-
-
-def test_other_states_are_refused() -> None:
-    state = released_state(grid=4, crop=3, codes=7, dim=4, width=32, heads=1, mlp=16)
-    name = "reverse_transform.0.transformer.norm.bias"
-    with pytest.raises(ModelError, match=rf"{name} is missing, expected \(32,\)$"):
-        tokenadapt_from_release({key: tensor for key, tensor in state.items() if key != name})
-    with pytest.raises(ModelError, match=rf"TokenAdapt: {name} is \(31,\), expected \(32,\)"):
-        tokenadapt_from_release({**state, name: torch.zeros(31)})
-    with pytest.raises(ModelError, match=r"conversion_function\.0\.weight, .*missing"):
-        tokenadapt_from_release({})
-    with pytest.warns(UserWarning, match="does not use other.weight"):
-        tokenadapt_from_release({**state, "other.weight": torch.zeros(1)})
 
 
 def test_published_size() -> None:

@@ -1,13 +1,12 @@
 """The token stores of a run: the named one, or the embedded digits."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
-from seitpp.models import Saved, TokenAdapt, from_release, load_tokenadapt
+from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.saved import classifier_spec
 from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
@@ -96,13 +95,19 @@ def check_codes(codebook: np.ndarray, source: str, saved: Saved, checkpoint: str
 
 
 def open_tokenadapt(path: str, codebook: np.ndarray, source: str) -> TokenAdapt:
-    """TokenAdapt from a run's folder, its file, or the official one, for the ids of `source`.
+    """TokenAdapt from a run's folder, its file, or an official checkpoint that holds one, for the ids of `source`.
 
-    Raises ModelError if there is none, UserError if it was trained for another codebook.
+    Raises ModelError if there is none, UserError if it was trained for another codebook, which of an official one
+    only the sizes tell.
     """
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    if file.suffix != ".safetensors":
-        return from_release(file)
-    model, expected = load_tokenadapt(file)
-    check_codebook(codebook, source, expected, path)
+    model, expected = load_pretrained_tokenadapt(path)
+    sizes = (model.settings["num_codes"], model.settings["code_dim"])
+    if expected is not None:
+        check_codebook(codebook, source, expected, path)
+    elif codebook.shape != sizes:
+        found, taken = (f"{codes} codes of {dim} dimensions" for codes, dim in (codebook.shape, sizes))
+        raise UserError(
+            f"the codebook of {source} has {found}, the TokenAdapt in {path} takes {taken}: "
+            "name the store of its tokenizer"
+        )
     return model

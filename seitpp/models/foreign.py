@@ -3,6 +3,7 @@
 import argparse
 import math
 import warnings
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from seitpp.models.stem import ModelError
 
 HEAD = 64  # channels of an attention head of a ViT
+SHOWN = 8  # missing tensors that an error names
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -42,22 +44,33 @@ def _load_checkpoint(path: Path) -> object:
 
 
 class Released(dict):
-    """The tensors of a checkpoint by their names; asking for one that is not there is a ModelError."""
+    """The tensors of a checkpoint of a `kind` by their names; asking for one that is not there is a ModelError."""
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor]):
+    def __init__(self, path: Path, kind: str, tensors: dict[str, Tensor]):
         super().__init__(tensors)
-        self.path = path
+        self.path, self.kind = path, kind
 
     def __missing__(self, name: str) -> Tensor:
-        raise ModelError(f"{self.path}: tensor {name} is missing")
+        raise self._lacks([name])
 
-    def fill(self, model: nn.Module, names: dict[str, str]) -> nn.Module:
-        """Put every tensor of `model` in its place, in eval mode, and name in one warning what is left over."""
+    def need(self, parts: tuple[str, ...]) -> None:
+        """Raise ModelError naming every part, the beginning of names, of which there is no tensor at all."""
+        if absent := [part for part in parts if not any(name.startswith(part) for name in self)]:
+            raise self._lacks([part + "*" if part.endswith(".") else part for part in absent])
+
+    def fill(self, model: nn.Module, names: dict[str, str], known: Set[str] = frozenset()) -> nn.Module:
+        """Put every tensor of `model` in its place, in eval mode.
+
+        What is left over is named in one warning, but for what is `known` to be there. Raises ModelError naming
+        every tensor that is missing, or the first of another shape.
+        """
         theirs = {name: renamed(name, names) for name in model.state_dict()}
+        if absent := [name for name in theirs.values() if name not in self]:
+            raise self._lacks(absent)
         model.load_state_dict(
             {name: self._shaped(theirs[name], tensor.shape) for name, tensor in model.state_dict().items()}
         )
-        if unused := sorted(set(self) - set(theirs.values())):
+        if unused := sorted(set(self) - set(theirs.values()) - known):
             warnings.warn(f"{self.path}: not used, {len(unused)} tensors: {', '.join(unused)}", stacklevel=3)
         return model.eval()
 
@@ -78,10 +91,15 @@ class Released(dict):
 
     def side(self) -> int:
         """Patches along one side of the square grid."""
-        patches = self["pos_embed"].shape[1] - 1
+        patches = self["pos_embed"].shape[-2] - 1
         if math.isqrt(patches) ** 2 != patches:
             raise ModelError(f"{self.path}: {patches} positions and one of cls, expected a square grid")
         return math.isqrt(patches)
+
+    def _lacks(self, absent: list[str]) -> ModelError:
+        more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+        names = ", ".join(absent[:SHOWN]) + more
+        return ModelError(f"{self.path} ({self.kind}) lacks {names}: name a file that holds all of it")
 
     def _shaped(self, name: str, shape: torch.Size) -> Tensor:
         """A tensor in a shape that may differ in axes of one element only."""

@@ -8,9 +8,10 @@ Initial values, all in `MTM.init_weights`:
 | biases, the bias of each code  | 0                    | the first prediction is uniform: loss ln K        |
 | LayerNorm                      | weight 1, bias 0     |                                                   |
 | code embedding                 | N(0, 0.02)           | SeiT++ release                                    |
-| cls token, mask token          | N(0, 0.02)           | as in MAE                                         |
-| encoder positions              | sin-cos, not trained | as in MAE; zeros for cls                   |
-| decoder positions              | N(0, 0.02)           | learned; the law is not published                 |
+| cls token                      | N(0, 0.02)           | as in MAE                                         |
+| mask token                     | 0                    | SeiT++ release                                    |
+| encoder positions              | sin-cos, not trained | as in MAE; zeros for cls                          |
+| decoder positions              | 0                    | SeiT++ release; learned                           |
 """
 
 import inspect
@@ -132,8 +133,9 @@ class MTM(nn.Module):
     def init_weights(self) -> None:
         """See the table at the top of this file."""
         self.apply(_init_module)
-        for token in (self.encoder.cls_token, self.mask_token, self.decoder_pos_embed):
-            nn.init.normal_(token, std=0.02)
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        for learned in (self.mask_token, self.decoder_pos_embed):
+            nn.init.zeros_(learned)
         positions = self.encoder.pos_embed
         positions.zero_()
         positions[0, 1:] = sincos_positions(self.encoder.patch_embed.grid_size, positions.shape[-1])

@@ -12,7 +12,7 @@ from seitpp.models.release import from_release
 from seitpp.models.resnet import TokenResNet
 from seitpp.models.saved import Saved, load_classifier
 from seitpp.models.stem import ModelError, StemAdapter
-from seitpp.models.tokenadapt import TokenAdapt
+from seitpp.models.tokenadapt import TokenAdapt, load_tokenadapt
 from seitpp.models.vit import TokenEmbed
 
 AVERAGED = "model_ema.safetensors"  # in a run's folder, the moving average of the weights
@@ -23,8 +23,9 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
     """The classifier or masked token model at `path`, in eval mode.
 
     A folder is that of a run: its model_ema.safetensors, if there is one and `ema`, else its model.safetensors.
-    Of an official checkpoint the codebook and the names of the classes are unknown (None). Raises ModelError
-    naming the file if there is none, if it cannot be read, or if it is a TokenAdapt.
+    Of an official checkpoint the codebook and the names of the classes are unknown (None); a TokenAdapt that it
+    carries is left to `load_pretrained_tokenadapt`. Raises ModelError naming the file if there is none, if it
+    cannot be read, or if it is a TokenAdapt alone.
     """
     path = model_file(Path(path), ema)
     kind = _own_kind(path)
@@ -37,6 +38,18 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
     if model is None or isinstance(model, TokenAdapt):
         raise ModelError(f"{path} holds a TokenAdapt: expected a classifier or a masked token model")
     return Saved(model, None, None, None)
+
+
+def load_pretrained_tokenadapt(path: str | Path) -> tuple[TokenAdapt, str | None]:
+    """The TokenAdapt at `path`, in eval mode, and the fingerprint of its codebook, None where it is not known.
+
+    `path` is the folder of a tokenadapt_train run, its file, or an official checkpoint: of TokenAdapt alone, or of
+    an MTM or SeiT++ classifier that carries one. Raises ModelError naming the file if there is none in it.
+    """
+    path = model_file(Path(path), ema=False)
+    if _own_kind(path) is None:
+        return from_release(path, "tokenadapt"), None
+    return load_tokenadapt(path)
 
 
 def model_file(path: Path, ema: bool = True) -> Path:

@@ -1,17 +1,21 @@
 """The released checkpoints of SeiT and SeiT++, in and out.
 
-| kind              | told by                  | ours                 | takes                     |
-|-------------------|--------------------------|----------------------|---------------------------|
-| SeiT classifier   | patch_embed.proj alone   | seit_vit_*           | map (B, D, H, W)          |
-| SeiT++ classifier | token_emb.*              | mtm_vit_*            | ids (B, H, W)             |
-| MTM               | mlm_layer.*              | MTM                  | ids (B, H, W), mask plan  |
-| TokenAdapt        | conversion_function.*    | TokenAdapt           | map (B, D, H, W)          |
+| kind              | told by                             | ours       | takes                    | holds besides |
+|-------------------|-------------------------------------|------------|--------------------------|---------------|
+| MTM               | mlm_layer.*                         | MTM        | ids (B, H, W), mask plan | a TokenAdapt  |
+| SeiT++ classifier | token_emb.*                         | mtm_vit_*  | ids (B, H, W)            | a TokenAdapt  |
+| SeiT classifier   | patch_embed.proj alone              | seit_vit_* | map (B, D, H, W)         |               |
+| TokenAdapt        | conversion_function.*, no cls_token | TokenAdapt | map (B, D, H, W)         |               |
+
+As published, an MTM or a SeiT++ classifier carries the TokenAdapt that it was trained with; `from_release` gives
+one or the other of it. An MTM also carries `decoder_pos_embed`, fixed positions of the decoder that it never uses.
 
 Sizes are read from the tensors, but for the heads: the released models have 64 channels a head, 32 in MTM's
 decoder. Grids are square.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -22,11 +26,29 @@ from seitpp import files
 from seitpp.models.foreign import HEAD, Released, read_state, renamed
 from seitpp.models.mtm import MTM
 from seitpp.models.stem import STEMS, ModelError, StemAdapter
-from seitpp.models.tokenadapt import TokenAdapt, tokenadapt_from_release, tokenadapt_to_release
+from seitpp.models.tokenadapt import RELEASE_NAMES, TokenAdapt, released_tensors, tokenadapt_sizes
 from seitpp.models.vit import PATCH, TokenEmbed
+from seitpp.tokenizers.transformer import sincos_positions
 
 DECODER_HEAD = 32  # channels of an attention head of MTM's decoder
 SIZE_NAMES = {192: "tiny", 384: "small"}  # by width; every other is a base with sizes of its own
+
+# How the names of a kind begin: by which it is told, the first that fits, and of which it needs a tensor each.
+TOLD_BY = {
+    "MTM": "mlm_layer.",
+    "SeiT++ classifier": "token_emb.",
+    "SeiT classifier": "patch_embed.proj.",
+    "TokenAdapt": ("conversion_function.", "reverse_transform."),
+}
+ENCODER = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.")
+DECODER = ("mask_token_label", "decoder_embed.", "decoder_pos_embed_learned", "decoder_blocks.", "decoder_norm.")
+PARTS = {
+    "MTM": (*ENCODER, "token_emb.", "norm.", *DECODER, "mlm_layer."),
+    "SeiT++ classifier": (*ENCODER, "token_emb.", "head."),
+    "SeiT classifier": (*ENCODER, "head."),
+    "TokenAdapt": TOLD_BY["TokenAdapt"],
+}
+UNUSED_POSITIONS = "decoder_pos_embed"
 
 # How our names begin, and how theirs do.
 TOKEN_NAMES = {
@@ -44,51 +66,77 @@ MTM_NAMES = {
 }
 
 
-def from_release(path: str | Path) -> nn.Module:
+def from_release(path: str | Path, part: Literal["model", "tokenadapt"] = "model") -> nn.Module:
     """The model of a released checkpoint, in eval mode; the kind is read from the keys, see the table above.
 
-    The file is one of `torch.save` ({"model": state, ...} as DeiT writes it, or a bare state dict) or safetensors;
-    of several sets of weights "model" is taken. The last norm of a classifier may be called norm or fc_norm. What
-    the model does not use is named in one warning. Nothing is unpickled that could run code. Raises ModelError
-    naming the file if it cannot be read, is of no known kind, lacks a tensor, or has one of another shape.
+    `part="tokenadapt"` takes the TokenAdapt out of a file that holds another model too. The file is one of
+    `torch.save` ({"model": state, ...} as DeiT writes it, or a bare state dict) or safetensors; of several sets of
+    weights "model" is taken. The last norm of a classifier may be called norm or fc_norm. What the model does not
+    use is named in one warning, but for what the table says is there. Nothing is unpickled that could run code.
+    Raises ModelError naming the file if it cannot be read, is of no known kind, lacks a tensor, or has one of
+    another shape.
     """
     path = Path(path)
-    tensors = Released(path, read_state(path))
-    if any(name.startswith("conversion_function.") for name in tensors):
-        return _tokenadapt(tensors)
-    if any(name.startswith("mlm_layer.") for name in tensors):
-        return tensors.fill(_mtm(tensors), MTM_NAMES)
-    # After a mean over the patches the norm has another name in timm, and in some checkpoints.
-    names = TOKEN_NAMES if "fc_norm.weight" in tensors else CLASSIFIER_NAMES
-    if "token_emb.word_embeddings.weight" in tensors:
-        return tensors.fill(_ids_classifier(tensors), names)
-    if "patch_embed.proj.weight" in tensors:
-        return tensors.fill(_map_classifier(tensors), names)
+    state = read_state(path)
+    kind = _kind(path, state) if part == "model" else "TokenAdapt"
+    if kind == "TokenAdapt" and "cls_token" in state:
+        state = {name: tensor for name, tensor in state.items() if name.startswith(TOLD_BY[kind])}
+    tensors = Released(path, kind, state)
+    tensors.need(PARTS[kind])
+    model, names = _empty(tensors)
+    return tensors.fill(model, names, _known(tensors))
+
+
+def to_release(model: nn.Module, tokenadapt: TokenAdapt | None = None) -> dict[str, Tensor]:
+    """The state dict of a seit_vit_* or mtm_vit_* classifier, an MTM or a TokenAdapt: released names and shapes.
+
+    With `tokenadapt` an MTM or mtm_vit_* classifier is as published, its TokenAdapt beside it. Raises ModelError
+    for another model, for a TokenAdapt of other codes, or for a model that could not be read back: other heads
+    than 64 channels wide (32 in MTM's decoder), no mean over the patches, a grid that is not square.
+    """
+    names = _exportable(model)
+    state = {renamed(name, names): tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if isinstance(model, MTM):
+        state["mlm_layer.bias"] = state["mlm_layer.bias"].view(1, 1, -1)
+        state[UNUSED_POSITIONS] = _unused_positions(model)
+    if tokenadapt is not None:
+        _check_beside(model, tokenadapt)
+        state |= to_release(tokenadapt)
+    return state
+
+
+def save_release(model: nn.Module, path: str | Path, tokenadapt: TokenAdapt | None = None) -> None:
+    """Write {"model": `to_release(model, tokenadapt)`} with `torch.save`, whole or not at all."""
+    state = to_release(model, tokenadapt)
+    files.replace_file(Path(path), lambda temporary: torch.save({"model": state}, temporary))
+
+
+def _kind(path: Path, state: dict[str, Tensor]) -> str:
+    """The first in TOLD_BY of which there is a name."""
+    for kind, prefix in TOLD_BY.items():
+        if any(name.startswith(prefix) for name in state) and not (kind == "TokenAdapt" and "cls_token" in state):
+            return kind
     raise ModelError(
-        f"{path}: its tensors ({', '.join(list(tensors)[:3])}, ...) are of no released model: expected a SeiT or "
+        f"{path}: its tensors ({', '.join(list(state)[:3])}, ...) are of no released model: expected a SeiT or "
         "SeiT++ classifier, MTM or TokenAdapt"
     )
 
 
-def to_release(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a seit_vit_* or mtm_vit_* classifier, an MTM or a TokenAdapt, under the released names.
-
-    What the release holds and never uses is not written. Raises ModelError for another model, or for one that
-    could not be read back: other heads than 64 channels wide (32 in MTM's decoder), no mean over the patches, a
-    grid that is not square.
-    """
-    if isinstance(model, TokenAdapt):
-        return tokenadapt_to_release(model)
-    names = _exportable(model)
-    return {
-        renamed(name, names): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+def _empty(tensors: Released) -> tuple[nn.Module, dict[str, str]]:
+    """A model of the kind and the sizes of `tensors`, and how its names change."""
+    if tensors.kind == "TokenAdapt":
+        return TokenAdapt(**tokenadapt_sizes(tensors)), RELEASE_NAMES
+    if tensors.kind == "MTM":
+        return _mtm(tensors), MTM_NAMES
+    # After a mean over the patches the norm has another name in timm, and in some checkpoints.
+    names = TOKEN_NAMES if "fc_norm.weight" in tensors else CLASSIFIER_NAMES
+    return (_ids_classifier if tensors.kind == "SeiT++ classifier" else _map_classifier)(tensors), names
 
 
-def save_release(model: nn.Module, path: str | Path) -> None:
-    """Write {"model": `to_release(model)`} with `torch.save`, whole or not at all."""
-    state = to_release(model)
-    files.replace_file(Path(path), lambda temporary: torch.save({"model": state}, temporary))
+def _known(tensors: Released) -> set[str]:
+    """What a file as published has and its model does not use: a TokenAdapt counts if it is whole."""
+    known, beside = {UNUSED_POSITIONS} if tensors.kind == "MTM" else set(), released_tensors()
+    return known | beside if beside <= tensors.keys() else known
 
 
 def _map_classifier(tensors: Released) -> VisionTransformer:
@@ -135,15 +183,10 @@ def _mtm(tensors: Released) -> MTM:
     )
 
 
-def _tokenadapt(tensors: Released) -> TokenAdapt:
-    try:
-        return tokenadapt_from_release(dict(tensors))
-    except ModelError as error:
-        raise ModelError(f"{tensors.path}: {error}") from error
-
-
 def _exportable(model: nn.Module) -> dict[str, str]:
     """How the names of a model change. Raises ModelError if the release has no place for the model."""
+    if isinstance(model, TokenAdapt):
+        return RELEASE_NAMES
     body = model.encoder if isinstance(model, MTM) else model
     stem = getattr(body, "patch_embed", None)
     if not isinstance(body, VisionTransformer) or not isinstance(stem, StemAdapter | TokenEmbed):
@@ -165,4 +208,22 @@ def _check_heads(blocks: nn.Sequential, channels: int) -> None:
         raise ModelError(
             f"heads of {found} channels: the released layout does not say how many heads there are, readers "
             f"take {channels} channels each"
+        )
+
+
+def _unused_positions(model: MTM) -> Tensor:
+    """(1, 1 + L, decoder width): sin-cos, zeros for cls, as the encoder's."""
+    positions = torch.zeros_like(model.decoder_pos_embed, device="cpu")
+    positions[0, 1:] = sincos_positions(model.encoder.patch_embed.grid_size, positions.shape[-1])
+    return positions
+
+
+def _check_beside(model: nn.Module, tokenadapt: TokenAdapt) -> None:
+    stem = getattr(model.encoder if isinstance(model, MTM) else model, "patch_embed", None)
+    if not isinstance(stem, TokenEmbed):
+        raise ModelError("a TokenAdapt is published beside an MTM or a mtm_vit_* classifier: expected one of them")
+    expected, found = stem.token_emb.num_embeddings, tokenadapt.settings["num_codes"]
+    if found != expected:
+        raise ModelError(
+            f"a TokenAdapt of {found} codes, the model beside it has {expected}: expected equal codebooks"
         )

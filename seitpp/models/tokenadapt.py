@@ -16,8 +16,9 @@ Initial values, all in `TokenAdapt.init_weights`; the published ones are not kno
 
 import inspect
 import math
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 from seitpp.augment.geometry import Geometry, apply_geometry
 from seitpp.models.foreign import renamed
 from seitpp.models.saved import read_model, write_model
-from seitpp.models.stem import ModelError
 from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, sincos_positions
 
 CELLS = 2  # cells of f's space along one side of a token (SeiT++ release: 32 -> 64)
@@ -132,33 +132,16 @@ def load_tokenadapt(path: Path) -> tuple[TokenAdapt, str]:
     return model.eval(), header["codebook"]
 
 
-def tokenadapt_from_release(state: dict[str, Tensor]) -> TokenAdapt:
-    """The model of a released state dict (bare, SeiT++'s names), in eval mode; the positions in it are used.
-
-    Sizes are read from the tensors, grids are square. Names in one warning what is not used. Raises ModelError
-    naming the tensors that are missing or of another shape.
-    """
-    if missing := [name for name in SIZED if name not in state]:
-        raise ModelError(f"not a released TokenAdapt: {', '.join(missing)} missing")
-    model = TokenAdapt(**_sizes(state))
-    theirs = {name: renamed(name, RELEASE_NAMES) for name in model.state_dict()}
-    wrong = [
-        f"{name} is {tuple(state[name].shape) if name in state else 'missing'}, expected {tuple(tensor.shape)}"
-        for name, tensor in tokenadapt_to_release(model).items()
-        if name not in state or state[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ModelError(f"not a released TokenAdapt: {'; '.join(wrong)}")
-    if unused := sorted(set(state) - set(theirs.values())):
-        warnings.warn(f"TokenAdapt does not use {', '.join(unused)}", stacklevel=2)
-    model.load_state_dict({name: state[released] for name, released in theirs.items()})
-    return model.eval()
+def released_tensors() -> set[str]:
+    """The names of all tensors of a released TokenAdapt, whatever its sizes."""
+    with torch.device("meta"):
+        return {renamed(name, RELEASE_NAMES) for name in TokenAdapt().state_dict()}
 
 
-def _sizes(state: dict[str, Tensor]) -> dict:
-    """Arguments of TokenAdapt from the shapes of the tensors in `SIZED`."""
-    embed, whole, qkv, mlp, augmented, head = (state[name].shape for name in SIZED)
-    grid, crop = math.isqrt(whole[1]), math.isqrt(augmented[1])
+def tokenadapt_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of TokenAdapt from the shapes of the released tensors in `SIZED`; grids are square."""
+    embed, whole, qkv, mlp, augmented, head = (tensors[name].shape for name in SIZED)
+    grid, crop = (math.isqrt(positions.numel() // embed[0]) for positions in (whole, augmented))
     return {
         "grid": (grid, grid),
         "crop": (crop, crop),
@@ -168,8 +151,3 @@ def _sizes(state: dict[str, Tensor]) -> dict:
         "heads": qkv[0] // (3 * HEAD),
         "mlp": mlp[0],
     }
-
-
-def tokenadapt_to_release(model: TokenAdapt) -> dict[str, Tensor]:
-    """The state dict under the released names."""
-    return {renamed(name, RELEASE_NAMES): tensor for name, tensor in model.state_dict().items()}

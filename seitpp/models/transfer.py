@@ -70,7 +70,7 @@ def pixel_classifier_from(
 
 
 def choose_trained(model: nn.Module, trained: Literal["all", "attention", "head"]) -> None:
-    """Freeze what is not to be trained: nothing, all but attention and head, or all but the head.
+    """Freeze what is not to be trained: nothing, all but attention, positions and head, or all but the head.
 
     Running statistics of frozen batch norms stay as they are, until `timm.utils.unfreeze(model)`. Raises
     ModelError for the attention of a ResNet.
@@ -81,8 +81,9 @@ def choose_trained(model: nn.Module, trained: Literal["all", "attention", "head"
         raise ModelError(f"got a {type(model).__name__}, which has no attention: train all or the head")
     freeze(model)
     head = model.pretrained_cfg["classifier"] + "."
+    attention = (".attn.", "pos_embed") if trained == "attention" else ()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(head) or (trained == "attention" and ".attn." in name)
+        parameter.requires_grad = name.startswith(head) or any(part in name for part in attention)
 
 
 @torch.no_grad()
