@@ -1,5 +1,7 @@
 """What a GPU would refuse or wait for, seen on a CPU: every recipe on a device of pretend_gpu.py."""
 
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -8,8 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+from PIL import Image
 
 from seitpp import StoreWriter
+from seitpp.models import MTM, TokenAdapt, save_classifier
+from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
+from seitpp.tokenizers.transformer import TransformerShape
+from seitpp.tokens.codebook import codebook_fingerprint
 
 PRETEND = Path(__file__).parent / "pretend_gpu.py"
 SHORT = ["smoke", "--precision", "bf16", "--epochs"]
@@ -61,17 +69,85 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store as the published one: 32 x 32 tokens of 391 codes, 1,000 classes, few images."""
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What people with a GPU have: tokens of the published shape with and without annotations, images, and models
+    of the published sizes.
+    """
     folder, generator = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
-    codebook = generator.standard_normal((391, 32), np.float32)
-    for split, n in (("train", 64), ("validation", 8)):
-        with StoreWriter(
-            folder / "store",
-            codebook=codebook,
-            grid=(32, 32),
-            split=split,
-            class_names=[str(c) for c in range(1000)],
-        ) as writer:
-            writer.add_batch(generator.integers(391, size=(n, 32, 32), dtype=np.uint16), np.arange(n))
+    shape = TransformerShape(64, 1, 1, 256)
+    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, 391, 32), shape, shape)
+    tokenizer.save(folder / "tokenizer.safetensors")
+    codebook = tokenizer.codebook.detach().numpy()
+    fingerprint = codebook_fingerprint(codebook)
+    TokenAdapt().save(folder / "adapt.safetensors", fingerprint)
+    MTM().save(folder / "mtm.safetensors", fingerprint)
+    model = timm.create_model("seit_vit_base", num_classes=8)
+    save_classifier(folder / "seit.safetensors", model, fingerprint, None)
+    png = io.BytesIO()
+    Image.fromarray(generator.integers(9, size=(512, 512), dtype=np.uint8)).save(png, "png")
+    for name, side in (("tokens", 32), ("ade20k", 64)):
+        for split in ("train", "validation"):
+            with StoreWriter(
+                folder / name,
+                codebook=codebook,
+                grid=(side, side),
+                split=split,
+                class_names=[str(label) for label in range(8)],
+                tokenizer=tokenizer.description(),
+                columns={"annotation": "binary"} if name == "ade20k" else {},
+            ) as writer:
+                for label in range(32):
+                    ids = generator.integers(391, size=(side, side), dtype=np.uint16)
+                    writer.add(ids, label % 8, {"annotation": png.getvalue()} if name == "ade20k" else {})
+    for index in range(24):
+        path = folder / "images" / str(index % 2) / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(300, 400, 3), dtype=np.uint8)).save(path)
     return folder
+
+
+def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
+    """Every preset of every training recipe that is meant for a GPU, at a batch of 8."""
+    adapt, images = ["--tokenadapt", folder / "adapt.safetensors"], ["--data", folder / "images"]
+    tokenizer = ["--tokenizer", folder / "tokenizer.safetensors"]
+    needs = {
+        "mtm_pretrain": ["--store", folder / "tokens"],
+        "seit_train": ["--store", folder / "tokens"],
+        "finetune": ["--store", folder / "tokens", "--checkpoint", folder / "mtm.safetensors"],
+        "tokenadapt_train": [*images, *tokenizer],
+        "tokenizer_train": images,
+        "segment_ade20k": ["--store", folder / "ade20k"],
+    }
+    finetunes = {
+        "tokens": ["--store", folder / "tokens", "--checkpoint", folder / "seit.safetensors"],
+        "pixels": [
+            *images,
+            "--split",
+            "None",
+            "--validation-split",
+            "None",
+            "--checkpoint",
+            folder / "seit.safetensors",
+        ],
+    }
+    jobs = []
+    for recipe, arguments in needs.items():
+        presets = importlib.import_module(recipe).PRESETS
+        for name in presets.keys() - {"digits", "smoke", "photos", "scenes"}:
+            words = finetunes.get(name, arguments) if recipe == "finetune" else arguments
+            through = adapt if getattr(presets[name], "adapted", 0) else []
+            flags = ["--batch-size", 8, "--no-compile", "--workers", 0, "--out", out / f"{recipe}-{name}"]
+            jobs.append((recipe, [name, *words, *through, *flags]))
+    return jobs
+
+
+def test_two_steps_of_every_published_preset(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(PRETEND.parents[1] / "recipes"))
+    monkeypatch.syspath_prepend(str(PRETEND.parents[1]))
+    reports = pretend(published_jobs(stranger, tmp_path), "--shapes")
+    for report in reports:
+        check(report)
+        assert report["steps"] == 2
+    assert len(reports) > 25
