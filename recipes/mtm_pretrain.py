@@ -28,9 +28,9 @@ from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import open_splits, open_tokenadapt, window_of
-from seitpp.engine.evaluate import probe
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
+from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.models import MTM
@@ -166,7 +166,7 @@ def main(config: Config) -> None:
 
     def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
         encoder = encoder or run.whole(model).encoder
-        return probe(encoder, *judged, train.num_classes, EvalView(grid), run.accelerator)
+        return probe(encoder, *judged, train.num_classes, EvalView(grid), run.accelerator, config.workers)
 
     trained.train()
     for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):

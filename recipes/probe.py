@@ -16,7 +16,7 @@ from seitpp.augment import EvalView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_splits
-from seitpp.engine.evaluate import probe
+from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_mtm
@@ -29,10 +29,11 @@ class Config(RunConfig):
 
     checkpoint: str | None = None  # a run's folder or its model.safetensors
     store: str | None = None  # a token store; the embedded digits where none is named
+    workers: int = 8
 
 
 PRESETS = {"published": Config()}
-PRESETS["digits"] = replace(PRESETS["published"], preset="digits", precision="no")
+PRESETS["digits"] = replace(PRESETS["published"], preset="digits", precision="no", workers=0)
 PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
 
     # 3. Probe.
     images = TokenDataset(train), TokenDataset(validation)
-    result = probe(model.encoder, *images, train.num_classes, EvalView(window), run.accelerator)
+    result = probe(model.encoder, *images, train.num_classes, EvalView(window), run.accelerator, config.workers)
     for name, value in result.items():
         run.print(f"{name:20} {value:6.2f} % of {len(validation):,} images")
     run.finish(result)

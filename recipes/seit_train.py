@@ -194,7 +194,7 @@ def main(config: Config) -> None:
     def evaluate() -> dict[str, float]:
         found = {
             suffix: predict(
-                run.whole(weights), judged, lambda batch: centre_view(batch.ids), run.accelerator
+                run.whole(weights), judged, lambda batch: centre_view(batch.ids), run.accelerator, config.workers
             ).accuracies()
             for suffix, weights in (("", model), ("_ema", ema.module))
         }

@@ -1,4 +1,4 @@
-"""The engine: order of the data, rates, checkpoints, command line, probes."""
+"""The engine: order of the data, rates, checkpoints, command line."""
 
 import dataclasses
 import json
@@ -10,19 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import TokenStore, files
-from seitpp.augment import EvalView
 from seitpp.engine import checkpoint
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import ConfigError, load_config, parse
-from seitpp.engine.evaluate import Features, extract_features, knn, linear_probe
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
 from seitpp.engine.optim import adamw
@@ -81,9 +75,12 @@ def test_loader_gives_the_images_of_the_order(workers: int) -> None:
 
 
 def test_evaluation_shows_every_image_once() -> None:
+    """In the same batches on any number of processes, some of which may have none."""
     dataset = TokenDataset(TokenStore(digits().store, "validation"))
-    seen = [batch.indices.tolist() for rank in range(7) for batch in evaluation_loader(dataset, 32, rank, 7, 0)]
-    assert sorted(np.concatenate(seen).tolist()) == list(range(360))
+    for ranks in (1, 7, 13):
+        loaders = [evaluation_loader(dataset, 32, rank, ranks, 0) for rank in range(ranks)]
+        seen = sorted(batch.indices.tolist() for loader in loaders for batch in loader)
+        assert seen == [list(range(start, min(start + 32, 360))) for start in range(0, 360, 32)]
 
 
 def test_too_large_a_batch_is_refused() -> None:
@@ -339,45 +336,6 @@ def test_what_the_user_can_mend_is_one_line_and_a_defect_keeps_its_traceback(mon
 
     with pytest.raises(ValueError, match="a defect"):
         run_recipe(breaks, PRESETS, "smoke")
-
-
-# -------------------------------------------------------------------------------------------------- probes
-
-
-def digit_features() -> tuple[Features, Features]:
-    data = load_digits()
-    vectors, labels = torch.tensor(data.data).float(), torch.tensor(data.target)
-    return Features(vectors[:1200], labels[:1200]), Features(vectors[1200:], labels[1200:])
-
-
-def test_knn_agrees_with_scikit_learn() -> None:
-    bank, queries = digit_features()
-    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
-    expected = reference.fit(bank.vectors, bank.labels).score(queries.vectors, queries.labels)
-    score = knn(bank, queries, 10)
-    assert (score.correct, score.total) == (round(expected * 597), 597)
-
-
-def test_linear_probe_agrees_with_scikit_learn() -> None:
-    bank, queries = digit_features()
-    mean, deviation = bank.vectors.mean(0), bank.vectors.std(0).clamp(min=1e-6)
-    # scikit-learn minimises the summed loss plus |w|^2 / (2 C).
-    reference = LogisticRegression(C=1 / (2 * 1e-3 * 1200), max_iter=2000, tol=1e-6)
-    reference.fit((bank.vectors - mean) / deviation, bank.labels)
-    expected = reference.score((queries.vectors - mean) / deviation, queries.labels)
-    score = linear_probe(bank, queries, 10)
-    assert score.total == 597 and abs(score.correct - round(expected * 597)) <= 1
-
-
-def test_features_do_not_depend_on_the_batch_size() -> None:
-    store = TokenStore(digits().store, "validation")
-    encoder = MTM("mtm_vit_nano", (8, 8), store.num_codes, 16, 32, 1, 2).encoder
-    whole, parts = (
-        extract_features(encoder, TokenDataset(store), EvalView((8, 8)), Accelerator(cpu=True), batch_size=size)
-        for size in (360, 7)
-    )
-    torch.testing.assert_close(whole.vectors, parts.vectors, atol=1e-5, rtol=0)
-    assert np.array_equal(whole.labels, store.labels) and whole.vectors.shape == (360, 2 * 96)
 
 
 def test_flops_are_those_of_a_real_step() -> None:

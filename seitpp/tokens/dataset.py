@@ -119,9 +119,12 @@ def training_loader(
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:
-    """A loader of batches: every image of a dataset once, rank r takes the images r, r + ranks, ..."""
-    indices = np.arange(rank, len(dataset), ranks)
-    batches = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
+    """A loader of batches in the order of a dataset, every image once: rank r takes the batches r, r + ranks, ...
+
+    So a batch holds the same images on any number of processes, and a model makes the same bits of it.
+    """
+    starts = range(rank * batch_size, len(dataset), ranks * batch_size)
+    batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
     return _loader(dataset, batches, workers)
 
 
