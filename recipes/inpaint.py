@@ -39,7 +39,6 @@ from seitpp.engine.data import check_codebook, open_splits
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import MTM, load_pretrained
-from seitpp.objectives import fill_hidden, masked_token_loss
 from seitpp.objectives.decoding import decoding_plan, fill_iteratively, hidden_patches
 from seitpp.tokens.dataset import Batch, TokenDataset, evaluation_loader
 from seitpp.tokens.digits import digits
@@ -166,9 +165,9 @@ def fill_region(model: MTM, batch: Batch, region: Tensor, config: Config, run: R
     patches, num_hidden = hidden_patches(hidden, model.encoder.patch_embed.grid_size)
     plan = decoding_plan(patches, num_hidden, keys, turn=0)
     with run.accelerator.autocast():
-        logits = model(ids, plan)
+        loss, _ = model(ids, plan, targets=ids)
+        one_shot = fill_iteratively(model, ids, hidden, keys, rounds=1)
         iterative = fill_iteratively(model, ids, hidden, keys, config.rounds, config.temperature)
-    one_shot, loss = fill_hidden(logits, ids, plan), masked_token_loss(logits, ids, plan)
     return Filled(ids, hidden, one_shot, iterative, loss)
 
 

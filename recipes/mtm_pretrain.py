@@ -34,7 +34,7 @@ from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.models import MTM
-from seitpp.objectives import MASK_LAWS, mask_plan, masked_token_accuracy, masked_token_loss
+from seitpp.objectives import MASK_LAWS, mask_plan
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, TokenDataset
 from seitpp.tokens.digits import digits, digits_images
@@ -175,9 +175,8 @@ def main(config: Config) -> None:
             ids = view(batch.ids, keys)
         ratio = law.ratio(config.seed, step)
         plan = mask_plan(keys.uniform("mask", patches), *law.counts(patches, ratio))
-        logits = trained(ids, plan)
-        loss = masked_token_loss(logits, ids, plan)
-        run.update(loss, accuracy=masked_token_accuracy(logits, ids, plan), mask_ratio=ratio)
+        loss, accuracy = trained(ids, plan, targets=ids)
+        run.update(loss, accuracy=accuracy, mask_ratio=ratio)
 
     # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
     trained = run.whole(model).eval()
@@ -205,8 +204,8 @@ def report_tools(config: Config) -> tuple[Callable[[Tensor], Tensor] | None, Ten
 def step_flops(model: MTM, grid: tuple[int, int], counts: tuple[int, int]) -> int:
     """Floating-point operations of one image, forward and backward."""
     patches = model.encoder.patch_embed.num_patches
-    plan = mask_plan(torch.zeros(1, patches, device="meta"), *counts)
-    return count_flops(model, torch.zeros(1, *grid, dtype=torch.long, device="meta"), plan)
+    ids = torch.zeros(1, *grid, dtype=torch.long, device="meta")
+    return count_flops(model, ids, mask_plan(torch.zeros(1, patches, device="meta"), *counts), ids)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seitpp import files
 from seitpp.augment import EvalView, Keys
-from seitpp.models import MTM
+from seitpp.models import MTM, MaskPlan
 from seitpp.objectives import fill_hidden, hidden_tokens, mask_plan
 from seitpp.store import TokenStore
 
@@ -84,7 +84,9 @@ def reconstructions(
     patches = model.encoder.patch_embed.num_patches
     noise = Keys(seed, 0, indices.to(device)).uniform("report", patches)
     plan = mask_plan(noise, patches // 2, patches // 2)
-    filled = fill_hidden(model(ids, plan), ids, plan).cpu()
+    # One image at a time: with 65,536 codes its logits take 200 MB.
+    images = [(ids[at : at + 1], MaskPlan(*(part[at : at + 1] for part in plan))) for at in range(len(ids))]
+    filled = torch.cat([fill_hidden(model(*image), *image) for image in images]).cpu()
     tokens = decode(ids.cpu())
     rows = {} if originals is None else {"original": originals[: len(ids)]}
     return rows | {

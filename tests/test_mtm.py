@@ -88,7 +88,9 @@ def test_hidden_content_never_reaches_the_logits() -> None:
 def test_dropped_patches_never_enter_the_encoder() -> None:
     model = small_model()
     lengths = []
-    model.encoder.blocks.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    model.encoder.blocks[0].register_forward_hook(
+        lambda module, inputs, output: lengths.append(inputs[0].shape[1])
+    )
     for dropped in (0, 7, 15):
         model(*batch(dropped, 15))
     assert lengths == [1 + 16, 1 + 9, 1 + 1]

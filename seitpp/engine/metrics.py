@@ -36,13 +36,15 @@ class MetricsLog:
 
 
 def count_flops(model: nn.Module, *inputs: object) -> int:
-    """Floating-point operations of the model on `inputs`, forward and backward; nothing is computed.
+    """Floating-point operations of the model on `inputs`, forward and backward from its output or, of several,
+    the first; nothing is computed.
 
     The model is copied to the meta device; the inputs must lie there.
     """
     shadow = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter:
-        shadow(*inputs).sum().backward()
+        output = shadow(*inputs)
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
     return counter.get_total_flops()
 
 

@@ -2,7 +2,7 @@
 
 from seitpp.models import resnet as resnet  # timm learns of them by the import
 from seitpp.models.export import export_model, push_model
-from seitpp.models.mtm import MTM, MaskPlan, load_mtm
+from seitpp.models.mtm import MTM, MaskedTokens, MaskPlan, load_mtm
 from seitpp.models.pretrained import input_kind, input_size, load_pretrained, load_pretrained_tokenadapt
 from seitpp.models.release import from_release, save_release, to_release
 from seitpp.models.saved import ClassifierSpec, Saved, load_classifier, save_classifier
@@ -15,6 +15,7 @@ __all__ = [
     "MTM",
     "ClassifierSpec",
     "MaskPlan",
+    "MaskedTokens",
     "ModelError",
     "Saved",
     "StemAdapter",

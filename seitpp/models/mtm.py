@@ -15,6 +15,8 @@ Initial values, all in `MTM.init_weights`:
 """
 
 import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from seitpp.models.cross_entropy import linear_cross_entropy
 from seitpp.models.saved import read_model, write_model
 from seitpp.models.stem import ModelError
 from seitpp.models.vit import PATCH, NormLayer
@@ -32,10 +35,22 @@ from seitpp.tokenizers.transformer import sincos_positions
 
 
 class MaskPlan(NamedTuple):
-    """`kept` (B, L - dropped) int64: the patches that enter the encoder; `hidden` (B, L) bool: those masked."""
+    """`kept` (B, L - dropped) int64: the patches that enter the encoder; `hidden` (B, L) bool: those masked, and
+    `predicted` (B, masked) int64: the same as indices, equally many in each image.
+    """
 
     kept: Tensor
     hidden: Tensor
+    predicted: Tensor
+
+
+class MaskedTokens(NamedTuple):
+    """How well hidden tokens are predicted: `loss`, their mean cross-entropy in nats, and `accuracy`, the share
+    whose most likely code is the true one, both () float32.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
 
 
 class MTM(nn.Module):
@@ -79,7 +94,7 @@ class MTM(nn.Module):
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + patches, decoder_width))
         self.decoder_blocks = nn.Sequential(
             *(
-                Block(
+                kind(
                     decoder_width,
                     decoder_heads,
                     qkv_bias=True,
@@ -87,7 +102,7 @@ class MTM(nn.Module):
                     attn_drop=dropout,
                     norm_layer=NormLayer,
                 )
-                for _ in range(decoder_depth)
+                for kind in [Block] * (decoder_depth - 1) + [LastBlock]
             )
         )
         self.decoder_norm = NormLayer(decoder_width)
@@ -95,9 +110,24 @@ class MTM(nn.Module):
         self.grad_checkpointing = False
         self.init_weights()
 
-    def forward(self, ids: Tensor, plan: MaskPlan) -> Tensor:
-        """Ids (B, H, W) int64 and a plan for their L patches -> logits (B, K, H, W)."""
-        return self.decode(self.encode(ids, plan), plan)
+    def forward(self, ids: Tensor, plan: MaskPlan, targets: Tensor | None = None) -> Tensor | MaskedTokens:
+        """Ids (B, H, W) int64 and a plan for their L patches -> logits (B, K, H, W).
+
+        With `targets` (B, H, W) int64, the true ids: `objectives.masked_token_loss` and `masked_token_accuracy` of
+        those logits, which are made of hidden tokens only and never all at once. So a model is trained.
+        """
+        encoded = self.encode(ids, plan)
+        table, bias = self.encoder.patch_embed.token_emb.weight.detach(), self.head.bias
+        if targets is not None:
+            vectors = self.decode(encoded, plan, plan.predicted)
+            targets = rearrange(targets, "b (h p) (w q) -> b (h w) (p q)", p=PATCH, q=PATCH)
+            targets = _take(targets, plan.predicted)
+            return MaskedTokens(*linear_cross_entropy(vectors.flatten(0, 2), table, bias, targets.flatten()))
+        everywhere = torch.arange(plan.hidden.shape[1], device=ids.device).expand_as(plan.hidden)
+        rows = self.encoder.patch_embed.grid_size[0]
+        vectors = self.decode(encoded, plan, everywhere)
+        vectors = rearrange(vectors, "b (h w) (p q) d -> b (h p) (w q) d", h=rows, p=PATCH)
+        return (vectors @ table.T + bias).permute(0, 3, 1, 2)
 
     def encode(self, ids: Tensor, plan: MaskPlan) -> Tensor:
         """Only the kept patches go through the blocks: (B, H, W) -> (B, 1 + kept, C), cls first.
@@ -111,23 +141,31 @@ class MTM(nn.Module):
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(patches), -1, -1)
         return encoder.norm(self._through(encoder.blocks, torch.cat([cls, patches], dim=1)))
 
-    def decode(self, encoded: Tensor, plan: MaskPlan) -> Tensor:
-        """(B, 1 + kept, C) -> logits (B, K, H, W). Every hidden place holds the projected cls output."""
+    def decode(self, encoded: Tensor, plan: MaskPlan, places: Tensor) -> Tensor:
+        """(B, 1 + kept, C) and the patches asked for (B, n) int64 -> a vector for each token (B, n, 4, D).
+
+        Every hidden place holds the projected cls output.
+        """
         encoded = self.decoder_embed(encoded)
         cls, kept = encoded[:, :1], encoded[:, 1:]
         patches = cls.expand(-1, plan.hidden.shape[1], -1)
         patches = patches.scatter(1, plan.kept.unsqueeze(-1).expand_as(kept), kept)
         patches = torch.where(plan.hidden.unsqueeze(-1), cls, patches)
-        decoded = self._through(self.decoder_blocks, torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
-        table = self.encoder.patch_embed.token_emb.weight.detach()
-        return self.head(self.decoder_norm(decoded)[:, 1:], table, self.encoder.patch_embed.grid_size)
+        *blocks, last = self.decoder_blocks
+        blocks = [*blocks, partial(last, places=1 + places)]
+        decoded = self._through(blocks, torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
+        return self.head(self.decoder_norm(decoded))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the input of each block only, and compute the rest again in the backward pass (as in timm)."""
         self.grad_checkpointing = enable
 
-    def _through(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
-        return checkpoint_seq(blocks, tokens) if self.grad_checkpointing else blocks(tokens)
+    def _through(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return checkpoint_seq(list(blocks), tokens)
+        for block in blocks:
+            tokens = block(tokens)
+        return tokens
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -157,8 +195,17 @@ def load_mtm(path: Path) -> tuple[MTM, str]:
     return model.eval(), header["codebook"]
 
 
+class LastBlock(Block):
+    """A block that all tokens enter and some leave: past its attention nothing is computed for the others."""
+
+    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """(B, N, C), places (B, n) int64 -> (B, n, C)."""
+        tokens = _take(tokens + self.attn(self.norm1(tokens)), places)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
 class TokenHead(nn.Module):
-    """Patches -> a vector for each of their tokens -> logits against the embedding table."""
+    """Patches -> a vector for each of their tokens; `bias` is that of their logits against the embedding table."""
 
     def __init__(self, width: int, dim: int, codes: int):
         super().__init__()
@@ -167,16 +214,13 @@ class TokenHead(nn.Module):
         self.norm = NormLayer(dim)
         self.bias = nn.Parameter(torch.zeros(codes))
 
-    def forward(self, patches: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches (B, L, width), table (K, dim), patch grid -> logits (B, K, H, W)."""
-        tokens = rearrange(
-            self.fc(patches), "b (h w) (p q d) -> b (h p) (w q) d", h=grid[0], w=grid[1], p=PATCH, q=PATCH
-        )
-        return (self.norm(self.act(tokens)) @ table.T + self.bias).permute(0, 3, 1, 2)
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, L, width) -> (B, L, 4, dim), tokens row by row."""
+        return self.norm(self.act(self.fc(patches).unflatten(2, (PATCH * PATCH, -1))))
 
 
-def _take(patches: Tensor, kept: Tensor) -> Tensor:
-    return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+def _take(patches: Tensor, indices: Tensor) -> Tensor:
+    return patches.gather(1, indices.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
 def _init_module(module: nn.Module) -> None:

@@ -21,6 +21,8 @@ from seitpp.models.mtm import MTM, MaskPlan
 from seitpp.objectives.masking import MASK_LAWS, mask_plan
 from seitpp.objectives.mtm import hidden_tokens
 
+LOGIT_CELLS = 1 << 26  # as many logits as are there at once, but those of one image always
+
 
 class DecodingError(UserError):
     """A region that cannot be filled, or settings of the filling that mean nothing."""
@@ -42,9 +44,16 @@ def fill_iteratively(
         raise DecodingError(
             f"{rounds} rounds at temperature {temperature}: expected 1 round or more, and a temperature >= 0"
         )
-    patch_grid = model.encoder.patch_embed.grid_size
-    patches, num_hidden = hidden_patches(hidden, patch_grid)
+    patches, num_hidden = hidden_patches(hidden, model.encoder.patch_embed.grid_size)
     counts = cosine_counts(num_hidden, rounds)
+    images = max(1, LOGIT_CELLS // (hidden[0].numel() * model.settings["num_codes"]))
+    parts = torch.arange(len(ids), device=ids.device).split(images)
+    return torch.cat([_fill(model, ids[at], patches[at], keys.of(at), counts, temperature) for at in parts])
+
+
+def _fill(model: MTM, ids: Tensor, patches: Tensor, keys: Keys, counts: list[int], temperature: float) -> Tensor:
+    """What `fill_iteratively` does, for a few images; `counts` of hidden patches before and after each round."""
+    patch_grid = model.encoder.patch_embed.grid_size
     for turn, (before, after) in enumerate(pairwise(counts)):
         plan = decoding_plan(patches, before, keys, turn)
         logits = model(ids, plan).float()

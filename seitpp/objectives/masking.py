@@ -53,5 +53,6 @@ def mask_plan(noise: Tensor, num_dropped: int, num_masked: int) -> MaskPlan:
             "expected 0 <= dropped <= masked <= L"
         )
     order = noise.argsort(dim=1, stable=True)
-    hidden = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, order[:, :num_masked], True)
-    return MaskPlan(kept=order[:, num_dropped:], hidden=hidden)
+    predicted = order[:, :num_masked].contiguous()
+    hidden = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, predicted, True)
+    return MaskPlan(kept=order[:, num_dropped:], hidden=hidden, predicted=predicted)
