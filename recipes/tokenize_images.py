@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader
 from seitpp import TokenStore, tokenizers
 from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
-from seitpp.store import SplitStaging
-from seitpp.tokenizers import Tokenizer
+from seitpp.store import SplitStaging, layout
+from seitpp.store.release import read_codebook
+from seitpp.tokenizers import Tokenizer, TokenizerError, by_frequency
 from seitpp.tokenizers.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
 from seitpp.tokenizers.decoding import Decoded, DecodedImages, Kept, encode
 from seitpp.tokenizers.images import ImageSource, Size, fit_short_side, open_source
@@ -45,6 +46,8 @@ class Config:
     data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set; else the digits
     source_split: str | None = None  # the part of the source to read; all of it where none is named
     tokenizer: str | None = None  # a tokenizer file; that of the digits where nothing is named
+    compact: bool = False  # keep the codes that the split train uses only, 0 the most frequent
+    codebook: str | None = None  # keep the codes of this file only: a codebook.ckpt, or a store's .safetensors
     out: str | None = None  # the store
     split: str = "train"  # the split of the store that is written
     short_side: int | None = None  # pixels, each image its own grid; else the tokenizer's size (annotated: 512)
@@ -83,7 +86,8 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
 
     Raises UserError if the split is there already, or at an image that cannot be read unless those are skipped.
     """
-    tokenizer = tokenizer.to(accelerator.device).eval()
+    tokenizer = choose_codes(tokenizer, config).to(accelerator.device).eval()
+    counting = config.compact and not has_store(config)  # before anybody can have made it
     size, grid, description = sizing(tokenizer, config.short_side)
     annotated = isinstance(source, AnnotatedSource)
     columns = [
@@ -137,6 +141,10 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
     # One process counts, encodes and publishes what all have made.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if counting:
+            tokenizer = keep_used_codes(tokenizer, staging, config)
+        if config.compact or config.codebook:
+            tokenizer.save(f"{config.out}-tokenizer.safetensors")
         staging.publish()
         summarize(TokenStore(config.out, config.split, verify=False), totals, seconds, annotated)
     accelerator.wait_for_everyone()
@@ -153,6 +161,38 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, To
     if has_annotations(config.data):
         return AnnotatedSource(config.data, config.source_split), tokenizers.load(config.tokenizer)
     return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
+
+
+def has_store(config: Config) -> bool:
+    """Whether the store --out has a split already."""
+    return (Path(config.out) / layout.DOCUMENT).exists()
+
+
+def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """The tokenizer with the codes of --codebook, or with --compact those of the store; whole while there is none."""
+    if config.compact and config.codebook:
+        raise UserError("--compact and --codebook both say which codes are kept: leave one of them out")
+    if config.codebook:
+        file, rows = config.codebook, read_codebook(Path(config.codebook))
+    elif config.compact and has_store(config):
+        file, rows = config.out, layout.read_codebook(Path(config.out), layout.read_document(Path(config.out)))
+    elif config.compact and config.split != "train":
+        raise UserError(f"--compact counts the codes of the split train, which {config.out} lacks: make that first")
+    else:
+        return tokenizer
+    try:
+        return tokenizer.select(torch.from_numpy(rows))
+    except TokenizerError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def keep_used_codes(tokenizer: Tokenizer, staging: SplitStaging, config: Config) -> Tokenizer:
+    """The tokenizer with the codes that the finished shards use only, which are re-numbered like it."""
+    counts = torch.from_numpy(staging.counts())
+    compacted = tokenizer.compact(counts)
+    *_, description = sizing(compacted, config.short_side)
+    staging.keep(by_frequency(counts).numpy(), description)
+    return compacted
 
 
 def sizing(tokenizer: Tokenizer, short_side: int | None) -> tuple[Size, tuple[int, int] | None, dict]:

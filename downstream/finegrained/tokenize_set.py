@@ -38,6 +38,7 @@ class Config:
     out: str  # the store
     data: str | None = None  # the folder of the set
     tokenizer: str | None = None  # a tokenizer file
+    codebook: str | None = None  # keep its codes of this file only, as recipes/tokenize_images.py does
     skip_errors: bool = False  # leave out images that cannot be read, and list them beside the store
     batch_size: int = 256  # images of one forward, on each process
     workers: int = 16  # processes that decode images, for each process that tokenizes
@@ -76,6 +77,7 @@ def of_split(config: Config, split: str) -> tokenize_images.Config:
     return tokenize_images.Config(
         data=config.data,
         tokenizer=config.tokenizer,
+        codebook=config.codebook,
         out=config.out,
         split=split,
         skip_errors=config.skip_errors,

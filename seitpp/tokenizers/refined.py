@@ -102,8 +102,8 @@ class RefinedPatchKMeans(PatchKMeans):
         pixels = F.mse_loss(decoded, images) / self.scale.square() * share
         return codebook + BETA * (commitment + pixels), ids, vectors.detach()
 
-    def _keep(self, ids: Tensor) -> None:
-        self.codebook = nn.Parameter(self.codebook.detach()[ids])
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        self.codebook = nn.Parameter(rows)
 
 
 def _require_windows(spec: TokenizerSpec) -> None:

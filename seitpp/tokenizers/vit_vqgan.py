@@ -189,8 +189,8 @@ class ViTVQGAN(Tokenizer):
         through = vectors + (rows - vectors).detach()
         return Reconstruction(self.reconstruct(through), loss, ids, vectors.detach())
 
-    def _keep(self, ids: Tensor) -> None:
-        self.quantizer.embedding = nn.Embedding.from_pretrained(self.codebook.detach()[ids], freeze=False)
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        self.quantizer.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
 
 
 def _initialise(module: nn.Module) -> None:
