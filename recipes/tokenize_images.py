@@ -117,7 +117,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
     )
 
     # Decode, tokenize, write shard by shard; the loader decodes ahead, across shards.
-    skipped = Path(f"{config.out}-{config.split}-skipped.txt")
+    skipped = beside(config.out, f"{config.split}-skipped.txt")
     batches = iter(decoding_loader(DecodedImages(source, size), staging, mine, config))
     totals, started = np.zeros(4, np.int64), time.perf_counter()
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:
@@ -144,7 +144,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         if counting:
             tokenizer = keep_used_codes(tokenizer, staging, config)
         if config.compact or config.codebook:
-            tokenizer.save(f"{config.out}-tokenizer.safetensors")
+            tokenizer.save(beside(config.out, "tokenizer.safetensors"))
         staging.publish()
         summarize(TokenStore(config.out, config.split, verify=False), totals, seconds, annotated)
     accelerator.wait_for_everyone()
@@ -163,13 +163,18 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, To
     return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
 
 
+def beside(out: str, name: str) -> Path:
+    """The file OUT-NAME."""
+    return Path(f"{Path(out)}-{name}")
+
+
 def has_store(config: Config) -> bool:
     """Whether the store --out has a split already."""
     return (Path(config.out) / layout.DOCUMENT).exists()
 
 
 def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """The tokenizer with the codes of --codebook, or with --compact those of the store; whole while there is none."""
+    """The tokenizer with the codes of --codebook, or with --compact of the store, all where there is none."""
     if config.compact and config.codebook:
         raise UserError("--compact and --codebook both say which codes are kept: leave one of them out")
     if config.codebook:
@@ -177,7 +182,7 @@ def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     elif config.compact and has_store(config):
         file, rows = config.out, layout.read_codebook(Path(config.out), layout.read_document(Path(config.out)))
     elif config.compact and config.split != "train":
-        raise UserError(f"--compact counts the codes of the split train, which {config.out} lacks: make that first")
+        raise UserError(f"--compact counts the codes of the split train: {config.out} has none yet, make it first")
     else:
         return tokenizer
     try:

@@ -134,7 +134,7 @@ def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
 
 
 def survey(staged: Path, num_codes: int, new_ids: np.ndarray | None = None) -> Survey:
-    """Rows, code counts (num_codes,) int64 and the largest label of a staged shard, its ids as `SplitSpec` says."""
+    """Rows, code counts (num_codes,) int64 and the largest label of a staged shard; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
     ids = _ids(b"".join(ids.as_buffer() for ids in batch.column("tokens")), new_ids)
     labels = batch.column("label").to_numpy()
@@ -151,7 +151,8 @@ def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
     if spec.codec != codecs.ContextCodec.name:
         return None
     tokens = (ids for path in staged for ids in read_shard(path).column("tokens"))
-    grids = [_ids(ids.as_buffer(), spec.new_ids).reshape(spec.grid) for ids in islice(tokens, 0, None, -(-rows // LEARNED_IMAGES))]
+    chosen = islice(tokens, 0, None, -(-rows // LEARNED_IMAGES))
+    grids = [_ids(ids.as_buffer(), spec.new_ids).reshape(spec.grid) for ids in chosen]
     return codecs.ContextCodec.learn(np.stack(grids), spec.codebook).table
 
 

@@ -120,8 +120,9 @@ class SplitStaging:
         return sum((survey(path, num_codes).counts for path in staged), np.zeros(num_codes, np.int64))
 
     def keep(self, codes: np.ndarray, tokenizer: Mapping[str, Any] | None) -> None:
-        """Publish the split with `codes` (K',) of the codebook only, re-numbered in this order: those that it uses,
-        for a store that is not there yet. `tokenizer` is what makes these ids.
+        """Publish the split with `codes` (K',) of the codebook only, re-numbered in this order: those it uses.
+
+        For a store that is not there yet; `tokenizer` is what makes these ids.
 
         To be called between the last `write` and `publish`. Killed after it has published, such a split is
         continued with the codebook and the tokenizer of its store.

@@ -268,9 +268,10 @@ class Tokenizer(nn.Module, ABC):
         table = self.codebook.detach()
         if self.spec.lookup == "cosine":
             rows, table = F.normalize(rows, dim=1), F.normalize(table, dim=1)
-        # Not by a matrix product, whose rounding is larger than the distances that matter.
-        chunks = rows.split(max(1, LOOKUP_CELLS // len(table)))
-        found = [torch.cdist(chunk, table, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1) for chunk in chunks]
+        found = []
+        for chunk in rows.split(max(1, LOOKUP_CELLS // len(table))):
+            # Not by a matrix product, whose rounding is larger than the distances that matter.
+            found.append(torch.cdist(chunk, table, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1))
         return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
     def _cut(self, ids: Tensor, rows: Tensor) -> "Tokenizer":
