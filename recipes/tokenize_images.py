@@ -2,7 +2,9 @@
 
     accelerate launch recipes/tokenize_images.py --data photos --tokenizer tokenizer.safetensors --out tokens
     accelerate launch --multi_gpu --num_processes 8 recipes/tokenize_images.py published --data imagenet \\
-        --source-split train --tokenizer vitvqgan.ckpt --out imagenet-tokens
+        --source-split train --tokenizer vitvqgan.ckpt --compact --out imagenet-tokens
+    accelerate launch recipes/tokenize_images.py --data photos --tokenizer vitvqgan.ckpt --out photos-tokens \\
+        --codebook codebook.ckpt
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
         --out ade20k-tokens
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
@@ -11,7 +13,10 @@
 Reads a folder of images, Parquet files, webdataset tars or a named data set; writes one split of the store --out,
 which may hold other splits already. A folder with images/ and annotations/ is read as ADE-20k: the store keeps
 each image's grid and its annotation, lossless. Interrupted, the same command goes on after the last finished shard
-and ends with the same bytes, on another number of processes too. With nothing named it tokenizes the embedded
+and ends with the same bytes, on another number of processes too. With --compact the store keeps only the codes that
+its split `train` uses, numbered by popularity, as the published token sets do; with --codebook those of a released
+codebook, in its order, so that official models take the ids. The tokenizer with these codes is then
+OUT-tokenizer.safetensors, for the --tokenizer of other commands. With nothing named it tokenizes the embedded
 digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
 """
 

@@ -157,7 +157,7 @@ def _train(
         optimizer.step()
         counts += code_counts(ids, len(counts))
         if counts.sum() >= TOKENS_PER_CODE * len(counts) and step < RESTART_UNTIL * steps:
-            restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator)
+            restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator, optimizer)
             counts.zero_()
 
 
