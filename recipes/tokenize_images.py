@@ -13,9 +13,9 @@
 Reads a folder of images, Parquet files, webdataset tars or a named data set; writes one split of the store --out,
 which may hold other splits already. A folder with images/ and annotations/ is read as ADE-20k: the store keeps
 each image's grid and its annotation, lossless. Interrupted, the same command goes on after the last finished shard
-and ends with the same bytes, on another number of processes too. With --compact the store keeps only the codes that
-its split `train` uses, numbered by popularity, as the published token sets do; with --codebook those of a released
-codebook, in its order, so that official models take the ids. The tokenizer with these codes is then
+and ends with the same bytes, on another number of processes too. With --compact the store keeps only those codes
+that its split `train` uses, numbered by popularity, as the published token sets do; with --codebook those of a
+released codebook, in its order, so that official models take the ids. The tokenizer with these codes is then
 OUT-tokenizer.safetensors, for the --tokenizer of other commands. With nothing named it tokenizes the embedded
 digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
 """
