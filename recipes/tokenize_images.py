@@ -2,7 +2,9 @@
 
     accelerate launch recipes/tokenize_images.py --data photos --tokenizer tokenizer.safetensors --out tokens
     accelerate launch --multi_gpu --num_processes 8 recipes/tokenize_images.py published --data imagenet \\
-        --source-split train --tokenizer vitvqgan.ckpt --out imagenet-tokens
+        --source-split train --tokenizer vitvqgan.ckpt --compact --out imagenet-tokens
+    accelerate launch recipes/tokenize_images.py --data photos --tokenizer vitvqgan.ckpt --out photos-tokens \\
+        --codebook codebook.ckpt
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
         --out ade20k-tokens
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
@@ -11,7 +13,10 @@
 Reads a folder of images, Parquet files, webdataset tars or a named data set; writes one split of the store --out,
 which may hold other splits already. A folder with images/ and annotations/ is read as ADE-20k: the store keeps
 each image's grid and its annotation, lossless. Interrupted, the same command goes on after the last finished shard
-and ends with the same bytes, on another number of processes too. With nothing named it tokenizes the embedded
+and ends with the same bytes, on another number of processes too. With --compact the store keeps only those codes
+that its split `train` uses, numbered by popularity, as the published token sets do; with --codebook those of a
+released codebook, in its order, so that official models take the ids. The tokenizer with these codes is then
+OUT-tokenizer.safetensors, for the --tokenizer of other commands. With nothing named it tokenizes the embedded
 digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
 """
 
@@ -30,8 +35,9 @@ from torch.utils.data import DataLoader
 from seitpp import TokenStore, tokenizers
 from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
-from seitpp.store import SplitStaging
-from seitpp.tokenizers import Tokenizer
+from seitpp.store import SplitStaging, layout
+from seitpp.store.release import read_codebook
+from seitpp.tokenizers import Tokenizer, TokenizerError, by_frequency
 from seitpp.tokenizers.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
 from seitpp.tokenizers.decoding import Decoded, DecodedImages, Kept, encode
 from seitpp.tokenizers.images import ImageSource, Size, fit_short_side, open_source
@@ -45,6 +51,8 @@ class Config:
     data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set; else the digits
     source_split: str | None = None  # the part of the source to read; all of it where none is named
     tokenizer: str | None = None  # a tokenizer file; that of the digits where nothing is named
+    compact: bool = False  # keep the codes that the split train uses only, 0 the most frequent
+    codebook: str | None = None  # keep the codes of this file only: a codebook.ckpt, or a store's .safetensors
     out: str | None = None  # the store
     split: str = "train"  # the split of the store that is written
     short_side: int | None = None  # pixels, each image its own grid; else the tokenizer's size (annotated: 512)
@@ -83,7 +91,8 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
 
     Raises UserError if the split is there already, or at an image that cannot be read unless those are skipped.
     """
-    tokenizer = tokenizer.to(accelerator.device).eval()
+    tokenizer = choose_codes(tokenizer, config).to(accelerator.device).eval()
+    counting = config.compact and not has_store(config)  # before anybody can have made it
     size, grid, description = sizing(tokenizer, config.short_side)
     annotated = isinstance(source, AnnotatedSource)
     columns = [
@@ -113,7 +122,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
     )
 
     # Decode, tokenize, write shard by shard; the loader decodes ahead, across shards.
-    skipped = Path(f"{config.out}-{config.split}-skipped.txt")
+    skipped = beside(config.out, f"{config.split}-skipped.txt")
     batches = iter(decoding_loader(DecodedImages(source, size), staging, mine, config))
     totals, started = np.zeros(4, np.int64), time.perf_counter()
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:
@@ -137,6 +146,10 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
     # One process counts, encodes and publishes what all have made.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if counting:
+            tokenizer = keep_used_codes(tokenizer, staging, config)
+        if config.compact or config.codebook:
+            tokenizer.save(beside(config.out, "tokenizer.safetensors"))
         staging.publish()
         summarize(TokenStore(config.out, config.split, verify=False), totals, seconds, annotated)
     accelerator.wait_for_everyone()
@@ -153,6 +166,43 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, To
     if has_annotations(config.data):
         return AnnotatedSource(config.data, config.source_split), tokenizers.load(config.tokenizer)
     return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
+
+
+def beside(out: str, name: str) -> Path:
+    """The file OUT-NAME."""
+    return Path(f"{Path(out)}-{name}")
+
+
+def has_store(config: Config) -> bool:
+    """Whether the store --out has a split already."""
+    return (Path(config.out) / layout.DOCUMENT).exists()
+
+
+def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """The tokenizer with the codes of --codebook, or with --compact of the store, all where there is none."""
+    if config.compact and config.codebook:
+        raise UserError("--compact and --codebook both say which codes are kept: leave one of them out")
+    if config.codebook:
+        file, rows = config.codebook, read_codebook(Path(config.codebook))
+    elif config.compact and has_store(config):
+        file, rows = config.out, layout.read_codebook(Path(config.out), layout.read_document(Path(config.out)))
+    elif config.compact and config.split != "train":
+        raise UserError(f"--compact counts the codes of the split train: {config.out} has none yet, make it first")
+    else:
+        return tokenizer
+    try:
+        return tokenizer.select(torch.from_numpy(rows))
+    except TokenizerError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def keep_used_codes(tokenizer: Tokenizer, staging: SplitStaging, config: Config) -> Tokenizer:
+    """The tokenizer with the codes that the finished shards use only, which are re-numbered like it."""
+    counts = torch.from_numpy(staging.counts())
+    compacted = tokenizer.compact(counts)
+    *_, description = sizing(compacted, config.short_side)
+    staging.keep(by_frequency(counts).numpy(), description)
+    return compacted
 
 
 def sizing(tokenizer: Tokenizer, short_side: int | None) -> tuple[Size, tuple[int, int] | None, dict]:

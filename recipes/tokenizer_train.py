@@ -181,7 +181,7 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
             losses = vq_losses(output, images, perceptual)
         perplexity = training.count(run.accelerator.reduce(code_counts(output.ids, config.num_codes)))
         if run.accelerator.sync_gradients and restart_due(step, steps, tokens, config.num_codes):
-            training.restart(run.accelerator.gather(output.vectors), config.seed, step)
+            training.restart(run.accelerator.gather(output.vectors), config.seed, step, optimizer)
         terms = {name: loss.detach() for name, loss in losses.items()}
         run.update(weighted_sum(losses), **terms, perplexity=perplexity)
     run.print(f"{training.restarted} times a dead code was restarted")

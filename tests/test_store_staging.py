@@ -35,9 +35,9 @@ def begin(path: Path, split: str = "train", **changes) -> SplitStaging:
     return SplitStaging(path, split=split, **{**COMMON, "num_images": N, **changes})
 
 
-def make(path: Path, split: str = "train", rank: int = 0, ranks: int = 1) -> SplitStaging:
+def make(path: Path, split: str = "train", rank: int = 0, ranks: int = 1, **changes) -> SplitStaging:
     """A rank's share of the shards that are not finished."""
-    staging = begin(path, split)
+    staging = begin(path, split, **changes)
     for shard in set(range(rank, staging.num_shards, ranks)) - staging.finished():
         staging.write(shard, *images(staging.images(shard)))
     return staging
@@ -165,6 +165,44 @@ def test_killed_at_every_file_operation_it_goes_on_to_the_same_bytes(tmp_path, e
         at += 1
     assert at > 30
     assert contents(path) == wanted
+
+
+KEPT = np.array([17, 3, *range(4, 17), 0, 1, 2])  # all but the unused 18 and 19, in another order
+CUT = {"codebook": CODEBOOK[KEPT], "tokenizer": {"name": "cut"}}
+
+
+def make_and_cut(path: Path, split: str) -> None:
+    """Some codes are left out when all shards are there; once the store is, its codebook is that of the split."""
+    if path.exists():
+        begin(path, split, **CUT).publish()
+        return
+    make(path, split, tokenizer={"name": "whole"})
+    staging = begin(path, split, tokenizer={"name": "whole"})
+    staging.keep(KEPT, CUT["tokenizer"])
+    staging.publish()
+
+
+def test_codes_are_left_out_when_all_shards_are_there(tmp_path):
+    staging = make(tmp_path / "s")
+    ids, labels, columns = images(range(N))
+    assert np.array_equal(staging.counts(), np.bincount(ids.ravel(), minlength=20))
+    new_ids = np.argsort(np.concatenate([KEPT, [18, 19]]))
+    with StoreWriter(tmp_path / "expected", **{**COMMON, **CUT}) as out:
+        out.add_batch(new_ids[ids], labels, columns)
+    wanted, at = contents(tmp_path / "expected"), 1
+    while run_killed(make_and_cut, tmp_path / str(at) / "s", "train", at=at):
+        make_and_cut(tmp_path / str(at) / "s", "train")
+        assert contents(tmp_path / str(at)) == {f"s/{name}": data for name, data in wanted.items()}
+        at += 1
+    assert at > 30 and contents(tmp_path / str(at) / "s") == wanted
+
+
+def test_a_code_that_is_in_use_is_not_left_out(tmp_path):
+    staging = make(tmp_path / "s")
+    staging.keep(KEPT[1:], None)
+    with pytest.raises(ValueError, match="negative"):
+        staging.publish()
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.fixture(scope="module")

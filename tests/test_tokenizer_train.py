@@ -20,6 +20,7 @@ from torchvision.models import vgg16
 
 from seitpp import tokenizers
 from seitpp.augment import Keys
+from seitpp.engine.optim import adamw
 from seitpp.errors import UserError
 from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
 from seitpp.objectives.vq import vq_losses, weighted_sum
@@ -209,7 +210,7 @@ def test_dead_codes_move_onto_vectors_and_others_stay() -> None:
     assert model.count(even).item() == pytest.approx(12)  # equally frequent
     model.counts.zero_()
     assert model.count(counts).item() < 12
-    model.restart(vectors, seed=4, step=9)
+    model.restart(vectors, 4, 9, adamw(model, 0.0))
     after = model.tokenizer.codebook.detach()
     candidates = vectors.permute(0, 2, 3, 1).reshape(-1, 6)
     changed = (after != before).any(dim=1).nonzero().flatten().tolist()
@@ -218,9 +219,28 @@ def test_dead_codes_move_onto_vectors_and_others_stay() -> None:
     again, other = small_model(), small_model()
     for twin, step in ((again, 9), (other, 10)):
         twin.count(counts)
-        twin.restart(vectors, seed=4, step=step)
+        twin.restart(vectors, 4, step, adamw(twin, 0.0))
     assert torch.equal(again.tokenizer.codebook, after) and not torch.equal(other.tokenizer.codebook, after)
     assert {"counts", "restarted"} <= model.state_dict().keys() - model.tokenizer.state_dict().keys()
+
+
+def test_a_restarted_code_stays_where_it_is_put() -> None:
+    """The moments of its old place do not move it; the other codes keep theirs."""
+    model = small_model(discriminator=False)
+    optimizer, codebook = adamw(model, weight_decay=0.0), model.tokenizer.codebook
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    codebook.grad = torch.ones_like(codebook)
+    optimizer.step()
+    counts = torch.full((12,), 1000)
+    counts[[3, 7]] = 0
+    model.count(counts)
+    model.restart(torch.randn(2, 6, 4, 4), 4, 9, optimizer)
+    put, moved = codebook.detach().clone(), [code for code in range(12) if code not in (3, 7)]
+    codebook.grad.zero_()
+    optimizer.step()
+    assert torch.equal(codebook[[3, 7]], put[[3, 7]])
+    assert (codebook[moved] < put[moved]).all()
 
 
 def test_restarts_are_a_function_of_the_step() -> None:

@@ -295,7 +295,7 @@ def test_usage_counts_and_warns() -> None:
 def test_only_dead_codes_are_restarted() -> None:
     codebook, vectors = torch.zeros(4, 2), torch.arange(20.0).view(10, 2) + 1
     counts = torch.tensor([1000, 1000, 10, 9])  # the mean is 504.75, 2 % of it 10.1
-    generator = torch.Generator().manual_seed(0)
-    assert tokenizers.restart_dead_codes(codebook, counts, vectors, generator) == 2
+    generator, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW([codebook])
+    assert tokenizers.restart_dead_codes(codebook, counts, vectors, generator, optimizer) == 2
     assert (codebook[:2] == 0).all()
     assert all((vectors == row).all(dim=1).any() for row in codebook[2:])

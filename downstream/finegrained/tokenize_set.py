@@ -8,10 +8,11 @@
     accelerate launch downstream/finegrained/tokenize_set.py pets --data oxford-iiit-pet --tokenizer TOKENIZER
     accelerate launch downstream/finegrained/tokenize_set.py food101 --data food-101 --tokenizer TOKENIZER
 
-TOKENIZER is a tokenizer file, that of the store on which the model was pre-trained. Writes the splits `train`
-and `validation` of the store --out (SET-tokens where nothing is named) on any number of processes. Interrupted,
-the same command goes on as recipes/tokenize_images.py does. Numbers of images or classes that differ from the
-published ones are a warning. Downloads nothing; the rate on a GPU is not measured.
+TOKENIZER is a tokenizer file, that of the store on which the model was pre-trained; --codebook keeps only those
+codes that a file names, as recipes/tokenize_images.py does. Writes the splits `train` and `validation` of the store
+--out (SET-tokens where nothing is named) on any number of processes. Interrupted, the same command goes on as
+recipes/tokenize_images.py does. Numbers of images or classes that differ from the published ones are a warning.
+Downloads nothing; the rate on a GPU is not measured.
 """
 
 import sys
@@ -38,6 +39,7 @@ class Config:
     out: str  # the store
     data: str | None = None  # the folder of the set
     tokenizer: str | None = None  # a tokenizer file
+    codebook: str | None = None  # keep its codes of this file only, as recipes/tokenize_images.py does
     skip_errors: bool = False  # leave out images that cannot be read, and list them beside the store
     batch_size: int = 256  # images of one forward, on each process
     workers: int = 16  # processes that decode images, for each process that tokenizes
@@ -76,6 +78,7 @@ def of_split(config: Config, split: str) -> tokenize_images.Config:
     return tokenize_images.Config(
         data=config.data,
         tokenizer=config.tokenizer,
+        codebook=config.codebook,
         out=config.out,
         split=split,
         skip_errors=config.skip_errors,

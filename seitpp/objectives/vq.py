@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from kornia.metrics import ssim
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 from torchvision.models import vgg16
 
 from seitpp.augment import Keys
@@ -77,14 +78,16 @@ class VQTraining(nn.Module):
         return torch.special.entr(counts / counts.sum()).sum().exp()
 
     @torch.no_grad()
-    def restart(self, vectors: Tensor, seed: int, step: int) -> None:
-        """Move codes under 2 % of the mean use since the last restart onto random `vectors` (B, D, H, W).
+    def restart(self, vectors: Tensor, seed: int, step: int, optimizer: Optimizer) -> None:
+        """Move codes under 2 % of the mean use since the last restart onto random `vectors` (B, D, H, W), with
+        moments of 0 in the AdamW `optimizer`.
 
         The choice is keyed by (seed, step): with the vectors of all processes it is the same on each.
         """
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         candidates = vectors.permute(0, 2, 3, 1).flatten(0, 2)
-        self.restarted += restart_dead_codes(self.tokenizer.codebook, self.counts, candidates, generator)
+        codebook = self.tokenizer.codebook
+        self.restarted += restart_dead_codes(codebook, self.counts, candidates, generator, optimizer)
         self.counts.zero_()
 
 

@@ -197,12 +197,20 @@ def check_files(root: Path, files: dict[str, Any], names: Iterable[str], checksu
 def read_codebook(root: Path, document: dict[str, Any]) -> np.ndarray:
     """The (K, D) float32 codebook of the store `root`. Raises StoreError if the file holds anything else."""
     path, shape = root / CODEBOOK, (document["num_codes"], document["code_dim"])
+    codebook = load_codebook(path)
+    if codebook.shape != shape:
+        raise StoreError(f"{path}: float32 {codebook.shape}, expected float32 {shape}; copy it again")
+    return codebook
+
+
+def load_codebook(path: Path) -> np.ndarray:
+    """The (K, D) float32 codebook of a store's file. Raises StoreError if the file holds anything else."""
     try:
         codebook = safetensors.numpy.load_file(path)["codebook"]
     except (safetensors.SafetensorError, KeyError) as error:
         raise StoreError(f"{path}: no codebook ({error}); copy it again") from error
-    if codebook.shape != shape or codebook.dtype != np.float32:
-        raise StoreError(f"{path}: {codebook.dtype} {codebook.shape}, expected float32 {shape}; copy it again")
+    if codebook.ndim != 2 or codebook.dtype != np.float32:
+        raise StoreError(f"{path}: {codebook.dtype} {codebook.shape}, expected float32 rows; copy it again")
     return codebook
 
 

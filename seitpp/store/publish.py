@@ -43,6 +43,7 @@ class Encoding(NamedTuple):
     staged: Path
     target: Path
     build_codec: Callable[[], Codec]
+    new_ids: np.ndarray | None
 
 
 def build(spec: SplitSpec, folder: Path, staged: list[Path], processes: int = 1) -> dict[str, Any] | None:
@@ -85,7 +86,7 @@ def _build(
     spec: SplitSpec, made: Path, staged: list[Path], store: dict[str, Any] | None, each: Callable[..., Any]
 ) -> None:
     """Put the new files, synced, into the folder `made`, and a tokens.json of the whole store."""
-    surveys = list(each(_survey, staged, [len(spec.codebook)] * len(staged)))
+    surveys = list(each(partial(survey, num_codes=len(spec.codebook), new_ids=spec.new_ids), staged))
     filled = [path for path, survey in zip(staged, surveys, strict=True) if survey.rows]
     if not filled:
         raise StoreError(f"{spec.path}: split {spec.split!r} has no images; add at least one")
@@ -132,15 +133,17 @@ def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _survey(staged: Path, num_codes: int) -> Survey:
+def survey(staged: Path, num_codes: int, new_ids: np.ndarray | None = None) -> Survey:
+    """Rows, code counts (num_codes,) int64 and the largest label of a staged shard; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
-    ids = np.frombuffer(b"".join(ids.as_buffer() for ids in batch.column("tokens")), "<u2")
+    ids = _ids(b"".join(ids.as_buffer() for ids in batch.column("tokens")), new_ids)
     labels = batch.column("label").to_numpy()
     return Survey(len(batch), np.bincount(ids, minlength=num_codes), int(labels.max(initial=-1)))
 
 
-def _ids(staged: pa.BinaryScalar) -> np.ndarray:
-    return np.frombuffer(staged.as_buffer(), "<u2")
+def _ids(staged: pa.Buffer | bytes, new_ids: np.ndarray | None) -> np.ndarray:
+    ids = np.frombuffer(staged, "<u2")
+    return ids if new_ids is None else new_ids[ids]
 
 
 def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
@@ -148,7 +151,8 @@ def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
     if spec.codec != codecs.ContextCodec.name:
         return None
     tokens = (ids for path in staged for ids in read_shard(path).column("tokens"))
-    grids = [_ids(ids).reshape(spec.grid) for ids in islice(tokens, 0, None, -(-rows // LEARNED_IMAGES))]
+    chosen = islice(tokens, 0, None, -(-rows // LEARNED_IMAGES))
+    grids = [_ids(ids.as_buffer(), spec.new_ids).reshape(spec.grid) for ids in chosen]
     return codecs.ContextCodec.learn(np.stack(grids), spec.codebook).table
 
 
@@ -163,7 +167,9 @@ def _encode_all(
     """Write the shards of the split and what `datasets` wants beside them; the number of payload bytes."""
     build_codec = partial(codecs.build, codec["name"], len(spec.codebook), codec["counts"], spec.grid, table)
     names = (layout.shard_name(spec.split, index, len(staged)) for index in range(len(staged)))
-    tasks = [Encoding(path, made / name, build_codec) for path, name in zip(staged, names, strict=True)]
+    tasks = [
+        Encoding(path, made / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)
+    ]
     size = sum(each(_encode, tasks))
     folder = made / spec.split
     info = {"features": spec.features().to_dict()}
@@ -175,7 +181,7 @@ def _encode_all(
 def _encode(task: Encoding) -> int:
     """Write the shard of a staged one; the number of its payload bytes."""
     batch, codec = read_shard(task.staged), task.build_codec()
-    payloads = [codec.encode(_ids(ids)) for ids in batch.column("tokens")]
+    payloads = [codec.encode(_ids(ids.as_buffer(), task.new_ids)) for ids in batch.column("tokens")]
     columns = [column_array(payloads, pa.binary(), "tokens"), *batch.columns[1:]]
     with task.target.open("wb") as file:
         write_shard(file, pa.record_batch(columns, batch.schema))

@@ -78,7 +78,7 @@ def import_release(
     Raises ReleaseError naming file and image; nothing of `out` is left then.
     """
     releases = _find(source)
-    codebook = _read_codebook(next(iter(releases.values())).parent / CODEBOOK)
+    codebook = read_codebook(next(iter(releases.values())).parent / CODEBOOK)
     # All that is cheap to check comes before the first image.
     plans = {split: _plan(data, grid, len(codebook)) for split, data in releases.items()}
     with new_folder(out) as made:
@@ -278,12 +278,19 @@ def _images(plan: Plan, num_codes: int) -> Iterator[np.ndarray]:
             )
 
 
-def _read_codebook(path: Path) -> np.ndarray:
-    """(K, D) float32. Raises ReleaseError unless the file is a bare tensor of that kind."""
+def read_codebook(path: Path) -> np.ndarray:
+    """(K, D) float32, of the release's codebook.ckpt or of a store's codebook.safetensors.
+
+    Raises ReleaseError or StoreError unless the file is one of these; nothing is unpickled but a bare tensor.
+    """
+    if not path.is_file():
+        raise ReleaseError(f"{path}: missing, expected a released {CODEBOOK} or a store's {layout.CODEBOOK}")
+    return layout.load_codebook(path) if path.suffix == ".safetensors" else _read_tensor(path)
+
+
+def _read_tensor(path: Path) -> np.ndarray:
     import torch
 
-    if not path.is_file():
-        raise ReleaseError(f"{path}: missing, expected beside the tokens")
     try:
         _check_archive(path)
         tensor = torch.load(path, map_location="cpu", weights_only=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class SplitSpec:
     """Where a split goes and what all of its images have in common.
 
     Attributes: path; split; codebook (K, D) float32; grid [H, W], or None where each image has its own; codec
-    (name); class_names (list or None); tokenizer (dict or None); columns {name: kind}.
+    (name); class_names (list or None); tokenizer (dict or None); columns {name: kind}; new_ids, where codes were
+    left out after the images had been staged: (K before,) int32, the id that each code has now, -1 for none.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SplitSpec:
         # Through JSON and back, so that it equals what a later split reads.
         self.tokenizer = json.loads(json.dumps(tokenizer, allow_nan=False))
         self.columns = dict(columns or {})
+        self.new_ids: np.ndarray | None = None
         self._check()
 
     @property
@@ -59,6 +62,14 @@ class SplitSpec:
         if self.grid is None:
             return SHARD_IMAGES
         return min(SHARD_IMAGES, max(1, SHARD_TOKENS // (self.grid[0] * self.grid[1])))
+
+    def keep(self, codes: np.ndarray, tokenizer: Mapping[str, Any] | None) -> "SplitSpec":
+        """The spec of the same staged images with `codes` (K',) of the codebook only, in this order."""
+        kept = copy(self)
+        kept.codebook, kept.tokenizer = self.codebook[codes], json.loads(json.dumps(tokenizer, allow_nan=False))
+        kept.new_ids = np.full(len(self.codebook), -1, np.int32)  # which no codec takes
+        kept.new_ids[codes] = np.arange(len(codes))
+        return kept
 
     def features(self) -> Features:
         """The columns of a shard, as `datasets` describes them."""

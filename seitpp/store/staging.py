@@ -15,7 +15,7 @@ from seitpp.files import new_file, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.images import Columns, Images, check_images, make_batch
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import MADE, build, place
+from seitpp.store.publish import MADE, build, place, survey
 from seitpp.store.shards import write_shard
 from seitpp.store.spec import SplitSpec
 
@@ -112,6 +112,22 @@ class SplitStaging:
         if len(images.ids) > len(numbers):
             raise StoreError(f"shard {shard}: got {len(images.ids)} images, expected at most {len(numbers)}")
         write_staged(self._spec, self.folder, shard, images)
+
+    def counts(self) -> np.ndarray:
+        """How often each code is in the finished shards, (K,) int64."""
+        num_codes = len(self._spec.codebook)
+        staged = staged_shards(self.folder).values()
+        return sum((survey(path, num_codes).counts for path in staged), np.zeros(num_codes, np.int64))
+
+    def keep(self, codes: np.ndarray, tokenizer: Mapping[str, Any] | None) -> None:
+        """Publish the split with `codes` (K',) of the codebook only, re-numbered in this order: those it uses.
+
+        For a store that is not there yet; `tokenizer` is what makes these ids.
+
+        To be called between the last `write` and `publish`. Killed after it has published, such a split is
+        continued with the codebook and the tokenizer of its store.
+        """
+        self._spec = self._spec.keep(codes, tokenizer)
 
     def publish(self, processes: int = 1) -> None:
         """Encode all shards, make the store or add the split to it, and remove the staging folder.

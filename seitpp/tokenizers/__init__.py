@@ -1,7 +1,7 @@
 """Images <-> ids: vector-quantizing tokenizers behind one protocol."""
 
 from seitpp.tokenizers import adapters
-from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, nearest
+from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, by_frequency, nearest
 from seitpp.tokenizers.counts import Usage, code_counts, restart_dead_codes, usage
 from seitpp.tokenizers.loading import load
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
@@ -17,6 +17,7 @@ __all__ = [
     "Usage",
     "ViTVQGAN",
     "adapters",
+    "by_frequency",
     "code_counts",
     "load",
     "nearest",

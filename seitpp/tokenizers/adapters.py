@@ -70,8 +70,9 @@ class Adapter(Tokenizer):
             )
         return maps
 
-    def _keep(self, ids: Tensor) -> None:
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
         self.kept = self.kept[ids]
+        self.table[self.kept] = rows
 
 
 class MapAdapter(Adapter):
@@ -117,8 +118,8 @@ class IdAdapter(Adapter):
     def _ids(self, images: Tensor) -> Tensor:
         return self.renumber[self._checked(self.model_input(images))]
 
-    def _keep(self, ids: Tensor) -> None:
-        super()._keep(ids)
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        super()._keep(ids, rows)
         all_rows = self.table.T[None, :, :, None]
         self.renumber = nearest(all_rows, self.codebook, self.spec.lookup).flatten()
         self.renumber[self.kept] = torch.arange(len(self.kept), device=self.kept.device)  # also among equal rows

@@ -19,6 +19,8 @@ from seitpp.errors import UserError
 # a device is not given its work in pieces.
 LOOKUP_CELLS, DEVICE_LOOKUP_CELLS = 1 << 24, 1 << 27
 LOOKUPS = ("cosine", "euclidean")
+# Up to this distance two rows are the same code, rounded in two ways.
+SAME_ROW = 1e-5
 
 
 class TokenizerError(UserError):
@@ -188,8 +190,8 @@ class Tokenizer(nn.Module, ABC):
         """Ids (B, H, W) int64 in [0, K) -> images (B, 3, height, width) around [0, 1]."""
 
     @abstractmethod
-    def _keep(self, ids: Tensor) -> None:
-        """Keep the codes `ids` (K',) int64 only, in this order."""
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        """Keep the codes `ids` (K',) int64 only, in this order, with `rows` (K', D) as their vectors."""
 
     def quantize(self, maps: Tensor) -> Tensor:
         """Map (B, D, H, W) -> ids (B, H, W) int64."""
@@ -234,10 +236,51 @@ class Tokenizer(nn.Module, ABC):
                 f"counts of shape {tuple(counts.shape)} with sum {counts.sum().item()} for a tokenizer of "
                 f"{self.spec.num_codes} codes: expected ({self.spec.num_codes},), none negative, not all zero"
             )
-        kept = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+        kept = by_frequency(counts).to(self.codebook.device)
+        return self._cut(kept, self.codebook.detach()[kept])
+
+    def select(self, rows: Tensor) -> "Tokenizer":
+        """A copy with the codes whose vectors are `rows` (K', D) only, in this order: so its ids are those of
+        whoever else has this codebook, and its `codebook` is exactly `rows`.
+
+        A row is the code nearest to it, at most 1e-5 away, and each a code of its own; with the cosine lookup both
+        are L2-normalised before. Raises TokenizerError saying how many rows are not found and how far they are.
+        """
+        rows = rows.detach().to(self.codebook, copy=True)
+        if rows.ndim != 2 or rows.shape[1] != self.spec.code_dim or len(rows) == 0:
+            raise TokenizerError(
+                f"rows of shape {tuple(rows.shape)} for the {self.spec.kind} tokenizer, whose codes have "
+                f"{self.spec.code_dim} dimensions: take the tokenizer that the codebook belongs to"
+            )
+        distances, ids = self._nearest_codes(rows)
+        missing = int((~(distances <= SAME_ROW)).sum())  # a row that is not finite has no distance
+        if missing:
+            raise TokenizerError(
+                f"{missing} of {len(rows)} rows are not among the {self.spec.num_codes} codes of the "
+                f"{self.spec.kind} tokenizer, the farthest {distances.max().item():.2g} away, expected at most "
+                f"{SAME_ROW:.0e}: take the tokenizer that the codebook belongs to"
+            )
+        if repeated := len(rows) - len(ids.unique()):
+            raise TokenizerError(
+                f"{repeated} of {len(rows)} rows repeat the code of another row: expected each code once"
+            )
+        return self._cut(ids, rows)
+
+    def _nearest_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row (K', D) the distance to the nearest code, and its id."""
+        table = self.codebook.detach()
+        if self.spec.lookup == "cosine":
+            rows, table = F.normalize(rows, dim=1), F.normalize(table, dim=1)
+        found = []
+        for chunk in rows.split(max(1, LOOKUP_CELLS // len(table))):
+            # Not by a matrix product, whose rounding is larger than the distances that matter.
+            found.append(torch.cdist(chunk, table, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1))
+        return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+    def _cut(self, ids: Tensor, rows: Tensor) -> "Tokenizer":
         other = deepcopy(self)
-        other.spec = replace(self.spec, num_codes=len(kept))
-        other._keep(kept.to(self.codebook.device))
+        other.spec = replace(self.spec, num_codes=len(ids))
+        other._keep(ids, rows)
         return other
 
     @property
@@ -260,6 +303,11 @@ class Tokenizer(nn.Module, ABC):
     def description(self) -> dict:
         """What a store keeps about its tokenizer: fingerprint and spec, JSON-able."""
         return {"fingerprint": self.fingerprint, "spec": asdict(self.spec)}
+
+
+def by_frequency(counts: Tensor) -> Tensor:
+    """The used codes (K',) int64 of counts (K,), the most frequent first, among equals the smaller id."""
+    return counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
 
 
 def check_ids(ids: Tensor, num_codes: int, whose: str) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from seitpp.tokenizers.base import check_ids
 
@@ -12,6 +13,7 @@ from seitpp.tokenizers.base import check_ids
 ENOUGH_USED = 0.5
 # A code that is used less often than this part of the mean is dead, and is put elsewhere.
 DEAD_BELOW = 0.02
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # of Adam, a row for each code
 
 
 class Usage(NamedTuple):
@@ -48,12 +50,17 @@ def usage(counts: Tensor) -> Usage:
 
 
 @torch.no_grad()
-def restart_dead_codes(codebook: Tensor, counts: Tensor, vectors: Tensor, generator: torch.Generator) -> int:
+def restart_dead_codes(
+    codebook: Tensor, counts: Tensor, vectors: Tensor, generator: torch.Generator, optimizer: Optimizer
+) -> int:
     """Move codes with a count under 2 % of the mean onto random `vectors` (N, D), in place; how many they were.
 
-    `codebook` (K, D) and `counts` (K,) since the last restart; `generator` is a CPU one.
+    `codebook` (K, D) and `counts` (K,) since the last restart; `generator` is a CPU one. The moments of these
+    codes in `optimizer`, an Adam, become 0: those of the old places would move the codes away from the new ones.
     """
     dead = (counts < DEAD_BELOW * counts.double().mean()).nonzero().flatten()
     chosen = torch.randint(len(vectors), (len(dead),), generator=generator)
     codebook[dead] = vectors[chosen.to(vectors.device)].to(codebook.dtype)
+    for name in MOMENTS & optimizer.state.get(codebook, {}).keys():  # there are none before the first update
+        optimizer.state[codebook][name][dead] = 0
     return len(dead)

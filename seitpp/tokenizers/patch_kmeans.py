@@ -114,8 +114,8 @@ class PatchKMeans(Tokenizer):
     def _pixels(self, ids: Tensor) -> Tensor:
         return self._images(self._patches_of(self._scaled_rows(ids)))
 
-    def _keep(self, ids: Tensor) -> None:
-        self.codebook = self.codebook[ids]
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        self.codebook = rows
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the spec in its header, for `tokenizers.load`."""

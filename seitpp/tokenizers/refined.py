@@ -102,8 +102,8 @@ class RefinedPatchKMeans(PatchKMeans):
         pixels = F.mse_loss(decoded, images) / self.scale.square() * share
         return codebook + BETA * (commitment + pixels), ids, vectors.detach()
 
-    def _keep(self, ids: Tensor) -> None:
-        self.codebook = nn.Parameter(self.codebook.detach()[ids])
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        self.codebook = nn.Parameter(rows)
 
 
 def _require_windows(spec: TokenizerSpec) -> None:
@@ -157,7 +157,7 @@ def _train(
         optimizer.step()
         counts += code_counts(ids, len(counts))
         if counts.sum() >= TOKENS_PER_CODE * len(counts) and step < RESTART_UNTIL * steps:
-            restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator)
+            restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator, optimizer)
             counts.zero_()
 
 

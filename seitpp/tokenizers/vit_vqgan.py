@@ -144,7 +144,8 @@ class ViTVQGAN(Tokenizer):
     def set_image_size(self, size: int | tuple[int, int]) -> None:
         """Tokenize images of another size from now on: positions are interpolated bicubically.
 
-        Not what the checkpoint was trained for: look at reconstructions. Always from the positions that it came
+        Not what the checkpoint was trained for: look at reconstructions. (Cut out of the trained ones, for smaller
+        images, they were worse: tests/bench/positions.py.) Always from the positions that it came
         with, so sizes in between leave no trace, and its own size has its own positions again, bit for bit.
         Raises TokenizerError unless `size` is a multiple of the patch.
         """
@@ -189,8 +190,8 @@ class ViTVQGAN(Tokenizer):
         through = vectors + (rows - vectors).detach()
         return Reconstruction(self.reconstruct(through), loss, ids, vectors.detach())
 
-    def _keep(self, ids: Tensor) -> None:
-        self.quantizer.embedding = nn.Embedding.from_pretrained(self.codebook.detach()[ids], freeze=False)
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        self.quantizer.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
 
 
 def _initialise(module: nn.Module) -> None:
