@@ -27,7 +27,7 @@ class RunConfig:
     overwrite: bool = False
     preset: str = "published"
     seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["no", "bf16", "fp16"] = "bf16"  # of matrix products; weights stay float32
 
     # Fixed where nothing is trained; settings of a TrainConfig.
     resume: ClassVar[bool] = False
