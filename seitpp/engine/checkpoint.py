@@ -88,7 +88,7 @@ def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
         files.remove_folder(target)  # a damaged one that a resumed run reaches again
         files.publish_folder(staging, target)
         files.replace_text(folder / "LATEST", target.name)
-        for old in _checkpoints(folder)[:-KEPT]:
+        for old in steps_in(folder)[:-KEPT]:
             files.remove_folder(old)
     except OSError as error:
         with suppress(OSError):
@@ -126,7 +126,7 @@ def newest(folder: Path) -> Path | None:
 
     A damaged one is passed over with a warning for the one before it. Raises CheckpointError if all are damaged.
     """
-    found = _checkpoints(folder)
+    found = steps_in(folder)
     for path in reversed(found):
         try:
             _verify(path)
@@ -140,7 +140,8 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the oldest first."""
     return sorted(folder.glob("step-*"))
 
 

@@ -81,6 +81,11 @@ class Run:
         """Whether each process updates only a part of the weights, from a copy of its own (DeepSpeed)."""
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run goes on from weights of its own."""
+        return self.resumed and bool(checkpoint.steps_in(self.out / "checkpoints"))
+
     def _choose_folder(self) -> tuple[Path, bool]:
         config = self.config
         return choose_folder(
