@@ -27,7 +27,7 @@ from seitpp import plots
 from seitpp.augment import ColorPreset, EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, window_of
+from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
@@ -46,7 +46,7 @@ from seitpp.models import (
 from seitpp.objectives import soft_label_loss, top1_share
 from seitpp.tokenizers.images import ImageDataset, hold_out, open_source
 from seitpp.tokens.codebook import codebook_fingerprint
-from seitpp.tokens.dataset import BatchOrder, FewLabels, TokenDataset
+from seitpp.tokens.dataset import BatchOrder, Chosen, TokenDataset, few_labels
 
 HELD_OUT = 20  # of images without a validation split, one in so many
 
@@ -260,9 +260,10 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         crop = {"crop": config.crop, "scale": config.crop_scale}
         view = SeitView(codebook, size=size[0], **crop, eda=config.eda, color=config.colour, **mixed)
         centre_view = EvalView(window, codebook, size[0])
-    images = TokenDataset(train)
+    images, labels = training_part(run, TokenDataset(train), train), train.labels
     if config.labels_per_class:
-        images = FewLabels(images, train.labels, config.labels_per_class, config.seed)
+        labels = labels[images.indices] if isinstance(images, Chosen) else labels
+        images = Chosen(images, few_labels(labels, config.labels_per_class, config.seed))
     return Task(
         images,
         TokenDataset(validation),
@@ -294,7 +295,7 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
     side = size * 8 // 7  # as 256 to 224
     model = pixel_classifier_from(source.model, len(names), size, config.drop_path)
     return Task(
-        ImageDataset(train, (side, side)),
+        training_part(run, ImageDataset(train, (side, side))),
         ImageDataset(validation, (side, side)),
         "images",
         PixelView(size, config.crop_scale, config.cutmix, config.mixup),

@@ -27,14 +27,16 @@ from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import open_splits, open_tokenadapt, window_of
+from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
 from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
-from seitpp.models import MTM
+from seitpp.errors import UserError
+from seitpp.models import MTM, load_pretrained
 from seitpp.objectives import MASK_LAWS, mask_plan
+from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, TokenDataset
 from seitpp.tokens.digits import digits, digits_images
@@ -46,6 +48,7 @@ class Config(TrainConfig):
 
     store: str | None = None  # a token store; the embedded digits where none is named
     tokenizer: str | None = None  # decodes tokens for the report; without it codes are painted in colours
+    init_from: str | None = None  # weights to begin with: a run's folder, a model file, or an official checkpoint
     model: str = "mtm_vit_base"
     decoder_width: int = 512
     decoder_depth: int = 4
@@ -107,7 +110,8 @@ def main(config: Config) -> None:
 
     # 2. Data: every size is read from the store.
     train, validation = open_splits(run, config.store)
-    order = BatchOrder(len(train), config.batch_size, config.seed)
+    images = training_part(run, TokenDataset(train), train)
+    order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook = torch.from_numpy(train.codebook)
     grid = window_of(train, config.crop, "--crop")
     decode, originals = report_tools(config)
@@ -140,6 +144,8 @@ def main(config: Config) -> None:
     ).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     untrained = copy.deepcopy(model.encoder)
+    if config.init_from and not run.has_checkpoint:
+        start_from(model, config.init_from, train)
     patches = model.encoder.patch_embed.num_patches
     run.flops_per_image = step_flops(model, grid, law.counts(patches, 0.5))
 
@@ -162,14 +168,14 @@ def main(config: Config) -> None:
     )
 
     # 6. Training; on the way, probes of the encoder as it is.
-    judged = [run.judged(TokenDataset(split)) for split in (train, validation)]
+    judged = [run.judged(split) for split in (images, TokenDataset(validation))]
 
     def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
         encoder = encoder or run.whole(model).encoder
         return probe(encoder, *judged, train.num_classes, EvalView(grid), run.accelerator, config.workers)
 
     trained.train()
-    for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):
+    for step, batch in run.train(images, steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         with run.accelerator.autocast():  # TokenAdapt's
             ids = view(batch.ids, keys)
@@ -192,6 +198,25 @@ def main(config: Config) -> None:
         result["loss"] = logs[0][-1]["loss"]
         plots.write_report(run.out, "Masked token modeling", result, *logs, train.num_codes, pictures)
     run.finish(result)
+
+
+def start_from(model: MTM, path: str, store: TokenStore) -> None:
+    """Take the weights of another masked token model. Raises UserError if it is none, of another codebook, or of
+    other sizes.
+    """
+    saved = load_pretrained(path)
+    if not isinstance(saved.model, MTM):
+        raise UserError(f"--init-from {path} holds a classifier: expected a masked token model")
+    check_codes(store.codebook, str(store.path), saved, path)
+    weights, places = saved.model.state_dict(), model.state_dict()
+    for name in sorted(weights.keys() | places.keys()):
+        there, here = (tuple(one[name].shape) if name in one else "nothing" for one in (weights, places))
+        if there != here:
+            raise UserError(
+                f"--init-from {path} has other sizes: {name} is {there} there, {here} in this run: name its "
+                "--model, --crop and decoder"
+            )
+    model.load_state_dict(weights)
 
 
 def report_tools(config: Config) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:

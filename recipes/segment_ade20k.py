@@ -215,7 +215,7 @@ def token_source(config: Config, run: Run) -> "Source":
         config.colour,
         adapt,
     )
-    return TokenSource(train, validation, view.to(run.device), config.batch_size, config.seed)
+    return TokenSource(run, train, validation, view.to(run.device))
 
 
 def pixel_source(config: Config, run: Run) -> "Source":
@@ -229,7 +229,7 @@ def pixel_source(config: Config, run: Run) -> "Source":
         raise UserError("--data without --tokenizer: name the tokenizer whose tokens the checkpoint knows")
     tokenizer = tokenizers.load(config.tokenizer)
     crop = config.crop, config.short_side, config.scale, config.max_share
-    source = PixelSource(config.data, tokenizer, *crop, config.batch_size, config.seed)
+    source = PixelSource(run, config.data, tokenizer, *crop)
     run.facts["data"] = {"images": {"train": len(source.train), "validation": len(source.validation)}}
     return source
 

@@ -28,7 +28,7 @@ from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import open_splits, open_tokenadapt, window_of
+from seitpp.engine.data import open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
@@ -129,7 +129,8 @@ def main(config: Config) -> None:
 
     # 2. Data: every size but the model's own window is read from the store.
     train, validation = open_splits(run, config.store)
-    order = BatchOrder(len(train), config.batch_size, config.seed)
+    images = training_part(run, TokenDataset(train), train)
+    order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook = torch.from_numpy(train.codebook)
     window = window_of(train, config.window, "--window")
     size = config.size or window[0]
@@ -201,7 +202,7 @@ def main(config: Config) -> None:
         return {f"{name}{suffix}": value for suffix, scores in found.items() for name, value in scores.items()}
 
     trained.train()
-    for step, batch in run.train(TokenDataset(train), steps, checkpoint_steps, evaluate, evaluation_steps):
+    for step, batch in run.train(images, steps, checkpoint_steps, evaluate, evaluation_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         with run.accelerator.autocast():  # TokenAdapt's
             maps, targets = view(batch.ids, batch.labels, keys)

@@ -26,7 +26,7 @@ from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.maps import centre_window
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import ON_DIGITS
+from seitpp.engine.data import ON_DIGITS, training_part
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
@@ -125,6 +125,7 @@ def main(config: Config) -> None:
 
     # 2. Data: images to learn from and others to judge by; a frozen tokenizer of whole and of augmented images.
     train, validation = open_data(config)
+    train = training_part(run, train)
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
     pair = tokenizer_pair(tokenizer, config.image_size, config.crop)
     order = BatchOrder(len(train), config.batch_size, config.seed)

@@ -24,6 +24,7 @@ from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
+from seitpp.engine.data import training_part
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
@@ -129,8 +130,9 @@ def check_settings(config: Config) -> None:
 def fit(config: Config, run: Run, train: ImageSource) -> Tokenizer:
     """PCA and k-means on the patches of some images; refined on request. Every process does the same."""
     size = config.image_size, config.image_size
-    chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
-    images = ImageDataset(train, size).__getitems__(chosen).images.float() / 255
+    some = training_part(run, ImageDataset(train, size))
+    chosen = BatchOrder(len(some), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
+    images = some.__getitems__(chosen).images.float() / 255
     tokenizer = PatchKMeans.fit(images, config.image_size, config.patch, config.num_codes, config.code_dim)
     if config.refine_steps:
         tokenizer = refine(tokenizer.to(run.device), images, config.refine_steps, seed=config.seed)
@@ -147,7 +149,8 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
             "a tokenizer is not trained under FSDP or DeepSpeed: launch with recipes/accelerate/eight_gpus.yaml"
         )
     # 1. Data and model.
-    order = BatchOrder(len(train), config.batch_size, config.seed)
+    images_of = training_part(run, ImageDataset(train, (config.load_size, config.load_size)))
+    order = BatchOrder(len(images_of), config.batch_size, config.seed)
     size = config.image_size, config.image_size
     spec = TokenizerSpec("vit_vqgan", size, config.patch, config.num_codes, config.code_dim)
     shape = TransformerShape(config.width, config.depth, config.heads, 4 * config.width)
@@ -172,7 +175,6 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
 
     # 3. Training.
     model.train()
-    images_of = ImageDataset(train, (config.load_size, config.load_size))
     for step, batch in run.train(images_of, steps, checkpoint_steps):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         images = crop_and_flip(batch.images, keys, config.image_size)

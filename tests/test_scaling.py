@@ -29,10 +29,11 @@ ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
 WEIGHTS = ("model.safetensors", "model_ema.safetensors")
 
 
-def fsdp(*arguments: object) -> None:
-    """Run the recipe as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes."""
+def fsdp(*arguments: object, layer: str = "Block") -> None:
+    """Run a script as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes; `layer` names what is split."""
     launcher = ["accelerate", "launch", "--config_file", FILES / "fsdp.yaml", "--num_processes", 2]
-    line = [*launcher, "--main_process_port", 0, TESTS / "fsdp_on_cpu.py", RECIPE, *SHORT, *arguments]
+    launcher += ["--fsdp_transformer_layer_cls_to_wrap", layer]
+    line = [*launcher, "--main_process_port", 0, TESTS / "fsdp_on_cpu.py", *arguments]
     finished = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False, env=ON_CPU)
     assert finished.returncode == 0, finished.stderr
 
@@ -92,7 +93,7 @@ def test_fsdp_goes_on_where_one_process_stopped(alone: Path, tmp_path: Path) -> 
     shutil.rmtree(folder / "checkpoints" / (folder / "checkpoints/LATEST").read_text())
     for name in WEIGHTS:
         (folder / name).unlink()
-    fsdp("--out", folder, "--resume")
+    fsdp(RECIPE, *SHORT, "--out", folder, "--resume")
     assert json.loads((folder / "result.json").read_text())["processes"] == 2
     check_same_training(folder, alone)
 

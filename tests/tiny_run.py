@@ -1,6 +1,7 @@
 """A run of milliseconds through the real engine, to be killed, signalled and broken at a chosen place.
 
-    python tests/tiny_run.py OUT [--accumulation N] [--die STEP MICRO] [--term STEP RANK] [--nan STEP RANK]
+    python tests/tiny_run.py OUT [--accumulation N] [--precision P] [--die STEP MICRO] [--term STEP RANK]
+        [--nan STEP RANK] [--overflow STEP RANK]
 
 It always passes --resume, as one command that begins and goes on. It trains a small classifier with dropout and a
 moving average on the embedded digits, STEPS updates over more than one epoch, with a checkpoint every third and
@@ -38,7 +39,20 @@ def no_accident(step: int, micro: int, rank: int, loss: torch.Tensor) -> torch.T
     return loss
 
 
-def train(out: Path, accident: Accident = no_accident, dropout: float = 0.1, **settings) -> None:
+def overflow(loss: torch.Tensor, factor: float = 1e6) -> torch.Tensor:
+    """The same loss with gradients that are too large for fp16."""
+    return loss.detach() + (loss - loss.detach()) * factor
+
+
+def train(
+    out: Path,
+    accident: Accident = no_accident,
+    dropout: float = 0.1,
+    steps: int = STEPS,
+    checkpoint_steps: int = CHECKPOINT_STEPS,
+    evaluation_steps: int = EVALUATION_STEPS,
+    **settings,
+) -> None:
     """The run, from the beginning or from where it was stopped; its weights are then in OUT/model.safetensors."""
     defaults = {"preset": "tiny", "precision": "no", "workers": 0, "log_steps": 2, "resume": True}
     config = TrainConfig(out=str(out), **{**defaults, **settings})
@@ -53,16 +67,17 @@ def train(out: Path, accident: Accident = no_accident, dropout: float = 0.1, **s
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad():
-            return {"weight": float(model[3].weight.abs().sum())}
+            return {"weight": float(run.whole(model)[3].weight.abs().sum())}
 
     seen = {}
-    for step, batch in run.train(TokenDataset(store), STEPS, CHECKPOINT_STEPS, evaluate, EVALUATION_STEPS):
+    for step, batch in run.train(TokenDataset(store), steps, checkpoint_steps, evaluate, evaluation_steps):
         micro = seen[step] = seen.get(step, -1) + 1
         loss = F.cross_entropy(trained(batch.ids.long()), batch.labels)
         run.update(accident(step, micro, run.accelerator.process_index, loss))
+    weights, average = run.whole(model).state_dict(), run.whole(ema.module).state_dict()
     if run.is_main:
-        averages = {f"ema.{name}": value for name, value in ema.module.state_dict().items()}
-        save_file(model.state_dict() | averages, out / "model.safetensors")
+        averages = {f"ema.{name}": value for name, value in average.items()}
+        save_file(weights | averages, out / "model.safetensors")
     run.finish(evaluate())
 
 
@@ -71,7 +86,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--dropout", type=float, default=0.1)
-    for name in ("die", "term", "nan"):
+    parser.add_argument("--precision", default="no")
+    for name in ("die", "term", "nan", "overflow"):
         parser.add_argument(f"--{name}", type=int, nargs=2)
     given = parser.parse_args()
 
@@ -80,10 +96,12 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if given.term == [step, rank]:
             os.kill(os.getpid(), signal.SIGTERM)
+        loss = overflow(loss) if given.overflow == [step, rank] else loss
         return loss * float("nan") if given.nan == [step, rank] else loss
 
     def start(_: TrainConfig) -> None:
-        train(given.out, accident, given.dropout, accumulation=given.accumulation)
+        settings = {"accumulation": given.accumulation, "precision": given.precision}
+        train(given.out, accident, given.dropout, **settings)
 
     del sys.argv[1:]
     run_recipe(start, {"tiny": TrainConfig()}, default="tiny")

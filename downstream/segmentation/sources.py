@@ -13,14 +13,15 @@ from downstream.segmentation.evaluation import WholeImage, WholePixels, WholeTok
 from downstream.segmentation.pixels import EpochOrder, PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
-from seitpp.engine.data import check_codes
+from seitpp.engine.data import check_codes, training_part
+from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_pretrained
 from seitpp.store import TokenStore
 from seitpp.tokenizers import Tokenizer
 from seitpp.tokenizers.annotated import AnnotatedSource
-from seitpp.tokenizers.images import fit_short_side
-from seitpp.tokens.dataset import BatchOrder
+from seitpp.tokenizers.images import Part, fit_short_side
+from seitpp.tokens.dataset import BatchOrder, fraction_of
 
 
 class Source(Protocol):
@@ -56,10 +57,10 @@ class TokenSource:
 
     tokenizer, cells = None, 1
 
-    def __init__(self, train: TokenStore, validation: TokenStore, view: SegmentView, batch_size: int, seed: int):
-        self.train = SegmentedTokens(train, view.patch)
+    def __init__(self, run: Run, train: TokenStore, validation: TokenStore, view: SegmentView):
+        self.store, self.train = train, training_part(run, SegmentedTokens(train, view.patch), train)
         self.validation = WholeTokens(SegmentedTokens(validation, view.patch))
-        self.order = BatchOrder(len(train), batch_size, seed)
+        self.order = BatchOrder(len(self.train), run.config.batch_size, run.config.seed)
         self.codebook, self.class_names, self.patch = train.codebook, train.class_names, view.patch
         self.name, self.fingerprint, self.lookup = str(train.path), train.fingerprint, train.lookup
         self.view = view
@@ -72,7 +73,7 @@ class TokenSource:
         return backbone.from_ids(image.inputs, self.view.codebook)
 
     def __str__(self) -> str:
-        store = self.train.store
+        store = self.store
         sides = " x ".join(f"{side.min()}-{side.max()}" for side in store.grids.T)
         flip = (
             ""
@@ -93,18 +94,19 @@ class PixelSource:
 
     def __init__(
         self,
+        run: Run,
         data: str,
         tokenizer: Tokenizer,
         crop: int,
         short_side: int,
         scale: tuple[float, float],
         max_share: float,
-        batch_size: int,
-        seed: int,
     ):
         train, validation = (AnnotatedSource(data, split) for split in ("training", "validation"))
         self.tokenizer, self.patch = tokenizer, tokenizer.spec.patch
-        self.cells = self.patch
+        self.cells, batch_size, seed = self.patch, run.config.batch_size, run.config.seed
+        train = Part(train, fraction_of(len(train), run.config.fraction, seed).tolist())
+        run.facts["training_images"] = len(train)
         self.train = PixelPipeline(train, seed, self.patch * crop, short_side, scale, max_share)
         size = partial(fit_short_side, short_side=short_side, multiple=tokenizer.side_multiple)
         self.validation = WholePixels(validation, size)

@@ -6,6 +6,7 @@
         model.safetensors        weights
         optimizer.safetensors    the optimizer's tensors, by parameter name
         ema.safetensors          their moving average, where the run keeps one
+        scaler.safetensors       the loss scale and its counter, with fp16
         state.json               step, and the fingerprint of the store
         manifest.json            size and SHA-256 of the other files, written last
 
@@ -26,6 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from seitpp import files
+from seitpp.engine.precision import LossScaler
 from seitpp.engine.sharded import split_as
 from seitpp.engine.zero import ZeroOptimizer
 from seitpp.errors import UserError
@@ -50,9 +52,12 @@ class Checkpoint(NamedTuple):
 
 
 def tensors_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer, ema: ModelEmaV3 | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | ZeroOptimizer,
+    ema: ModelEmaV3 | None,
+    scaler: LossScaler | None = None,
 ) -> Groups:
-    """Everything that a checkpoint holds: "model", "optimizer" (by "parameter name/key") and maybe "ema"."""
+    """What a checkpoint holds: "model", "optimizer" (by "parameter name/key"), and maybe "ema" and "scaler"."""
     if isinstance(optimizer, ZeroOptimizer):
         state = optimizer.tensors(model)
     else:
@@ -62,7 +67,11 @@ def tensors_of(
             for key, value in optimizer.state.get(parameter, {}).items()
         }
     groups = {"model": model.state_dict(), "optimizer": state}
-    return groups | {"ema": ema.module.state_dict()} if ema else groups
+    if ema:
+        groups["ema"] = ema.module.state_dict()
+    if scaler:
+        groups["scaler"] = scaler.tensors()
+    return groups
 
 
 def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
@@ -79,7 +88,7 @@ def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
         files.remove_folder(target)  # a damaged one that a resumed run reaches again
         files.publish_folder(staging, target)
         files.replace_text(folder / "LATEST", target.name)
-        for old in _checkpoints(folder)[:-KEPT]:
+        for old in steps_in(folder)[:-KEPT]:
             files.remove_folder(old)
     except OSError as error:
         with suppress(OSError):
@@ -117,7 +126,7 @@ def newest(folder: Path) -> Path | None:
 
     A damaged one is passed over with a warning for the one before it. Raises CheckpointError if all are damaged.
     """
-    found = _checkpoints(folder)
+    found = steps_in(folder)
     for path in reversed(found):
         try:
             _verify(path)
@@ -131,7 +140,8 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -175,8 +185,9 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | ZeroOptimizer,
     ema: ModelEmaV3 | None,
+    scaler: LossScaler | None = None,
 ) -> None:
-    """Put a checkpoint into a model, its optimizer and its moving average.
+    """Put a checkpoint into a model, its optimizer, its moving average and its loss scale.
 
     Raises CheckpointError if it was made on a store other than `store`, or names the first key that differs.
     """
@@ -192,6 +203,8 @@ def restore(
         places = module.state_dict()
         tensors = checkpoint.tensors[name].items()
         module.load_state_dict({key: split_as(tensor, places[key]) for key, tensor in tensors})
+    if scaler:
+        scaler.restore(checkpoint.tensors["scaler"])
     if isinstance(optimizer, ZeroOptimizer):
         optimizer.restore(model, checkpoint.tensors["optimizer"])
         return

@@ -27,7 +27,7 @@ class RunConfig:
     overwrite: bool = False
     preset: str = "published"
     seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["no", "bf16", "fp16"] = "bf16"  # of matrix products; weights stay float32
 
     # Fixed where nothing is trained; settings of a TrainConfig.
     resume: ClassVar[bool] = False
@@ -44,6 +44,7 @@ class TrainConfig(RunConfig):
 
     resume: bool = False  # go on where the run in --out was stopped; begin it where there is none
     dry_run: bool = False  # try every part in a minute, two steps of training among them, and keep nothing
+    fraction: float = 1.0  # of the training images, chosen by the seed: a smaller store
     compile: bool = False  # torch.compile; worth its minutes on a GPU
     accumulation: int = 1
     workers: int = 8  # processes that read batches, for each process that trains

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -10,6 +11,7 @@ from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.saved import classifier_spec
 from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
+from seitpp.tokens.dataset import Chosen, fraction_of
 from seitpp.tokens.digits import digits
 
 ON_DIGITS = ("digits", "smoke")  # the presets that need no data
@@ -51,6 +53,25 @@ def facts_of(train: TokenStore, validation: TokenStore) -> dict[str, Any]:
             "tokenizer": train.tokenizer,
         },
     }
+
+
+def training_part(run: Run, dataset: Dataset, store: TokenStore | None = None) -> Dataset:
+    """The share --fraction of the training images, which the seed chooses; `store` holds their ids, if any does.
+
+    What is used is printed and, in result.json, `training_images` and `training_bytes` (of ids). Raises UserError
+    for a share that is none.
+    """
+    fraction, seed = run.config.fraction, run.config.seed
+    indices = fraction_of(len(dataset), fraction, seed)
+    used = {"training_images": len(indices)}
+    if store is not None:
+        used["training_bytes"] = int(store.payload_sizes[indices].sum())
+    run.facts |= used
+    if fraction == 1:
+        return dataset
+    size = f", {used['training_bytes']:,} bytes of ids" if store is not None else ""
+    run.print(f"--fraction {fraction:g}: {len(indices):,} of {len(dataset):,} training images{size}")
+    return Chosen(dataset, indices)
 
 
 def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:

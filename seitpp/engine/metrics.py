@@ -1,15 +1,18 @@
-"""What a run writes down about itself: metrics.jsonl, and the figures that its speed is measured against."""
+"""What a run writes down about itself: metrics.jsonl, its speed, and what that is measured against."""
 
 import copy
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import files
+from seitpp.engine.machine import peak_memory
 
 MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 
@@ -33,6 +36,70 @@ class MetricsLog:
     def read(self) -> list[dict]:
         """All records so far."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+class NotFinite(NamedTuple):
+    """The first value of a training that is not finite: which one, of what update and on what process."""
+
+    name: str
+    value: float
+    step: int
+    rank: int
+
+
+def gather_records(accelerator: Accelerator, records: list[dict]) -> tuple[list[dict], NotFinite | None]:
+    """Records of updates with their tensors averaged over the processes, in the order of the ranks; and the first
+    value that is not finite. Every process must call this. The gradient norm of a skipped update is 0.
+    """
+    names = [name for name, value in records[0].items() if isinstance(value, Tensor)]
+    values = torch.stack([torch.stack([record[name].float() for name in names]) for record in records])
+    if "skipped" in names:
+        norms, skipped = (values[:, names.index(name)] for name in ("grad_norm", "skipped"))
+        norms.masked_fill_(skipped.bool(), 0.0)
+    by_rank = accelerator.gather(values.unsqueeze(0)).cpu()
+    broken = (~by_rank.isfinite()).nonzero()
+    first = None
+    if len(broken):
+        rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[2], at[0]))
+        value = by_rank[rank, position, column].item()
+        first = NotFinite(names[column], value, records[position]["step"], rank)
+    means = by_rank.double().mean(dim=0).tolist()
+    averaged = [
+        {**record, **dict(zip(names, values, strict=True))} for record, values in zip(records, means, strict=True)
+    ]
+    return averaged, first
+
+
+class Speed:
+    """The speed of training between two lines of the log. What is done between `read` and `start` does not count.
+
+    `batch_size` is global; `flops_per_image` and `matmul_rate` (FLOP/s, of all processes) are for the MFU, which
+    is left out without them. `waited` is to be increased by the seconds that each batch was waited for.
+    """
+
+    def __init__(
+        self, device: torch.device, batch_size: int, flops_per_image: int | None, matmul_rate: float | None
+    ):
+        self.device, self.batch_size, self.flops_per_image = device, batch_size, flops_per_image
+        self.matmul_rate = matmul_rate
+        self.images, self.seconds = 0, 0.0  # of the whole training
+
+    def start(self, step: int) -> None:
+        """Begin to measure at an update."""
+        self._step, self._start, self.waited = step, time.perf_counter(), 0.0
+
+    def read(self, step: int) -> dict[str, float]:
+        """What is logged at an update, from where it began; and begin again."""
+        seconds = time.perf_counter() - self._start
+        images = (step - self._step) * self.batch_size
+        speed = {"images_per_second": images / seconds, "data_wait": self.waited / seconds}
+        if self.matmul_rate:
+            speed["mfu"] = self.flops_per_image * images / seconds / self.matmul_rate
+        speed["memory_gib"] = peak_memory(self.device) / 2**30
+        self.images += images
+        self.seconds += seconds
+        self.start(step)
+        return speed
 
 
 def count_flops(model: nn.Module, *inputs: object) -> int:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -32,8 +32,9 @@ from seitpp import __version__, files
 from seitpp.engine import checkpoint, sharded, zero
 from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
-from seitpp.engine.machine import check_installed, check_launch, device_name, git_commit, peak_memory
-from seitpp.engine.metrics import MetricsLog, matmul_rate
+from seitpp.engine.machine import check_installed, check_launch, device_name, git_commit
+from seitpp.engine.metrics import MetricsLog, NotFinite, Speed, gather_records, matmul_rate
+from seitpp.engine.precision import COMPUTE_DTYPE, LossScaler, check_precision, check_scale
 from seitpp.engine.stopping import Stopped, StopRequest
 from seitpp.errors import UserError
 from seitpp.tokens.dataset import BatchOrder, training_loader
@@ -58,14 +59,15 @@ class Run:
             gradient_accumulation_steps=config.accumulation,
         )
         check_launch(self.accelerator)
+        check_precision(config.precision, self.accelerator.device, self.zero)
+        self.scaler = LossScaler(self.accelerator) if config.precision == "fp16" else None
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.recipe, self.config, self.settings = recipe, config, asdict(config)
         self.facts = {}  # what `open_splits` found, for result.json
         self.out, self.resumed = self._on_main(self._choose_folder)
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
-        self.step, self.flops_per_image, self._pending = 0, None, []
-        self._trained_images, self._trained_seconds = 0, 0.0
+        self.step, self.flops_per_image, self._pending, self._speed = 0, None, [], None
         self._stop = StopRequest(self.accelerator.num_processes)
         set_seed(config.seed)
 
@@ -78,6 +80,11 @@ class Run:
     def zero(self) -> bool:
         """Whether each process updates only a part of the weights, from a copy of its own (DeepSpeed)."""
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run goes on from weights of its own."""
+        return self.resumed and bool(checkpoint.steps_in(self.out / "checkpoints"))
 
     def _choose_folder(self) -> tuple[Path, bool]:
         config = self.config
@@ -191,10 +198,11 @@ class Run:
             steps, checkpoint_steps, evaluation_steps = min(steps, self.step + 1), 1, 1
         loader = training_loader(dataset, self.order, range(self.step, steps), rank, ranks, accumulation, workers)
         self.dataset, self.checkpoint_steps, self.steps = dataset, checkpoint_steps, steps
-        rate = matmul_rate(self.device, self._compute_dtype()) * ranks if self.flops_per_image else None
-        self._matmul_rate = rate
+        dtype = COMPUTE_DTYPE[self.config.precision]
+        rate = matmul_rate(self.device, dtype) * ranks if self.flops_per_image else None
+        self._speed = Speed(self.device, self.order.batch_size, self.flops_per_image, rate)
         self.bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=1.0, smoothing=0.05)
-        self._start_interval()
+        self._speed.start(self.step)
         batches = iter(loader)  # starts the workers, which must not inherit what follows
         self._stop.listen()
         try:
@@ -206,7 +214,7 @@ class Run:
                 for micro in range(accumulation):
                     asked = time.perf_counter()
                     batch = next(batches)
-                    self._waited += time.perf_counter() - asked
+                    self._speed.waited += time.perf_counter() - asked
                     torch.manual_seed(_dropout_seed(self.config.seed, rank, step, micro))
                     with self.accelerator.accumulate(self.model):
                         yield step, batch.to(self.device)
@@ -230,7 +238,11 @@ class Run:
         if not self.accelerator.sync_gradients:
             return
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
-        self.optimizer.step()
+        scaling = {}
+        if self.scaler:
+            scaling = self.scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         if self.ema:
@@ -238,7 +250,7 @@ class Run:
         parts = self._micro
         record = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         norm = torch.tensor(norm, device=self.device) if self.zero else sharded.whole(norm.detach())
-        self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm})
+        self._pending.append({"step": self.step, "lr": rate, **record, "grad_norm": norm, **scaling})
         self.bar.update()
         asked = self._stop.agreed()
         due = asked or self.step % self.checkpoint_steps == 0 or self.step == self.steps
@@ -254,12 +266,12 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the present step. Raises RunError if the disk does not take it."""
-        groups = checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema)
+        groups = checkpoint.tensors_of(self.plain_model, self.plain_optimizer, self.ema, self.scaler)
         tensors = {name: sharded.gather(group, keep=self.is_main) for name, group in groups.items()}
         folder = self.out / "checkpoints"
         self._on_main(lambda: checkpoint.save(folder, self.step, self.store_fingerprint, tensors))
         # Time spent on a checkpoint is not training time.
-        self._start_interval()
+        self._speed.start(self.step)
 
     def judged(self, dataset: Dataset) -> Dataset:
         """What an evaluation looks at: the whole dataset, or its first images in a dry run."""
@@ -269,9 +281,9 @@ class Run:
         """Write result.json: `result`, the throughput of training if there was any, the data, and where it came
         from.
         """
-        trained = (
-            {"images_per_second": self._trained_images / self._trained_seconds} if self._trained_images else {}
-        )
+        trained = {}
+        if self._speed and self._speed.images:
+            trained = {"images_per_second": self._speed.images / self._speed.seconds}
         origin = {
             "recipe": self.recipe,
             "seconds": round(time.perf_counter() - self.started, 1),
@@ -302,7 +314,8 @@ class Run:
         self._check_agreed(f"the newest checkpoint in {folder}", newest.name if newest else "none")
         if newest:
             found = checkpoint.load(newest)
-            checkpoint.restore(found, self.store_fingerprint, self.plain_model, self.plain_optimizer, self.ema)
+            restored = self.plain_model, self.plain_optimizer, self.ema, self.scaler
+            checkpoint.restore(found, self.store_fingerprint, *restored)
             self.step = found.step
 
     def _check_shares(self, batch_size: int) -> None:
@@ -312,12 +325,6 @@ class Run:
                 f"global batch {batch_size} on {ranks} processes x {accumulation} accumulation steps: "
                 "expected a batch that they divide"
             )
-
-    def _compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-
-    def _start_interval(self) -> None:
-        self._interval_step, self._interval_start, self._waited = self.step, time.perf_counter(), 0.0
 
     def _evaluate(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
         if self._pending:
@@ -329,13 +336,16 @@ class Run:
         self.accelerator.log(scores, step=self.step)
         self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         # Time spent on an evaluation is not training time.
-        self._start_interval()
+        self._speed.start(self.step)
 
     def _flush(self) -> None:
         """Fetch what was recorded since the last call, stop if it is not finite, write it down."""
-        records = self._gather(self._pending)
+        records, broken = gather_records(self.accelerator, self._pending)
+        if broken:
+            self._stop_at(broken)
+        check_scale(records)
         self._pending = []
-        speed = self._speed()
+        speed = self._speed.read(self.step)
         records[-1] |= speed
         self._on_main(lambda: self.log.write(records))
         self.accelerator.log({k: v for k, v in records[-1].items() if k != "step"}, step=self.step)
@@ -345,25 +355,12 @@ class Run:
             images=f"{speed['images_per_second']:.0f}/s",
         )
 
-    def _gather(self, records: list[dict]) -> list[dict]:
-        """Averages over the processes, in the order of the ranks; raises on the first non-finite value."""
-        names = [name for name, value in records[0].items() if isinstance(value, Tensor)]
-        values = torch.stack([torch.stack([record[name].float() for name in names]) for record in records])
-        by_rank = self.accelerator.gather(values.unsqueeze(0)).cpu()
-        broken = (~by_rank.isfinite()).nonzero()
-        if len(broken):
-            rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[2], at[0]))
-            step, value = records[position]["step"], by_rank[rank, position, column]
-            batch = self._on_main(lambda: self._save_batch(step - 1, rank))
-            raise RunError(
-                f"{names[column]} is {value} at step {step} on rank {rank}: stopped; its images are in {batch}; "
-                f"{checkpoint.latest(self.out / 'checkpoints')}; lower the learning rate"
-            )
-        means = by_rank.double().mean(dim=0).tolist()
-        return [
-            {**record, **dict(zip(names, values, strict=True))}
-            for record, values in zip(records, means, strict=True)
-        ]
+    def _stop_at(self, broken: NotFinite) -> NoReturn:
+        batch = self._on_main(lambda: self._save_batch(broken.step - 1, broken.rank))
+        raise RunError(
+            f"{broken.name} is {broken.value} at step {broken.step} on rank {broken.rank}: stopped; its images "
+            f"are in {batch}; {checkpoint.latest(self.out / 'checkpoints')}; lower the learning rate"
+        )
 
     def _save_batch(self, step: int, rank: int) -> Path:
         """Write what `rank` saw in the update number `step`. All that is random in it follows from seed, epoch and
@@ -381,18 +378,6 @@ class Run:
     def _drop_later_lines(self) -> None:
         self.log.keep_until(self.step)
         self.evaluations.keep_until(self.step - 1)  # that of this step is made once more
-
-    def _speed(self) -> dict:
-        seconds = time.perf_counter() - self._interval_start
-        images = (self.step - self._interval_step) * self.order.batch_size
-        speed = {"images_per_second": images / seconds, "data_wait": self._waited / seconds}
-        if self._matmul_rate:
-            speed["mfu"] = self.flops_per_image * images / seconds / self._matmul_rate
-        speed["memory_gib"] = peak_memory(self.device) / 2**30
-        self._trained_images += images
-        self._trained_seconds += seconds
-        self._start_interval()
-        return speed
 
 
 def _dropout_seed(seed: int, rank: int, step: int, micro: int) -> int:

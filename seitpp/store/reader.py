@@ -101,6 +101,11 @@ class TokenStore:
         """(N,) int64, read when they are first asked for."""
         return np.concatenate([shard.labels for shard in self._shards])
 
+    @property
+    def payload_sizes(self) -> np.ndarray:
+        """(N,) int64, the bytes of every image's ids as they lie on disk."""
+        return np.concatenate([np.diff(shard.offsets.astype(np.int64)) for shard in self._shards])
+
     @cached_property
     def grids(self) -> np.ndarray:
         """(N, 2) int64, height and width of every image, read when they are first asked for."""

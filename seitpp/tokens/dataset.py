@@ -6,7 +6,7 @@ global batch, or in which order.
 
 import signal
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from seitpp.errors import UserError
 from seitpp.store import TokenStore
+
+FRACTION_KEY = 1 << 40  # no epoch has this number
 
 
 class Batch(NamedTuple):
@@ -43,25 +45,40 @@ class TokenDataset(Dataset):
         return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), self.store.labels[chosen])))
 
 
-class FewLabels(Dataset):
-    """`per_class` images of each class of a dataset, chosen by `seed`; batches keep the images' own indices.
+class Chosen(Dataset):
+    """Some images of a dataset; batches keep the images' own numbers. `indices` (n,) int64 are increasing."""
 
-    `labels` (N,) are those of the dataset. Raises UserError if a class has fewer images.
-    """
-
-    def __init__(self, dataset: Dataset, labels: np.ndarray, per_class: int, seed: int):
-        self.dataset = dataset
-        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
-        chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
-        if min(map(len, chosen)) < per_class:
-            raise UserError(f"{per_class} labels a class: one class has {min(map(len, chosen))} images")
-        self.indices = np.sort(np.concatenate(chosen))
+    def __init__(self, dataset: Dataset, indices: np.ndarray):
+        self.dataset, self.indices = dataset, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitems__(self, indices: list[int]) -> Any:
         return self.dataset.__getitems__(self.indices[indices].tolist())
+
+
+def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """The indices of `per_class` images of each class, chosen by `seed`; `labels` (N,) are those of all images.
+
+    Raises UserError if a class has fewer images.
+    """
+    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
+    chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
+    if min(map(len, chosen)) < per_class:
+        raise UserError(f"{per_class} labels a class: one class has {min(map(len, chosen))} images")
+    return np.sort(np.concatenate(chosen))
+
+
+def fraction_of(num_images: int, fraction: float, seed: int) -> np.ndarray:
+    """The indices of a share of the images, chosen by `seed` uniformly; a smaller share is a part of a larger one.
+
+    Raises UserError unless 0 < `fraction` <= 1.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction:g}: expected a share of the images, more than 0 and at most 1")
+    order = np.random.Generator(np.random.Philox(key=[seed, FRACTION_KEY])).permutation(num_images)
+    return np.sort(order[: max(1, round(fraction * num_images))])
 
 
 class BatchOrder:
