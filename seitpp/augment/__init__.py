@@ -1,5 +1,6 @@
 """Augmentation of whole batches on their device; every random draw is keyed by what it belongs to."""
 
+from seitpp.augment.boxes import CentralBoxes, RandomBoxes
 from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
 from seitpp.augment.images import crop_and_flip
 from seitpp.augment.keyed import Keys
@@ -9,11 +10,13 @@ from seitpp.augment.pixels import EvalPixelView, PixelView
 from seitpp.augment.views import EvalView, SeitPPFinetuneView, SeitPPView, SeitView, ViewError
 
 __all__ = [
+    "CentralBoxes",
     "EvalPixelView",
     "EvalView",
     "Geometry",
     "Keys",
     "PixelView",
+    "RandomBoxes",
     "SeitPPFinetuneView",
     "SeitPPView",
     "SeitView",
