@@ -6,8 +6,9 @@
 
 `published` is the paper's ViT-B on ImageNet-1k tokens, 300 epochs, 74.0 % top-1 there; neither its result nor its
 time on GPUs is measured here. Other presets: vit_small, resnet50, resnet18; the stems stem_linear and stem_conv2;
-the ablation none, cutmix, cutmix_eda, cutmix_noise; imagenet21k. `digits` (the default) takes 130 s on a CPU
-core and reaches 98.6 +- 0.7 % top-1 (five seeds, tests/bench/seit_digits.py; 97.4 +- 0.9 without augmentation).
+the ablation none, cutmix, cutmix_eda, cutmix_noise; imagenet21k, with the settings of DeiT III (README_revenge.md
+of facebookresearch/deit). `digits` (the default) takes 130 s on a CPU core and reaches 98.6 +- 0.7 % top-1 (five
+seeds, tests/bench/seit_digits.py; 97.4 +- 0.9 without augmentation).
 Reads a token store with the splits train and validation; writes config.json, metrics.jsonl, evaluations.jsonl,
 checkpoints/, model.safetensors, model_ema.safetensors (the moving average of the weights), curves.png,
 validation.png and result.json into --out.
