@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from seitpp import TokenStore, files, plots, tokenizers
-from seitpp.augment import EvalPixelView, EvalView
+from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codes
@@ -97,7 +97,7 @@ def open_data(config: Config, run: Run, saved: Saved) -> Data:
     if kind == "pixels":
         if not config.data or config.tokenizer:
             raise UserError(f"{config.checkpoint} takes pixels: name images with --data, and no --tokenizer")
-        return pixels(config, input_size(saved.model)[0])
+        return pixels(config, run, input_size(saved.model)[0])
     if (config.data is None) != (config.tokenizer is None) or (config.data and config.store):
         raise UserError(
             f"{config.checkpoint} takes tokens: expected --store, or --data and --tokenizer, got "
@@ -114,12 +114,12 @@ def open_data(config: Config, run: Run, saved: Saved) -> Data:
     return Data(dataset, lambda batch: view(ids(batch)), class_names)
 
 
-def pixels(config: Config, size: int) -> Data:
-    """Images of a source, resized to 8/7 of the model's side, of which the centre is taken."""
+def pixels(config: Config, run: Run, size: int) -> Data:
+    """The center of each image of a source, as `CentralBoxes` has it."""
     source = open_source(config.data, config.split)
-    view = EvalPixelView(size)
-    side = size * 8 // 7
-    return Data(ImageDataset(source, (side, side)), lambda batch: view(batch.images), source.class_names)
+    view = EvalPixelView().to(run.device)
+    dataset = ImageDataset(source, (size, size), CentralBoxes(size))
+    return Data(dataset, lambda batch: view(batch.images), source.class_names)
 
 
 def tokenized(config: Config, run: Run) -> tuple:

@@ -1,5 +1,6 @@
-"""recipes/finetune.py from every source to every target, what it leaves alone; the views of SeiT++ and pixels."""
+"""recipes/finetune.py from every source to every target, what it leaves alone; the views of SeiT++."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,13 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from test_recipes_seit import accuracies, call, evaluate, lines_of, recipe, refused, seit_train
 from torch import Tensor
 
 from seitpp import StoreWriter, TokenStore
-from seitpp.augment import EvalPixelView, Keys, PixelView, SeitPPFinetuneView, SeitPPView, ViewError
+from seitpp.augment import Keys, SeitPPFinetuneView, SeitPPView, ViewError
 from seitpp.augment.color import ColorAugment
 from seitpp.augment.geometry import apply_geometry, random_geometry
 from seitpp.augment.maps import crop_resize, random_resized_boxes
@@ -34,6 +34,7 @@ from seitpp.models import (
     save_release,
 )
 from seitpp.tokens.codebook import codebook_fingerprint, embed, nearest
+from seitpp.tokens.dataset import Share
 from seitpp.tokens.digits import digits
 
 finetune, mtm_pretrain = recipe("finetune"), recipe("mtm_pretrain")
@@ -145,6 +146,35 @@ def test_three_stages(runs: dict[str, Path], other_store: Path, pictures: Path, 
     repeated(pixels, tmp_path / "evaluation", "--data", pictures)
 
 
+def test_the_preset_of_pixels(runs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """LAMB, 3-Augment and crops drawn by two workers; resumed, it goes on with the same bits."""
+    here = ["--precision", "no", "--no-compile", "--workers", 2, "--log-steps", 1, "--base-lr", 0.1]
+    length = ["--epochs", 1.5, "--warmup-epochs", 0.5, "--checkpoint-epochs", 0.5, "--evaluation-epochs", 9]
+    line = [
+        "pixels",
+        "--checkpoint",
+        runs["seit"],
+        "--data",
+        pictures,
+        "--size",
+        32,
+        "--batch-size",
+        32,
+        *here,
+        *length,
+    ]
+    call(finetune, *line, "--out", tmp_path / "run")
+    head = load_pretrained(tmp_path / "run").model.head.weight
+    assert head.std().item() == pytest.approx(0.02, abs=0.01), "of the new head: LAMB would not move one of 2e-5"
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000003")
+    call(finetune, *line, "--workers", 0, "--out", tmp_path / "again")
+    call(finetune, *line, "--out", tmp_path / "run", "--resume")
+    for other in ("run", "again"):
+        again = lines_of(tmp_path / other / "metrics.jsonl")
+        assert [at["loss"] for at in again] == [at["loss"] for at in lines] and len(lines) == 3
+
+
 def test_images_without_a_validation_split(runs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     few = ["smoke", "--batch-size", 16, "--epochs", 1 / 3, "--warmup-epochs", 0, "--size", 32]
     data = ["--data", pictures / "train", "--split", None, "--validation-split", None]
@@ -248,7 +278,7 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
     source = Saved(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
     make = finetune.pixel_task if preset == "pixels" else finetune.token_task
     task = make(config, Run("finetune", config), source)
-    batch = task.train.__getitems__(list(range(8)))
+    batch = task.train.__getitems__(Share(range(8), epoch=0))
     for inputs in (
         task.view(getattr(batch, task.field), batch.labels, Keys(0, 0, batch.indices))[0],
         task.centre_view(getattr(batch, task.field)),
@@ -311,7 +341,7 @@ def test_what_cannot_be_fine_tuned_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-# The views: of SeiT++ with TokenAdapt, and of pixels
+# The views of SeiT++ with TokenAdapt; those of pixels are in test_pixels.py
 
 CODES = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(64, (16, 8, 8), generator=torch.Generator().manual_seed(1))
@@ -414,21 +444,3 @@ def test_a_tokenadapt_from_a_file_fits_the_views(tmp_path: Path) -> None:
     loaded, _ = load_tokenadapt(tmp_path / "model.safetensors")
     expected, found = (SeitPPView(CODES, size=7, adapt=model)(IDS, KEYS) for model in (adapt, loaded))
     assert torch.equal(found, expected)
-
-
-def test_pixels_are_cropped_mirrored_and_normalised_each_in_its_own_way() -> None:
-    images = torch.randint(256, (16, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made, labels = PixelView(16, (0.3, 0.9), cutmix=0.0, mixup=0.0)(images, LABELS, KEYS)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    back = made * std.view(3, 1, 1) + mean.view(3, 1, 1)
-    boxes, mirrored = random_resized_boxes(KEYS, (20, 24), (0.3, 0.9)), []
-    for image, crop, (top, left, height, width) in zip(images, back, boxes.tolist(), strict=True):
-        cut = image[None, :, top : top + height, left : left + width].float() / 255
-        expected = F.interpolate(cut, (16, 16), mode="bicubic")[0]
-        mirrored.append(not torch.allclose(crop, expected, atol=1e-4))
-        torch.testing.assert_close(crop.flip(2) if mirrored[-1] else crop, expected, atol=1e-4, rtol=0)
-    assert 3 <= sum(mirrored) <= 13 and labels.share.eq(1).all()
-    _, mixed = PixelView(16)(images, LABELS, KEYS)
-    assert torch.equal(mixed.others, LABELS ^ 2) and mixed.share.lt(1).any()
-    centre = EvalPixelView(16)(images) * std.view(3, 1, 1) + mean.view(3, 1, 1)
-    torch.testing.assert_close(centre, images[:, :, 2:18, 4:20].float() / 255, atol=1e-6, rtol=0)

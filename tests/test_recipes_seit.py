@@ -160,9 +160,7 @@ class Killed(Exception):
     pass
 
 
-def test_an_evaluation_at_the_last_checkpoint_is_not_written_twice(tmp_path: Path, monkeypatch) -> None:
-    often = ["--checkpoint-epochs", 2 / EPOCH, "--evaluation-epochs", 2 / EPOCH]
-    line = ["smoke", "--epochs", 4 / EPOCH, "--warmup-epochs", 0, *often, "--out", tmp_path / "run"]
+def die_at_the_third_loss(monkeypatch) -> None:
     loss, calls = seit_train.soft_label_loss, []
 
     def loss_until_killed(*arguments) -> torch.Tensor:
@@ -172,6 +170,12 @@ def test_an_evaluation_at_the_last_checkpoint_is_not_written_twice(tmp_path: Pat
         return loss(*arguments)
 
     monkeypatch.setattr(seit_train, "soft_label_loss", loss_until_killed)
+
+
+def test_an_evaluation_at_the_last_checkpoint_is_not_written_twice(tmp_path: Path, monkeypatch) -> None:
+    often = ["--checkpoint-epochs", 2 / EPOCH, "--evaluation-epochs", 2 / EPOCH]
+    line = ["smoke", "--epochs", 4 / EPOCH, "--warmup-epochs", 0, *often, "--out", tmp_path / "run"]
+    die_at_the_third_loss(monkeypatch)
     with pytest.raises(Killed):
         call(seit_train, *line)
     monkeypatch.undo()
@@ -259,6 +263,24 @@ def test_every_preset_fits_the_published_tokens(preset: str) -> None:
         )
     assert model(maps.to("meta")).shape == (4, 1000)
     assert config.preset == preset and parse(seit_train.PRESETS, "digits", [preset]) == config
+
+
+def test_the_preset_of_imagenet21k_killed_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch) -> None:
+    """LAMB with clipped gradients, on the digits."""
+    small = ["--model", "seit_vit_nano", "--window", 8, "--size", 7, "--batch-size", 128, "--base-lr", 2e-2]
+    here = ["--precision", "no", "--no-compile", "--workers", 0, "--log-steps", 1]
+    length = ["--epochs", 4 / EPOCH, "--warmup-epochs", 1 / EPOCH, "--checkpoint-epochs", 2 / EPOCH]
+    line = ["imagenet21k", "--store", digits().store, *small, *here, *length]
+    call(seit_train, *line, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        die_at_the_third_loss(patched)
+        with pytest.raises(Killed):
+            call(seit_train, *line, "--out", tmp_path / "run")
+    call(seit_train, *line, "--out", tmp_path / "run", "--resume")
+    for name in ("model.safetensors", "checkpoints/step-00000004/optimizer.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    rates = [at["lr"] for at in lines_of(tmp_path / "run" / "metrics.jsonl")]
+    assert rates[:2] == [1e-6, 2e-2 * 128 / 512] and seit_train.PRESETS["imagenet21k"].optimizer == "lamb"
 
 
 # Evaluation

@@ -1,5 +1,6 @@
 """Augmentation of whole batches on their device; every random draw is keyed by what it belongs to."""
 
+from seitpp.augment.boxes import CentralBoxes, RandomBoxes
 from seitpp.augment.color import ColorPreset
 from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
 from seitpp.augment.images import crop_and_flip
@@ -10,12 +11,14 @@ from seitpp.augment.pixels import EvalPixelView, PixelView
 from seitpp.augment.views import EvalView, SeitPPFinetuneView, SeitPPView, SeitView, ViewError
 
 __all__ = [
+    "CentralBoxes",
     "ColorPreset",
     "EvalPixelView",
     "EvalView",
     "Geometry",
     "Keys",
     "PixelView",
+    "RandomBoxes",
     "SeitPPFinetuneView",
     "SeitPPView",
     "SeitView",

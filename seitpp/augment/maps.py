@@ -66,33 +66,42 @@ def _cubic_weights(offset: Tensor) -> list[Tensor]:
 
 
 def random_resized_boxes(
-    keys: Keys, grid: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    keys: Keys,
+    grid: tuple[int, int] | Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
     """Boxes of a random resized crop: (B, 4) int64 = top, left, height, width inside `grid`.
 
-    The area is uniform in `scale` (shares of the grid), the logarithm of width / height uniform in the
-    logarithms of `ratio`; sides are rounded to cells. As in torchvision's RandomResizedCrop, the first of ten
-    attempts that fits is taken, else the largest centred box of an allowed ratio.
+    `grid` is the height and width of all images, or (B, 2) int64, those of each. The area is uniform in `scale`
+    (shares of the grid), the logarithm of width / height uniform in the logarithms of `ratio`; sides are rounded
+    to cells. As in torchvision's RandomResizedCrop, the first of ten attempts that fits is taken, else the largest
+    centred box of an allowed ratio.
     """
-    height, width = grid
     draws = keys.uniform("random_resized_boxes", CROP_ATTEMPTS * 4).view(-1, CROP_ATTEMPTS, 4)
+    if isinstance(grid, Tensor):
+        height, width = grid.to(draws.dtype).split(1, dim=1)
+    else:
+        height, width = (draws.new_full((1, 1), side) for side in grid)  # made on the device: nothing to wait for
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * draws[..., 1]).exp()
-    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    top = (draws[..., 2] * (height - h + 1)).long()
-    left = (draws[..., 3] * (width - w + 1)).long()
+    top = (draws[..., 2] * (height - h + 1)).trunc()
+    left = (draws[..., 3] * (width - w + 1)).trunc()
     boxes = torch.stack([top, left, h, w], dim=-1)
     first = fits.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, 4)
-    fallback = same_boxes(keys.indices, _largest_box(grid, ratio))
-    return torch.where(fits.any(dim=1, keepdim=True), boxes.gather(1, first).squeeze(1), fallback)
+    chosen = torch.where(
+        fits.any(dim=1).view(-1, 1, 1), boxes.gather(1, first), _largest_box(height, width, ratio)
+    )
+    return chosen.squeeze(1).long()
 
 
-def _largest_box(grid: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    height, width = grid
-    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
+def _largest_box(height: Tensor, width: Tensor, ratio: tuple[float, float]) -> Tensor:
+    h = torch.minimum(height, (width / ratio[0]).round())
+    w = torch.minimum(width, (height * ratio[1]).round())
+    return torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=-1)
 
 
 def same_boxes(indices: Tensor, box: tuple[int, int, int, int]) -> Tensor:

@@ -66,6 +66,8 @@ def tensors_of(
             for name, parameter in model.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()
         }
+        counters = _counters(optimizer)
+        state |= {f"{name}/step": counters[p] for name, p in model.named_parameters() if p in counters}
     groups = {"model": model.state_dict(), "optimizer": state}
     if ema:
         groups["ema"] = ema.module.state_dict()
@@ -208,11 +210,21 @@ def restore(
     if isinstance(optimizer, ZeroOptimizer):
         optimizer.restore(model, checkpoint.tensors["optimizer"])
         return
-    parameters = dict(model.named_parameters())
+    parameters, counters = dict(model.named_parameters()), _counters(optimizer)
     for full_name, tensor in checkpoint.tensors["optimizer"].items():
         name, _, key = full_name.rpartition("/")
-        # The step counter too: a fused optimizer keeps it beside its parameter.
-        optimizer.state[parameters[name]][key] = split_as(tensor, parameters[name])
+        parameter = parameters[name]
+        if key == "step" and parameter in counters:
+            counters[parameter].copy_(tensor)
+        else:  # the step counter of AdamW too: a fused optimizer keeps it beside its parameter
+            optimizer.state[parameter][key] = split_as(tensor, parameter)
+
+
+def _counters(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
+    """Of an optimizer that counts its updates once a group, as timm's LAMB does, each counter by the first
+    parameter of its group, with which a checkpoint keeps it.
+    """
+    return {group["params"][0]: group["step"] for group in optimizer.param_groups if "step" in group}
 
 
 def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ from seitpp.engine.metrics import MetricsLog, NotFinite, Speed, gather_records, 
 from seitpp.engine.precision import COMPUTE_DTYPE, LossScaler, check_precision, check_scale
 from seitpp.engine.stopping import Stopped, StopRequest
 from seitpp.errors import UserError
-from seitpp.tokens.dataset import BatchOrder, training_loader
+from seitpp.tokens.dataset import BatchOrder, Share, training_loader
 
 DRY_RUN_IMAGES = 64
 
@@ -142,11 +142,13 @@ class Run:
 
         `order` says which images a batch holds; `store` is the fingerprint of the training data; `lr` gives the
         learning rate of each update; `clip` is the largest gradient norm; `ema` a moving average of the weights,
-        which follows every update. Raises RunError if the processes do not divide the batch, CheckpointError for a
-        checkpoint of another model or store.
+        which follows every update. Raises RunError if the processes do not divide the batch, UserError for an
+        optimizer that this launch would change, CheckpointError for a checkpoint of another model or store.
         """
         self._check_shares(order.batch_size)
         self._check_agreed("the training data", store)
+        if self.zero:
+            zero.check_optimizer(optimizer)
         self.start()
         self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
@@ -368,8 +370,9 @@ class Run:
         """
         accumulation, ranks = self.config.accumulation, self.accelerator.num_processes
         indices = np.concatenate(list(self.order.shares(range(step, step + 1), rank, ranks, accumulation)))
-        batch = self.dataset.__getitems__(indices.tolist())._asdict()
-        known = {"step": step, "epoch": step // self.order.steps_per_epoch, "seed": self.config.seed, "rank": rank}
+        epoch = step // self.order.steps_per_epoch
+        batch = self.dataset.__getitems__(Share(indices.tolist(), epoch))._asdict()
+        known = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}
         path = self.out / f"broken-step-{step + 1:08d}-rank-{rank}.safetensors"
         metadata = {name: str(value) for name, value in known.items()}
         files.replace_bytes(path, safetensors.torch.save(batch, metadata))

@@ -9,7 +9,10 @@ from types import MethodType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, convert_outputs_to_fp32
+from timm.optim import Lamb
 from torch import Tensor, nn
+
+from seitpp.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside the counter "step"
 
@@ -17,6 +20,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside the counter "step"
 def supports(plugin: DeepSpeedPlugin) -> bool:
     """Whether the launch is one of these stages, with everything on the device."""
     return plugin.zero_stage in (1, 2) and plugin.offload_optimizer_device in (None, "none")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError for LAMB, which needs the norm of each weight, where a part of a row holds many weights."""
+    if isinstance(optimizer, Lamb):
+        raise UserError("LAMB with DeepSpeed: expected a launch with DDP or FSDP, or --optimizer adamw")
 
 
 def configure(

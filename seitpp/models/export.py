@@ -35,7 +35,7 @@ MODEL, CONFIG, RECIPE, CARD, WHOLE_MTM = FILES = (
 )
 EXPORTED = ("seit_train", "finetune", "mtm_pretrain")  # the recipes whose models are
 # How recipes/finetune.py judges a model of pixels, in timm's words.
-PIXELS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "squash"}
+PIXELS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 
 
 def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], ema: bool = True) -> Path:

@@ -199,6 +199,11 @@ class DatasetSource:
 
 # (height, width) of every resized image, or a function that makes it of an image's own (height, width).
 Size = tuple[int, int] | Callable[[tuple[int, int]], tuple[int, int]]
+# A part of an image: top, left, height, width in its pixels.
+Box = tuple[float, float, float, float]
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where a side of the box then still has so many times the pixels
+# that are made of it. At 3, three photographs came out within 0.5 of 255 levels on average, more than 50 dB.
+DRAFT_MARGIN = 3
 
 
 @contextmanager
@@ -211,17 +216,39 @@ def opened(data: bytes, name: str) -> Iterator[Image.Image]:
         raise ImageError(f"{name}: cannot be read as an image ({error})") from error
 
 
-def decode_image(sample: Sample, size: Size) -> np.ndarray:
-    """Decode to RGB and resize to exactly `size`, bicubic: (3, height, width) uint8.
+def image_size(sample: Sample) -> tuple[int, int]:
+    """(height, width) of an image, from its header alone. Raises ImageError if it cannot be read."""
+    with opened(sample.data, sample.name) as image:
+        return image.height, image.width
 
-    Raises ImageError naming the image if it cannot be read; an image that is or would be enormous is one of those.
+
+def decode_image(sample: Sample, size: Size, box: Box | None = None) -> np.ndarray:
+    """Decode to RGB and resize to exactly `size`, bicubic with antialias: (3, height, width) uint8.
+
+    With `box`, only that part of the image is resized. Raises ImageError naming the image if it cannot be read; an
+    image that is or would be enormous is one of those.
     """
     with opened(sample.data, sample.name) as image:
         height, width = size((image.height, image.width)) if callable(size) else size
         if height * width > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{height} x {width} pixels when it is resized")
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        corners = box and _draft(image, box, (height, width))
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, corners)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def _draft(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Have a large JPEG decoded with fewer pixels, if (height, width) `size` of `box` needs no more; left, upper,
+    right and lower end of the box in the pixels that will be decoded.
+    """
+    top, left, height, width = box
+    spare = min(height / size[0], width / size[1]) / DRAFT_MARGIN
+    whole, ratio = image.width, 1.0
+    if image.format == "JPEG" and spare >= 2:
+        divisor = min(8, int(spare))
+        drafted = image.draft(None, (whole // divisor, image.height // divisor))  # at the next power of two
+        ratio = drafted[1][2] / whole
+    return ratio * left, ratio * top, ratio * (left + width), ratio * (top + height)
 
 
 def fit_short_side(size: tuple[int, int], short_side: int, multiple: int) -> tuple[int, int]:
@@ -274,20 +301,29 @@ class Pixels(NamedTuple):
         return Pixels(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-class ImageDataset(Dataset):
-    """A source as a torch dataset that makes whole batches, every image resized to `size` (height, width)."""
+# The part of each image that is seen, of its index and its (height, width); the indices of a training loader are a
+# `Share`, which knows the epoch.
+Boxes = Callable[[list[int], list[tuple[int, int]]], list[Box]]
 
-    def __init__(self, source: ImageSource, size: tuple[int, int]):
-        self.source, self.size = source, size
+
+class ImageDataset(Dataset):
+    """A source as a torch dataset that makes whole batches, every image resized to `size` (height, width).
+
+    Of each image only the part that `boxes` names is resized, or all of it where there are none.
+    """
+
+    def __init__(self, source: ImageSource, size: tuple[int, int], boxes: Boxes | None = None):
+        self.source, self.size, self.boxes = source, size, boxes
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, indices: list[int]) -> Pixels:
         samples = [self.source.read(index) for index in indices]
-        images = np.stack([decode_image(sample, self.size) for sample in samples])
+        boxes = self.boxes(indices, list(map(image_size, samples))) if self.boxes else [None] * len(samples)
+        images = [decode_image(sample, self.size, box) for sample, box in zip(samples, boxes, strict=True)]
         labels = torch.tensor([sample.label for sample in samples])
-        return Pixels(torch.tensor(indices), torch.from_numpy(images), labels)
+        return Pixels(torch.tensor(indices), torch.from_numpy(np.stack(images)), labels)
 
 
 def _tar_images(path: Path) -> list[tuple[Path, int, int, str, tuple[int, int] | None]]:

@@ -5,7 +5,7 @@ global batch, or in which order.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,18 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; the copy does not wait for it."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Share(list[int]):
+    """The images that one process reads together, by their indices, and the `epoch` that shows them.
+
+    A loader of training hands it to the dataset, whose workers live through many epochs: so what a dataset draws
+    for an image while it reads it can be keyed by the epoch.
+    """
+
+    def __init__(self, indices: Iterable[int], epoch: int):
+        super().__init__(indices)
+        self.epoch = epoch
 
 
 class TokenDataset(Dataset):
@@ -55,7 +67,8 @@ class Chosen(Dataset):
         return len(self.indices)
 
     def __getitems__(self, indices: list[int]) -> Any:
-        return self.dataset.__getitems__(self.indices[indices].tolist())
+        chosen = self.indices[indices].tolist()
+        return self.dataset.__getitems__(Share(chosen, indices.epoch) if isinstance(indices, Share) else chosen)
 
 
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -120,9 +133,11 @@ class _Shares(Sampler):
     def __init__(self, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int):
         self.arguments = order, steps, rank, ranks, accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order, *rest = self.arguments
-        return (share.tolist() for share in order.shares(*rest))
+    def __iter__(self) -> Iterator[Share]:
+        order, steps, *rest, accumulation = self.arguments
+        epochs = (step // order.steps_per_epoch for step in steps for _ in range(accumulation))
+        shares = order.shares(steps, *rest, accumulation)
+        return (Share(share.tolist(), epoch) for share, epoch in zip(shares, epochs, strict=True))
 
 
 def training_loader(
@@ -130,7 +145,7 @@ def training_loader(
 ) -> DataLoader:
     """A loader of this rank's micro-batches of `steps`, one after the other, across epochs.
 
-    `dataset` makes a whole batch of a list of indices (`__getitems__`).
+    `dataset` makes a whole batch of a list of indices (`__getitems__`), which is a `Share`.
     """
     return _loader(dataset, _Shares(order, steps, rank, ranks, accumulation), workers)
 
