@@ -174,28 +174,23 @@ class Device(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         pretended = [leaf for leaf in leaves if isinstance(leaf, Pretended)]
-        target = kwargs.get("device")
-        to_device = target is not None and torch.device(target).type == NAME
-        if not pretended and not to_device:
+        target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+        if not pretended and target != NAME:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace == "seitpp":  # an operator of ours: look into it
             with self:
                 return CUSTOM[name]._init_fn(*args, **kwargs)
-        self._judge(name, leaves, pretended, args, kwargs, to_device)
-        if name == "_local_scalar_dense" and self.shapes:
-            return (args[0].dtype.is_floating_point and 1.0) or 1
-        if (self.shapes and to_device) or (target is None and self.shapes):
-            held = torch.device("meta")
-        else:
-            held = torch.device("cpu") if to_device else target
-        if held is not None and target is not None:
-            kwargs["device"] = held
-        leaves_the_device = target is not None and not to_device
-        if self.shapes and pretended and (leaves_the_device or (name == "copy_" and args[0] not in pretended)):
+        self._judge(name, leaves, pretended, args, kwargs)
+        if self.shapes and name == "_local_scalar_dense":
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        to_host = target == "cpu" or (name == "copy_" and not isinstance(args[0], Pretended))
+        if self.shapes and to_host:
             return self._ones_on_host(name, args, kwargs)
+        if target == NAME:
+            kwargs["device"] = torch.device("meta" if self.shapes else "cpu")
         outputs = func(*tree_map(self._unwrap, args), **tree_map(self._unwrap, kwargs))
-        if leaves_the_device:
+        if target not in (None, NAME):
             return outputs
         known = {id(leaf.held): leaf for leaf in pretended}
         return tree_map(lambda output: self._wrap(output, known), outputs)
@@ -208,9 +203,10 @@ class Device(TorchDispatchMode):
 
     @staticmethod
     def _wrap(output, known: dict):
+        """What an operation gave, on the device; what it changed in place is the tensor that it was."""
         if not isinstance(output, torch.Tensor):
             return output
-        return known.get(id(output)) if id(output) in known else Pretended(output)
+        return known[id(output)] if id(output) in known else Pretended(output)
 
     @staticmethod
     def _ones_on_host(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -218,36 +214,29 @@ class Device(TorchDispatchMode):
         ones = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
         return args[0].copy_(ones) if name == "copy_" else ones
 
-    def _judge(self, name, leaves, pretended, args, kwargs, to_device) -> None:
+    def _judge(self, name: str, leaves: list, pretended: list, args: tuple, kwargs: dict) -> None:
+        """Write down what is wrong with an operation, or what the host waits for."""
         hosts = [leaf for leaf in leaves if not isinstance(leaf, Pretended)]
         dtypes = {leaf.dtype for leaf in pretended}
-        if torch.float64 in dtypes or (to_device and kwargs.get("dtype") == torch.float64):
+        if torch.float64 in dtypes | {kwargs.get("dtype")}:
             self.faults[f"float64 on the device at {place()}"] += 1
-        floats = {dtype for dtype in dtypes if dtype.is_floating_point}
-        known = CUDA_DTYPES.get({"index": "__getitem__"}.get(name, name))
-        lacking = dtypes & ONLY_CAST if name not in CASTS_AND_VIEWS else set()
-        if known:
-            lacking |= floats - known if floats else dtypes if not dtypes & known else set()
-        for dtype in lacking:
+        for dtype in lacking(name, dtypes):
             self.faults[f"CUDA has no {name} of {dtype}: at {place()}"] += 1
-        copies_ = name in ("_to_copy", "copy_")
-        if copies_ and (hosts or (not to_device and kwargs.get("device") is not None)):
-            self._transfer(name, args, kwargs)
-        elif not copies_ and pretended:
-            # A number may come from the host, as torch allows; an index too, but it is copied first.
-            if any(host.ndim and name not in ("index", "index_put_") for host in hosts):
+        if name in ("_to_copy", "copy_"):
+            if hosts or kwargs.get("device") not in (None, torch.device(NAME), torch.device(NAME, 0)):
+                self._transfer(name, args, kwargs)
+            return
+        indexing = name in ("index", "index_put_")
+        # A number may come from the host, as torch allows; an index too, but it is copied first.
+        if pretended and any(host.ndim for host in hosts):
+            if not indexing:
                 shapes = [(tuple(leaf.shape), leaf.device.type) for leaf in leaves]
                 self.faults[f"{name} of host and device at {place()}: {shapes}"] += 1
                 raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {shapes}")
-            if hosts and name in ("index", "index_put_") and any(host.ndim for host in hosts):
-                self._count(self.copies, f"an index copied to the device at {place()}")
-        elif not pretended and hosts and not copies_:
-            self._count(self.copies, f"{name} to the device at {place()}")
-        bool_index = name in ("index", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        sized = name == "repeat_interleave" and kwargs.get("output_size") is None and len(args) < 3
-        if name in WAITS or bool_index or sized:
+            self._count(self.copies, f"an index copied to the device at {place()}")
+        selects = indexing and any(index is not None and index.dtype == torch.bool for index in args[1])
+        sized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in WAITS or selects or sized:
             self._count(self.waits, f"{name} at {place()}")
 
     def _transfer(self, name: str, args: tuple, kwargs: dict) -> None:
@@ -295,6 +284,16 @@ def register_autocast() -> list[torch.library.Library]:
     for name in (*IN_HALF, *IN_SINGLE):
         register(name, name in IN_HALF)
     return [rest, aten]
+
+
+def lacking(name: str, dtypes: set[torch.dtype]) -> set[torch.dtype]:
+    """Those of an operation's dtypes that CUDA does not take; indices are not looked at beside floats."""
+    none = dtypes & ONLY_CAST if name not in CASTS_AND_VIEWS else set()
+    known = CUDA_DTYPES.get({"index": "__getitem__"}.get(name, name))
+    if not known:
+        return none
+    floats = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return none | (floats - known if floats else dtypes if not dtypes & known else set())
 
 
 def place() -> str:
