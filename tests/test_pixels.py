@@ -15,7 +15,7 @@ from seitpp.augment import CentralBoxes, EvalPixelView, Keys, PixelView, RandomB
 from seitpp.augment.pixels import MEAN, STD, color_jitter, gaussian_blur, grayscale, three_augment
 from seitpp.models.export import PIXELS
 from seitpp.tokenizers.images import ImageDataset, Sample, decode_image, image_size
-from seitpp.tokens.dataset import BatchOrder, training_loader
+from seitpp.tokens.dataset import BatchOrder, Chosen, training_loader
 
 CHINA, FLOWER = load_sample_images().images  # (427, 640, 3) uint8
 SIZES = [(427, 640), (640, 427), (100, 30), (7, 300), (33, 33)]
@@ -125,6 +125,10 @@ def test_the_pixels_of_an_image_depend_on_seed_epoch_and_index_alone() -> None:
         expected = torch.from_numpy(decode_image(sample, (24, 24), box))
         assert all(torch.equal(image, expected) for image in images)
     assert not torch.equal(found[0, 0][0], found[1, 0][0])
+    some = Chosen(dataset, np.arange(0, 12, 3))  # as --fraction chooses
+    for epoch, batch in enumerate(training_loader(some, BatchOrder(4, 4, seed=5), range(3), 0, 1, 1, 0)):
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            assert torch.equal(image, found[epoch, index][0])
 
 
 # What is made of it

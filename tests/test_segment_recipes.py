@@ -25,13 +25,13 @@ from seitpp.engine.schedule import warmup_linear
 from seitpp.models import MTM, TokenAdapt
 from seitpp.tokenizers.annotated import AnnotatedSource
 from seitpp.tokens.codebook import codebook_fingerprint, embed
-from seitpp.tokens.dataset import BatchOrder
+from seitpp.tokens.dataset import Chosen, Share
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes
 from downstream.segmentation.evaluation import WholeImage, count_pixels, mirror_whole, stride_of
 from downstream.segmentation.model import load_segmenter
-from downstream.segmentation.pixels import EpochOrder, PixelPipeline
+from downstream.segmentation.pixels import PixelPipeline
 from downstream.segmentation.scenes import write_scenes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -274,21 +274,14 @@ def pipeline(scenes: Scenes, seed: int = 0) -> PixelPipeline:
 
 
 def test_the_pipeline_draws_by_seed_epoch_and_image(scenes: Scenes) -> None:
-    first = pipeline(scenes).__getitems__([3, 48 + 3, 7])
-    again = pipeline(scenes).__getitems__([7, 3])
-    assert first.images.shape == (3, 3, 32, 32) and first.images.dtype == torch.uint8
-    assert torch.equal(first.images[[2, 0]], again.images) and torch.equal(first.labels[[2, 0]], again.labels)
-    assert not torch.equal(first.images[0], first.images[1])
-    assert not torch.equal(first.images[2], pipeline(scenes, seed=1).__getitems__([7]).images[0])
-    labels = pipeline(scenes).__getitems__(list(range(48))).labels
+    first = pipeline(scenes).__getitems__(Share([3, 7], epoch=0))
+    again = Chosen(pipeline(scenes), np.array([3, 7])).__getitems__(Share([1, 0], epoch=0))
+    assert first.images.shape == (2, 3, 32, 32) and first.images.dtype == torch.uint8
+    assert torch.equal(first.images[[1, 0]], again.images) and torch.equal(first.labels[[1, 0]], again.labels)
+    assert not torch.equal(first.images[0], pipeline(scenes).__getitems__(Share([3], epoch=1)).images[0])
+    assert not torch.equal(first.images[1], pipeline(scenes, seed=1).__getitems__(Share([7], epoch=0)).images[0])
+    labels = pipeline(scenes).__getitems__(Share(range(48), epoch=0)).labels
     assert set(labels.unique().tolist()) == {0, 1, 2, 3, 4, 5, 255}
-
-
-def test_numbers_of_an_epoch_order_hold_the_epoch() -> None:
-    plain, order = (kind(48, 8, 3) for kind in (BatchOrder, EpochOrder))
-    for epoch in (0, 2):
-        numbers = order.epoch_order(epoch)
-        assert set(numbers // 48) == {epoch} and np.array_equal(numbers % 48, plain.epoch_order(epoch))
 
 
 def test_pixels_train_and_are_judged_as_tokens(scenes: Scenes, tmp_path: Path) -> None:

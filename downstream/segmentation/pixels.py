@@ -12,20 +12,13 @@ from downstream.segmentation.data import IGNORED
 from downstream.segmentation.extra import load_mmseg
 from seitpp.tokenizers.annotated import AnnotatedSource, decode_annotation
 from seitpp.tokenizers.images import opened
-from seitpp.tokens.dataset import BatchOrder
+from seitpp.tokens.dataset import Share
 
 LONG_SIDE = 4  # times the short one: the largest an image is resized to (mmsegmentation: 2048 x 512)
 
 
-class EpochOrder(BatchOrder):
-    """A BatchOrder whose numbers are image + epoch x images, so that the dataset knows the epoch."""
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        return super().epoch_order(epoch) + epoch * self.num_images
-
-
 class PixelBatch(NamedTuple):
-    """Augmented crops: `indices` (B,) int64 as EpochOrder has them, `images` (B, 3, h, w) uint8 BGR, `labels`
+    """Augmented crops: `indices` (B,) int64 of the images, `images` (B, 3, h, w) uint8 BGR, `labels`
     (B, h, w) uint8, 255 where a pixel is ignored."""
 
     indices: Tensor
@@ -69,10 +62,10 @@ class PixelPipeline(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, indices: list[int]) -> PixelBatch:
-        crops = [self._augmented(*divmod(index, len(self))) for index in indices]
+    def __getitems__(self, share: Share) -> PixelBatch:
+        crops = [self._augmented(share.epoch, index) for index in share]
         images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*crops, strict=True))
-        return PixelBatch(torch.tensor(indices), images.permute(0, 3, 1, 2), labels)
+        return PixelBatch(torch.tensor(share), images.permute(0, 3, 1, 2), labels)
 
     def _augmented(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(crop, crop, 3) BGR and (crop, crop), both uint8."""

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT, backbone_from
 from downstream.segmentation.data import Segmented, SegmentedTokens
 from downstream.segmentation.evaluation import WholeImage, WholePixels, WholeTokens
-from downstream.segmentation.pixels import EpochOrder, PixelBatch, PixelPipeline
+from downstream.segmentation.pixels import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
 from seitpp.engine.data import check_codes, training_part
@@ -20,8 +20,8 @@ from seitpp.models import load_pretrained
 from seitpp.store import TokenStore
 from seitpp.tokenizers import Tokenizer
 from seitpp.tokenizers.annotated import AnnotatedSource
-from seitpp.tokenizers.images import Part, fit_short_side
-from seitpp.tokens.dataset import BatchOrder, fraction_of
+from seitpp.tokenizers.images import fit_short_side
+from seitpp.tokens.dataset import BatchOrder
 
 
 class Source(Protocol):
@@ -105,15 +105,15 @@ class PixelSource:
         train, validation = (AnnotatedSource(data, split) for split in ("training", "validation"))
         self.tokenizer, self.patch = tokenizer, tokenizer.spec.patch
         self.cells, batch_size, seed = self.patch, run.config.batch_size, run.config.seed
-        train = Part(train, fraction_of(len(train), run.config.fraction, seed).tolist())
-        run.facts["training_images"] = len(train)
-        self.train = PixelPipeline(train, seed, self.patch * crop, short_side, scale, max_share)
+        self.pipeline = PixelPipeline(train, seed, self.patch * crop, short_side, scale, max_share)
+        self.train = training_part(run, self.pipeline)
         size = partial(fit_short_side, short_side=short_side, multiple=tokenizer.side_multiple)
         self.validation = WholePixels(validation, size)
-        self.order = EpochOrder(len(train), batch_size, seed)
+        self.order = BatchOrder(len(self.train), batch_size, seed)
         self.codebook, self.class_names = tokenizer.codebook.detach().cpu().numpy(), train.class_names
         self.name = data
-        self.fingerprint = f"{len(train)} images of {len(train.class_names)} classes by {tokenizer.fingerprint}"
+        classes = len(self.class_names)
+        self.fingerprint = f"{len(self.train)} images of {classes} classes by {tokenizer.fingerprint}"
 
     def augmented(self, batch: PixelBatch, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
         return batch.images.flip(1) / 255, batch.labels.long()
@@ -122,7 +122,7 @@ class PixelSource:
         return image.inputs / 255
 
     def __str__(self) -> str:
-        return f"{self.train}\n{len(self.train):,} images of {self.name}"
+        return f"{self.pipeline}\n{len(self.train):,} images of {self.name}"
 
 
 def open_backbone(checkpoint: str | None, model: str, source: Source, window: int, drop_path: float) -> TokenViT:
