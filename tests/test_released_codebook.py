@@ -21,7 +21,6 @@ from tokenize_set import PRESETS as SETS
 from tokenize_set import main as tokenize_set
 from torch import Tensor
 
-from downstream.segmentation.scenes import write_scenes
 from seitpp import TokenStore, tokenizers
 from seitpp.models import MTM, load_tokenadapt, save_release
 from seitpp.store import SplitStaging, spec, staging
@@ -30,6 +29,9 @@ from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.images import ImageDataset, open_source
 from seitpp.tokenizers.transformer import TransformerShape
 from seitpp.tokens.codebook import codebook_fingerprint
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from downstream.segmentation.scenes import write_scenes  # noqa: E402
 
 finetune, tokenadapt_train = recipe("finetune"), recipe("tokenadapt_train")
 K, SIDE, SHARD = 8192, 64, 20

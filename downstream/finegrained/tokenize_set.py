@@ -9,9 +9,9 @@
     accelerate launch downstream/finegrained/tokenize_set.py food101 --data food-101 --tokenizer TOKENIZER
 
 TOKENIZER is a tokenizer file, that of the store on which the model was pre-trained; --codebook keeps only those
-codes that a file names, as recipes/tokenize_images.py does. Writes the splits `train` and `validation` of the store
---out (SET-tokens where nothing is named) on any number of processes. Interrupted, the same command goes on as
-recipes/tokenize_images.py does. Numbers of images or classes that differ from the published ones are a warning.
+codes that a file names, as recipes/tokenize_images.py does. Writes the splits `train` and `validation` of the
+store --out (SET-tokens where nothing is named) on any number of processes. Interrupted, the same command goes on
+as recipes/tokenize_images.py does. Numbers of images or classes that differ from the published ones are a warning.
 Downloads nothing; the rate on a GPU is not measured.
 """
 
