@@ -21,7 +21,6 @@ from tokenize_set import PRESETS as SETS
 from tokenize_set import main as tokenize_set
 from torch import Tensor
 
-from downstream.segmentation.scenes import write_scenes
 from seitpp import TokenStore, tokenizers
 from seitpp.models import MTM, load_tokenadapt, save_release
 from seitpp.store import SplitStaging, spec, staging
@@ -30,6 +29,9 @@ from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.images import ImageDataset, open_source
 from seitpp.tokenizers.transformer import TransformerShape
 from seitpp.tokens.codebook import codebook_fingerprint
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from downstream.segmentation.scenes import write_scenes
 
 finetune, tokenadapt_train = recipe("finetune"), recipe("tokenadapt_train")
 K, SIDE, SHARD = 8192, 64, 20
@@ -229,6 +231,10 @@ def test_rows_are_found_in_any_order_and_none_in_vain(full) -> None:
     assert torch.equal(cut.codebook, rows) and cut.spec.num_codes == 300 and full.spec.num_codes == K
     maps = full.codebook[chosen].T[None, :, :, None]
     assert cut.quantize(maps).flatten().tolist() == list(range(300))
+    with torch.no_grad():
+        twins = full.select(full.codebook[:10])
+        twins.codebook[9] = 2 * twins.codebook[4]  # of the same direction, which only the length tells apart
+        assert torch.equal(twins.select(twins.codebook[[9, 4]]).codebook, twins.codebook[[9, 4]])
     rows[7] += 0.01
     rows[9, 0] = torch.nan
     for bad, message in (

@@ -240,6 +240,8 @@ def test_a_compact_copy_keeps_the_used_codes_by_frequency(tokenizer, photographs
     assert torch.equal(compact.codebook[fewer], tokenizer.codebook[ids])
     assert torch.equal(compact.decode(fewer), tokenizer.decode(ids))
     assert tokenizer.codebook.shape == (128, 32)
+    again = tokenizer.select(compact.codebook)
+    assert again.fingerprint == compact.fingerprint and again.codebook is not compact.codebook
     ties = tokenizer.compact(torch.tensor([0, 3, 3, 7, *[0] * 124]))
     assert torch.equal(ties.codebook, tokenizer.codebook[[3, 1, 2]])
     for bad in (torch.zeros(128), torch.ones(127), -torch.ones(128)):

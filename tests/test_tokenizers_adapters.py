@@ -247,6 +247,11 @@ def test_functions_and_their_compact_copy() -> None:
     again = compact.compact(torch.tensor([1, 5, 0]))
     assert again.codebook.flatten().tolist() == [0.0, 1.0] and again.encode(unseen).unique().tolist() == [1]
     assert tokenizer.spec.num_codes == 5 and torch.equal(tokenizer.encode(bright), ids)
+    rows = torch.tensor([[0.25 + 2**-20], [1.0]])  # rounded in another way
+    chosen = tokenizer.select(rows)
+    assert torch.equal(chosen.codebook, rows) and chosen.encode(bright)[:, 0, 0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(TokenizerError, match=r"1 of 2 rows are not among .*, the farthest 0\.1 away"):
+        tokenizer.select(torch.tensor([[0.5], [0.9]]))  # by Euclidean distance, as its lookup
 
 
 def test_functions_get_the_range_that_the_spec_says() -> None:

@@ -267,14 +267,14 @@ class Tokenizer(nn.Module, ABC):
         return self._cut(ids, rows)
 
     def _nearest_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each row (K', D) the distance to the nearest code, and its id."""
-        table = self.codebook.detach()
-        if self.spec.lookup == "cosine":
-            rows, table = F.normalize(rows, dim=1), F.normalize(table, dim=1)
-        found = []
+        """Of each row (K', D) the distance to the nearest code (-1 to an equal one), and its id."""
+        table, found = self.codebook.detach(), []
         for chunk in rows.split(max(1, LOOKUP_CELLS // len(table))):
-            # Not by a matrix product, whose rounding is larger than the distances that matter.
-            found.append(torch.cdist(chunk, table, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1))
+            distances = raw = _distances(chunk, table)
+            if self.spec.lookup == "cosine":
+                distances = _distances(F.normalize(chunk, dim=1), F.normalize(table, dim=1))
+            # Equal rows come first, since another code can have the same direction.
+            found.append(distances.masked_fill(raw == 0, -1).min(dim=1))
         return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
     def _cut(self, ids: Tensor, rows: Tensor) -> "Tokenizer":
@@ -303,6 +303,11 @@ class Tokenizer(nn.Module, ABC):
     def description(self) -> dict:
         """What a store keeps about its tokenizer: fingerprint and spec, JSON-able."""
         return {"fingerprint": self.fingerprint, "spec": asdict(self.spec)}
+
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    # Not by a matrix product, whose rounding is larger than the distances that matter.
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def by_frequency(counts: Tensor) -> Tensor:

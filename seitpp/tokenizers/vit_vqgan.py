@@ -144,10 +144,10 @@ class ViTVQGAN(Tokenizer):
     def set_image_size(self, size: int | tuple[int, int]) -> None:
         """Tokenize images of another size from now on: positions are interpolated bicubically.
 
-        Not what the checkpoint was trained for: look at reconstructions. (Cut out of the trained ones, for smaller
-        images, they were worse: tests/bench/positions.py.) Always from the positions that it came
-        with, so sizes in between leave no trace, and its own size has its own positions again, bit for bit.
-        Raises TokenizerError unless `size` is a multiple of the patch.
+        Not what the checkpoint was trained for: look at reconstructions. For smaller images, positions cut out of
+        the trained ones were worse (tests/bench/positions.py). Always from the positions that it came with, so
+        sizes in between leave no trace, and its own size has its own positions again, bit for bit. Raises
+        TokenizerError unless `size` is a multiple of the patch.
         """
         encoder, decoder = self.encoder.en_pos_embedding, self.decoder.de_pos_embedding
         trained = self._trained or (self.spec.grid, encoder, decoder)
