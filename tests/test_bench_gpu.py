@@ -1,14 +1,19 @@
 """tests/bench/gpu.py, which is to work the first time where there is a GPU: every row of it, tiny, here."""
 
+import importlib
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "tests/bench/gpu.py"
@@ -37,7 +42,9 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_without_a_gpu_it_is_one_line() -> None:
     done = bench()
     assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(r"setup: \d+ s no CUDA device here .*: --small runs every row.*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"setup: \d+ s no CUDA device here .*: --small runs every row.*\n", done.stderr), (
+        done.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +78,36 @@ def test_what_must_be_equal_on_one_device_is(small: tuple[dict, str]) -> None:
 def test_the_docs_have_every_row() -> None:
     section = (ROOT / "docs/recipes.md").read_text().split("### On a GPU")[1]
     assert [row for row in FIGURES if f"| {row} |" not in section] == []
+
+
+def failing(at: object) -> Iterator[tuple[str, dict]]:
+    yield "begun", {"figure": 1}
+    raise ValueError("a first line\nand a second one")
+
+
+def killed(at: object) -> Iterator[tuple[str, dict]]:
+    yield "begun", {"figure": 1}
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def late(at: object) -> Iterator[tuple[str, dict]]:
+    yield "begun", {"process": subprocess.Popen(["sleep", "100"]).pid}
+    time.sleep(100)
+
+
+def test_a_row_that_fails_dies_or_is_late_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    rows = importlib.import_module("rows")
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # other tests ask for devices
+    at = rows.Bench(tmp_path, small=True)
+    found = {row.__name__: rows.apart(row, at, seconds=2) for row in (failing, killed, late)}
+    errors = [row["error"] for row in found.values()]
+    assert errors == ["ValueError: a first line", "its process died", "stopped after 2 s"]
+    assert all(list(row["lines"]) == ["begun"] and row["seconds"] < 10 for row in found.values())
+    assert "and a second one" in found["failing"]["log"]
+    sleeping = Path(f"/proc/{found['late']['lines']['begun']['process']}/stat")
+    assert not sleeping.exists() or sleeping.read_text().split()[2] == "Z"  # nobody buries it here
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert "CUDA was in use" in rows.apart(failing, at, seconds=2)["error"]

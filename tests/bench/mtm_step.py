@@ -35,7 +35,8 @@ def training_step(
 ) -> Callable[[], None]:
     """What is measured, with a model of its own; `alone`: no view and no update."""
     codebook = torch.randn(CODES, 32)
-    view = SeitPPView(codebook, CROP, adapt=TokenAdapt() if adapted else None, adapted=adapted).to(device)
+    adapt = TokenAdapt() if adapted else None
+    view = SeitPPView(codebook, size=CROP, adapt=adapt, tokenadapt_fraction=adapted).to(device)
     model = MTM().to(device).train()
     optimizer = adamw(model, 0.05, (0.9, 0.95))
     stored = torch.randint(CODES, (batch, STORED, STORED), device=device)

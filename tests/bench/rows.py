@@ -141,19 +141,19 @@ def apart(row: Callable[[Bench], Lines], at: Bench, seconds: float) -> dict[str,
 def _send(row: Callable[[Bench], Lines], at: Bench, sender: Any, log: Path) -> None:
     """In the process of a row: send its lines, then None, or the error in one line."""
     os.setsid()  # with all that it starts it is a group, of which nothing stays
-    with log.open("w") as file:
+    with log.open("w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        if torch.cuda._is_in_bad_fork():
-            raise RuntimeError("CUDA was in use before this process was made")
-        for line in row(at):
-            sender.send(line)
-        sender.send(None)
-    except Exception as error:
-        traceback.print_exc()
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        sender.send(kind + str(error).strip().split("\n")[0])
+        try:
+            if torch.cuda._is_in_bad_fork():
+                raise RuntimeError("CUDA was in use before this process was made")
+            for line in row(at):
+                sender.send(line)
+            sender.send(None)
+        except Exception as error:
+            traceback.print_exc(file=file)
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            sender.send(kind + str(error).strip().split("\n")[0])
 
 
 def shown(value: float | bool) -> str:
