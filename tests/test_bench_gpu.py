@@ -71,6 +71,7 @@ def test_what_must_be_equal_on_one_device_is(small: tuple[dict, str]) -> None:
     rows, _ = small
     assert all(figures["relative difference"] == 0 for figures in rows["presets"]["lines"].values())
     assert all(figures["same bits"] for figures in rows["resume"]["lines"].values())
+    assert list(rows["resume"]["lines"])[1] == "killed after 7, resumed from step-00000004"
     differences = [figures["mean relative difference"] for figures in rows["precisions"]["lines"].values()]
     assert differences[0] == 0 and all(0 < difference < 1e-2 for difference in differences[1:])
 

@@ -10,7 +10,6 @@ keeps what it has measured.
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import re
@@ -33,7 +32,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
-from rows import FORK, Bench, Lines, apart, rate, seconds_of, table, train
+from rows import FORK, HEADER, Bench, Lines, apart, losses_of, rate, seconds_of, table_lines, train
 
 from seitpp import StoreWriter
 from seitpp.engine.machine import device_name, git_commit, peak_memory
@@ -232,22 +231,21 @@ def resume(at: Bench) -> Lines:
         process.join()
         if process.exitcode != (-signal.SIGKILL if kill else 0):
             raise RuntimeError(f"the run in {out.name} ended with {process.exitcode}")
-    for name, out in (("again", again), ("killed after 7, resumed at 4", killed)):
-        states = [sorted((folder / "checkpoints/step-00000012").glob("*.safetensors")) for folder in (once, out)]
-        here, there = ([path.read_bytes() for path in state] for state in states)
+        if kill:
+            resumed = (out / "checkpoints/LATEST").read_text()
+    for name, out in (("again", again), (f"killed after 7, resumed from {resumed}", killed)):
+        states = [
+            [(run / "checkpoints/step-00000012" / file).read_bytes() for run in (once, out)]
+            for file in ("model.safetensors", "optimizer.safetensors")
+        ]
         difference = max(abs(a - b) for a, b in zip(losses_of(once), losses_of(out), strict=True))
-        yield name, {"same bits": here == there, "largest difference of a loss": difference}
-
-
-def losses_of(run: Path) -> list[float]:
-    """Of every update of a run."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        same = all(here == there for here, there in states)
+        yield name, {"same bits": same, "largest difference of a loss": difference}
 
 
 # The rows, and what share of the time that is left each may take; what it does not take is there for the others.
 ROWS = {presets: 50, mtm: 70, others: 50, tokenize: 30, probing: 20, precisions: 40, fsdp: 30, resume: 35}
 ROWS |= {compiled: 125}
-SETUP = {setup: 30}
 
 
 def goals(step: dict[str, float]) -> Lines:
@@ -263,20 +261,22 @@ def goals(step: dict[str, float]) -> Lines:
 
 
 def measure(shares: dict[Callable[[Bench], Lines], float], small: bool) -> dict[str, dict[str, Any]]:
-    """Rows and their shares of the time, one after the other, and then the goals. Ends the program where `setup`
-    fails.
+    """Rows and their shares of the time, one after the other, then the goals; each is printed when it is there.
+    Ends the program where `setup` fails.
     """
     rows, rest, end = {}, sum(shares.values()), time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory(prefix="seitpp-gpu-") as folder:
         for row, share in shares.items():
-            left = end - time.monotonic()
-            found = rows[row.__name__] = apart(row, Bench(Path(folder), small), left * share / rest)
+            found = apart(row, Bench(Path(folder), small), (end - time.monotonic()) * share / rest)
             rest -= share
             print(f"{row.__name__}: {found['seconds']:.0f} s {found['error'] or ''}", file=sys.stderr, flush=True)
             if row is setup and found["error"]:
                 sys.exit(2)
+            rows[row.__name__] = found
+            print(HEADER * (row is setup) + table_lines(row.__name__, found), end="", flush=True)
     for step in rows.get("compiled", {"lines": {}})["lines"].values():
         rows["goals"] = {"lines": dict(goals(step)), "seconds": 0.0, "error": None}
+        print(table_lines("goals", rows["goals"]), end="")
     return rows
 
 
@@ -289,8 +289,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.small:
         MATMUL_SIDE["cpu"] = 256
-    rows = measure(SETUP | {named[name]: ROWS[named[name]] for name in given.only}, given.small)
-    print(table(rows))
+    rows = measure({setup: 30} | {named[name]: ROWS[named[name]] for name in given.only}, given.small)
     if given.out:
         origin = {"small": given.small, "torch": torch.__version__, "git_commit": git_commit()}
         given.out.write_text(json.dumps({**origin, "rows": rows}, indent=1))

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ DATA_SHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100
 FORK = multiprocessing.get_context("fork")  # what is imported once is there in every process
 GRACE, LOG = 30, 8000  # seconds in which a process that has said its last ends; characters of a log that are kept
 
+HEADER = "| row | what | measured |\n|---|---|---|\n"
 Lines = Iterator[tuple[str, dict[str, Any]]]  # what was measured, and its figures by name
 
 
@@ -99,6 +101,11 @@ def rate(at: Bench, recipe: str, words: list, batch: int) -> tuple[dict[str, flo
     return {**figures, "data wait %": 100 * last["data_wait"], "peak GiB": last["memory_gib"]}, held
 
 
+def losses_of(run: Path) -> list[float]:
+    """Of every update of a run, by its folder."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def seconds_of(function: Callable[[], torch.Tensor], calls: int) -> float:
     """Of one of so many calls, after one that does not count; the last result is waited for."""
     function().sum().item()
@@ -163,12 +170,9 @@ def shown(value: float | bool) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line for everything that was measured, and for every error."""
-    text = ["| row | what | measured |", "|---|---|---|"]
-    for name, row in rows.items():
-        for line, figures in row["lines"].items():
-            text.append(f"| {name} | {line} | {', '.join(f'{key} {shown(v)}' for key, v in figures.items())} |")
-        if row["error"]:
-            text.append(f"| {name} | error | {row['error']} |")
-    return "\n".join(text)
+def table_lines(name: str, row: dict[str, Any]) -> str:
+    """Markdown: a line for everything that was measured in a row, and for its error."""
+    text = ""
+    for line, figures in row["lines"].items():
+        text += f"| {name} | {line} | {', '.join(f'{key} {shown(value)}' for key, value in figures.items())} |\n"
+    return text + (f"| {name} | error | {row['error']} |\n" if row["error"] else "")
