@@ -31,7 +31,7 @@ from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
 from seitpp.objectives.vq import WEIGHTS, vq_losses, weighted_sum
-from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, code_counts, refine, usage
+from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, refine, tally, usage
 from seitpp.tokenizers.images import ImageDataset, ImageSource, hold_out, open_source
 from seitpp.tokenizers.transformer import TransformerShape
 from seitpp.tokens.dataset import BatchOrder, evaluation_loader
@@ -181,7 +181,7 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
         output = model(images)
         with run.accelerator.autocast():
             losses = vq_losses(output, images, perceptual)
-        perplexity = training.count(run.accelerator.reduce(code_counts(output.ids, config.num_codes)))
+        perplexity = training.count(run.accelerator.reduce(tally(output.ids, config.num_codes)))
         if run.accelerator.sync_gradients and restart_due(step, steps, tokens, config.num_codes):
             training.restart(run.accelerator.gather(output.vectors), config.seed, step, optimizer)
         terms = {name: loss.detach() for name, loss in losses.items()}
@@ -204,7 +204,7 @@ def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -
         images = batch.to(run.device).images.float() / 255
         ids = tokenizer.encode(images)
         decoded = tokenizer.decode(ids)
-        counts += code_counts(ids, len(counts))
+        counts += tally(ids, len(counts))
         sums += quality(decoded, images).sum(dim=0)
     used = usage(run.accelerator.reduce(counts))
     mean_psnr, mean_ssim = (run.accelerator.reduce(sums) / len(dataset)).tolist()

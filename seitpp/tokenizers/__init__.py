@@ -2,7 +2,7 @@
 
 from seitpp.tokenizers import adapters
 from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, by_frequency, nearest
-from seitpp.tokenizers.counts import Usage, code_counts, restart_dead_codes, usage
+from seitpp.tokenizers.counts import Usage, code_counts, restart_dead_codes, tally, usage
 from seitpp.tokenizers.loading import load
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 from seitpp.tokenizers.refined import RefinedPatchKMeans, refine
@@ -23,5 +23,6 @@ __all__ = [
     "nearest",
     "refine",
     "restart_dead_codes",
+    "tally",
     "usage",
 ]

@@ -34,7 +34,13 @@ class Usage(NamedTuple):
 
 def code_counts(ids: Tensor, num_codes: int) -> Tensor:
     """How often each code is seen in ids of any shape: (K,) int64. Raises TokenizerError for ids beyond K."""
-    return torch.bincount(check_ids(ids, num_codes, "code_counts").flatten(), minlength=num_codes)
+    return tally(check_ids(ids, num_codes, "code_counts"), num_codes)
+
+
+def tally(ids: Tensor, num_codes: int) -> Tensor:
+    """The counts (K,) int64 of ids (any shape, int64) that are in [0, K), without a look: the host need not wait."""
+    ids = ids.flatten()
+    return torch.zeros(num_codes, dtype=torch.long, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
 
 
 def usage(counts: Tensor) -> Usage:
@@ -58,7 +64,8 @@ def restart_dead_codes(
     `codebook` (K, D) and `counts` (K,) since the last restart; `generator` is a CPU one. The moments of these
     codes in `optimizer`, an Adam, become 0: those of the old places would move the codes away from the new ones.
     """
-    dead = (counts < DEAD_BELOW * counts.double().mean()).nonzero().flatten()
+    counts = counts.cpu()  # a restart is rare: it may wait for the device, which may have no float64
+    dead = (counts < DEAD_BELOW * counts.double().mean()).nonzero().flatten().to(codebook.device)
     chosen = torch.randint(len(vectors), (len(dead),), generator=generator)
     codebook[dead] = vectors[chosen.to(vectors.device)].to(codebook.dtype)
     for name in MOMENTS & optimizer.state.get(codebook, {}).keys():  # there are none before the first update

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seitpp.tokenizers.base import TokenizerError, TokenizerSpec
-from seitpp.tokenizers.counts import code_counts, restart_dead_codes
+from seitpp.tokenizers.counts import code_counts, restart_dead_codes, tally
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 from seitpp.tokenizers.transformer import Transformer, TransformerShape, sincos_positions
 
@@ -155,7 +155,7 @@ def _train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        counts += code_counts(ids, len(counts))
+        counts += tally(ids, len(counts))
         if counts.sum() >= TOKENS_PER_CODE * len(counts) and step < RESTART_UNTIL * steps:
             restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator, optimizer)
             counts.zero_()
