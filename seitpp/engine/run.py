@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
 from seitpp.engine import checkpoint, sharded, zero
+from seitpp.engine.accumulation import Sharing, share_out
 from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.machine import check_installed, check_launch, device_name, git_commit
@@ -56,7 +57,6 @@ class Run:
         self.started = time.perf_counter()
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
         )
         check_launch(self.accelerator)
         check_precision(config.precision, self.accelerator.device, self.zero)
@@ -137,16 +137,20 @@ class Run:
         lr: Callable[[int], float],
         clip: float | None = None,
         ema: ModelEmaV3 | None = None,
+        sharing: Sharing | None = None,
     ) -> nn.Module:
         """Wrap the model for this launch and, with --resume, restore the newest whole checkpoint.
 
         `order` says which images a batch holds; `store` is the fingerprint of the training data; `lr` gives the
         learning rate of each update; `clip` is the largest gradient norm; `ema` a moving average of the weights,
-        which follows every update. Raises RunError if the processes do not divide the batch, CheckpointError for a
-        checkpoint of another model or store.
+        which follows every update; `sharing` says what a step needs of a GPU's memory, so that the number of
+        images at a time can be chosen or checked. Raises RunError if the processes do not divide the batch or it
+        does not fit, CheckpointError for a checkpoint of another model or store.
         """
         self._check_shares(order.batch_size)
         self._check_agreed("the training data", store)
+        self.accumulation = share_out(self.accelerator, self.config, model, order.batch_size, sharing)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
         self.start()
         self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
@@ -154,7 +158,7 @@ class Run:
         if self.config.compile:
             model.compile()
         if self.zero:
-            zero.configure(self.accelerator, model, order.batch_size, self.config.accumulation, clip)
+            zero.configure(self.accelerator, model, order.batch_size, self.accumulation, clip)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if self.zero:
             self.plain_optimizer = zero.ZeroOptimizer(optimizer)
@@ -192,7 +196,7 @@ class Run:
         the caller must call `update` once.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        accumulation, workers = self.config.accumulation, self.config.workers
+        accumulation, workers = self.accumulation, self.config.workers
         checkpoint_steps, evaluation_steps = max(1, checkpoint_steps), max(1, evaluation_steps)
         if self.config.dry_run:  # one step, and once resumed another one
             steps, checkpoint_steps, evaluation_steps = min(steps, self.step + 1), 1, 1
@@ -319,7 +323,7 @@ class Run:
             self.step = found.step
 
     def _check_shares(self, batch_size: int) -> None:
-        ranks, accumulation = self.accelerator.num_processes, self.config.accumulation
+        ranks, accumulation = self.accelerator.num_processes, self.config.accumulation or 1
         if batch_size % (ranks * accumulation):
             raise RunError(
                 f"global batch {batch_size} on {ranks} processes x {accumulation} accumulation steps: "
@@ -366,7 +370,7 @@ class Run:
         """Write what `rank` saw in the update number `step`. All that is random in it follows from seed, epoch and
         indices, so that from a checkpoint before it the update can be repeated.
         """
-        accumulation, ranks = self.config.accumulation, self.accelerator.num_processes
+        accumulation, ranks = self.accumulation, self.accelerator.num_processes
         indices = np.concatenate(list(self.order.shares(range(step, step + 1), rank, ranks, accumulation)))
         batch = self.dataset.__getitems__(indices.tolist())._asdict()
         known = {"step": step, "epoch": step // self.order.steps_per_epoch, "seed": self.config.seed, "rank": rank}
