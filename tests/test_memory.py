@@ -1,14 +1,14 @@
 """Memory: bytes of a step by hand and against a real one, how a batch is shared out, the table in the docs."""
 
+import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from test_fraction import recipe
+from test_fraction import RECIPES, recipe, smoke
 from test_recipes import metrics
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -99,23 +99,22 @@ def test_the_published_models() -> None:
 def test_the_table_in_the_docs_is_what_is_counted() -> None:
     memory = bench()
     text = (ROOT / "docs/recipes.md").read_text()
-    rows = dict(line.strip("| ").split(" | ", 1) for line in text.split(memory.HEADER)[1].splitlines() if line)
+    lines = text.split(memory.HEADER)[1].split("\n\n")[0].splitlines()[2:]
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (row[1:-1].split("|") for row in lines)
+    }
     cases = [case for case in memory.cases() if not case.name.startswith(("tokenizer_train", "segment"))]
     for case in cases:
-        counted = [cell.strip() for cell in memory.row(case).strip("| ").split("|")][1:]
-        written = [cell.strip() for cell in rows[case.name].split("|")]
-        assert len(written) == len(counted)
-        for one, two in zip(written, counted, strict=True):
+        counted = [cell.strip() for cell in memory.row(case)[1:-1].split("|")[1:]]
+        for one, two in zip(rows[case.name], counted, strict=True):
             assert (one == two == "") or number(one) == pytest.approx(number(two), rel=0.1), case.name
 
 
 def bench():
-    sys.path.insert(0, str(ROOT / "tests/bench"))
-    try:
-        import memory
-    finally:
-        sys.path.pop(0)
-    return memory
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "tests/bench/memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def number(cell: str) -> float:
@@ -199,6 +198,15 @@ def test_a_run_chooses_prints_and_goes_on_with_another_number_elsewhere(card, tm
     module.main(replace(config, resume=True))
     module.main(replace(config, out=str(tmp_path / "whole")))
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "whole")], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "mtm_pretrain"])
+def test_every_recipe_counts_its_step(name: str, card, tmp_path) -> None:
+    config = smoke(name, tmp_path)
+    card(MIB)
+    with pytest.raises(RunError, match="images at a time need .* GiB are free on the device"):
+        recipe(name).main(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_begins(card, tmp_path) -> None:

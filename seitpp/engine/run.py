@@ -156,6 +156,8 @@ class Run:
         self.order, self.store_fingerprint = order, store
         self._template = copy.deepcopy(model).cpu() if self.sharded else None
         if self.config.compile:
+            # Inside DDP, not around it: torch then cuts the graph where DDP sends gradients, so that the backward
+            # pass hides the sending (its DDPOptimizer asks which DDP is running, not what was compiled).
             model.compile()
         if self.zero:
             zero.configure(self.accelerator, model, order.batch_size, self.accumulation, clip)
