@@ -204,7 +204,7 @@ def test_a_run_chooses_prints_and_goes_on_with_another_number_elsewhere(card, tm
 def test_every_recipe_counts_its_step(name: str, card, tmp_path) -> None:
     config = smoke(name, tmp_path)
     card(MIB)
-    with pytest.raises(RunError, match="images at a time need .* GiB are free on the device"):
+    with pytest.raises(RunError, match=r"images at a time need .* GiB are free on the device"):
         recipe(name).main(config)
     assert not (tmp_path / "run").exists()
 
