@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from timm.utils import unfreeze
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp import plots
@@ -36,16 +36,20 @@ from seitpp.augment import (
     SeitPPFinetuneView,
     SeitView,
 )
+from seitpp.augment.mix import SoftLabels
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.data import adapt_zeros, check_codes, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
+from seitpp.engine.memory import Trial
 from seitpp.engine.optim import OPTIMIZERS
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.models import (
     Saved,
+    TokenAdapt,
     choose_trained,
     classifier_from,
     input_kind,
@@ -195,6 +199,7 @@ def main(config: Config) -> None:
         task.fingerprint,
         lr=lambda step: warmup_cosine(step, steps, warmup, peak, final=config.last_lr),
         clip=config.clip,
+        sharing=Sharing(zeros_loss(task.zeros, config.adapted), tuple(filter(None, [task.adapt])), 4),
     )
     learned, of_all = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or everything) / 1e6
@@ -247,6 +252,8 @@ class Task(NamedTuple):
     model: nn.Module
     fingerprint: str  # of the data
     known: tuple  # codebook, class names and window, for save_classifier
+    zeros: Tensor  # one image as the model takes it
+    adapt: TokenAdapt | None = None
 
 
 def token_task(config: Config, run: Run, source: Saved) -> Task:
@@ -271,6 +278,7 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         raise UserError(f"a grid of {size}: the views cut squares, name a side of at most {min(size)} with --size")
     model = classifier_from(source.model, train.num_classes, size, config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
+    adapt = None
     if kind == "ids":
         adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
         view = SeitPPFinetuneView(
@@ -301,6 +309,8 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         model,
         train.fingerprint,
         (codebook_fingerprint(train.codebook), train.class_names, window),
+        torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
+        adapt,
     )
 
 
@@ -331,7 +341,22 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
         model,
         f"{len(train)} images of {len(names)} classes",
         (None, names, None),
+        torch.zeros(3, size, size),
     )
+
+
+def zeros_loss(zeros: Tensor, adapted: float) -> Trial:
+    """A step on zeros, by which its memory is counted; the share `adapted` goes through TokenAdapt before."""
+
+    def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
+        if adapt:
+            adapt_zeros(adapt, round(adapted * images), device)
+        labels = torch.zeros(images, dtype=torch.long, device=device)
+        targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
+        inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)
+        return soft_label_loss(model(inputs), targets, 0.1)
+
+    return loss
 
 
 if __name__ == "__main__":

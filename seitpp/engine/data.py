@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from seitpp.engine.run import Run
@@ -113,6 +114,14 @@ def check_codes(codebook: np.ndarray, source: str, saved: Saved, checkpoint: str
             f"the codebook of {source} has {found} {what}, {checkpoint} takes {expected}: "
             "name the store of its tokenizer"
         )
+
+
+def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
+    """What a view does to so many images by TokenAdapt, as far as it takes memory."""
+    height, width = adapt.crop
+    with torch.no_grad():
+        adapt.convert(torch.zeros(images, adapt.settings["code_dim"], *adapt.grid, device=device))
+        adapt.invert(torch.zeros(images, adapt.settings["code_dim"], 2 * height, 2 * width, device=device))
 
 
 def open_tokenadapt(path: str, codebook: np.ndarray, source: str) -> TokenAdapt:
