@@ -21,7 +21,9 @@ def linear_cross_entropy(vectors: Tensor, table: Tensor, bias: Tensor, targets: 
     autocast the product has its dtype, all else is float32. Gradients go to `vectors` and `bias`, none to `table`.
     """
     kind = vectors.device.type
-    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vectors.dtype
+    # The meta device, where operations are counted, has none.
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    product = torch.get_autocast_dtype(kind) if autocast else vectors.dtype
     loss, accuracy, _, _ = _linear_cross_entropy(vectors, table.detach(), bias, targets, product)
     return loss, accuracy
 
