@@ -36,13 +36,18 @@ from seitpp.augment import (
     SeitPPFinetuneView,
     SeitView,
 )
-from seitpp.augment.mix import SoftLabels
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import adapt_zeros, check_codes, open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.data import (
+    check_codes,
+    classifier_trial,
+    open_splits,
+    open_tokenadapt,
+    training_part,
+    window_of,
+)
 from seitpp.engine.evaluate import predict
-from seitpp.engine.memory import Trial
 from seitpp.engine.optim import OPTIMIZERS
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
@@ -199,7 +204,7 @@ def main(config: Config) -> None:
         task.fingerprint,
         lr=lambda step: warmup_cosine(step, steps, warmup, peak, final=config.last_lr),
         clip=config.clip,
-        sharing=Sharing(zeros_loss(task.zeros, config.adapted), tuple(filter(None, [task.adapt])), 4),
+        sharing=Sharing(classifier_trial(task.zeros, config.adapted), tuple(filter(None, [task.adapt])), 4),
     )
     learned, of_all = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or everything) / 1e6
@@ -343,20 +348,6 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
         (None, names, None),
         torch.zeros(3, size, size),
     )
-
-
-def zeros_loss(zeros: Tensor, adapted: float) -> Trial:
-    """A step on zeros, by which its memory is counted; the share `adapted` goes through TokenAdapt before."""
-
-    def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
-        if adapt:
-            adapt_zeros(adapt, round(adapted * images), device)
-        labels = torch.zeros(images, dtype=torch.long, device=device)
-        targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
-        inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)
-        return soft_label_loss(model(inputs), targets, 0.1)
-
-    return loss
 
 
 if __name__ == "__main__":

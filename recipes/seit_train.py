@@ -23,18 +23,15 @@ from typing import Literal
 import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 
 import seitpp.models  # noqa: F401 (makes timm know our models)
 from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
-from seitpp.augment.mix import SoftLabels
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.data import classifier_trial, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
-from seitpp.engine.memory import Trial
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS
 from seitpp.engine.run import Run
@@ -180,7 +177,8 @@ def main(config: Config) -> None:
     ).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
-    run.flops_per_image = count_flops(model, torch.zeros(1, codebook.shape[1], size, size, device="meta"))
+    zeros = torch.zeros(codebook.shape[1], size, size)
+    run.flops_per_image = count_flops(model, zeros.unsqueeze(0).to("meta"))
 
     # 5. Optimisation: linear warm-up, then half a cosine, update by update.
     steps = order.steps(config.epochs)
@@ -197,7 +195,7 @@ def main(config: Config) -> None:
         lr=lambda step: warmup_cosine(step, steps, warmup, peak, config.first_lr, config.last_lr),
         clip=config.clip,
         ema=ema,
-        sharing=Sharing(zeros_loss(codebook.shape[1], size), multiple=4),
+        sharing=Sharing(classifier_trial(zeros, config.adapted), tuple(filter(None, [adapt])), multiple=4),
     )
     run.print(
         f"{config}\n{view}\n"
@@ -241,17 +239,6 @@ def main(config: Config) -> None:
         scores = [*run.evaluations.read(), {"step": run.step, **result}]
         plots.curves(scores, ["top1", "top1_ema"], run.out / "validation.png")
     run.finish(result)
-
-
-def zeros_loss(channels: int, size: int) -> Trial:
-    """A step on zeros, by which its memory is counted."""
-
-    def loss(images: int, device: torch.device, model: nn.Module) -> Tensor:
-        labels = torch.zeros(images, dtype=torch.long, device=device)
-        targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
-        return soft_label_loss(model(torch.zeros(images, channels, size, size, device=device)), targets, 0.1)
-
-    return loss
 
 
 if __name__ == "__main__":
