@@ -1,4 +1,4 @@
-"""The token stores of a run: the named one, or the embedded digits; and steps on zeros, which have their shapes."""
+"""The token stores of a run, the named one or the embedded digits, and steps on zeros that have their shapes."""
 
 from typing import Any
 
