@@ -159,7 +159,8 @@ def both_steps(
     device: torch.device, dtype: torch.dtype, batch: int, adapted: float, alone: bool
 ) -> list[Callable[[], None]]:
     """A step of ours and one of the textbook's, with the same weights; `alone`: no view and no update."""
-    view = SeitPPView(torch.randn(CODES, 32), CROP, adapt=TokenAdapt() if adapted else None, adapted=adapted)
+    adapt = TokenAdapt() if adapted else None
+    view = SeitPPView(torch.randn(CODES, 32), size=CROP, adapt=adapt, tokenadapt_fraction=adapted)
     view, keys = view.to(device), Keys(0, 0, torch.arange(batch, device=device))
     stored = torch.randint(CODES, (batch, STORED, STORED), device=device)
     cropped = stored[:, :CROP, :CROP].contiguous()
