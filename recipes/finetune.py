@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from timm.utils import unfreeze
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp import plots
@@ -36,9 +36,17 @@ from seitpp.augment import (
     SeitPPFinetuneView,
     SeitView,
 )
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.data import (
+    check_codes,
+    classifier_trial,
+    open_splits,
+    open_tokenadapt,
+    training_part,
+    window_of,
+)
 from seitpp.engine.evaluate import predict
 from seitpp.engine.optim import OPTIMIZERS
 from seitpp.engine.run import Run
@@ -46,6 +54,7 @@ from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.models import (
     Saved,
+    TokenAdapt,
     choose_trained,
     classifier_from,
     input_kind,
@@ -195,6 +204,7 @@ def main(config: Config) -> None:
         task.fingerprint,
         lr=lambda step: warmup_cosine(step, steps, warmup, peak, final=config.last_lr),
         clip=config.clip,
+        sharing=Sharing(classifier_trial(task.zeros, config.adapted), tuple(filter(None, [task.adapt])), 4),
     )
     learned, of_all = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or everything) / 1e6
@@ -247,6 +257,8 @@ class Task(NamedTuple):
     model: nn.Module
     fingerprint: str  # of the data
     known: tuple  # codebook, class names and window, for save_classifier
+    zeros: Tensor  # one image as the model takes it
+    adapt: TokenAdapt | None = None
 
 
 def token_task(config: Config, run: Run, source: Saved) -> Task:
@@ -271,6 +283,7 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         raise UserError(f"a grid of {size}: the views cut squares, name a side of at most {min(size)} with --size")
     model = classifier_from(source.model, train.num_classes, size, config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
+    adapt = None
     if kind == "ids":
         adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
         view = SeitPPFinetuneView(
@@ -301,6 +314,8 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         model,
         train.fingerprint,
         (codebook_fingerprint(train.codebook), train.class_names, window),
+        torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
+        adapt,
     )
 
 
@@ -331,6 +346,7 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
         model,
         f"{len(train)} images of {len(names)} classes",
         (None, names, None),
+        torch.zeros(3, size, size),
     )
 
 

@@ -25,16 +25,18 @@ from torch import Tensor
 
 from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import check_codes, open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.data import adapt_zeros, check_codes, open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.memory import Trial
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import adamw
 from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
-from seitpp.models import MTM, load_pretrained
+from seitpp.models import MTM, TokenAdapt, load_pretrained
 from seitpp.objectives import MASK_LAWS, mask_plan
 from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
@@ -157,7 +159,14 @@ def main(config: Config) -> None:
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(model, config.weight_decay, config.betas)
     trained = run.prepare(
-        model, optimizer, order, train.fingerprint, lr=lambda step: warmup_cosine(step, steps, warmup, peak)
+        model,
+        optimizer,
+        order,
+        train.fingerprint,
+        lr=lambda step: warmup_cosine(step, steps, warmup, peak),
+        sharing=Sharing(
+            zeros_loss(grid, law.counts(patches, law.highest), config.adapted), (adapt,) if adapt else (), 8
+        ),
     )
     run.print(
         f"{config}\n{view}\n"
@@ -231,6 +240,19 @@ def step_flops(model: MTM, grid: tuple[int, int], counts: tuple[int, int]) -> in
     patches = model.encoder.patch_embed.num_patches
     ids = torch.zeros(1, *grid, dtype=torch.long, device="meta")
     return count_flops(model, ids, mask_plan(torch.zeros(1, patches, device="meta"), *counts), ids)
+
+
+def zeros_loss(grid: tuple[int, int], counts: tuple[int, int], adapted: float) -> Trial:
+    """A step on zeros, by which its memory is counted; the share `adapted` goes through TokenAdapt before."""
+
+    def loss(images: int, device: torch.device, model: MTM, adapt: TokenAdapt | None = None) -> Tensor:
+        if adapt:
+            adapt_zeros(adapt, round(adapted * images), device)
+        ids = torch.zeros(images, *grid, dtype=torch.long, device=device)
+        plan = mask_plan(torch.zeros(images, model.encoder.patch_embed.num_patches, device=device), *counts)
+        return model(ids, plan, targets=ids).loss
+
+    return loss
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
@@ -29,13 +30,17 @@ from downstream.segmentation.extra import load_mmseg
 from downstream.segmentation.view import SegmentView
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import ColorPreset, Keys
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import facts_of, open_tokenadapt
+from seitpp.engine.memory import Trial
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_linear
 from seitpp.errors import UserError
+from seitpp.models import input_kind
+from seitpp.tokenizers import Tokenizer
 from seitpp.tokens.codebook import codebook_fingerprint
 
 if TYPE_CHECKING:
@@ -146,6 +151,7 @@ def main(config: Config) -> None:
         order,
         source.fingerprint,
         lr=lambda step: warmup_linear(step, config.steps, config.warmup_steps, config.lr),
+        sharing=Sharing(zeros_loss(source, config.crop), tuple(filter(None, [source.tokenizer])), 2),
     )
     run.print(
         f"{config}\n{source}; {len(source.class_names)} classes; "
@@ -188,6 +194,35 @@ def main(config: Config) -> None:
         scores = [*run.evaluations.read(), {"step": run.step, **score.summary()}]
         plots.curves(scores, ["mIoU", "aAcc", "mAcc"], run.out / "validation.png")
     run.finish(score.summary())
+
+
+def zeros_loss(source: "Source", crop: int) -> Trial:
+    """A step on zeros, by which its memory is counted."""
+    from downstream.segmentation.model import segmentation_loss
+
+    def cross_entropy(logits: Tensor, samples: list) -> dict[str, Tensor]:
+        labels = torch.cat([sample.gt_sem_seg.data for sample in samples])
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+        return {"loss": F.cross_entropy(logits, labels, reduction="none").mean()}
+
+    def loss(images: int, device: torch.device, model: nn.Module, _: Tokenizer | None = None) -> Tensor:
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):  # which asks for a GPU
+                module.__class__ = nn.BatchNorm2d
+        for head in (model.decode_head, model.auxiliary_head):  # whose accuracy asks for values
+            head.loss_by_feat = cross_entropy
+        side, pixels = source.cells * crop, source.patch * crop
+        vit, shape = model.backbone.vit, (images, side, side)
+        if source.tokenizer:
+            inputs = torch.zeros(images, 3, side, side, device=device)
+        elif input_kind(vit) == "ids":
+            inputs = torch.zeros(shape, dtype=torch.long, device=device)
+        else:
+            inputs = torch.zeros(images, source.codebook.shape[1], side, side, device=device)
+        labels = torch.zeros(images, pixels, pixels, dtype=torch.long, device=device)
+        return segmentation_loss(model, inputs, labels)[0]
+
+    return loss
 
 
 def token_source(config: Config, run: Run) -> "Source":
@@ -236,10 +271,11 @@ def pixel_source(config: Config, run: Run) -> "Source":
 
 def check_share(config: Config, run: Run) -> None:
     """Raise UserError if a process has one image at a time, over which a batch norm of 1 x 1 cells is nothing."""
-    share = config.batch_size / (run.accelerator.num_processes * config.accumulation)
+    accumulation = config.accumulation or 1
+    share = config.batch_size / (run.accelerator.num_processes * accumulation)
     if share < 2:
         raise UserError(
-            f"batch {config.batch_size} on {run.accelerator.num_processes} processes x {config.accumulation} "
+            f"batch {config.batch_size} on {run.accelerator.num_processes} processes x {accumulation} "
             "accumulation steps: expected at least 2 images at a time, for the batch norms"
         )
 

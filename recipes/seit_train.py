@@ -27,9 +27,10 @@ from timm.utils import ModelEmaV3
 import seitpp.models  # noqa: F401 (makes timm know our models)
 from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.data import classifier_trial, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS
@@ -176,7 +177,8 @@ def main(config: Config) -> None:
     ).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
-    run.flops_per_image = count_flops(model, torch.zeros(1, codebook.shape[1], size, size, device="meta"))
+    zeros = torch.zeros(codebook.shape[1], size, size)
+    run.flops_per_image = count_flops(model, zeros.unsqueeze(0).to("meta"))
 
     # 5. Optimisation: linear warm-up, then half a cosine, update by update.
     steps = order.steps(config.epochs)
@@ -193,6 +195,7 @@ def main(config: Config) -> None:
         lr=lambda step: warmup_cosine(step, steps, warmup, peak, config.first_lr, config.last_lr),
         clip=config.clip,
         ema=ema,
+        sharing=Sharing(classifier_trial(zeros, config.adapted), tuple(filter(None, [adapt])), multiple=4),
     )
     run.print(
         f"{config}\n{view}\n"

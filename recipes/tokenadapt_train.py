@@ -23,7 +23,9 @@ from torch.utils.data import Dataset
 
 from seitpp import plots, tokenizers
 from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
+from seitpp.augment.geometry import Geometry
 from seitpp.augment.maps import centre_window
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import ON_DIGITS, training_part
@@ -147,7 +149,13 @@ def main(config: Config) -> None:
     optimizer = adamw(model, config.weight_decay, config.betas)
     seen = f"{tokenizer.fingerprint} of {len(train)} images"  # what a resumed run must find again
     model = run.prepare(
-        model, optimizer, order, seen, lambda step: warmup_cosine(step, steps, warmup, peak), config.clip
+        model,
+        optimizer,
+        order,
+        seen,
+        lambda step: warmup_cosine(step, steps, warmup, peak),
+        config.clip,
+        sharing=Sharing(zeros_loss, tuple(pair)),
     )
     run.print(
         f"{config}\n{len(train):,} images to train on, {len(validation):,} held out; {grid[0]} x {grid[1]} tokens "
@@ -178,6 +186,19 @@ def main(config: Config) -> None:
         plots.curves(run.log.read(), ["loss", "accuracy"], run.out / "losses.png")
         plots.picture_grid(show(trained, pair, validation, config, run), run.out / "augmented.png")
     run.finish(result)
+
+
+def zeros_loss(
+    images: int, device: torch.device, model: TokenAdapt, whole: Tokenizer, augmented: Tokenizer
+) -> Tensor:
+    """A step on zeros, by which its memory is counted."""
+    for tokenizer in (whole, augmented):
+        ids = tokenizer.encode(torch.zeros(images, 3, *tokenizer.spec.image_size, device=device))
+    boxes = torch.zeros(images, 4, dtype=torch.long, device=device)
+    flipped, matrices = boxes[:, 0].bool(), torch.zeros(images, 3, 3, device=device)
+    geometry = Geometry(flipped, matrices, boxes, model.grid[0], model.crop[0])
+    maps = torch.zeros(images, model.settings["code_dim"], *model.grid, device=device)
+    return adapt_loss(model(maps, geometry), ids)
 
 
 def augmentations(config: Config) -> dict[str, dict]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
+from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import training_part
@@ -166,7 +167,14 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
     peak = config.base_lr * config.batch_size / 256
     optimizer = adamw(training, config.weight_decay, config.betas)
     seen = f"{len(train)} images"  # beside the settings, what a resumed run must find again
-    model = run.prepare(training, optimizer, order, seen, lambda step: warmup_cosine(step, steps, warmup, peak))
+    model = run.prepare(
+        training,
+        optimizer,
+        order,
+        seen,
+        lambda step: warmup_cosine(step, steps, warmup, peak),
+        sharing=Sharing(zeros_loss, (perceptual,) if perceptual else ()),
+    )
     run.print(
         f"{sum(p.numel() for p in training.tokenizer.parameters()) / 1e6:.2f} M parameters; {steps} steps "
         f"of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step {run.step}; "
@@ -192,6 +200,14 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
         shown = [name for name in (*WEIGHTS, "perplexity") if name in records[0]]
         plots.curves(records, shown, run.out / "losses.png")
     return training.tokenizer
+
+
+def zeros_loss(
+    images: int, device: torch.device, model: VQTraining, perceptual: VGGDistance | None = None
+) -> Tensor:
+    """A step on zeros, by which its memory is counted."""
+    pixels = torch.zeros(images, 3, *model.tokenizer.spec.image_size, device=device)
+    return weighted_sum(vq_losses(model(pixels), pixels, perceptual))
 
 
 def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -> dict:

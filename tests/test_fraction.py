@@ -74,14 +74,19 @@ def test_few_labels_are_so_many_of_each_class() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_that_trains_takes_a_share(name: str, tmp_path: Path) -> None:
-    module = recipe(name)
-    config = replace(module.PRESETS["smoke"], fraction=1.5, out=str(tmp_path / "run"))
-    if name == "finetune":
-        MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 2).save(tmp_path / "model.safetensors", codebook())
-        config = replace(config, checkpoint=str(tmp_path / "model.safetensors"))
+    config = replace(smoke(name, tmp_path), fraction=1.5)
     with pytest.raises(UserError, match=r"--fraction 1\.5: expected a share"):
-        module.main(config)
+        recipe(name).main(config)
     assert not (tmp_path / "run").exists()
+
+
+def smoke(name: str, folder: Path):
+    """The smoke preset of a recipe, to run in FOLDER/run."""
+    config = replace(recipe(name).PRESETS["smoke"], out=str(folder / "run"))
+    if name == "finetune":
+        MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 2).save(folder / "model.safetensors", codebook())
+        config = replace(config, checkpoint=str(folder / "model.safetensors"))
+    return config
 
 
 def codebook() -> str:

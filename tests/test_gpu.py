@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from seitpp import StoreWriter
+from seitpp.augment import Keys, SeitPPView, SeitView
 from seitpp.models import MTM, TokenAdapt, save_classifier
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
@@ -151,3 +154,30 @@ def test_two_steps_of_every_published_preset(
         check(report)
         assert report["steps"] == 2
     assert len(reports) > 25
+
+
+@pytest.mark.parametrize("kind", ["masked", "supervised"])
+def test_a_compiled_view_is_one_graph(kind: str) -> None:
+    """No break, the same ids, and one more graph when the epoch is seen to change."""
+    torch._dynamo.reset()
+    counters.clear()
+    codebook, ids, labels = torch.randn(64, 32), torch.randint(64, (16, 8, 8)), torch.arange(16)
+    if kind == "masked":
+        view, given = SeitPPView(codebook, size=6, adapt=some_adapt(), color="coloradapt"), (ids.to(torch.uint16),)
+    else:
+        view, given = SeitView(codebook, size=6, color="release", mixup=0.8), (ids.to(torch.uint16), labels)
+    draws = [Keys(1, epoch, torch.arange(16) + 16 * step) for epoch in range(3) for step in range(2)]
+    plain = [view(*given, keys) for keys in draws]
+    view.compile(backend="eager")
+    for expected, keys in zip(plain, draws, strict=True):
+        found = view(*given, keys)
+        assert torch.equal(*((found, expected) if kind == "masked" else (found[0], expected[0])))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def some_adapt() -> TokenAdapt:
+    """Weights that send tokens to many codes."""
+    adapt = TokenAdapt((8, 8), (6, 6), 64, 32, width=64, heads=1, mlp=256)
+    for parameter in adapt.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return adapt

@@ -17,7 +17,7 @@ from scipy import stats
 from seitpp.augment import Keys
 from seitpp.errors import UserError
 from seitpp.models import MTM, save_classifier
-from seitpp.objectives import MASK_LAWS, fill_hidden, hidden_tokens, mask_plan, masked_token_loss
+from seitpp.objectives import MASK_LAWS, decoding, fill_hidden, hidden_tokens, mask_plan, masked_token_loss
 from seitpp.objectives.decoding import (
     DecodingError,
     cosine_counts,
@@ -120,7 +120,7 @@ def test_plan_drops_hidden_patches_as_in_training() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_randomness_belongs_to_the_image(temperature: float) -> None:
+def test_randomness_belongs_to_the_image(temperature: float, monkeypatch) -> None:
     hidden = some_region()
 
     def fill(places: list[int], seed: int = 0) -> torch.Tensor:
@@ -132,6 +132,12 @@ def test_randomness_belongs_to_the_image(temperature: float) -> None:
     assert torch.equal(fill([0, 1, 2, 3]), together)
     assert torch.equal(fill([2]), together[2:3]) and torch.equal(fill([3, 0]), together[[3, 0]])
     assert not torch.equal(fill([0, 1, 2, 3], seed=1), together)
+    batches = []
+    with MODEL.register_forward_hook(lambda model, inputs, logits: batches.append(len(logits))):
+        for images in (1, 3):
+            monkeypatch.setattr(decoding, "LOGIT_CELLS", images * 64 * CODES)
+            assert torch.equal(fill([0, 1, 2, 3]), together)
+    assert batches == [1] * 16 + [3] * 4 + [1] * 4
 
 
 def test_codes_are_drawn_from_the_tempered_softmax() -> None:

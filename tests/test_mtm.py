@@ -6,9 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from bench.mtm_step import TextbookMTM
 from scipy import stats
+from torch._dynamo.utils import counters
 
 from seitpp.augment import Keys
+from seitpp.engine.metrics import count_flops
 from seitpp.models import MTM, ModelError, TokenAdapt, load_mtm, to_release
 from seitpp.objectives import (
     MASK_LAWS,
@@ -67,10 +70,76 @@ def test_first_loss_is_ln_k() -> None:
     assert abs(loss.item() - math.log(64)) < 0.05
 
 
+def gradients(model: MTM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("codes", "masked"), [(7, 7), (391, 10), (5000, 16)])
+def test_training_sees_the_loss_of_the_logits(codes: int, masked: int) -> None:
+    """`targets` change how the loss is computed, not the loss: in float32 to rounding, under autocast roughly."""
+    model, (ids, plan) = small_model(num_codes=codes, dropout=0.0), batch(masked=masked)
+    ids = ids % codes
+    torch.nn.init.normal_(model.head.bias)
+    torch.nn.init.normal_(model.encoder.patch_embed.token_emb.weight)  # else only the bias says what is likely
+    for precision, near, close in ((torch.float32, 1e-6, 1e-4), (torch.bfloat16, 1e-3, 0.03)):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits = model(ids, plan)
+            found = model(ids, plan, targets=ids)
+        assert found.loss.dtype == torch.float32
+        loss = masked_token_loss(logits, ids, plan)
+        torch.testing.assert_close(found.loss, loss, atol=0, rtol=near)
+        torch.testing.assert_close(found.accuracy, masked_token_accuracy(logits, ids, plan), atol=0.02, rtol=0)
+        expected = gradients(model, loss)
+        for name, gradient in gradients(model, found.loss).items():
+            assert (gradient - expected[name]).norm() <= close * expected[name].norm(), name
+    assert expected.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_agrees_with_the_textbook() -> None:
+    """The same model in plain PyTorch, all logits at once."""
+    model, (ids, plan) = small_model(dropout=0.0, decoder_depth=2), batch()
+    textbook = TextbookMTM(model)
+    loss = textbook(ids, plan)
+    torch.testing.assert_close(model(ids, plan, targets=ids).loss, loss)
+    expected = sorted(g.norm() for g in gradients(textbook, loss).values())
+    found = sorted(g.norm() for g in gradients(model, model(ids, plan, targets=ids).loss).values())
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_graph_for_all_mask_counts() -> None:
+    """The first count is a constant of the first graph; a second graph serves all others."""
+    model = small_model(dropout=0.0)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for masked in (10, 12, 7, 16, 9, 10):
+        ids, plan = batch(masked=masked)
+        found, expected = compiled(ids, plan, targets=ids), model(ids, plan, targets=ids)
+        torch.testing.assert_close(found, expected)
+        bias = gradients(model, found.loss)["head.bias"]
+        torch.testing.assert_close(bias, gradients(model, expected.loss)["head.bias"])
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_flops_are_those_of_hidden_tokens() -> None:
+    """A step with more codes or more hidden patches has more operations, in its head and the last block only."""
+    ids = torch.zeros(4, 8, 8, dtype=torch.long, device="meta")
+
+    def flops(codes: int, masked: int) -> int:
+        plan = mask_plan(torch.zeros(4, 16, device="meta"), 7, masked)
+        return count_flops(small_model(num_codes=codes), ids, plan, ids)
+
+    assert flops(64, 10) - flops(44, 10) == 2 * (2 * 4 * 40 * 20 * 16)
+    patch = 3 * 2 * (2 * 32 * 128 + 32 * 64) + 2 * (2 * 4 * 64 * 16)
+    assert flops(64, 15) - flops(64, 10) == 4 * 5 * patch
+
+
 def test_every_trained_parameter_gets_a_gradient() -> None:
     model = small_model()
     ids, plan = batch()
-    masked_token_loss(model(ids, plan), ids, plan).backward()
+    model(ids, plan, targets=ids).loss.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []
 
@@ -196,13 +265,12 @@ def test_bad_models_are_refused(tmp_path) -> None:
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
-    gradients = []
+    found = []
     for enabled in (False, True):
         model, (ids, plan) = small_model(dropout=0.1), batch()
         model.set_grad_checkpointing(enabled)
         torch.manual_seed(7)
-        masked_token_loss(model(ids, plan), ids, plan).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+        found.append(gradients(model, model(ids, plan, targets=ids).loss))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)

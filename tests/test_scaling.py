@@ -105,6 +105,38 @@ def test_fsdp_of_version_1_is_refused() -> None:
     assert finished.returncode == 2 and "take FSDP of version 2" in finished.stderr, finished.stderr
 
 
+def test_a_model_compiled_inside_ddp_is_cut_where_gradients_are_sent() -> None:
+    """In the order of `Run.prepare`. In one graph, all gradients would be sent after the last of them is known."""
+    code = """
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=2)])
+graphs, inputs = [], torch.ones(2, 512)
+def compiler(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+def model():
+    graphs.clear()
+    torch.manual_seed(0)
+    made = nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    made.compile(backend=compiler)
+    return made
+alone = model()
+with accelerator.autocast():
+    alone(inputs).sum().backward()
+print(len(graphs))
+inside = accelerator.prepare(model())
+inside(inputs).sum().backward()
+print(type(inside).__name__, len(graphs))
+print(all(a.grad.equal(b.grad) for a, b in zip(alone.parameters(), inside.parameters())))
+"""
+    line = [sys.executable, "-c", code]
+    environment = {**ON_CPU, **rank_of(0, 1)}
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert finished.stdout.split() == ["1", "DistributedDataParallel", "5", "True"], finished.stderr
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_deepspeed_that_is_not_installed_is_one_line() -> None:
     with_deepspeed = {**os.environ, **rank_of(0, 1), "ACCELERATE_USE_DEEPSPEED": "true"}

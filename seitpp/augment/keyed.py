@@ -61,12 +61,17 @@ class Keys:
     def _words(self, stream: str, n: int) -> Iterator[Tensor]:
         """Random 32-bit words, (B, n) int64 in all: on a CPU for some of the images at a time."""
         blocks = torch.arange(-(-n // 4), device=self.indices.device).unsqueeze(0)
-        name = torch.full_like(blocks, zlib.crc32(stream.encode()))
+        name = torch.full_like(blocks, _number_of(stream))
         at_once = max(1, CPU_WORDS // n) if self.indices.device.type == "cpu" else len(self.indices)
         for indices in self.indices.unsqueeze(1).split(at_once):
             counter = (indices & WORD, indices >> 32, name, blocks)
             words = philox4x32(counter, (self.seed & WORD, self.epoch & WORD))
             yield torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :n]
+
+
+@torch.compiler.assume_constant_result  # else a compiled view would break off here
+def _number_of(stream: str) -> int:
+    return zlib.crc32(stream.encode())
 
 
 def _box_muller(words: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def rehearse(main: Callable[[Config], None], config: Config) -> None:
     """
     started = time.perf_counter()
     if not torch.cuda.is_available():
-        share = CPU_SHARE * launched_processes() * config.accumulation
+        share = CPU_SHARE * launched_processes() * (config.accumulation or 1)
         config = dataclasses.replace(config, batch_size=min(config.batch_size, share))
     with tempfile.TemporaryDirectory(prefix="seitpp-dry-run-") as folder:
         out = Path(folder) / "run"
@@ -82,11 +82,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _smaller_shares(config: TrainConfig) -> str:
     """Ways to the same global batch with fewer images at a time."""
-    processes = launched_processes()
-    share = config.batch_size // (processes * config.accumulation)
+    if config.accumulation is None and torch.cuda.is_available():
+        return "the images at a time that were chosen do not fit: pass a larger --accumulation than that"
+    processes, accumulation = launched_processes(), config.accumulation or 1
+    share = config.batch_size // (processes * accumulation)
     fewer = [size for size in range(share - 1, 0, -1) if share % size == 0][:MORE_ACCUMULATION]
     pairs = ", ".join(
-        f"--batch-size {config.batch_size} --accumulation {config.accumulation * share // size} ({size})"
+        f"--batch-size {config.batch_size} --accumulation {accumulation * share // size} ({size})"
         for size in fewer
     )
     at_a_time = f"{share} images at a time on each of {processes} process(es)"

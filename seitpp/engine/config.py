@@ -46,7 +46,7 @@ class TrainConfig(RunConfig):
     dry_run: bool = False  # try every part in a minute, two steps of training among them, and keep nothing
     fraction: float = 1.0  # of the training images, chosen by the seed: a smaller store
     compile: bool = False  # torch.compile; worth its minutes on a GPU
-    accumulation: int = 1
+    accumulation: int | None = None  # micro-batches of an update; None: as few as a GPU's memory asks for, else 1
     workers: int = 8  # processes that read batches, for each process that trains
     checkpoint_epochs: float = 1
     log_steps: int = 20

@@ -1,14 +1,19 @@
-"""The token stores of a run: the named one, or the embedded digits."""
+"""The token stores of a run, the named one or the embedded digits, and steps on zeros that have their shapes."""
 
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from seitpp.augment import SoftLabels
+from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.saved import classifier_spec
+from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
 from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import Chosen, fraction_of
@@ -113,6 +118,30 @@ def check_codes(codebook: np.ndarray, source: str, saved: Saved, checkpoint: str
             f"the codebook of {source} has {found} {what}, {checkpoint} takes {expected}: "
             "name the store of its tokenizer"
         )
+
+
+def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
+    """What a view does to so many images by TokenAdapt, as far as it takes memory."""
+    height, width = adapt.crop
+    with torch.no_grad():
+        adapt.convert(torch.zeros(images, adapt.settings["code_dim"], *adapt.grid, device=device))
+        adapt.invert(torch.zeros(images, adapt.settings["code_dim"], 2 * height, 2 * width, device=device))
+
+
+def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
+    """A step of a classifier on `zeros`, one of its inputs, by which its memory is counted; the share `adapted` of
+    the images goes through TokenAdapt before.
+    """
+
+    def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
+        if adapt:
+            adapt_zeros(adapt, round(adapted * images), device)
+        labels = torch.zeros(images, dtype=torch.long, device=device)
+        targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
+        inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)
+        return soft_label_loss(model(inputs), targets, 0.1)
+
+    return loss
 
 
 def open_tokenadapt(path: str, codebook: np.ndarray, source: str) -> TokenAdapt:

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
 from seitpp.engine import checkpoint, sharded, zero
+from seitpp.engine.accumulation import Sharing, share_out
 from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.machine import check_installed, check_launch, device_name, git_commit
@@ -56,7 +57,6 @@ class Run:
         self.started = time.perf_counter()
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
         )
         check_launch(self.accelerator)
         check_precision(config.precision, self.accelerator.device, self.zero)
@@ -137,26 +137,33 @@ class Run:
         lr: Callable[[int], float],
         clip: float | None = None,
         ema: ModelEmaV3 | None = None,
+        sharing: Sharing | None = None,
     ) -> nn.Module:
         """Wrap the model for this launch and, with --resume, restore the newest whole checkpoint.
 
         `order` says which images a batch holds; `store` is the fingerprint of the training data; `lr` gives the
         learning rate of each update; `clip` is the largest gradient norm; `ema` a moving average of the weights,
-        which follows every update. Raises RunError if the processes do not divide the batch, UserError for an
-        optimizer that this launch would change, CheckpointError for a checkpoint of another model or store.
+        which follows every update; `sharing` says what a step needs of a GPU's memory, so that the number of
+        images at a time can be chosen or checked. Raises RunError if the processes do not divide the batch or it
+        does not fit, UserError for an optimizer that this launch would change, CheckpointError for a checkpoint of
+        another model or store.
         """
         self._check_shares(order.batch_size)
         self._check_agreed("the training data", store)
         if self.zero:
             zero.check_optimizer(optimizer)
+        self.accumulation = share_out(self.accelerator, self.config, model, order.batch_size, sharing)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
         self.start()
         self.plain_model, self.plain_optimizer, self.ema, self.lr, self.clip = model, optimizer, ema, lr, clip
         self.order, self.store_fingerprint = order, store
         self._template = copy.deepcopy(model).cpu() if self.sharded else None
         if self.config.compile:
+            # Inside DDP, not around it: torch then cuts the graph where DDP sends gradients, so that the backward
+            # pass hides the sending (its DDPOptimizer asks which DDP is running, not what was compiled).
             model.compile()
         if self.zero:
-            zero.configure(self.accelerator, model, order.batch_size, self.config.accumulation, clip)
+            zero.configure(self.accelerator, model, order.batch_size, self.accumulation, clip)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if self.zero:
             self.plain_optimizer = zero.ZeroOptimizer(optimizer)
@@ -194,7 +201,7 @@ class Run:
         the caller must call `update` once.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        accumulation, workers = self.config.accumulation, self.config.workers
+        accumulation, workers = self.accumulation, self.config.workers
         checkpoint_steps, evaluation_steps = max(1, checkpoint_steps), max(1, evaluation_steps)
         if self.config.dry_run:  # one step, and once resumed another one
             steps, checkpoint_steps, evaluation_steps = min(steps, self.step + 1), 1, 1
@@ -321,7 +328,7 @@ class Run:
             self.step = found.step
 
     def _check_shares(self, batch_size: int) -> None:
-        ranks, accumulation = self.accelerator.num_processes, self.config.accumulation
+        ranks, accumulation = self.accelerator.num_processes, self.config.accumulation or 1
         if batch_size % (ranks * accumulation):
             raise RunError(
                 f"global batch {batch_size} on {ranks} processes x {accumulation} accumulation steps: "
@@ -368,7 +375,7 @@ class Run:
         """Write what `rank` saw in the update number `step`. All that is random in it follows from seed, epoch and
         indices, so that from a checkpoint before it the update can be repeated.
         """
-        accumulation, ranks = self.config.accumulation, self.accelerator.num_processes
+        accumulation, ranks = self.accumulation, self.accelerator.num_processes
         indices = np.concatenate(list(self.order.shares(range(step, step + 1), rank, ranks, accumulation)))
         epoch = step // self.order.steps_per_epoch
         batch = self.dataset.__getitems__(Share(indices.tolist(), epoch))._asdict()

@@ -35,7 +35,6 @@ def configure(
 
     DeepSpeed's own bf16 would make the weights bf16: the forward pass gets the autocast of every other launch.
     """
-    accelerator.gradient_accumulation_steps = accumulation
     settings = accelerator.deepspeed_plugin.deepspeed_config
     settings["gradient_accumulation_steps"] = accumulation
     settings["train_micro_batch_size_per_gpu"] = batch_size // accelerator.num_processes // accumulation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Logits of a chunk. On a CPU they stay in the cache; on a GPU the launches of a chunk cost less than its work.
+# Logits of a chunk: on a CPU they stay in its cache; elsewhere more, to be worth the launches of its kernels.
 CHUNK_CELLS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
@@ -39,7 +39,7 @@ def _linear_cross_entropy(
     vectors_grad = torch.empty_like(vectors, dtype=torch.float32)
     # What a code's own tokens ask of its bias is a whole number: exact in any order.
     bias_grad = rows.new_zeros(codes).index_add_(0, targets, rows.new_ones(tokens)).neg_()
-    size = max(1, CHUNK_CELLS.get(vectors.device.type, 1 << 20) // codes)
+    size = max(1, CHUNK_CELLS.get(vectors.device.type, CHUNK_CELLS["cuda"]) // codes)
     with torch.autocast(vectors.device.type, enabled=False):
         for chunk, wanted, grad in zip(*(t.split(size) for t in (vectors, targets, vectors_grad)), strict=True):
             logits = (chunk.to(product) @ columns).float().add_(bias)

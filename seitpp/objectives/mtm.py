@@ -1,4 +1,6 @@
-"""The loss of masked token modeling."""
+"""The loss of masked token modeling, of logits that are all there. In training `models.MTM` computes the same of
+hidden tokens only, so that they never are.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -38,7 +38,7 @@ def code_counts(ids: Tensor, num_codes: int) -> Tensor:
 
 
 def tally(ids: Tensor, num_codes: int) -> Tensor:
-    """The counts (K,) int64 of ids (any shape, int64) that are known to be in [0, K): the host waits for nothing."""
+    """The counts (K,) int64 of ids (int64, any shape) in [0, K), not checked: the host waits for nothing."""
     ids = ids.flatten()
     return torch.zeros(num_codes, dtype=torch.long, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
 

@@ -1,0 +1,111 @@
+"""Memory of a training step, image by image: `python tests/bench/memory.py` prints the table of docs/recipes.md.
+
+Counted, not measured: no GPU is needed, it takes half a minute on a CPU. "Saved" is what the forward pass keeps
+for the backward pass. The images at a time are those that a run would choose on an empty card, by its peak.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from downstream.segmentation.extra import load_mmseg
+from seitpp.engine.accumulation import USABLE
+from seitpp.engine.memory import Footprint, Trial, footprint, state_bytes
+from seitpp.models import MTM, TokenAdapt
+from seitpp.objectives import MASK_LAWS, VQTraining
+from seitpp.objectives.adapt import tokenizer_pair
+from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
+from seitpp.tokenizers.transformer import TransformerShape
+
+CARDS = (16, 24, 40, 80)  # GB, taken as GiB
+CONTEXT = 2**29  # bytes of a card that CUDA itself takes
+HEADER = f"| model | saved, MiB an image | checkpointed | {' | '.join(f'{gb} GB' for gb in CARDS)} |"
+
+
+class Case(NamedTuple):
+    """A row: its name, a step, the model, and what stands beside it."""
+
+    name: str
+    trial: Trial
+    model: nn.Module
+    beside: tuple[nn.Module, ...] = ()
+
+
+def cases() -> Iterator[Case]:
+    """The published models, in the sizes of the published presets."""
+    mtm, seit, finetune, adapt, vqgan = (
+        importlib.import_module(name)
+        for name in ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train")
+    )
+    law = MASK_LAWS["seitpp"]
+    for size in ("base", "small"):
+        loss = mtm.zeros_loss((28, 28), law.counts(196, law.highest), 0.5)
+        yield Case(f"mtm_pretrain, mtm_vit_{size}", loss, MTM(f"mtm_vit_{size}"), (TokenAdapt(),))
+    for name in ("seit_vit_base", "seit_vit_small", "seit_resnet50", "seit_resnet18"):
+        sizes = {"img_size": 28, "in_chans": 32, "num_classes": 1000}
+        yield Case(f"seit_train, {name}", seit.zeros_loss(32, 28), timm.create_model(name, **sizes))
+    model = timm.create_model("mtm_vit_base", img_size=28, in_chans=32, num_codes=391, num_classes=1000)
+    loss = finetune.zeros_loss(torch.zeros(28, 28, dtype=torch.long), 0.5)
+    yield Case("finetune, mtm_vit_base", loss, model, (TokenAdapt(),))
+    loss = finetune.zeros_loss(torch.zeros(3, 224, 224), 0.0)
+    yield Case("finetune pixels, ViT-B/16", loss, timm.create_model("vit_base_patch16_224", global_pool="avg"))
+    yield Case("segment_ade20k, mtm_vit_base", *segmenter())
+    shape = TransformerShape(768, 12, 12, 3072)
+    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, 8192, 32), shape, shape)
+    pair = tokenizer_pair(tokenizer.eval(), 256, 28)
+    yield Case("tokenadapt_train", adapt.zeros_loss, TokenAdapt(num_codes=8192), tuple(pair))
+    yield Case("tokenizer_train, ViT-VQGAN base", vqgan.zeros_loss, VQTraining(tokenizer))
+
+
+def segmenter() -> tuple[Trial, nn.Module]:
+    """UPerNet on windows of 64 x 64 tokens of 8 pixels."""
+    load_mmseg()
+    from downstream.segmentation.backbone import TokenViT
+    from downstream.segmentation.model import build_segmenter
+
+    backbone = TokenViT("mtm_vit_base", img_size=64, in_chans=32, num_codes=391)
+    source = SimpleNamespace(cells=1, patch=8, tokenizer=None)
+    loss = importlib.import_module("segment_ade20k").zeros_loss(source, 64)
+    return loss, build_segmenter(backbone, 150)
+
+
+def images_at_a_time(case: Case, found: Footprint, gib: int) -> int:
+    """How many images fit on a card where nothing else is; a multiple of 4 from 4 on."""
+    modules = (case.model, *case.beside)
+    weights = sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())
+    room = USABLE * (gib * 2**30 - CONTEXT - weights) - state_bytes(case.model, 1) - found.fixed
+    images = max(0, int(room // found.peak))
+    return images // 4 * 4 if images >= 4 else images
+
+
+def row(case: Case) -> str:
+    """The line of a case, in bf16."""
+    found = footprint(case.trial, "bf16", case.model, *case.beside)
+    checkpointed = ""
+    vit = case.model.backbone.vit if hasattr(case.model, "backbone") else case.model
+    if hasattr(vit, "set_grad_checkpointing"):
+        vit.set_grad_checkpointing(True)
+        saved = footprint(case.trial, "bf16", case.model, *case.beside).saved
+        checkpointed = f"{saved / 2**20:.1f}"
+    fit = " | ".join(f"{images_at_a_time(case, found, gib):,}" for gib in CARDS)
+    return f"| {case.name} | {found.saved / 2**20:.1f} | {checkpointed} | {fit} |"
+
+
+def main() -> None:
+    print(HEADER)
+    print("|---|---|---|" + "---|" * len(CARDS))
+    for case in cases():
+        print(row(case), flush=True)
+
+
+if __name__ == "__main__":
+    main()
