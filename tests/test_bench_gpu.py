@@ -22,7 +22,7 @@ ON_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 FIGURES = {
     "setup": {"float32 TFLOP/s", "bfloat16 TFLOP/s"},
     "presets": {"loss", "on a CPU", "relative difference"},
-    "mtm": {"images/s", "MFU", "data wait %", "view %", "peak GiB", "MiB an image"},
+    "mtm": {"images/s", "MFU", "data wait %", "view %", "peak GiB", "saved by count"},
     "others": {"images/s", "MFU", "data wait %", "peak GiB"},
     "tokenize": {"images/s"},
     "probing": {"seconds", "top-1 %", "peak GiB", "by count"},

@@ -10,7 +10,7 @@ keeps what it has measured.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import re
 import runpy
@@ -36,6 +36,7 @@ from rows import FORK, HEADER, Bench, Lines, apart, losses_of, rate, seconds_of,
 
 from seitpp import StoreWriter
 from seitpp.engine.machine import device_name, git_commit, peak_memory
+from seitpp.engine.memory import Footprint, footprint
 from seitpp.engine.metrics import MATMUL_SIDE, matmul_rate
 from seitpp.engine.probe import knn, linear_probe
 from seitpp.errors import UserError
@@ -128,18 +129,17 @@ def mtm(at: Bench) -> Lines:
         peaks[batch] = figures["peak GiB"]
         yield f"plain, batch {batch}", figures
     (few, before), (many, after) = list(peaks.items())[-2:]
-    figures = {"MiB an image": 1024 * (after - before) / (many - few)}
-    if importlib.util.find_spec("seitpp.engine.memory"):
-        figures["by count"] = counted_memory(at) / 2**20
-    yield f"memory from batch {few} to {many}", figures
+    count, slope = counted_memory(at), 1024 * (after - before) / (many - few)
+    figures = {"measured": slope, "peak by count": count.peak / 2**20, "saved by count": count.saved / 2**20}
+    yield f"MiB an image, from batch {few} to {many}", figures
 
 
-def counted_memory(at: Bench) -> int:
-    """Bytes of an image at the peak of the plain step, by count."""
-    memory, recipe = importlib.import_module("seitpp.engine.memory"), importlib.import_module("mtm_pretrain")
+def counted_memory(at: Bench) -> Footprint:
+    """Of the plain step."""
     model, law = load_mtm(at.folder / "mtm.safetensors")[0], MASK_LAWS["seitpp"]
-    trial = recipe.zeros_loss((28, 28), law.counts(model.encoder.patch_embed.num_patches, law.highest), 0.0)
-    return memory.footprint(trial, at.of("bf16", "no"), model).peak
+    counts = law.counts(model.encoder.patch_embed.num_patches, law.highest)
+    trial = importlib.import_module("mtm_pretrain").zeros_loss((28, 28), counts, 0.0)
+    return footprint(trial, at.of("bf16", "no"), model)
 
 
 def compiled(at: Bench) -> Lines:
