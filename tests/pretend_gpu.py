@@ -290,8 +290,9 @@ def register_autocast() -> list[torch.library.Library]:
 
 def lacking(name: str, dtypes: set[torch.dtype]) -> set[torch.dtype]:
     """Those of an operation's dtypes that CUDA does not take; indices are not looked at beside floats."""
-    none = dtypes & ONLY_CAST if name not in CASTS_AND_VIEWS else set()
-    known = CUDA_DTYPES.get({"index": "__getitem__"}.get(name, name))
+    if name in CASTS_AND_VIEWS:
+        return set()
+    none, known = dtypes & ONLY_CAST, CUDA_DTYPES.get({"index": "__getitem__"}.get(name, name))
     if not known:
         return none
     floats = {dtype for dtype in dtypes if dtype.is_floating_point}
