@@ -211,7 +211,7 @@ def test_a_whole_image_is_mirrored_window_by_window(size: tuple[int, int]) -> No
         filled = torch.nn.functional.pad(ids, (0, 8, 0, 8))
         return embed(filled[:, top : top + height, left : left + width].flip(2), codebook)
 
-    mirrored = mirror_whole(exact, codebook, 8)(embed(ids, codebook))
+    mirrored = mirror_whole(exact, codebook, 8, "cosine")(embed(ids, codebook))
     assert torch.equal(mirrored, embed(ids.flip(2), codebook))
 
 
