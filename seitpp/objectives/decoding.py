@@ -56,7 +56,7 @@ def _fill(model: MTM, ids: Tensor, patches: Tensor, keys: Keys, counts: list[int
     patch_grid = model.encoder.patch_embed.grid_size
     for turn, (before, after) in enumerate(pairwise(counts)):
         plan = decoding_plan(patches, before, keys, turn)
-        logits = model(ids, plan).float()
+        logits = model(ids, plan).float().permute(0, 2, 3, 1)  # codes last, as they lie in memory
         codes = _choose(logits, keys, turn, temperature)
         ids = torch.where(hidden_tokens(plan, ids.shape[-2:]), codes, ids)
         scale = temperature * (1 - (turn + 1) / (len(counts) - 1))
@@ -112,19 +112,19 @@ def decoding_plan(patches: Tensor, num_hidden: int, keys: Keys, turn: int) -> Ma
 
 
 def _choose(logits: Tensor, keys: Keys, turn: int, temperature: float) -> Tensor:
-    """Logits (B, K, H, W) -> codes (B, H, W): the likeliest, or drawn by the inverse of their sums."""
+    """Logits (B, H, W, K) -> codes (B, H, W): the likeliest, or drawn by the inverse of their sums."""
     if temperature == 0:
-        return logits.argmax(dim=1)
-    height, width = logits.shape[-2:]
-    u = keys.uniform(f"decode_code_{turn}", height * width).view(-1, 1, height, width)
-    cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1)
+        return logits.argmax(dim=3)
+    height, width = logits.shape[1:3]
+    u = keys.uniform(f"decode_code_{turn}", height * width).view(-1, height, width, 1)
+    cumulative = (logits / temperature).softmax(dim=3).cumsum(dim=3)
     # A sum may end below 1 by rounding.
-    return (cumulative <= u).sum(dim=1).clamp(max=logits.shape[1] - 1)
+    return (cumulative <= u).sum(dim=3).clamp(max=logits.shape[3] - 1)
 
 
 def _confidence(logits: Tensor, codes: Tensor, patch_grid: tuple[int, int]) -> Tensor:
     """Mean log-probability of a patch's codes (B, H, W) -> (B, L)."""
-    scores = logits.log_softmax(dim=1).gather(1, codes.unsqueeze(1)).squeeze(1)
+    scores = logits.log_softmax(dim=3).gather(3, codes.unsqueeze(3)).squeeze(3)
     return reduce(scores, "b (h p) (w q) -> b (h w)", "mean", h=patch_grid[0], w=patch_grid[1])
 
 
