@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import seitpp.models
 from seitpp.engine import accumulation
 from seitpp.engine.accumulation import Need, accumulations, choose_accumulation
+from seitpp.engine.data import classifier_trial
 from seitpp.engine.folder import RunError
 from seitpp.engine.memory import footprint, state_bytes
 
@@ -85,11 +86,11 @@ def test_attention_keeps_no_matrix_and_a_frozen_part_nothing() -> None:
 def test_the_published_models() -> None:
     """The classifier's figure is the sum over the layers of its blocks, and a little for stem and head."""
     model = timm.create_model("seit_vit_base", img_size=28, in_chans=32, num_classes=1000)
-    found = footprint(recipe("seit_train").zeros_loss(32, 28), "bf16", model)
+    found = footprint(classifier_trial(torch.zeros(32, 28, 28)), "bf16", model)
     by_hand = 12 * 197 * (2 * 4 * 768 + 2 * 768 * (1 + 3 + 1 + 1 + 4 + 4))
     assert found.saved == pytest.approx(by_hand, rel=0.05) and found.saved == pytest.approx(62.5 * MIB, rel=0.01)
     model.set_grad_checkpointing(True)
-    checkpointed = footprint(recipe("seit_train").zeros_loss(32, 28), "bf16", model)
+    checkpointed = footprint(classifier_trial(torch.zeros(32, 28, 28)), "bf16", model)
     assert checkpointed.saved < found.saved / 8
     # One block at a time is done again: its share of the whole comes back on top.
     block = (found.saved - checkpointed.saved) / 12

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from downstream.segmentation.extra import load_mmseg
 from seitpp.engine.accumulation import USABLE
+from seitpp.engine.data import classifier_trial
 from seitpp.engine.memory import Footprint, Trial, footprint, state_bytes
 from seitpp.models import MTM, TokenAdapt
 from seitpp.objectives import MASK_LAWS, VQTraining
@@ -42,21 +43,21 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """The published models, in the sizes of the published presets."""
-    mtm, seit, finetune, adapt, vqgan = (
-        importlib.import_module(name)
-        for name in ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train")
+    mtm, adapt, vqgan = (
+        importlib.import_module(name) for name in ("mtm_pretrain", "tokenadapt_train", "tokenizer_train")
     )
     law = MASK_LAWS["seitpp"]
     for size in ("base", "small"):
         loss = mtm.zeros_loss((28, 28), law.counts(196, law.highest), 0.5)
         yield Case(f"mtm_pretrain, mtm_vit_{size}", loss, MTM(f"mtm_vit_{size}"), (TokenAdapt(),))
+    loss = classifier_trial(torch.zeros(32, 28, 28))
     for name in ("seit_vit_base", "seit_vit_small", "seit_resnet50", "seit_resnet18"):
         sizes = {"img_size": 28, "in_chans": 32, "num_classes": 1000}
-        yield Case(f"seit_train, {name}", seit.zeros_loss(32, 28), timm.create_model(name, **sizes))
+        yield Case(f"seit_train, {name}", loss, timm.create_model(name, **sizes))
     model = timm.create_model("mtm_vit_base", img_size=28, in_chans=32, num_codes=391, num_classes=1000)
-    loss = finetune.zeros_loss(torch.zeros(28, 28, dtype=torch.long), 0.5)
+    loss = classifier_trial(torch.zeros(28, 28, dtype=torch.long), 0.5)
     yield Case("finetune, mtm_vit_base", loss, model, (TokenAdapt(),))
-    loss = finetune.zeros_loss(torch.zeros(3, 224, 224), 0.0)
+    loss = classifier_trial(torch.zeros(3, 224, 224))
     yield Case("finetune pixels, ViT-B/16", loss, timm.create_model("vit_base_patch16_224", global_pool="avg"))
     yield Case("segment_ade20k, mtm_vit_base", *segmenter())
     shape = TransformerShape(768, 12, 12, 3072)

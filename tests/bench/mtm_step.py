@@ -9,7 +9,7 @@ and update of the published ViT-B, with a mask ratio of 0.55 and dropout on; ids
 forward, loss and backward alone. Floating-point operations are counted by torch, those of the model forward and
 backward. `TextbookMTM` below is the same model in plain PyTorch, with the same weights, and the loss is checked to
 be the same. Our steps, its steps and matrix products of the same precision alternate, and the best round of each
-counts; the last column compares CPU time (on a GPU, time), which other processes on the machine disturb less.
+counts. Time on a CPU is CPU time by the number of threads, which other processes on the machine disturb less.
 With `--codes`, steps of forward, loss and backward alone; peak memory is that of the process up to there.
 """
 
@@ -185,12 +185,14 @@ def some_plan(batch: int, device: torch.device) -> MaskPlan:
     return mask_plan(Keys(0, 0, torch.arange(batch, device=device)).uniform("mask", PATCHES), *COUNTS)
 
 
-def timed(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds and, on a CPU, seconds of this process alone."""
-    start, own = time.perf_counter(), time.process_time()
+def clock() -> float:
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time() / torch.get_num_threads()
+
+
+def timed(step: Callable[[], None]) -> float:
+    start = clock()
     step()
-    seconds, own = time.perf_counter() - start, time.process_time() - own
-    return seconds, seconds if torch.cuda.is_available() else own
+    return clock() - start
 
 
 def compare_steps(device: torch.device, dtype: torch.dtype, batch: int, rounds: int) -> None:
@@ -206,20 +208,19 @@ def compare_steps(device: torch.device, dtype: torch.dtype, batch: int, rounds: 
             step()
         rates, times = [], []
         for _ in range(rounds):
-            rates.append(matmul_rate(device, dtype))
+            rates.append(matmul_rate(device, dtype, clock))
             times.append([timed(step) for step in steps])
-        seconds, own = torch.tensor(times).amin(dim=0).T.tolist()
-        speed, textbook = (batch / best for best in seconds)
+        speed, textbook = (batch / torch.tensor(times).amin(dim=0)).tolist()
         print(
             f"{name:12} {speed:9.2f} {max(rates) / 1e9:16.1f} {speed * flops / max(rates):6.3f} {textbook:9.2f} "
-            f"{own[0] / own[1]:15.3f}",
+            f"{textbook / speed:11.3f}",
             flush=True,
         )
 
 
 def compare_codes(device: torch.device, dtype: torch.dtype, batch: int, rounds: int, numbers: list[int]) -> None:
     """The table of numbers of codes."""
-    print(f"{'codes':>6} {'seconds':>8} {'CPU time':>9} {'to the first':>13} {'peak memory, GiB':>17}")
+    print(f"{'codes':>6} {'seconds':>8} {'to the first':>13} {'peak memory, GiB':>17}")
     steps, memory = [], []
     for codes in numbers:
         model, ids = (
@@ -230,8 +231,8 @@ def compare_codes(device: torch.device, dtype: torch.dtype, batch: int, rounds: 
         steps[-1]()
         memory.append(peak_memory(device) / 2**30)
     times = torch.tensor([[timed(step) for step in steps] for _ in range(rounds)]).amin(dim=0).tolist()
-    for codes, (seconds, own), peak in zip(numbers, times, memory, strict=True):
-        print(f"{codes:6} {seconds:8.2f} {own:9.2f} {own / times[0][1]:13.2f} {peak:17.2f}")
+    for codes, seconds, peak in zip(numbers, times, memory, strict=True):
+        print(f"{codes:6} {seconds:8.2f} {seconds / times[0]:13.2f} {peak:17.2f}")
 
 
 def main() -> None:
