@@ -30,7 +30,12 @@ def pretend(jobs: list[tuple[str, list]], *flags: str) -> list[dict]:
     """The reports of `jobs`, (recipe, arguments), run one after the other by one process."""
     lines = json.dumps([[recipe, [str(word) for word in words]] for recipe, words in jobs])
     done = subprocess.run(
-        [sys.executable, str(PRETEND), *flags], input=lines, capture_output=True, text=True, env=dict(os.environ)
+        [sys.executable, str(PRETEND), *flags],
+        input=lines,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        timeout=1200,
     )
     reports = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("report ")]
     assert len(reports) == len(jobs), done.stderr[-3000:]
