@@ -36,6 +36,7 @@ from seitpp.augment import (
     SeitPPFinetuneView,
     SeitView,
 )
+from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -65,7 +66,6 @@ from seitpp.models import (
 )
 from seitpp.objectives import soft_label_loss, top1_share
 from seitpp.tokenizers.images import ImageDataset, hold_out, open_source
-from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, Chosen, TokenDataset, few_labels
 
 HELD_OUT = 20  # of images without a validation split, one in so many

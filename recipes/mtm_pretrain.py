@@ -25,6 +25,7 @@ from torch import Tensor
 
 from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
+from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -39,7 +40,6 @@ from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
 from seitpp.objectives import MASK_LAWS, mask_plan
 from seitpp.store import TokenStore
-from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, TokenDataset
 from seitpp.tokens.digits import digits, digits_images
 

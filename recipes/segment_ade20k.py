@@ -30,6 +30,7 @@ from downstream.segmentation.extra import load_mmseg
 from downstream.segmentation.view import SegmentView
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import ColorPreset, Keys
+from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -41,7 +42,6 @@ from seitpp.engine.schedule import warmup_linear
 from seitpp.errors import UserError
 from seitpp.models import input_kind
 from seitpp.tokenizers import Tokenizer
-from seitpp.tokens.codebook import codebook_fingerprint
 
 if TYPE_CHECKING:
     from downstream.segmentation.sources import Source

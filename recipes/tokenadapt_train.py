@@ -25,6 +25,7 @@ from seitpp import plots, tokenizers
 from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.geometry import Geometry
 from seitpp.augment.maps import centre_window
+from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -46,7 +47,6 @@ from seitpp.objectives.adapt import (
 )
 from seitpp.tokenizers import PatchKMeans, Tokenizer
 from seitpp.tokenizers.images import ImageDataset, Pixels, hold_out, open_source
-from seitpp.tokens.codebook import codebook_fingerprint, embed
 from seitpp.tokens.dataset import BatchOrder, evaluation_loader
 from seitpp.tokens.digits import DigitsSource, digits
 from seitpp.tokens.photographs import PhotographWindows

@@ -1,7 +1,6 @@
 """`seitpp`: look into stores, check them, change their codec; take stores and models from and to other places."""
 
 import argparse
-import difflib
 import math
 import re
 import signal
@@ -15,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seitpp.codec import CODECS
-from seitpp.errors import UserError
+from seitpp.errors import UserError, fail, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, hub, layout, release
 from seitpp.store.recode import recode as recode_store
@@ -153,8 +152,7 @@ def main() -> None:
         options = vars(_parse(sys.argv[1:]))
         options.pop("run")(**options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
 
 
 # Reading
@@ -297,22 +295,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser, commands = _parsers()
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in commands:
-        raise CliError(
-            f"unknown command {name!r}, expected one of {', '.join(commands)}{_suggest(name, commands)}"
-        )
+        raise CliError(f"unknown command {name!r}, expected one of {', '.join(commands)}{suggest(name, commands)}")
     known = set(re.findall(r"--[a-z-]+", commands.get(name, parser).format_help()))
     for argument in arguments:
         flag = argument.split("=", 1)[0]
         if flag.startswith("--") and flag not in known:
             raise CliError(
-                f"unknown flag {flag}{_suggest(flag, known)}; {commands.get(name, parser).prog} --help lists them"
+                f"unknown flag {flag}{suggest(flag, known)}; {commands.get(name, parser).prog} --help lists them"
             )
     return parser.parse_args(arguments or ["--help"])
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:

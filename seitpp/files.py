@@ -165,9 +165,14 @@ def empty_folder(path: Path, but: Collection[str] = ()) -> None:
             os.unlink(child)
 
 
+def cache_root() -> Path:
+    """The folder of this project in the user's cache; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
+
+
 def make_once(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the user's cache, which `make` fills on first use; several processes may ask for it."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
+    root = cache_root()
     folder = root / name
     if folder.exists():
         return folder

@@ -8,8 +8,7 @@ from torchvision import transforms
 
 from seitpp.augment import EvalView, Keys, SeitPPFinetuneView, SeitPPView, crop_resize, random_resized_boxes
 from seitpp.augment.keyed import philox4x32
-from seitpp.tokenizers.base import LOOKUPS
-from seitpp.tokens.codebook import embed, nearest
+from seitpp.codebook import LOOKUPS, embed, nearest
 
 
 def words(*hexadecimal: str) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from seitpp.augment import Keys
 from seitpp.augment.color import COLOR_RATES, ColorAugment, color_adapt, emb_noise
 from seitpp.augment.ids import EDA_RATES, TokenEDA, replace_synonyms, swap_squares
 from seitpp.augment.mix import Mix, PairingError, SoftLabels, cutmix, mixup, partners
-from seitpp.tokens.codebook import synonyms
+from seitpp.codebook import synonyms
 
 CODEBOOK = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
@@ -64,7 +64,7 @@ def test_synonyms_are_the_nearest_codes(monkeypatch: pytest.MonkeyPatch) -> None
     distances = (CODEBOOK[:, None] - CODEBOOK[None]).double().norm(dim=2)
     expected = distances.argsort(dim=1)[:, 1:6]
     assert torch.equal(synonyms(CODEBOOK), expected)
-    monkeypatch.setattr("seitpp.tokens.codebook.LOOKUP_CELLS", 100)
+    monkeypatch.setattr("seitpp.codebook.LOOKUP_CELLS", 100)
     assert torch.equal(synonyms(CODEBOOK), expected)
     assert synonyms(CODEBOOK[:3]).tolist() == [
         [b for b in row if b != a][:2] for a, row in enumerate(distances[:3, :3].argsort(dim=1).tolist())

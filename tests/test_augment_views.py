@@ -11,7 +11,7 @@ from seitpp.augment.ids import TokenEDA
 from seitpp.augment.maps import random_window
 from seitpp.augment.mix import Mix, PairingError
 from seitpp.augment.views import ViewError
-from seitpp.tokens.codebook import embed
+from seitpp.codebook import embed
 
 CODEBOOK = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 

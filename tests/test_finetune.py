@@ -19,6 +19,7 @@ from seitpp.augment.geometry import apply_geometry, random_geometry
 from seitpp.augment.maps import crop_resize, random_resized_boxes
 from seitpp.augment.mix import Mix, PairingError, SoftLabels
 from seitpp.augment.views import split_places
+from seitpp.codebook import codebook_fingerprint, embed, nearest
 from seitpp.engine.config import parse
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
@@ -33,7 +34,6 @@ from seitpp.models import (
     save_classifier,
     save_release,
 )
-from seitpp.tokens.codebook import codebook_fingerprint, embed, nearest
 from seitpp.tokens.dataset import Share
 from seitpp.tokens.digits import digits
 

@@ -11,9 +11,9 @@ import pytest
 from test_engine import global_batches
 
 from seitpp import TokenStore
+from seitpp.codebook import codebook_fingerprint
 from seitpp.errors import UserError
 from seitpp.models import MTM
-from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.dataset import BatchOrder, Chosen, TokenDataset, few_labels, fraction_of, training_loader
 from seitpp.tokens.digits import digits
 

@@ -17,10 +17,10 @@ from torch._dynamo.utils import counters
 
 from seitpp import StoreWriter
 from seitpp.augment import Keys, SeitPPView, SeitView
+from seitpp.codebook import codebook_fingerprint
 from seitpp.models import MTM, TokenAdapt, save_classifier
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
-from seitpp.tokens.codebook import codebook_fingerprint
 
 PRETEND = Path(__file__).parent / "pretend_gpu.py"
 SHORT = ["smoke", "--precision", "bf16", "--epochs"]

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from seitpp.augment import Keys
+from seitpp.codebook import codebook_fingerprint
 from seitpp.errors import UserError
 from seitpp.models import MTM, save_classifier
 from seitpp.objectives import MASK_LAWS, decoding, fill_hidden, hidden_tokens, mask_plan, masked_token_loss
@@ -26,7 +27,6 @@ from seitpp.objectives.decoding import (
     hidden_patches,
 )
 from seitpp.store import TokenStore
-from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.digits import digits
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "inpaint.py"

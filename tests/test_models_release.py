@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seitpp.augment import Keys
+from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.data import open_tokenadapt
 from seitpp.errors import UserError
 from seitpp.models import (
@@ -32,7 +33,6 @@ from seitpp.models import (
     to_release,
 )
 from seitpp.objectives import mask_plan, masked_token_loss
-from seitpp.tokens.codebook import codebook_fingerprint
 
 STATES = {
     "seit": reference.seit_state(),

@@ -22,13 +22,13 @@ from tokenize_set import main as tokenize_set
 from torch import Tensor
 
 from seitpp import TokenStore, tokenizers
+from seitpp.codebook import codebook_fingerprint
 from seitpp.models import MTM, load_tokenadapt, save_release
 from seitpp.store import SplitStaging, spec, staging
 from seitpp.store.release import export_release, import_release
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.images import ImageDataset, open_source
 from seitpp.tokenizers.transformer import TransformerShape
-from seitpp.tokens.codebook import codebook_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from downstream.segmentation.scenes import write_scenes

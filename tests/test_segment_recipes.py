@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from seitpp import StoreWriter, TokenStore, plots
+from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.engine.command import rehearse
 from seitpp.engine.config import parse
 from seitpp.engine.schedule import warmup_linear
 from seitpp.models import MTM, TokenAdapt
 from seitpp.tokenizers.annotated import AnnotatedSource
-from seitpp.tokens.codebook import codebook_fingerprint, embed
 from seitpp.tokens.dataset import Chosen, Share
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

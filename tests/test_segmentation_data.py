@@ -16,8 +16,8 @@ from torch import Tensor
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import Keys, ViewError
 from seitpp.augment.color import ColorAugment
+from seitpp.codebook import embed
 from seitpp.models import TokenAdapt
-from seitpp.tokens.codebook import embed
 from seitpp.tokens.dataset import BatchOrder, training_loader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -35,10 +35,10 @@ from downstream.segmentation.model import (
     save_segmenter,
     segmentation_loss,
 )
+from seitpp.codebook import embed, nearest
 from seitpp.engine.optim import adamw
 from seitpp.models import MTM, ModelError, load_pretrained, save_classifier, save_release
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
-from seitpp.tokens.codebook import embed, nearest
 
 CODES, DIM, CLASSES, PATCH = 17, 6, 20, 4
 SIZE = {"embed_dim": 64, "depth": 2, "num_heads": 1}

@@ -44,7 +44,8 @@ def make(path: Path, split: str = "train", rank: int = 0, ranks: int = 1, **chan
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(autouse=True)
@@ -401,11 +402,11 @@ def test_a_published_or_foreign_split_is_refused(tmp_path):
 def test_two_processes_cannot_publish_at_once(tmp_path):
     staging = make(tmp_path / "s")
     code = (
-        "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); "
-        "print('locked', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from seitpp.files import lock; "
+        "held = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(staging.folder / "staging.json")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(staging.folder / "publishing.lock")], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout.readline() == "locked\n"
     with pytest.raises(StoreError, match="another process publishes"):

@@ -9,6 +9,7 @@ from release_reference import plain_convert, plain_invert, tokenadapt_state
 from torch import Tensor
 
 from seitpp.augment import Keys, apply_geometry, random_geometry
+from seitpp.codebook import embed
 from seitpp.models import ModelError, TokenAdapt, from_release, load_tokenadapt
 from seitpp.objectives.adapt import (
     MEASURES,
@@ -20,7 +21,6 @@ from seitpp.objectives.adapt import (
     tokenizer_pair,
 )
 from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec
-from seitpp.tokens.codebook import embed
 from seitpp.tokens.photographs import PhotographWindows
 
 UNTOUCHED = {"flip": 0.0, "affine": 0.0, "scale": None}

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from seitpp import TokenStore, tokenizers
-from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, base, nearest, patch_kmeans
+from seitpp import codebook as codebook_module
+from seitpp.codebook import nearest
+from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, patch_kmeans
 from seitpp.tokens.digits import digits, digits_images
 
 
@@ -120,7 +122,7 @@ def test_bad_input_is_named(tokenizer, tmp_path) -> None:
         ({"image_size": "64"}, "expected positive integers"),
         ({"kind": "other"}, "holds no tokenizer that we know"),
         ({"colour": 1}, "not the spec of a tokenizer"),
-        (None, "its header holds None"),
+        (None, "its header says None"),
     ],
 )
 def test_a_header_that_lies_is_refused_before_allocating(tokenizer, tmp_path, header, message) -> None:
@@ -180,8 +182,8 @@ def test_nearest_is_the_nearest_in_any_chunks(monkeypatch) -> None:
     by_distance = torch.cdist(vectors.flatten(0, 2), codebook.double()).argmin(dim=1).view(2, 6, 7)
     by_direction = torch.cosine_similarity(vectors.unsqueeze(-2), codebook.double(), dim=-1).argmax(dim=-1)
     assert not torch.equal(by_distance, by_direction)
-    for cells in (base.LOOKUP_CELLS, 1, 100):
-        monkeypatch.setattr(base, "LOOKUP_CELLS", cells)
+    for cells in (codebook_module.LOOKUP_CELLS, 1, 100):
+        monkeypatch.setattr(codebook_module, "LOOKUP_CELLS", cells)
         assert torch.equal(nearest(maps, codebook, "euclidean"), by_distance)
         assert torch.equal(nearest(maps, codebook), by_direction)
     assert nearest(maps, codebook[:1].repeat(3, 1), "euclidean").unique().tolist() == [0]  # equals: smallest id
@@ -189,7 +191,7 @@ def test_nearest_is_the_nearest_in_any_chunks(monkeypatch) -> None:
 
 TF32_SETTINGS = """
 import torch
-from seitpp.tokenizers.base import full_precision
+from seitpp.codebook import full_precision
 {set}
 with torch.autocast("cpu", dtype=torch.bfloat16):
     with full_precision(torch.device("cpu")):

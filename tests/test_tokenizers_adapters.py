@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seitpp.codebook import full_precision
 from seitpp.tokenizers import Tokenizer, TokenizerError, TokenizerSpec, adapters, code_counts
 from seitpp.tokenizers.adapters import ChameleonVQ, DiffusersVQ, Emu3VQ, JanusVQ, TamingVQ, TorchScriptVQ
-from seitpp.tokenizers.base import full_precision
 
 SIZE = 32
 

@@ -8,9 +8,9 @@ from mmseg.registry import MODELS
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from seitpp.codebook import embed, nearest
 from seitpp.models import MTM, ModelError, classifier_from, input_kind, input_size
 from seitpp.tokenizers.base import Tokenizer
-from seitpp.tokens.codebook import embed, nearest
 
 LEVELS = (4, 6, 8, 12)  # blocks of twelve that lie below each level: those of MAE and BEiT, (3, 5, 7, 11) from 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from downstream.segmentation.backbone import TokenViT
 from downstream.segmentation.model import TokenSegmenter
-from seitpp.tokens.codebook import embed
+from seitpp.codebook import embed
 
 WINDOWS = 4  # that go through the network at once, or one of each image
 CLASSES = 16  # whose logits are resized at once

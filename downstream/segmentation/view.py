@@ -16,9 +16,9 @@ from downstream.segmentation.data import IGNORED, Segmented
 from seitpp.augment import Keys, ViewError, crop_resize
 from seitpp.augment.color import ColorAugment, ColorPreset
 from seitpp.augment.views import split_places
+from seitpp.codebook import embed
 from seitpp.models import TokenAdapt
 from seitpp.models.tokenadapt import CELLS
-from seitpp.tokens.codebook import embed
 
 ATTEMPTS = 10  # boxes whose share of one class is looked at (mmsegmentation, RandomCrop)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import crop_resize, random_resized_boxes, same_boxes
-from seitpp.tokenizers.base import full_precision
+from seitpp.codebook import full_precision
 
 
 class Geometry(NamedTuple):

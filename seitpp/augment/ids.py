@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
-from seitpp.tokens.codebook import synonyms
+from seitpp.codebook import synonyms
 
 LARGEST_SQUARE = 0.25  # side of a swapped square, as a share of the grid's shorter side
 

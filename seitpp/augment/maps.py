@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
-from seitpp.tokenizers.base import full_precision
+from seitpp.codebook import full_precision
 
 CUBIC_A = -0.75  # the bicubic kernel of torch's and OpenCV's interpolation
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop

@@ -12,8 +12,8 @@ from seitpp.augment.ids import TokenEDA
 from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import centre_window, crop_resize, random_resized_boxes, random_window, same_boxes
 from seitpp.augment.mix import Mix, SoftLabels
+from seitpp.codebook import embed, nearest
 from seitpp.errors import UserError
-from seitpp.tokens.codebook import embed, nearest
 
 
 class ViewError(UserError):

@@ -8,14 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from seitpp.engine.config import Config, RunConfig, TrainConfig, parse
 from seitpp.engine.machine import launched_processes
 from seitpp.engine.stopping import Stopped
-from seitpp.errors import UserError
+from seitpp.errors import UserError, fail
 from seitpp.models.export import EXPORTED, export_model
 
 CPU_SHARE = 8  # images of a process at a time in a dry run, where no device says how many fit
@@ -39,11 +38,11 @@ def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], de
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise
-        _fail(f"out of memory: {_smaller_shares(config)}")
+        fail(f"out of memory: {_smaller_shares(config)}")
 
 
 def rehearse(main: Callable[[Config], None], config: Config) -> None:
@@ -67,12 +66,6 @@ def rehearse(main: Callable[[Config], None], config: Config) -> None:
             export_model(out, Path(folder) / "exported")
             parts.append("exported")
     print(f"dry run: {', '.join(parts)} in {time.perf_counter() - started:.0f} s; nothing is kept")
-
-
-def _fail(message: str) -> NoReturn:
-    rank = os.environ.get("RANK")
-    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,16 +1,14 @@
 """The settings of a recipe: a frozen dataclass, its presets, `recipe.py [preset] --flag value ...`."""
 
 import dataclasses
-import difflib
 import json
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 import tyro
 
-from seitpp.errors import UserError
+from seitpp.errors import UserError, suggest
 
 Config = TypeVar("Config")
 
@@ -58,9 +56,7 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else default
     if name not in presets:
-        raise ConfigError(
-            f"unknown preset {name!r}: expected one of {', '.join(presets)}{_suggest(name, presets)}"
-        )
+        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(presets)}{suggest(name, presets)}")
     config, rest = _from_file(presets[name], rest)
     _check_flags(config, rest)
     return tyro.cli(type(config), default=config, args=rest)
@@ -72,12 +68,7 @@ def _check_flags(config: object, arguments: list[str]) -> None:
     for argument in arguments:
         flag = argument.split("=", 1)[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            raise ConfigError(f"unknown flag {flag}{_suggest(flag, known)}; --help lists them all")
-
-
-def _suggest(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"unknown flag {flag}{suggest(flag, known)}; --help lists them all")
 
 
 def _from_file(config: Config, arguments: list[str]) -> tuple[Config, list[str]]:

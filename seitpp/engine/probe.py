@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from seitpp.codebook import full_precision
 from seitpp.engine.evaluate import Score, gather_in_order, indices_of
-from seitpp.tokenizers.base import full_precision
 from seitpp.tokens.dataset import evaluation_loader
 
 BLOCK, ENCODED = 1024, 256  # images that are multiplied and summed together; that are encoded together

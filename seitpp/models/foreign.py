@@ -7,11 +7,10 @@ from collections.abc import Set
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seitpp.models.stem import ModelError
+from seitpp.tensors import load_checkpoint, load_tensors
 
 HEAD = 64  # channels of an attention head of a ViT
 SHOWN = 8  # missing tensors that an error names
@@ -21,26 +20,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, without the prefix `module.`. Raises ModelError naming the file."""
     if not path.is_file():
         raise ModelError(f"no checkpoint at {path}")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_checkpoint(path)
-    except SafetensorError as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    if path.suffix == ".safetensors":
+        content = load_tensors(path, "", ModelError)[1]
+    else:  # DeiT keeps its arguments beside the model
+        content = load_checkpoint(path, ModelError, harmless=(argparse.Namespace,))
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise ModelError(f"{path} holds no state dict: expected names and tensors, alone or under 'model'")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _load_checkpoint(path: Path) -> object:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT keeps its arguments beside the model
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile pickle can end in any of them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{path} cannot be read as plain tensors, and is not unpickled since that could run code ({reason}): "
-            "save its state dict alone, as safetensors, where you trust the file"
-        ) from error
 
 
 class Released(dict):

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -14,6 +13,7 @@ from seitpp.models.saved import Saved, load_classifier
 from seitpp.models.stem import ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt, load_tokenadapt
 from seitpp.models.vit import TokenEmbed
+from seitpp.tensors import header_keys
 
 AVERAGED = "model_ema.safetensors"  # in a run's folder, the moving average of the weights
 KINDS = ("mtm", "classifier", "tokenadapt")  # of our own files
@@ -77,8 +77,4 @@ def _own_kind(path: Path) -> str | None:
     """One of KINDS, or None for a file that no model here has written."""
     if not path.is_file():
         raise ModelError(f"no model file at {path}: expected a run's folder or a model file")
-    try:
-        with safe_open(path, "pt") as file:
-            return next((kind for kind in KINDS if kind in (file.metadata() or {})), None)
-    except SafetensorError:
-        return None
+    return next((kind for kind in KINDS if kind in header_keys(path)), None)

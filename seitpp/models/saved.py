@@ -1,6 +1,5 @@
 """Our own model files: one safetensors whose header says what the tensors are and how to make the model again."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,22 +7,18 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from seitpp import files
 from seitpp.models.stem import ModelError, StemAdapter
 from seitpp.models.vit import TokenEmbed
+from seitpp.tensors import load_tensors, save_tensors
 
 
 def write_model(path: Path, kind: str, model: nn.Module, header: Mapping[str, Any]) -> None:
     """Write a model's tensors, and `header`, anything JSON can hold, under the name `kind`."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {kind: json.dumps(header)}
-    files.replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+    save_tensors(path, model.state_dict(), kind, header)
 
 
 def read_model(path: Path, kind: str, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -33,12 +28,7 @@ def read_model(path: Path, kind: str, expected: str) -> tuple[dict[str, Any], di
     """
     if not path.is_file():
         raise ModelError(f"no model file at {path}: expected {expected}")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(kind, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    header, tensors = load_tensors(path, kind, ModelError)
     if header is None:
         raise ModelError(f"{path} is of another kind: expected {expected}")
     return header, tensors

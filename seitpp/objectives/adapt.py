@@ -9,11 +9,11 @@ from torch import Tensor
 
 from seitpp.augment.geometry import Geometry, apply_geometry
 from seitpp.augment.maps import centre_window
+from seitpp.codebook import embed
 from seitpp.errors import UserError
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.objectives.vq import quality
 from seitpp.tokenizers import Tokenizer
-from seitpp.tokens.codebook import embed
 
 # What `compare` gives of each image: token accuracies in percent, and PSNR in dB.
 MEASURES = (

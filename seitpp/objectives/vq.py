@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from torchvision.models import vgg16
 
 from seitpp.augment import Keys
+from seitpp.tensors import load_state_dict
 from seitpp.tokenizers import TokenizerError, ViTVQGAN, restart_dead_codes
-from seitpp.tokenizers.files import read_checkpoint
 
 WEIGHTS = {"pixels": 1.0, "codebook": 1.0, "perceptual": 0.1, "adversarial": 0.1, "discriminator": 1.0}
 # Tokens a code on average from one restart to the next: a code that is used 4 times or more is not dead.
@@ -136,7 +136,7 @@ class VGGDistance(nn.Module):
         super().__init__()
         if not Path(path).is_file():
             raise TokenizerError(f"no VGG16 weights at {path}: expected torchvision's vgg16 file")
-        tensors = read_checkpoint(Path(path), lambda name: name.startswith("features."))
+        tensors = load_state_dict(Path(path), TokenizerError, lambda name: name.startswith("features."))
         with torch.device("meta"):  # the layers without numbers: these come from the file
             features = vgg16(weights=None).features
         named = {name.removeprefix("features."): tensor.float().clone() for name, tensor in tensors.items()}

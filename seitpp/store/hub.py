@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from seitpp.errors import UserError
-from seitpp.files import remove_folder, sync
+from seitpp.files import cache_root, remove_folder, sync
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 
@@ -80,8 +80,7 @@ def pull(repo_id: str, folder: str | os.PathLike[str] | None = None) -> Path:
 
 def cache_folder(repo_id: str) -> Path:
     """Where `pull` puts a store for which no folder is named."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "seitpp" / "hub" / repo_id.replace("/", "--")
+    return cache_root() / "hub" / repo_id.replace("/", "--")
 
 
 def _download(repo_id: str, staging: Path) -> None:

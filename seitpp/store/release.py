@@ -14,7 +14,6 @@ import io
 import math
 import os
 import re
-import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -291,14 +290,9 @@ def read_codebook(path: Path) -> np.ndarray:
 def _read_tensor(path: Path) -> np.ndarray:
     import torch
 
-    try:
-        _check_archive(path)
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile pickle can end in any of them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ReleaseError(
-            f"{path}: no bare tensor, and not unpickled, which could run code ({reason}); take the release's own"
-        ) from error
+    from seitpp.tensors import load_checkpoint
+
+    tensor = load_checkpoint(path, ReleaseError, advice=f"take the {CODEBOOK} of the release")
     if not isinstance(tensor, torch.Tensor):
         raise ReleaseError(f"{path}: holds a {type(tensor).__name__}, expected a bare tensor (codes, dimension)")
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
@@ -307,14 +301,6 @@ def _read_tensor(path: Path) -> np.ndarray:
         got = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise ReleaseError(f"{path}: holds {got}, expected a plain float32 tensor (codes, dimension)")
     return tensor.detach().contiguous().numpy()
-
-
-def _check_archive(path: Path) -> None:
-    """torch.save never compresses, so that a file unpacks to no more than its own size unless it is a bomb."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed entries")
 
 
 def _write_split(store: TokenStore, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Write a split from several processes or over several runs: finished shards wait in a folder beside it."""
 
-import fcntl
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seitpp.files import new_file, remove_folder, sync, write_file
+from seitpp.files import lock, new_file, remove_folder, sync, unlock, write_file
 from seitpp.store import layout
 from seitpp.store.images import Columns, Images, check_images, make_batch
 from seitpp.store.layout import StoreError
@@ -20,7 +19,7 @@ from seitpp.store.shards import write_shard
 from seitpp.store.spec import SplitSpec
 
 STAGED_NAME = re.compile(r"shard-(\d+)\.arrow")
-RECORD = "staging.json"
+RECORD, LOCK = "staging.json", "publishing.lock"
 
 
 class SplitStaging:
@@ -140,7 +139,7 @@ class SplitStaging:
         if missing:
             raise StoreError(f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}")
         if not self.published:
-            with _only_one(self.folder / RECORD):
+            with _only_one(self.folder / LOCK):
                 self._publish(processes)
         remove_folder(self.folder)
         self._receipt.unlink(missing_ok=True)
@@ -215,9 +214,10 @@ def write_staged(spec: SplitSpec, folder: Path, shard: int, images: Images) -> N
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
     """Raises StoreError if another process is in such a block for the same file."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreError(f"{path.parent}: another process publishes it; wait for it") from error
+    descriptor = lock(path)
+    if descriptor is None:
+        raise StoreError(f"{path.parent}: another process publishes it; wait for it")
+    try:
         yield
+    finally:
+        unlock(descriptor)

@@ -1,7 +1,7 @@
 """Images <-> ids: vector-quantizing tokenizers behind one protocol."""
 
 from seitpp.tokenizers import adapters
-from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, by_frequency, nearest
+from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, by_frequency
 from seitpp.tokenizers.counts import Usage, code_counts, restart_dead_codes, tally, usage
 from seitpp.tokenizers.loading import load
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
@@ -20,7 +20,6 @@ __all__ = [
     "by_frequency",
     "code_counts",
     "load",
-    "nearest",
     "refine",
     "restart_dead_codes",
     "tally",

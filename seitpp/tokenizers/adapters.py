@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, check_ids, nearest
+from seitpp.codebook import nearest
+from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, check_ids
 
 HALF = (0.5, 0.5, 0.5)  # as mean and std: [0, 1] -> [-1, 1]
 # Chameleon's own preprocessing is 0.0078 * byte - 1, not quite [-1, 1].

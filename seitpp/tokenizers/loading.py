@@ -4,8 +4,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from seitpp.tokenizers import files, patch_kmeans, refined, vit_vqgan
-from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tensors import is_checkpoint, load_tensors
+from seitpp.tokenizers import patch_kmeans, refined, vit_vqgan
+from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 from seitpp.tokenizers.refined import RefinedPatchKMeans
 from seitpp.tokenizers.vit_vqgan import ViTVQGAN
@@ -19,10 +20,10 @@ def load(name_or_path: str | Path) -> Tokenizer:
     path = Path(name_or_path)
     if not path.is_file():
         raise TokenizerError(f"no tokenizer file at {path}: expected one that save() wrote, or a checkpoint")
-    if files.is_checkpoint(path):
+    if is_checkpoint(path):
         return ViTVQGAN.from_checkpoint(path)
-    spec, tensors = files.read_safetensors(path, lambda name: True)
-    kind = spec.get("kind", vit_vqgan.KIND if vit_vqgan.CODEBOOK in tensors else None)
+    spec, tensors = load_tensors(path, HEADER, TokenizerError)
+    kind = (spec or {}).get("kind", vit_vqgan.KIND if vit_vqgan.CODEBOOK in tensors else None)
     if kind == vit_vqgan.KIND:
         return ViTVQGAN.from_checkpoint(path)
     if kind not in (patch_kmeans.KIND, refined.KIND):

@@ -10,7 +10,7 @@ Parameter names are those of the public enhancing-transformers checkpoints, so t
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seitpp.tokenizers import files
-from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors, save_tensors
+from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
 from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, sincos_positions
 
 KIND = "vit_vqgan"
@@ -113,10 +113,10 @@ class ViTVQGAN(Tokenizer):
         path = Path(path)
         if not path.is_file():
             raise TokenizerError(f"no tokenizer file at {path}: expected a ViT-VQGAN checkpoint")
-        if files.is_checkpoint(path):
-            spec, tensors = {}, files.read_checkpoint(path, _wanted)
+        if is_checkpoint(path):
+            spec, tensors = None, load_state_dict(path, TokenizerError, _wanted)
         else:
-            spec, tensors = files.read_safetensors(path, _wanted)
+            spec, tensors = load_tensors(path, HEADER, TokenizerError, _wanted)
         return cls._from_tensors(tensors, TokenizerSpec.from_json(spec) if spec else None, path)
 
     @classmethod
@@ -134,7 +134,7 @@ class ViTVQGAN(Tokenizer):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that `from_checkpoint` and `tokenizers.load` open."""
-        files.save(self, path)
+        save_tensors(Path(path), self.state_dict(), HEADER, asdict(self.spec))
 
     @property
     def codebook(self) -> Tensor:

@@ -26,7 +26,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from seitpp import StoreWriter, TokenStore, codec
 from seitpp.augment import Keys, SeitView
-from seitpp.tokens.codebook import synonyms
+from seitpp.codebook import synonyms
 from seitpp.tokens.dataset import Batch, TokenDataset
 
 GRID, K, D, SIZE, CLASSES = 32, 391, 32, 28, 1000

@@ -35,6 +35,7 @@ from accelerate.utils import patch_environment
 from rows import FORK, HEADER, Bench, Lines, apart, losses_of, rate, seconds_of, table_lines, train
 
 from seitpp import StoreWriter
+from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.machine import device_name, git_commit, peak_memory
 from seitpp.engine.memory import Footprint, footprint
 from seitpp.engine.metrics import MATMUL_SIDE, matmul_rate
@@ -45,7 +46,6 @@ from seitpp.objectives import MASK_LAWS
 from seitpp.tokenizers import ViTVQGAN
 from seitpp.tokenizers.decoding import DecodedImages, encode
 from seitpp.tokenizers.images import open_source
-from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.digits import digits
 
 ROOT = Path(__file__).parents[2]

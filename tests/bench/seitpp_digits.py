@@ -21,8 +21,8 @@ import torch
 from scipy import stats
 
 from seitpp import TokenStore
+from seitpp.codebook import codebook_fingerprint
 from seitpp.models import MTM
-from seitpp.tokens.codebook import codebook_fingerprint
 from seitpp.tokens.digits import digits
 
 RECIPES = Path(__file__).parents[2] / "recipes"
