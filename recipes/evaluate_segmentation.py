@@ -36,10 +36,10 @@ from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_tokenadapt
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.annotated import AnnotatedSource
+from seitpp.images.decode import fit_short_side
 from seitpp.models.pretrained import model_file
 from seitpp.tokenizers import Tokenizer
-from seitpp.tokenizers.annotated import AnnotatedSource
-from seitpp.tokenizers.images import fit_short_side
 
 SHOWN = 6  # images of the report
 

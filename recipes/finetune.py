@@ -37,6 +37,7 @@ from seitpp.augment import (
     SeitView,
 )
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.dataset import BatchOrder, Chosen, TokenDataset, few_labels
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -53,6 +54,8 @@ from seitpp.engine.optim import OPTIMIZERS
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import hold_out, open_source
 from seitpp.models import (
     Saved,
     TokenAdapt,
@@ -65,8 +68,6 @@ from seitpp.models import (
     save_classifier,
 )
 from seitpp.objectives import soft_label_loss, top1_share
-from seitpp.tokenizers.images import ImageDataset, hold_out, open_source
-from seitpp.tokens.dataset import BatchOrder, Chosen, TokenDataset, few_labels
 
 HELD_OUT = 20  # of images without a validation split, one in so many
 

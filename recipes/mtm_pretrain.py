@@ -26,6 +26,8 @@ from torch import Tensor
 from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.dataset import BatchOrder, TokenDataset
+from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -40,8 +42,6 @@ from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
 from seitpp.objectives import MASK_LAWS, mask_plan
 from seitpp.store import TokenStore
-from seitpp.tokens.dataset import BatchOrder, TokenDataset
-from seitpp.tokens.digits import digits, digits_images
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seitpp.augment import EvalView
+from seitpp.data.dataset import TokenDataset
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_splits
@@ -20,7 +21,6 @@ from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_mtm
-from seitpp.tokens.dataset import TokenDataset
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import seitpp.models  # noqa: F401 (makes timm know our models)
 from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -39,7 +40,6 @@ from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.models import save_classifier
 from seitpp.objectives import soft_label_loss, top1_share
-from seitpp.tokens.dataset import BatchOrder, TokenDataset
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.geometry import Geometry
 from seitpp.augment.maps import centre_window
 from seitpp.codebook import codebook_fingerprint, embed
+from seitpp.data.dataset import BatchOrder, evaluation_loader
+from seitpp.data.digits import DigitsSource, digits
+from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -34,6 +37,8 @@ from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
+from seitpp.images.batches import ImageDataset, Pixels
+from seitpp.images.sources import hold_out, open_source
 from seitpp.models import TokenAdapt
 from seitpp.objectives.adapt import (
     MEASURES,
@@ -46,10 +51,6 @@ from seitpp.objectives.adapt import (
     tokenizer_pair,
 )
 from seitpp.tokenizers import PatchKMeans, Tokenizer
-from seitpp.tokenizers.images import ImageDataset, Pixels, hold_out, open_source
-from seitpp.tokens.dataset import BatchOrder, evaluation_loader
-from seitpp.tokens.digits import DigitsSource, digits
-from seitpp.tokens.photographs import PhotographWindows
 
 HELD_OUT = 20  # without a validation split, one image in so many
 FIT_IMAGES = 400  # without a tokenizer, so many training images make one

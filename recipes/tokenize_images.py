@@ -33,15 +33,17 @@ from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
 
 from seitpp import TokenStore, tokenizers
+from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
+from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
+from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
+from seitpp.images.decode import Size, fit_short_side
+from seitpp.images.sources import ImageSource, open_source
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
 from seitpp.tokenizers import Tokenizer, TokenizerError, by_frequency
-from seitpp.tokenizers.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
-from seitpp.tokenizers.decoding import Decoded, DecodedImages, Kept, encode
-from seitpp.tokenizers.images import ImageSource, Size, fit_short_side, open_source
-from seitpp.tokens.digits import DigitsSource, digits
+from seitpp.tokenizers.encoding import encode
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:
         for shard in mine:
             ids: list[np.ndarray] = []
-            kept: list[Kept] = []
+            kept: list[ImageRecord] = []
             for _ in batches_of(staging.images(shard), config.batch_size):
                 decoded = next(batches)
                 if decoded.errors:
@@ -230,7 +232,7 @@ def decoding_loader(images: DecodedImages, staging: SplitStaging, shards: list[i
     return DataLoader(images, batch_sampler=batches, collate_fn=as_it_is, num_workers=config.workers)
 
 
-def as_it_is(batch: Decoded) -> Decoded:
+def as_it_is(batch: DecodedBatch) -> DecodedBatch:
     """The dataset makes whole batches."""
     return batch
 
@@ -244,14 +246,18 @@ def report_errors(errors: list[str], skip: bool, path: Path) -> None:
 
 
 def write_shard(
-    staging: SplitStaging, shard: int, ids: np.ndarray | list[np.ndarray], kept: list[Kept], columns: list[str]
+    staging: SplitStaging,
+    shard: int,
+    ids: np.ndarray | list[np.ndarray],
+    kept: list[ImageRecord],
+    columns: list[str],
 ) -> None:
     """Write the images of a shard durably."""
     labels = np.array([image.label for image in kept], dtype=np.int64)
     staging.write(shard, ids, labels, {name: [getattr(image, name) for image in kept] for name in columns})
 
 
-def totals_of(kept: list[Kept]) -> np.ndarray:
+def totals_of(kept: list[ImageRecord]) -> np.ndarray:
     """(4,) int64: images, and the bytes of their files, of their annotations' files and of these as stored."""
     rows = [(1, image.source_bytes, image.annotation_bytes, len(image.annotation)) for image in kept]
     return np.array(rows, np.int64).reshape(-1, 4).sum(axis=0)

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
+from seitpp.data.dataset import BatchOrder, evaluation_loader
+from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
@@ -30,13 +32,12 @@ from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import ImageSource, hold_out, open_source
 from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
 from seitpp.objectives.vq import WEIGHTS, vq_losses, weighted_sum
 from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, refine, tally, usage
-from seitpp.tokenizers.images import ImageDataset, ImageSource, hold_out, open_source
 from seitpp.tokenizers.transformer import TransformerShape
-from seitpp.tokens.dataset import BatchOrder, evaluation_loader
-from seitpp.tokens.digits import DigitsSource
 
 NEED_DATA = {"published", "photos"}
 HELD_OUT = 20  # without a validation split, one image in so many: a sorted folder's last ones are of one class

@@ -15,11 +15,11 @@ from torch.utils.data import Subset
 
 from seitpp import TokenStore
 from seitpp.augment import EvalView
+from seitpp.data.dataset import TokenDataset
+from seitpp.data.digits import digits
 from seitpp.engine.evaluate import gather_in_order, predict
 from seitpp.engine.probe import BLOCK, Features, extract_features, fit, knn, linear_probe, probe
 from seitpp.models import MTM
-from seitpp.tokens.dataset import TokenDataset
-from seitpp.tokens.digits import digits
 
 
 def share(vectors: Tensor, labels: Tensor, accelerator: Accelerator) -> Features:

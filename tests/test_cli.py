@@ -18,10 +18,10 @@ from PIL import Image
 
 from seitpp import StoreWriter, TokenStore, cli
 from seitpp.codec import CODECS
+from seitpp.data.digits import digits
 from seitpp.plots import paint_codes
 from seitpp.store import layout
 from seitpp.tokenizers import load
-from seitpp.tokens.digits import digits
 
 ROOT = Path(__file__).parent.parent
 GRID, K = (4, 6), 20

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 from seitpp import TokenStore
 from seitpp import codec as codecs
 from seitpp.codec import CodecError, ContextCodec
+from seitpp.data.digits import digits
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokens.digits import digits
 
 GOLDEN = Path(__file__).parent / "golden" / "codec_context_v1.bin"
 

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import TokenStore, files
+from seitpp.data.dataset import BatchOrder, TokenDataset, evaluation_loader, training_loader
+from seitpp.data.digits import digits
 from seitpp.engine import checkpoint
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import ConfigError, load_config, parse
@@ -24,8 +26,6 @@ from seitpp.engine.schedule import warmup_cosine
 from seitpp.engine.stopping import Stopped
 from seitpp.errors import UserError
 from seitpp.models import MTM
-from seitpp.tokens.dataset import BatchOrder, TokenDataset, evaluation_loader, training_loader
-from seitpp.tokens.digits import digits
 
 # ---------------------------------------------------------------------------------------------- data order
 

@@ -24,6 +24,8 @@ from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.engine.config import load_config
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import FolderSource
 from seitpp.models import (
     MTM,
     TokenAdapt,
@@ -35,7 +37,6 @@ from seitpp.models import (
     save_classifier,
 )
 from seitpp.objectives import mask_plan
-from seitpp.tokenizers.images import FolderSource, ImageDataset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = [f"digit {label}" for label in range(10)]

@@ -16,8 +16,9 @@ from sklearn.datasets import load_sample_images
 
 from seitpp import TokenStore, tokenizers
 from seitpp.errors import UserError
+from seitpp.images.decode import ImageError, decode_image
+from seitpp.images.sources import DatasetSource
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokenizers.images import DatasetSource, ImageError, decode_image
 
 FOLDER = Path(__file__).parent.parent / "downstream/finegrained"
 sys.path.insert(0, str(FOLDER))

@@ -20,6 +20,8 @@ from seitpp.augment.maps import crop_resize, random_resized_boxes
 from seitpp.augment.mix import Mix, PairingError, SoftLabels
 from seitpp.augment.views import split_places
 from seitpp.codebook import codebook_fingerprint, embed, nearest
+from seitpp.data.dataset import Share
+from seitpp.data.digits import digits
 from seitpp.engine.config import parse
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
@@ -34,8 +36,6 @@ from seitpp.models import (
     save_classifier,
     save_release,
 )
-from seitpp.tokens.dataset import Share
-from seitpp.tokens.digits import digits
 
 finetune, mtm_pretrain = recipe("finetune"), recipe("mtm_pretrain")
 TWO_STEPS = ["--epochs", 2 / 11, "--warmup-epochs", 0]

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ["codec", "store", "tokenizers", "tokens", "augment", "models", "objectives", "engine", "plots", "cli"]
+FLOORS = [
+    "codec",
+    "store",
+    "images",
+    "tokenizers",
+    "data",
+    "augment",
+    "models",
+    "objectives",
+    "engine",
+    "plots",
+    "cli",
+]
 GROUND = ["errors", "files", "tensors", "codebook"]  # what every floor stands on
 FILES = sorted([*(ROOT / "seitpp").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
 

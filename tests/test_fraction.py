@@ -12,10 +12,10 @@ from test_engine import global_batches
 
 from seitpp import TokenStore
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.dataset import BatchOrder, Chosen, TokenDataset, few_labels, fraction_of, training_loader
+from seitpp.data.digits import digits
 from seitpp.errors import UserError
 from seitpp.models import MTM
-from seitpp.tokens.dataset import BatchOrder, Chosen, TokenDataset, few_labels, fraction_of, training_loader
-from seitpp.tokens.digits import digits
 
 RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train", "segment_ade20k")
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from seitpp.tokenizers.images import ImageDataset, ImageError, Sample, decode_image, open_source
+from seitpp.images.batches import ImageDataset
+from seitpp.images.decode import ImageError, Sample, decode_image
+from seitpp.images.sources import open_source
 
 CLASSES = ["china", "flower"]
 

@@ -12,9 +12,9 @@ from test_fraction import codebook, recipe
 from test_recipes import metrics
 
 from seitpp import TokenStore
+from seitpp.data.digits import digits
 from seitpp.errors import UserError
 from seitpp.models import MTM, save_classifier, save_release
-from seitpp.tokens.digits import digits
 
 mtm_pretrain = recipe("mtm_pretrain")
 SMOKE = replace(mtm_pretrain.PRESETS["smoke"], dropout=0.0)

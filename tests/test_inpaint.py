@@ -16,6 +16,7 @@ from scipy import stats
 
 from seitpp.augment import Keys
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.digits import digits
 from seitpp.errors import UserError
 from seitpp.models import MTM, save_classifier
 from seitpp.objectives import MASK_LAWS, decoding, fill_hidden, hidden_tokens, mask_plan, masked_token_loss
@@ -27,7 +28,6 @@ from seitpp.objectives.decoding import (
     hidden_patches,
 )
 from seitpp.store import TokenStore
-from seitpp.tokens.digits import digits
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "inpaint.py"
 SPEC = importlib.util.spec_from_file_location("inpaint", RECIPE)

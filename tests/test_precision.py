@@ -18,9 +18,9 @@ from test_scaling import fsdp
 from tiny_run import STEPS, Accident, overflow, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seitpp.data.digits import digits
 from seitpp.engine.folder import RunError
 from seitpp.engine.precision import check_precision
-from seitpp.tokens.digits import digits
 
 FIRST_SCALE = 2.0**16
 

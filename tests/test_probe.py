@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import TokenStore
 from seitpp.augment import EvalView
+from seitpp.data.dataset import TokenDataset
+from seitpp.data.digits import digits
 from seitpp.engine import probe
 from seitpp.engine.probe import Features, extract_features, fit, knn, linear_probe
 from seitpp.models import MTM
-from seitpp.tokens.dataset import TokenDataset
-from seitpp.tokens.digits import digits
 
 TESTS = Path(__file__).parent
 ALONE = Accelerator(cpu=True)

@@ -20,12 +20,12 @@ from test_recipes import kill_after_an_evaluation
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import EvalView, Keys, SeitView
 from seitpp.codebook import codebook_fingerprint, embed
+from seitpp.data.dataset import TokenDataset
+from seitpp.data.digits import DigitsSource, digits, digits_images
 from seitpp.engine.command import run_recipe
 from seitpp.engine.config import parse
 from seitpp.engine.evaluate import predict
 from seitpp.models import MTM, TokenAdapt, load_classifier, save_classifier, save_release
-from seitpp.tokens.dataset import TokenDataset
-from seitpp.tokens.digits import DigitsSource, digits, digits_images
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "seit_loss.json"

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from seitpp import TokenStore, tokenizers
 from seitpp.codebook import codebook_fingerprint
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import open_source
 from seitpp.models import MTM, load_tokenadapt, save_release
 from seitpp.store import SplitStaging, spec, staging
 from seitpp.store.release import export_release, import_release
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
-from seitpp.tokenizers.images import ImageDataset, open_source
 from seitpp.tokenizers.transformer import TransformerShape
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

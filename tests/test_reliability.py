@@ -18,10 +18,10 @@ from test_recipes import metrics, torchrun
 from tiny_run import BATCH, CHECKPOINT_STEPS, STEPS, train
 from torch import nn
 
+from seitpp.data.digits import digits
 from seitpp.engine import checkpoint
 from seitpp.engine.folder import RunError
 from seitpp.engine.stopping import Stopped
-from seitpp.tokens.digits import digits
 
 TINY = Path(__file__).with_name("tiny_run.py")
 

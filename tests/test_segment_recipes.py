@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 
 from seitpp import StoreWriter, TokenStore, plots
 from seitpp.codebook import codebook_fingerprint, embed
+from seitpp.data.dataset import Chosen, Share
 from seitpp.engine.command import rehearse
 from seitpp.engine.config import parse
 from seitpp.engine.schedule import warmup_linear
+from seitpp.images.annotated import AnnotatedSource
 from seitpp.models import MTM, TokenAdapt
-from seitpp.tokenizers.annotated import AnnotatedSource
-from seitpp.tokens.dataset import Chosen, Share
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes

@@ -17,8 +17,8 @@ from seitpp import StoreWriter, TokenStore
 from seitpp.augment import Keys, ViewError
 from seitpp.augment.color import ColorAugment
 from seitpp.codebook import embed
+from seitpp.data.dataset import BatchOrder, training_loader
 from seitpp.models import TokenAdapt
-from seitpp.tokens.dataset import BatchOrder, training_loader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from downstream.segmentation.data import AnnotationError, Segmented, SegmentedTokens

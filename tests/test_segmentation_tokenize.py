@@ -17,10 +17,10 @@ from scipy.stats import ks_2samp
 
 from seitpp import TokenStore, tokenizers
 from seitpp.errors import UserError
+from seitpp.images.annotated import AnnotatedSource, decode_annotation, smallest_png
+from seitpp.images.decode import ImageError, decode_image, fit_short_side
 from seitpp.store import StoreError, spec
 from seitpp.tokenizers import PatchKMeans, TokenizerSpec, ViTVQGAN
-from seitpp.tokenizers.annotated import AnnotatedSource, decode_annotation, smallest_png
-from seitpp.tokenizers.images import ImageError, decode_image, fit_short_side
 from seitpp.tokenizers.refined import refine
 from seitpp.tokenizers.transformer import TransformerShape
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seitpp.augment import Keys, apply_geometry, random_geometry
 from seitpp.codebook import embed
+from seitpp.data.photographs import PhotographWindows
 from seitpp.models import ModelError, TokenAdapt, from_release, load_tokenadapt
 from seitpp.objectives.adapt import (
     MEASURES,
@@ -21,7 +22,6 @@ from seitpp.objectives.adapt import (
     tokenizer_pair,
 )
 from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec
-from seitpp.tokens.photographs import PhotographWindows
 
 UNTOUCHED = {"flip": 0.0, "affine": 0.0, "scale": None}
 

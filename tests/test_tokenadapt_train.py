@@ -18,11 +18,11 @@ from torch import Tensor
 from seitpp import tokenizers
 from seitpp.augment import Keys, random_geometry
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.digits import digits
 from seitpp.errors import UserError
 from seitpp.models import load_tokenadapt
 from seitpp.objectives.adapt import MEASURES
 from seitpp.tokenizers import PatchKMeans, RefinedPatchKMeans, TokenizerSpec
-from seitpp.tokens.digits import digits
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tokenadapt_train.py"
 SPEC = importlib.util.spec_from_file_location("tokenadapt_train", RECIPE)

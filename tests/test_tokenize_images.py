@@ -15,8 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from seitpp import TokenStore, tokenizers
+from seitpp.images.decode import decode_image
+from seitpp.images.sources import open_source
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokenizers.images import decode_image, open_source
 
 RECIPE = Path(__file__).parent.parent / "recipes/tokenize_images.py"
 IMAGES = 150  # of 1,024 pixels a side and 65,536 tokens, so that they make three shards of 64 or fewer

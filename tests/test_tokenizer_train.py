@@ -20,14 +20,15 @@ from torchvision.models import vgg16
 
 from seitpp import tokenizers
 from seitpp.augment import Keys
+from seitpp.data.digits import DigitsSource
 from seitpp.engine.optim import adamw
 from seitpp.errors import UserError
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import SourceSubset
 from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
 from seitpp.objectives.vq import vq_losses, weighted_sum
 from seitpp.tokenizers import TokenizerError, TokenizerSpec, ViTVQGAN
-from seitpp.tokenizers.images import ImageDataset, Part
 from seitpp.tokenizers.transformer import TransformerShape
-from seitpp.tokens.digits import DigitsSource
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tokenizer_train.py"
 SPEC = importlib.util.spec_from_file_location("tokenizer_train", RECIPE)
@@ -423,7 +424,7 @@ def test_a_collapsed_codebook_is_warned_of(photographs, tmp_path) -> None:
     for number in range(20):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(flat / f"{number}.png")
     config = replace(recipe.PRESETS["photos"], data=str(photographs), image_size=64, num_codes=64, workers=0)
-    mixed = Part(recipe.open_source(str(flat), None), [19])
+    mixed = SourceSubset(recipe.open_source(str(flat), None), [19])
     parts = recipe.open_data(config)[0], mixed
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match=r"\d of 64 codes used"):
         patch.setattr(recipe, "open_data", lambda _: parts)

@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_images
 from seitpp import TokenStore, tokenizers
 from seitpp import codebook as codebook_module
 from seitpp.codebook import nearest
+from seitpp.data.digits import digits, digits_images
 from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, patch_kmeans
-from seitpp.tokens.digits import digits, digits_images
 
 
 def crops(photograph: np.ndarray, size: int = 64) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_the_split_of_the_digits_never_changes() -> None:
 
 def test_digits_are_tokenized_once_and_reused(tmp_path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    code = "from seitpp.tokens.digits import digits; print(digits().store)"
+    code = "from seitpp.data.digits import digits; print(digits().store)"
     command = [sys.executable, "-c", code]
     first = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     stores = {process.communicate()[0].strip() for process in first}

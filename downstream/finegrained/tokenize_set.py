@@ -25,7 +25,7 @@ from sets import SETS, differences, read_set
 from seitpp import TokenStore, tokenizers
 from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
-from seitpp.tokenizers.images import DatasetSource
+from seitpp.images.sources import DatasetSource
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))
 import tokenize_images

@@ -17,10 +17,10 @@ import torch
 from downstream.segmentation.data import COLUMN
 from downstream.segmentation.scenes import write_scenes
 from seitpp import files
+from seitpp.images.annotated import AnnotatedSource, smallest_png
+from seitpp.images.decode import decode_image
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokenizers.annotated import AnnotatedSource, smallest_png
-from seitpp.tokenizers.images import decode_image
 
 VERSION = 1  # of the way they are made
 SPLITS = {"train": "training", "validation": "validation"}  # of the store and of the images

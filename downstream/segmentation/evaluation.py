@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from downstream.segmentation.data import SegmentedTokens
 from downstream.segmentation.metric import SegmentationScore
 from seitpp.codebook import nearest
-from seitpp.tokenizers.annotated import AnnotatedSource, decode_annotation
-from seitpp.tokenizers.images import Size, decode_image
-from seitpp.tokens.dataset import evaluation_loader
+from seitpp.data.dataset import evaluation_loader
+from seitpp.images.annotated import AnnotatedSource, decode_annotation
+from seitpp.images.decode import Size, decode_image
 
 
 class WholeImage(NamedTuple):

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 from downstream.segmentation.data import IGNORED
 from downstream.segmentation.extra import load_mmseg
-from seitpp.tokenizers.annotated import AnnotatedSource, decode_annotation
-from seitpp.tokenizers.images import opened
-from seitpp.tokens.dataset import Share
+from seitpp.data.dataset import Share
+from seitpp.images.annotated import AnnotatedSource, decode_annotation
+from seitpp.images.decode import open_image
 
 LONG_SIDE = 4  # times the short one: the largest an image is resized to (mmsegmentation: 2048 x 512)
 
@@ -70,7 +70,7 @@ class PixelPipeline(Dataset):
     def _augmented(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(crop, crop, 3) BGR and (crop, crop), both uint8."""
         sample = self.source.read(index)
-        with opened(sample.data, sample.name) as image:
+        with open_image(sample.data, sample.name) as image:
             pixels = np.asarray(image.convert("RGB"))[..., ::-1]
         labels = decode_annotation(sample.annotation, sample.name).astype(np.uint8) - np.uint8(1)
         results = {"img": pixels, "img_shape": labels.shape, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}

@@ -13,15 +13,15 @@ from downstream.segmentation.evaluation import WholeImage, WholePixels, WholeTok
 from downstream.segmentation.pixels import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
+from seitpp.data.dataset import BatchOrder
 from seitpp.engine.data import check_codes, training_part
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.annotated import AnnotatedSource
+from seitpp.images.decode import fit_short_side
 from seitpp.models import load_pretrained
 from seitpp.store import TokenStore
 from seitpp.tokenizers import Tokenizer
-from seitpp.tokenizers.annotated import AnnotatedSource
-from seitpp.tokenizers.images import fit_short_side
-from seitpp.tokens.dataset import BatchOrder
 
 
 class Source(Protocol):

@@ -6,8 +6,8 @@ import torch
 
 from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import random_resized_boxes
-from seitpp.tokenizers.images import Box
-from seitpp.tokens.dataset import Share
+from seitpp.data.dataset import Share
+from seitpp.images.decode import Box
 
 CENTER = 7 / 8  # of the short side: 224 of 256 pixels, as ImageNet is evaluated
 

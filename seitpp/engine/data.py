@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from seitpp.augment import SoftLabels
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.dataset import Chosen, fraction_of
+from seitpp.data.digits import digits
 from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -16,8 +18,6 @@ from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.saved import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
-from seitpp.tokens.dataset import Chosen, fraction_of
-from seitpp.tokens.digits import digits
 
 ON_DIGITS = ("digits", "smoke")  # the presets that need no data
 

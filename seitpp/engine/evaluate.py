@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from seitpp.tokens.dataset import evaluation_loader
+from seitpp.data.dataset import evaluation_loader
 
 RANKED = 5
 

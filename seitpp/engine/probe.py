@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp.codebook import full_precision
+from seitpp.data.dataset import evaluation_loader
 from seitpp.engine.evaluate import Score, gather_in_order, indices_of
-from seitpp.tokens.dataset import evaluation_loader
 
 BLOCK, ENCODED = 1024, 256  # images that are multiplied and summed together; that are encoded together
 NEIGHBORS, TEMPERATURE = 20, 0.07  # the usual weighted k-NN (Wu et al. 2018, "Unsupervised feature learning ...")

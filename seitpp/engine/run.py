@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
+from seitpp.data.dataset import BatchOrder, Share, training_loader
 from seitpp.engine import checkpoint, sharded, zero
 from seitpp.engine.accumulation import Sharing, share_out
 from seitpp.engine.config import RunConfig
@@ -38,7 +39,6 @@ from seitpp.engine.metrics import MetricsLog, NotFinite, Speed, gather_records, 
 from seitpp.engine.precision import COMPUTE_DTYPE, LossScaler, check_precision, check_scale
 from seitpp.engine.stopping import Stopped, StopRequest
 from seitpp.errors import UserError
-from seitpp.tokens.dataset import BatchOrder, Share, training_loader
 
 DRY_RUN_IMAGES = 64
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from seitpp.files import lock, new_file, remove_folder, sync, unlock, write_file
 from seitpp.store import layout
-from seitpp.store.images import Columns, Images, check_images, make_batch
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import MADE, build, place, survey
+from seitpp.store.samples import Columns, Samples, check_samples, make_batch
 from seitpp.store.shards import write_shard
 from seitpp.store.spec import SplitSpec
 
@@ -107,7 +107,7 @@ class SplitStaging:
         could not be read are left out. Raises StoreError for anything else, also for too many images.
         """
         numbers = self.images(shard)
-        images = check_images(self._spec, ids, labels, columns, first=numbers.start)
+        images = check_samples(self._spec, ids, labels, columns, first=numbers.start)
         if len(images.ids) > len(numbers):
             raise StoreError(f"shard {shard}: got {len(images.ids)} images, expected at most {len(numbers)}")
         write_staged(self._spec, self.folder, shard, images)
@@ -205,7 +205,7 @@ def staged_shards(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def write_staged(spec: SplitSpec, folder: Path, shard: int, images: Images) -> None:
+def write_staged(spec: SplitSpec, folder: Path, shard: int, images: Samples) -> None:
     """Write one staged shard, durably and in one step."""
     with new_file(folder / f"shard-{shard:05d}.arrow") as file:
         write_shard(file, make_batch(spec, images))

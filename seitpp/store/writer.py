@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from seitpp.files import remove_folder
-from seitpp.store.images import Columns, check_images, no_images
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import build, place
+from seitpp.store.samples import Columns, check_samples, no_samples
 from seitpp.store.spec import SplitSpec
 from seitpp.store.staging import staged_shards, write_staged
 
@@ -57,7 +57,7 @@ class StoreWriter:
         self.path = self._spec.path
         self._folder: Path | None = None
         self._shards = self._rows = 0
-        self._waiting = no_images(self._spec)
+        self._waiting = no_samples(self._spec)
 
     def __enter__(self) -> "StoreWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ class StoreWriter:
         """
         if self._folder is None:
             raise StoreError('not open: use the writer as "with StoreWriter(...) as writer:"')
-        images = check_images(self._spec, ids, labels, columns, first=self._rows)
+        images = check_samples(self._spec, ids, labels, columns, first=self._rows)
         self._rows += len(images.ids)
         self._waiting.extend(images)
         while len(self._waiting.ids) >= self._spec.shard_images:

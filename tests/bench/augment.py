@@ -27,7 +27,7 @@ from torchvision.transforms import RandomResizedCrop
 from seitpp import StoreWriter, TokenStore, codec
 from seitpp.augment import Keys, SeitView
 from seitpp.codebook import synonyms
-from seitpp.tokens.dataset import Batch, TokenDataset
+from seitpp.data.dataset import Batch, TokenDataset
 
 GRID, K, D, SIZE, CLASSES = 32, 391, 32, 28, 1000
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from seitpp import TokenStore
 from seitpp import codec as codecs
 from seitpp.codec import ContextCodec
+from seitpp.data.digits import digits
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokens.digits import digits
 
 IMAGES = 100_000
 SIZE = 256

@@ -36,17 +36,18 @@ from rows import FORK, HEADER, Bench, Lines, apart, losses_of, rate, seconds_of,
 
 from seitpp import StoreWriter
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.digits import digits
 from seitpp.engine.machine import device_name, git_commit, peak_memory
 from seitpp.engine.memory import Footprint, footprint
 from seitpp.engine.metrics import MATMUL_SIDE, matmul_rate
 from seitpp.engine.probe import knn, linear_probe
 from seitpp.errors import UserError
+from seitpp.images.batches import DecodedImages
+from seitpp.images.sources import open_source
 from seitpp.models import MTM, TokenAdapt, load_mtm, save_classifier
 from seitpp.objectives import MASK_LAWS
 from seitpp.tokenizers import ViTVQGAN
-from seitpp.tokenizers.decoding import DecodedImages, encode
-from seitpp.tokenizers.images import open_source
-from seitpp.tokens.digits import digits
+from seitpp.tokenizers.encoding import encode
 
 ROOT = Path(__file__).parents[2]
 RECIPES, BENCH = ROOT / "recipes", ROOT / "tests/bench"

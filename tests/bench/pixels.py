@@ -17,8 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from seitpp.augment import CentralBoxes, RandomBoxes
-from seitpp.tokenizers.images import ImageDataset, open_source
-from seitpp.tokens.dataset import Share
+from seitpp.data.dataset import Share
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import open_source
 
 SIZES = ((400, 350), (500, 375), (2000, 1500))  # width, height
 

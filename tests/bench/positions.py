@@ -22,10 +22,11 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from seitpp import tokenizers
+from seitpp.data.digits import DigitsSource
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import ImageSource, open_source
 from seitpp.objectives import quality
 from seitpp.tokenizers import ViTVQGAN
-from seitpp.tokenizers.images import ImageDataset, ImageSource, open_source
-from seitpp.tokens.digits import DigitsSource
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tokenizer_train.py"
 COMMON = ["smoke", "--code-dim", 32, "--depth", 2, "--checkpoint-epochs", 10, "--log-steps", 100]  # K = 64

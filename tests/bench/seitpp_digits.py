@@ -22,8 +22,8 @@ from scipy import stats
 
 from seitpp import TokenStore
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.digits import digits
 from seitpp.models import MTM
-from seitpp.tokens.digits import digits
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STARTS = {"untrained": "SeiT", "mtm": "SeiT + MTM", "seitpp": "SeiT++"}

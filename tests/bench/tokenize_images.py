@@ -21,8 +21,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import open_source
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokenizers.images import ImageDataset, open_source
 
 RECIPE = Path(__file__).parents[2] / "recipes/tokenize_images.py"
 BATCH = 32

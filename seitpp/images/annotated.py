@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from seitpp.tokenizers.images import ImageError, opened
+from seitpp.images.decode import ImageError, open_image
 
 JPEG, PNG = {".jpg", ".jpeg"}, {".png"}
 # Short side of the images in pixels where nothing is said: crops of 512 pixels are what ADE-20k is trained with.
@@ -118,7 +118,7 @@ def decode_annotation(data: bytes, name: str) -> np.ndarray:
 
     Raises ImageError naming the file for everything else, since its values would be a matter of interpretation.
     """
-    with opened(data, name) as image:
+    with open_image(data, name) as image:
         values, kind = np.asarray(image), image.format
     if kind != "PNG" or not (data[COLOUR] == PALETTE or (data[COLOUR] == GREY and data[DEPTH] >= 8)):
         found = f"PNG of {data[DEPTH]} bits with {len(image.getbands())} channels" if kind == "PNG" else kind
@@ -165,7 +165,7 @@ def _read(path: Path) -> bytes:
 
 
 def _size(data: bytes, path: Path) -> tuple[int, int]:
-    with opened(data, str(path)) as image:
+    with open_image(data, str(path)) as image:
         return image.height, image.width
 
 

@@ -1,4 +1,4 @@
-"""Images on their way into a split: checked, collected, and put into the columns of a shard."""
+"""Samples on their way into a split: checked, collected, and put into the columns of a shard."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,40 +15,40 @@ from seitpp.store.spec import SplitSpec
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
 
 
-class Images(NamedTuple):
+class Samples(NamedTuple):
     """Checked images: ids, each (h, w) little-endian uint16; labels; other columns, a list each."""
 
     ids: list[np.ndarray]
     labels: list[int]
     columns: dict[str, list[Any]]
 
-    def extend(self, other: "Images") -> None:
+    def extend(self, other: "Samples") -> None:
         """Append the images of `other`."""
         self.ids.extend(other.ids)
         self.labels.extend(other.labels)
         for name, values in self.columns.items():
             values.extend(other.columns[name])
 
-    def take(self, n: int) -> "Images":
+    def take(self, n: int) -> "Samples":
         """Remove and return the first `n` images."""
-        taken = Images(self.ids[:n], self.labels[:n], {name: values[:n] for name, values in self.columns.items()})
+        taken = Samples(self.ids[:n], self.labels[:n], {name: values[:n] for name, values in self.columns.items()})
         for values in (self.ids, self.labels, *self.columns.values()):
             del values[:n]
         return taken
 
 
-def no_images(spec: SplitSpec) -> Images:
+def no_samples(spec: SplitSpec) -> Samples:
     """To be extended."""
-    return Images([], [], {name: [] for name in spec.columns})
+    return Samples([], [], {name: [] for name in spec.columns})
 
 
-def check_images(
+def check_samples(
     spec: SplitSpec,
     ids: np.ndarray | Sequence[np.ndarray],
     labels: np.ndarray | Sequence[int],
     columns: Columns | None,
     first: int,
-) -> Images:
+) -> Samples:
     """N images as `spec` wants them, copied. first: number of the first one in its split, for messages.
 
     ids: (N, H, W) integers; where each image has its own grid, also N arrays (h, w). labels: (N,) integers.
@@ -58,14 +58,14 @@ def check_images(
         chosen = [_check_ids(spec, np.asarray(image)[None], first + i)[0] for i, image in enumerate(ids)]
     else:
         chosen = list(_check_ids(spec, np.asarray(ids), first))
-    return Images(
+    return Samples(
         chosen,
         _check_labels(spec, np.asarray(labels), len(chosen), first),
         _check_columns(spec, columns or {}, len(chosen), first),
     )
 
 
-def make_batch(spec: SplitSpec, images: Images) -> pa.RecordBatch:
+def make_batch(spec: SplitSpec, images: Samples) -> pa.RecordBatch:
     """The columns of a shard, the tokens as they are, two bytes each. Raises StoreError if they are too long."""
     schema = spec.features().arrow_schema
     sides = {"height": [image.shape[0] for image in images.ids], "width": [image.shape[1] for image in images.ids]}

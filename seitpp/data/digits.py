@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from seitpp import files
+from seitpp.images.decode import Sample
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
-from seitpp.tokenizers.images import Sample
 
 # Everything that the tokens follow from: another value here is another cache folder.
 SETTINGS = {"version": 2, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
@@ -79,7 +79,7 @@ def _tokenize(folder: Path) -> None:
 
 
 class DigitsSource:
-    """The digits as encoded images, like those of a folder (`seitpp.tokenizers.images.ImageSource`)."""
+    """The digits as encoded images, like those of a folder (`seitpp.images.sources.ImageSource`)."""
 
     class_names: ClassVar[list[str]] = [str(digit) for digit in range(10)]
 

@@ -1,42 +1,23 @@
-"""Where encoded images come from: a folder, Parquet files, webdataset tars, or a named data set.
+"""Encoded images from a folder, Parquet files, webdataset tars, or a named data set.
 
 Every source gives the bytes of image i, its name and its label, in a fixed order, without holding images in memory
 and without unpacking or converting anything on disk.
 """
 
-import io
 import json
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from seitpp.errors import UserError
+from seitpp.images.decode import ImageError, Sample
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-
-
-class ImageError(UserError):
-    """A source that holds no images, or an image that cannot be read."""
-
-
-class Sample(NamedTuple):
-    """One encoded image: its file's bytes, a name to find it by, and its class (0 where there are no labels)."""
-
-    data: bytes
-    name: str
-    label: int
 
 
 class ImageSource(Protocol):
@@ -197,72 +178,7 @@ class DatasetSource:
         return Sample(data, image["path"] or f"#{index}", row[self._label] if self._label else 0)
 
 
-# (height, width) of every resized image, or a function that makes it of an image's own (height, width).
-Size = tuple[int, int] | Callable[[tuple[int, int]], tuple[int, int]]
-# A part of an image: top, left, height, width in its pixels.
-Box = tuple[float, float, float, float]
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where a side of the box then still has so many times the pixels
-# that are made of it. At 3, three photographs came out within 0.5 of 255 levels on average, more than 50 dB.
-DRAFT_MARGIN = 3
-
-
-@contextmanager
-def opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """The image in a file's bytes, not decoded yet; whatever goes wrong with it in the block is an ImageError."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: cannot be read as an image ({error})") from error
-
-
-def image_size(sample: Sample) -> tuple[int, int]:
-    """(height, width) of an image, from its header alone. Raises ImageError if it cannot be read."""
-    with opened(sample.data, sample.name) as image:
-        return image.height, image.width
-
-
-def decode_image(sample: Sample, size: Size, box: Box | None = None) -> np.ndarray:
-    """Decode to RGB and resize to exactly `size`, bicubic with antialias: (3, height, width) uint8.
-
-    With `box`, only that part of the image is resized. Raises ImageError naming the image if it cannot be read; an
-    image that is or would be enormous is one of those.
-    """
-    with opened(sample.data, sample.name) as image:
-        height, width = size((image.height, image.width)) if callable(size) else size
-        if height * width > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{height} x {width} pixels when it is resized")
-        corners = box and _draft(image, box, (height, width))
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, corners)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
-
-
-def _draft(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Have a large JPEG decoded with fewer pixels, if (height, width) `size` of `box` needs no more; left, upper,
-    right and lower end of the box in the pixels that will be decoded.
-    """
-    top, left, height, width = box
-    spare = min(height / size[0], width / size[1]) / DRAFT_MARGIN
-    whole, ratio = image.width, 1.0
-    if image.format == "JPEG" and spare >= 2:
-        divisor = min(8, int(spare))
-        drafted = image.draft(None, (whole // divisor, image.height // divisor))  # at the next power of two
-        ratio = drafted[1][2] / whole
-    return ratio * left, ratio * top, ratio * (left + width), ratio * (top + height)
-
-
-def fit_short_side(size: tuple[int, int], short_side: int, multiple: int) -> tuple[int, int]:
-    """(height, width) of an image of `size` (height, width) that is resized to `short_side` pixels.
-
-    The long side becomes that multiple of `multiple` which is nearest to the same aspect ratio, the larger of two.
-    `short_side` is a multiple already.
-    """
-    unit = 2 * min(size) * multiple
-    height, width = ((2 * side * short_side + unit // 2) // unit * multiple for side in size)
-    return height, width
-
-
-class Part:
+class SourceSubset:
     """Some images of a source, by their numbers."""
 
     def __init__(self, source: ImageSource, indices: list[int]):
@@ -276,7 +192,7 @@ class Part:
         return self.source.read(self.indices[index])
 
 
-def hold_out(source: ImageSource, every: int, name: str) -> tuple[Part, Part]:
+def hold_out(source: ImageSource, every: int, name: str) -> tuple[SourceSubset, SourceSubset]:
     """(the other images, every n-th one): a sorted folder's last images would all be of one class.
 
     Raises ImageError if the source, called `name`, has fewer than `every` images.
@@ -286,44 +202,7 @@ def hold_out(source: ImageSource, every: int, name: str) -> tuple[Part, Part]:
             f"{len(source)} images in {name}: expected at least {every}, of which every {every}th is held out"
         )
     chosen = range(every - 1, len(source), every)
-    return Part(source, sorted(set(range(len(source))) - set(chosen))), Part(source, list(chosen))
-
-
-class Pixels(NamedTuple):
-    """Decoded images: `indices` (B,) int64 in the source, `images` (B, 3, height, width) uint8, `labels` (B,)."""
-
-    indices: Tensor
-    images: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> "Pixels":
-        """The same batch on another device; the copy does not wait for it."""
-        return Pixels(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-# The part of each image that is seen, of its index and its (height, width); the indices of a training loader are a
-# `Share`, which knows the epoch.
-Boxes = Callable[[list[int], list[tuple[int, int]]], list[Box]]
-
-
-class ImageDataset(Dataset):
-    """A source as a torch dataset that makes whole batches, every image resized to `size` (height, width).
-
-    Of each image only the part that `boxes` names is resized, or all of it where there are none.
-    """
-
-    def __init__(self, source: ImageSource, size: tuple[int, int], boxes: Boxes | None = None):
-        self.source, self.size, self.boxes = source, size, boxes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, indices: list[int]) -> Pixels:
-        samples = [self.source.read(index) for index in indices]
-        boxes = self.boxes(indices, list(map(image_size, samples))) if self.boxes else [None] * len(samples)
-        images = [decode_image(sample, self.size, box) for sample, box in zip(samples, boxes, strict=True)]
-        labels = torch.tensor([sample.label for sample in samples])
-        return Pixels(torch.tensor(indices), torch.from_numpy(np.stack(images)), labels)
+    return SourceSubset(source, sorted(set(range(len(source))) - set(chosen))), SourceSubset(source, list(chosen))
 
 
 def _tar_images(path: Path) -> list[tuple[Path, int, int, str, tuple[int, int] | None]]:

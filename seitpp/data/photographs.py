@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch.utils.data import Dataset
 
-from seitpp.tokenizers.images import Pixels
+from seitpp.images.batches import Pixels
 
 STRIDE = 16  # pixels from one window to the next
 HELD_OUT = range(256, 368)  # columns for validation: a band through the temple and the flower

@@ -1,0 +1,1 @@
+"""Ids become batches: datasets, the order of a training, and the embedded images."""

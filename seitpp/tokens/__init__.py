@@ -1,1 +1,0 @@
-"""Ids get meaning: codebook vectors, batches, and the embedded data set."""
