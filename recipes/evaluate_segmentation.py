@@ -14,7 +14,6 @@ scenes, the default, it takes seconds.
 Writes config.json, result.json, per_class.csv, pictures.png and report.html into --out. Trains nothing.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from downstream.segmentation.data import SegmentedTokens
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.extra import load_mmseg

@@ -15,16 +15,13 @@ Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safete
 validation.png and result.json into --out; pictures are for recipes/evaluate_segmentation.py.
 """
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.extra import load_mmseg
 from downstream.segmentation.view import SegmentView

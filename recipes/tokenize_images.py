@@ -9,6 +9,8 @@
         --out ade20k-tokens
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
         --out ade20k-tokens --source-split validation --split validation
+    accelerate launch recipes/tokenize_images.py --set flowers102 --data flowers-102 --tokenizer vitvqgan.ckpt \\
+        --out flowers102-tokens
 
 Reads a folder of images, Parquet files, webdataset tars or a named data set; writes one split of the store --out,
 which may hold other splits already. A folder with images/ and annotations/ is read as ADE-20k: the store keeps
@@ -16,8 +18,9 @@ each image's grid and its annotation, lossless. Interrupted, the same command go
 and ends with the same bytes, on another number of processes too. With --compact the store keeps only those codes
 that its split `train` uses, numbered by popularity, as the published token sets do; with --codebook those of a
 released codebook, in its order, so that official models take the ids. The tokenizer with these codes is then
-OUT-tokenizer.safetensors, for the --tokenizer of other commands. With nothing named it tokenizes the embedded
-digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
+OUT-tokenizer.safetensors, for the --tokenizer of other commands. With --set, --data is the folder of a
+fine-grained set as its authors distribute it, and both of its splits are written. With nothing named it tokenizes
+the embedded digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
 """
 
 import time
@@ -32,6 +35,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
 
+from downstream.finegrained.sets import SetName, differences, read_set
 from seitpp import TokenStore, tokenizers
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.command import run_recipe
@@ -39,7 +43,7 @@ from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
 from seitpp.images.decode import Size, fit_short_side
-from seitpp.images.sources import ImageSource, open_source
+from seitpp.images.sources import DatasetSource, ImageSource, open_source
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
 from seitpp.tokenizers import Tokenizer, TokenizerError, by_frequency
@@ -51,6 +55,7 @@ class Config:
     """Which images, by which tokenizer, into which split of which store."""
 
     data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set; else the digits
+    set: SetName | None = None  # --data is the folder of this fine-grained set
     source_split: str | None = None  # the part of the source to read; all of it where none is named
     tokenizer: str | None = None  # a tokenizer file; that of the digits where nothing is named
     compact: bool = False  # keep the codes that the split train uses only, 0 the most frequent
@@ -76,15 +81,17 @@ COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64
 
 
 def main(config: Config) -> None:
-    # 1. The launch, images and tokenizer.
-    accelerator = Accelerator()
-    source, tokenizer = open_data(config, accelerator)
     if config.out is None:
         raise UserError("no store to write: name a folder with --out")
+    accelerator = Accelerator()
+    (tokenize_set if config.set else tokenize_split)(config, accelerator)
+
+
+def tokenize_split(config: Config, accelerator: Accelerator) -> None:
+    """Write one split of images of any kind."""
+    source, tokenizer = open_data(config, accelerator)
     if isinstance(source, AnnotatedSource) and config.short_side is None:
         config = replace(config, short_side=SHORT_SIDE)
-
-    # 2. Into a split of the store.
     tokenize(source, tokenizer, config, accelerator)
 
 
@@ -155,6 +162,29 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         staging.publish()
         summarize(TokenStore(config.out, config.split, verify=False), totals, seconds, annotated)
     accelerator.wait_for_everyone()
+
+
+def tokenize_set(config: Config, accelerator: Accelerator) -> None:
+    """Write the splits of a fine-grained set, or those that an interrupted run left, one after the other.
+
+    Raises UserError if the store has them all.
+    """
+    if config.data is None or config.tokenizer is None:
+        raise UserError(f"--set {config.set}: name its folder with --data and a tokenizer file with --tokenizer")
+    splits, tokenizer = read_set(config.set, config.data), tokenizers.load(config.tokenizer)
+    for difference in differences(config.set, splits):
+        accelerator.print(f"warning: {difference}")
+    first = next(iter(splits))
+    started = (Path(config.out) / first).exists()
+    written = TokenStore(config.out, first, verify=False).splits if started else []
+    missing = [split for split in splits if split not in written]
+    if not missing:
+        raise UserError(
+            f"{config.out}: has the splits {', '.join(splits)} already; name another folder with --out"
+        )
+    for split in missing:
+        source = DatasetSource(splits[split], config.data)
+        tokenize(source, tokenizer, replace(config, split=split), accelerator)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, Tokenizer]:

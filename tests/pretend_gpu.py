@@ -1,7 +1,7 @@
 """Recipes on a GPU that is not there: real tensors that claim to lie on a device, and a record of what it would
 see.
 
-    echo '[["seit_train", ["smoke", "--out", "OUT"]]]' | python tests/pretend_gpu.py [--shapes]
+    echo '[["seit_train", ["smoke", "--out", "OUT"]]]' | PYTHONPATH=recipes python tests/pretend_gpu.py [--shapes]
 
 torch lets Python register a device. Here it is called "gpu": its tensors hold a tensor of the CPU, and every
 operation on them comes by `Device.__torch_dispatch__`, which computes it on the CPU and writes down what a GPU
@@ -30,7 +30,6 @@ torch.backends.disable_global_flags = lambda: None  # else torch's own tests for
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 from seitpp.models import cross_entropy  # noqa: E402
 
 CUSTOM = {"linear_cross_entropy": cross_entropy._linear_cross_entropy}

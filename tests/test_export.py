@@ -1,6 +1,6 @@
 """Exported models: timm makes them again, the card says what the run knew, and nothing else is written."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -59,10 +59,7 @@ MODELS = {
 
 
 def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 seit_train, mtm_pretrain, finetune = map(recipe, ("seit_train", "mtm_pretrain", "finetune"))

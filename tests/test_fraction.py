@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,7 @@ RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokeni
 
 
 def recipe(name: str):
-    sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
+    return importlib.import_module(name)
 
 
 def test_a_share_is_of_its_size_chosen_by_the_seed_and_a_part_of_a_larger_one() -> None:

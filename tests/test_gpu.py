@@ -23,6 +23,7 @@ from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
 
 PRETEND = Path(__file__).parent / "pretend_gpu.py"
+PATHS = [str(PRETEND.parents[1]), str(PRETEND.parents[1] / "recipes")]
 SHORT = ["smoke", "--precision", "bf16", "--epochs"]
 
 
@@ -34,7 +35,7 @@ def pretend(jobs: list[tuple[str, list]], *flags: str) -> list[dict]:
         input=lines,
         capture_output=True,
         text=True,
-        env=dict(os.environ),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
         timeout=1200,
     )
     reports = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("report ")]
@@ -148,11 +149,7 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
     return jobs
 
 
-def test_two_steps_of_every_published_preset(
-    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(PRETEND.parents[1] / "recipes"))
-    monkeypatch.syspath_prepend(str(PRETEND.parents[1]))
+def test_two_steps_of_every_published_preset(stranger: Path, tmp_path: Path) -> None:
     reports = pretend(published_jobs(stranger, tmp_path), "--shapes")
     assert not problems(reports)
     assert len(reports) > 25 and {report["steps"] for report in reports} == {2}

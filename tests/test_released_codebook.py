@@ -17,10 +17,9 @@ from PIL import Image
 from test_finegrained import copy as write_set
 from test_recipes_seit import RECIPES, accuracies, call, evaluate, recipe, refused, tokenize_images
 from test_tokenizers_vit_vqgan import lightning_file
-from tokenize_set import PRESETS as SETS
-from tokenize_set import main as tokenize_set
 from torch import Tensor
 
+from downstream.segmentation.scenes import write_scenes
 from seitpp import TokenStore, tokenizers
 from seitpp.codebook import codebook_fingerprint
 from seitpp.images.batches import ImageDataset
@@ -30,9 +29,6 @@ from seitpp.store import SplitStaging, spec, staging
 from seitpp.store.release import export_release, import_release
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from downstream.segmentation.scenes import write_scenes
 
 finetune, tokenadapt_train = recipe("finetune"), recipe("tokenadapt_train")
 K, SIDE, SHARD = 8192, 64, 20
@@ -333,7 +329,10 @@ def test_a_fine_grained_set(store, pictures, checkpoint, tmp_path) -> None:
         "codebook": {"tokenizer": str(checkpoint), "codebook": str(store / "codebook.safetensors")},
     }
     for name, way in ways.items():
-        tokenize_set(replace(SETS["flowers102"], out=str(tmp_path / name), **settings, **way))
+        out = str(tmp_path / name)
+        tokenize_images.main(
+            replace(tokenize_images.PRESETS["published"], set="flowers102", out=out, **settings, **way)
+        )
     tokens = TokenStore(tmp_path / "codebook", "validation")
     assert np.array_equal(tokens.codebook, TokenStore(store).codebook) and len(tokens) == 3
     assert tokens.tokenizer == TokenStore(store).tokenizer

@@ -18,6 +18,11 @@ from test_recipes_seit import call, lines_of, recipe, refused, result_of
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes
+from downstream.segmentation.evaluation import WholeImage, count_pixels, mirror_whole, stride_of
+from downstream.segmentation.model import load_segmenter
+from downstream.segmentation.pixels import PixelPipeline
+from downstream.segmentation.scenes import write_scenes
 from seitpp import StoreWriter, TokenStore, plots
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, Share
@@ -26,13 +31,6 @@ from seitpp.engine.config import parse
 from seitpp.engine.schedule import warmup_linear
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.models import MTM, TokenAdapt
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes
-from downstream.segmentation.evaluation import WholeImage, count_pixels, mirror_whole, stride_of
-from downstream.segmentation.model import load_segmenter
-from downstream.segmentation.pixels import PixelPipeline
-from downstream.segmentation.scenes import write_scenes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 segment, evaluate, tokenize_images = map(recipe, ("segment_ade20k", "evaluate_segmentation", "tokenize_images"))

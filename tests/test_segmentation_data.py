@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,14 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
+from downstream.segmentation.data import AnnotationError, Segmented, SegmentedTokens
+from downstream.segmentation.view import SegmentView, crop_labels, random_boxes
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import Keys, ViewError
 from seitpp.augment.color import ColorAugment
 from seitpp.codebook import embed
 from seitpp.data.dataset import BatchOrder, training_loader
 from seitpp.models import TokenAdapt
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from downstream.segmentation.data import AnnotationError, Segmented, SegmentedTokens
-from downstream.segmentation.view import SegmentView, crop_labels, random_boxes
 
 COLUMNS = 16  # of the numbered grids, which have at most 15 rows: token numbers are labels, below 255
 PLACES = torch.cartesian_prod(torch.arange(15.0), torch.arange(float(COLUMNS)))  # codebook: row and column

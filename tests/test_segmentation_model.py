@@ -22,7 +22,6 @@ from mmengine.config import ConfigDict
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT, backbone_from, level_blocks
 from downstream.segmentation.extra import ExtraError, load_mmseg
 from downstream.segmentation.inference import WINDOWS, predict_labels, slide_logits, view_scores

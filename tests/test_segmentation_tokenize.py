@@ -1,6 +1,5 @@
 """ADE-20k's layout to a token store: annotations kept exactly, a grid for each image, every bad file named."""
 
-import importlib.util
 import io
 import re
 import shutil
@@ -11,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenize_images
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
 
+from downstream.segmentation.scenes import class_names, scene, write_scenes
 from seitpp import TokenStore, tokenizers
 from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource, decode_annotation, smallest_png
@@ -25,13 +26,7 @@ from seitpp.tokenizers.refined import refine
 from seitpp.tokenizers.transformer import TransformerShape
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from downstream.segmentation.scenes import class_names, scene, write_scenes  # noqa: E402
-
 RECIPE = ROOT / "recipes/tokenize_images.py"
-located = importlib.util.spec_from_file_location("tokenize_images", RECIPE)
-tokenize_images = importlib.util.module_from_spec(located)
-located.loader.exec_module(tokenize_images)
 
 IMAGES = {"training": 20, "validation": 5}
 SHARD = 8

@@ -271,12 +271,11 @@ def test_only_missing_shards_are_made_again(tmp_path):
 
 CHILD = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 import test_store_staging as t
 from pathlib import Path
 
 t.spec.SHARD_IMAGES = 2
-real, left = t.SplitStaging.write, int(sys.argv[4])
+real, left = t.SplitStaging.write, int(sys.argv[3])
 def counted(*args):
     global left
     if left == 0:
@@ -285,14 +284,15 @@ def counted(*args):
     left -= 1
     real(*args)
 t.SplitStaging.write = counted
-t.make(Path(sys.argv[2]), rank=int(sys.argv[3]), ranks=2)
+t.make(Path(sys.argv[1]), rank=int(sys.argv[2]), ranks=2)
 """
 
 
 def start(path: Path, rank: int, shards: int) -> subprocess.Popen:
     """One of two processes, which waits when it has written so many shards."""
-    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(path), str(rank), str(shards)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", CHILD, str(path), str(rank), str(shards)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_two_processes_killed_and_started_again(tmp_path, monkeypatch):

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 from scipy.io import loadmat
 
 from seitpp.errors import UserError
 
+SetName = Literal["flowers102", "cars", "cub200", "inat18", "inat19", "pets", "food101"]
 Images = list[tuple[str, int]]  # (path below the folder of the set, label) of each image
 
 

@@ -10,7 +10,6 @@ keeps what it has measured.
 """
 
 import argparse
-import importlib
 import json
 import re
 import runpy
@@ -32,7 +31,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
-from rows import FORK, HEADER, Bench, Lines, apart, losses_of, rate, seconds_of, table_lines, train
+from rows import FORK, HEADER, Bench, Lines, apart, losses_of, open_recipe, rate, seconds_of, table_lines, train
 
 from seitpp import StoreWriter
 from seitpp.codebook import codebook_fingerprint
@@ -51,7 +50,6 @@ from seitpp.tokenizers.encoding import encode
 
 ROOT = Path(__file__).parents[2]
 RECIPES, BENCH = ROOT / "recipes", ROOT / "tests/bench"
-sys.path.insert(0, str(RECIPES))  # before this folder, where other files have their names
 
 SECONDS = 480  # of all rows
 IMAGENET, EPOCHS = 1_281_167, 400
@@ -139,7 +137,7 @@ def counted_memory(at: Bench) -> Footprint:
     """Of the plain step."""
     model, law = load_mtm(at.folder / "mtm.safetensors")[0], MASK_LAWS["seitpp"]
     counts = law.counts(model.encoder.patch_embed.num_patches, law.highest)
-    trial = importlib.import_module("mtm_pretrain").zeros_loss((28, 28), counts, 0.0)
+    trial = open_recipe("mtm_pretrain").zeros_loss((28, 28), counts, 0.0)
     return footprint(trial, at.of("bf16", "no"), model)
 
 
@@ -165,7 +163,7 @@ def others(at: Bench) -> Lines:
 
 def tokenize(at: Bench) -> Lines:
     """ViT-VQGAN base: decoded images alone, then the recipe, from JPEG to a store."""
-    recipe, accelerator = importlib.import_module("tokenize_images"), Accelerator()
+    recipe, accelerator = open_recipe("tokenize_images"), Accelerator()
     tokenizer = ViTVQGAN.new(*at.of(("base",), ("small", 64))).to(accelerator.device).eval()
     source, batch = open_source(str(at.folder / "photographs"), None), at.of(256, 4)
     decoded = DecodedImages(source, tokenizer.spec.image_size).__getitems__(list(range(batch)))

@@ -4,9 +4,8 @@ Counted, not measured: no GPU is needed, it takes half a minute on a CPU. "Saved
 for the backward pass. The images at a time are those that a run would choose on an empty card, by its peak.
 """
 
-import importlib
-import sys
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,8 +14,6 @@ import timm
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from downstream.segmentation.extra import load_mmseg
 from seitpp.engine.accumulation import USABLE
 from seitpp.engine.data import classifier_trial
@@ -27,6 +24,7 @@ from seitpp.objectives.adapt import tokenizer_pair
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 CARDS = (16, 24, 40, 80)  # GB, taken as GiB
 CONTEXT = 2**29  # bytes of a card that CUDA itself takes
 HEADER = f"| model | saved, MiB an image | checkpointed | {' | '.join(f'{gb} GB' for gb in CARDS)} |"
@@ -41,14 +39,17 @@ class Case(NamedTuple):
     beside: tuple[nn.Module, ...] = ()
 
 
+def zeros_loss(recipe: str) -> Callable:
+    """The step of a recipe by which its memory is counted."""
+    return runpy.run_path(str(RECIPES / f"{recipe}.py"))["zeros_loss"]
+
+
 def cases() -> Iterator[Case]:
     """The published models, in the sizes of the published presets."""
-    mtm, adapt, vqgan = (
-        importlib.import_module(name) for name in ("mtm_pretrain", "tokenadapt_train", "tokenizer_train")
-    )
+    mtm, adapt, vqgan = map(zeros_loss, ("mtm_pretrain", "tokenadapt_train", "tokenizer_train"))
     law = MASK_LAWS["seitpp"]
     for size in ("base", "small"):
-        loss = mtm.zeros_loss((28, 28), law.counts(196, law.highest), 0.5)
+        loss = mtm((28, 28), law.counts(196, law.highest), 0.5)
         yield Case(f"mtm_pretrain, mtm_vit_{size}", loss, MTM(f"mtm_vit_{size}"), (TokenAdapt(),))
     loss = classifier_trial(torch.zeros(32, 28, 28))
     for name in ("seit_vit_base", "seit_vit_small", "seit_resnet50", "seit_resnet18"):
@@ -63,8 +64,8 @@ def cases() -> Iterator[Case]:
     shape = TransformerShape(768, 12, 12, 3072)
     tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, 8192, 32), shape, shape)
     pair = tokenizer_pair(tokenizer.eval(), 256, 28)
-    yield Case("tokenadapt_train", adapt.zeros_loss, TokenAdapt(num_codes=8192), tuple(pair))
-    yield Case("tokenizer_train, ViT-VQGAN base", vqgan.zeros_loss, VQTraining(tokenizer))
+    yield Case("tokenadapt_train", adapt, TokenAdapt(num_codes=8192), tuple(pair))
+    yield Case("tokenizer_train, ViT-VQGAN base", vqgan, VQTraining(tokenizer))
 
 
 def segmenter() -> tuple[Trial, nn.Module]:
@@ -75,7 +76,7 @@ def segmenter() -> tuple[Trial, nn.Module]:
 
     backbone = TokenViT("mtm_vit_base", img_size=64, in_chans=32, num_codes=391)
     source = SimpleNamespace(cells=1, patch=8, tokenizer=None)
-    loss = importlib.import_module("segment_ade20k").zeros_loss(source, 64)
+    loss = zeros_loss("segment_ade20k")(source, 64)
     return loss, build_segmenter(backbone, 150)
 
 

@@ -1,10 +1,10 @@
 """What a row of gpu.py is: a process of its own, in which recipes run until they have made so many updates."""
 
 import gc
-import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import tempfile
 import time
@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -55,6 +56,11 @@ class Bench:
         return small if self.small else full
 
 
+def open_recipe(name: str) -> SimpleNamespace:
+    """The names that a script of recipes/ defines."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / f"recipes/{name}.py"), run_name=name))
+
+
 def train(
     at: Bench, recipe: str, *words: object, steps: int, out: Path | None = None, kill: int | None = None
 ) -> Trained:
@@ -65,7 +71,7 @@ def train(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    module, update = importlib.import_module(recipe), Run.update
+    module, update = open_recipe(recipe), Run.update
     words = [*words, "--out", out or tempfile.mkdtemp(dir=at.folder)]
 
     def counted(run: Run, *arguments: object, **metrics: object) -> None:

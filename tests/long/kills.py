@@ -9,10 +9,10 @@ nobody disturbed, to the bit. Processes are forked, so that a start takes no imp
 """
 
 import argparse
-import importlib
 import json
 import os
 import random
+import runpy
 import signal
 import socket
 import sys
@@ -22,8 +22,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+SCRIPTS = Path(__file__).parents[2] / "recipes"
 RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train")
 KILLS_A_TRIAL = 8
 TIMES = {"images_per_second", "data_wait", "mfu", "memory_gib"}
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     random.seed(given.seed)
-    modules = {name: importlib.import_module(name) for name in {*given.recipes, "mtm_pretrain"}}
+    scripts = {name: runpy.run_path(str(SCRIPTS / f"{name}.py")) for name in {*given.recipes, "mtm_pretrain"}}
+    modules = {name: SimpleNamespace(**script) for name, script in scripts.items()}
     with tempfile.TemporaryDirectory() as folder:
         root, log = Path(folder), Path(folder) / "log"
 

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from downstream.segmentation.default import default_scenes
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -1,0 +1,1 @@
+"""Fine-grained classification sets, read from the folders that their authors distribute."""
