@@ -24,7 +24,6 @@ from seitpp import TokenStore, files, plots, tokenizers
 from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codes
 from seitpp.engine.evaluate import predict
@@ -33,6 +32,7 @@ from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.images.sources import open_source
 from seitpp.models import MTM, Saved, input_kind, input_size, load_pretrained
+from seitpp.recipe import run_recipe
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ from downstream.segmentation.data import SegmentedTokens
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.extra import load_mmseg
 from seitpp import TokenStore, plots, tokenizers
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_tokenadapt
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.images.decode import fit_short_side
-from seitpp.models.pretrained import model_file
+from seitpp.models.weights.pretrained import model_file
+from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Tokenizer
 
 SHOWN = 6  # images of the report

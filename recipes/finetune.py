@@ -39,7 +39,6 @@ from seitpp.augment import (
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, Chosen, TokenDataset, few_labels
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import (
     check_codes,
@@ -68,6 +67,7 @@ from seitpp.models import (
     save_classifier,
 )
 from seitpp.objectives import soft_label_loss, top1_share
+from seitpp.recipe import run_recipe
 
 HELD_OUT = 20  # of images without a validation split, one in so many
 

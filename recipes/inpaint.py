@@ -35,13 +35,13 @@ from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import EvalView, Keys
 from seitpp.data.dataset import Batch, TokenDataset, evaluation_loader
 from seitpp.data.digits import digits
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_splits
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import MTM, load_pretrained
-from seitpp.objectives.decoding import decoding_plan, fill_iteratively, hidden_patches
+from seitpp.models.inpainting import decoding_plan, fill_iteratively, hidden_patches
+from seitpp.recipe import run_recipe
 
 BATCH_SIZE = 64
 

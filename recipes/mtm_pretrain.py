@@ -29,7 +29,6 @@ from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import adapt_zeros, check_codes, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.memory import Trial
@@ -40,7 +39,9 @@ from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives import MASK_LAWS, mask_plan
+from seitpp.recipe import run_recipe
 from seitpp.store import TokenStore
 
 
@@ -200,7 +201,7 @@ def main(config: Config) -> None:
         **{f"{name}_untrained": value for name, value in evaluate(untrained).items()},
     }
     if run.is_main:
-        trained.save(run.out / "model.safetensors", codebook_fingerprint(train.codebook))
+        save_pretrained(run.out / "model.safetensors", trained, codebook_fingerprint(train.codebook))
         decode = decode or partial(plots.paint_codes, codebook=codebook)
         pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
         logs = run.log.read(), run.evaluations.read()

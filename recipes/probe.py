@@ -14,13 +14,13 @@ from pathlib import Path
 
 from seitpp.augment import EvalView
 from seitpp.data.dataset import TokenDataset
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import RunConfig
 from seitpp.engine.data import check_codebook, open_splits
 from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_mtm
+from seitpp.recipe import run_recipe
 
 
 @dataclass(frozen=True)

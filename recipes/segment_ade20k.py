@@ -29,7 +29,6 @@ from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import ColorPreset, Keys
 from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import facts_of, open_tokenadapt
 from seitpp.engine.memory import Trial
@@ -38,6 +37,7 @@ from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_linear
 from seitpp.errors import UserError
 from seitpp.models import input_kind
+from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Tokenizer
 
 if TYPE_CHECKING:

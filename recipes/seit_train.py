@@ -30,7 +30,6 @@ from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import classifier_trial, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
@@ -40,6 +39,7 @@ from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.models import save_classifier
 from seitpp.objectives import soft_label_loss, top1_share
+from seitpp.recipe import run_recipe
 
 
 @dataclass(frozen=True)

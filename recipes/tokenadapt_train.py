@@ -30,26 +30,19 @@ from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import ON_DIGITS, training_part
 from seitpp.engine.optim import adamw
+from seitpp.engine.reconstruction import MEASURES, Augmented, augment_in_every_way, compare, token_accuracy
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.images.sources import hold_out, open_source
 from seitpp.models import TokenAdapt
-from seitpp.objectives.adapt import (
-    MEASURES,
-    Augmented,
-    TokenizerPair,
-    adapt_loss,
-    augment_in_every_way,
-    compare,
-    token_accuracy,
-    tokenizer_pair,
-)
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.objectives.adapt import TokenizerPair, adapt_loss, tokenizer_pair
+from seitpp.recipe import run_recipe
 from seitpp.tokenizers import PatchKMeans, Tokenizer
 
 HELD_OUT = 20  # without a validation split, one image in so many
@@ -181,7 +174,7 @@ def main(config: Config) -> None:
     trained, validation = run.whole(run.plain_model).eval(), run.judged(validation)
     result = judge(trained, pair, validation, config, run)
     if run.is_main:
-        trained.save(run.out / "model.safetensors", codebook_fingerprint(codebook.cpu().numpy()))
+        save_pretrained(run.out / "model.safetensors", trained, codebook_fingerprint(codebook.cpu().numpy()))
         if config.tokenizer is None:
             tokenizer.save(run.out / "tokenizer.safetensors")
         plots.curves(run.log.read(), ["loss", "accuracy"], run.out / "losses.png")

@@ -38,12 +38,12 @@ from torch.utils.data import DataLoader
 from downstream.finegrained.sets import SetName, differences, read_set
 from seitpp import TokenStore, tokenizers
 from seitpp.data.digits import DigitsSource, digits
-from seitpp.engine.command import run_recipe
 from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
 from seitpp.images.decode import Size, fit_short_side
 from seitpp.images.sources import DatasetSource, ImageSource, open_source
+from seitpp.recipe import run_recipe
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
 from seitpp.tokenizers import Tokenizer, TokenizerError, by_frequency

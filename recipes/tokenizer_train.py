@@ -25,17 +25,21 @@ from seitpp.augment import Keys, crop_and_flip
 from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.data import training_part
 from seitpp.engine.optim import adamw
+from seitpp.engine.reconstruction import quality
 from seitpp.engine.run import Run
 from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
 from seitpp.images.sources import ImageSource, hold_out, open_source
-from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
+from seitpp.models.discriminator import Discriminator
+from seitpp.models.perceptual import VGGDistance
+from seitpp.models.weights.perceptual import load_vgg_distance
+from seitpp.objectives import VQTraining, restart_due
 from seitpp.objectives.vq import WEIGHTS, vq_losses, weighted_sum
+from seitpp.recipe import run_recipe
 from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, refine, tally, usage
 from seitpp.tokenizers.transformer import TransformerShape
 
@@ -158,7 +162,7 @@ def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer
     shape = TransformerShape(config.width, config.depth, config.heads, 4 * config.width)
     discriminator = Discriminator(config.image_size) if config.adversarial else None
     training = VQTraining(ViTVQGAN(spec, shape, shape), discriminator).to(run.device)
-    perceptual = VGGDistance(config.perceptual_vgg).to(run.device) if config.perceptual_vgg else None
+    perceptual = load_vgg_distance(config.perceptual_vgg).to(run.device) if config.perceptual_vgg else None
 
     # 2. Optimisation: linear warm-up, then half a cosine to 0, update by update.
     tokens = config.batch_size * spec.grid[0] * spec.grid[1]

@@ -116,9 +116,9 @@ def export_release(store: Path, out: Path) -> None:
 
 def export_model(folder: Path, out: Path, ema: bool) -> None:
     """Write the model of a finished run for others: weights and configuration for timm, and a model card."""
-    from seitpp import models
+    from seitpp import export
 
-    root = models.export_model(folder, out, ema)
+    root = export.export_model(folder, out, ema)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     print(
         f"{out}: {', '.join(names)}\nREADME.md names no licence yet: the line that begins with # license is yours"
@@ -130,9 +130,9 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
     if (folder / layout.DOCUMENT).is_file():
         print(hub.push(folder, repo_id, private=private))
     elif (folder / "config.json").is_file():
-        from seitpp import models
+        from seitpp import export
 
-        print(models.push_model(folder, repo_id, private=private))
+        print(export.push_model(folder, repo_id, private=private))
     else:
         raise CliError(f"{folder}: neither a token store nor a folder of export-model")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from seitpp import files
 from seitpp.augment import EvalView, Keys
 from seitpp.models import MTM, MaskPlan
-from seitpp.objectives import fill_hidden, hidden_tokens, mask_plan
+from seitpp.models.masking import fill_hidden, hidden_tokens
+from seitpp.objectives import mask_plan
 from seitpp.store import TokenStore
 
 matplotlib.use("Agg")

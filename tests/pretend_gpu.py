@@ -341,7 +341,7 @@ def outside(method, device: Device):
 
 def run_job(device: Device, recipe: str, arguments: list[str]) -> dict:
     """Run a recipe in this process and report."""
-    from seitpp.engine import command
+    from seitpp import recipe
 
     module = importlib.import_module(recipe)
     for counter in (device.faults, device.waits, device.copies):
@@ -352,7 +352,7 @@ def run_job(device: Device, recipe: str, arguments: list[str]) -> dict:
     default = {"segment_ade20k": "scenes", "evaluate_segmentation": "scenes"}.get(recipe, "digits")
     try:
         with device:
-            module.main(command.parse(module.PRESETS, default, arguments))
+            module.main(recipe.parse(module.PRESETS, default, arguments))
     except Enough:
         pass
     except Exception as failure:

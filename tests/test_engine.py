@@ -17,7 +17,6 @@ from seitpp import TokenStore, files
 from seitpp.data.dataset import BatchOrder, TokenDataset, evaluation_loader, training_loader
 from seitpp.data.digits import digits
 from seitpp.engine import checkpoint
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import ConfigError, load_config, parse
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
@@ -26,6 +25,7 @@ from seitpp.engine.schedule import warmup_cosine
 from seitpp.engine.stopping import Stopped
 from seitpp.errors import UserError
 from seitpp.models import MTM
+from seitpp.recipe import run_recipe
 
 # ---------------------------------------------------------------------------------------------- data order
 

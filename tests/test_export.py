@@ -24,18 +24,19 @@ from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.engine.config import load_config
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.export import export_model
 from seitpp.images.batches import ImageDataset
 from seitpp.images.sources import FolderSource
 from seitpp.models import (
     MTM,
     TokenAdapt,
-    export_model,
     load_classifier,
     load_mtm,
     load_pretrained,
     pixel_classifier_from,
     save_classifier,
 )
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives import mask_plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -105,7 +106,7 @@ def pretrained(folder: Path) -> Path:
     torch.manual_seed(0)
     finished(folder, mtm_pretrain, {"linear_probe_top1": 68.25, "knn_top1_untrained": 47.5, "loss": 4.1589})
     model = with_noise(MTM("mtm_vit_nano", (6, 8), 64, 32, decoder_width=48, decoder_depth=1, decoder_heads=3))
-    model.save(folder / "model.safetensors", "ab" * 32)
+    save_pretrained(folder / "model.safetensors", model, "ab" * 32)
     return folder
 
 
@@ -343,7 +344,7 @@ def refuse_damaged_model(run: Path) -> str:
 
 
 def refuse_other_model(run: Path) -> str:
-    TokenAdapt((4, 4), (4, 4), 8, 4, width=8, heads=1, mlp=8).save(run / "model.safetensors", "ab")
+    save_pretrained(run / "model.safetensors", TokenAdapt((4, 4), (4, 4), 8, 4, width=8, heads=1, mlp=8), "ab")
     return r"model\.safetensors holds a TokenAdapt: expected a classifier or a masked token model"
 
 

@@ -36,6 +36,7 @@ from seitpp.models import (
     save_classifier,
     save_release,
 )
+from seitpp.models.weights.pretrained import save_pretrained
 
 finetune, mtm_pretrain = recipe("finetune"), recipe("mtm_pretrain")
 TWO_STEPS = ["--epochs", 2 / 11, "--warmup-epochs", 0]
@@ -270,7 +271,7 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
     where = {"data": str(pictures)} if preset == "pixels" else {"store": str(tmp_path / "store")}
     if config.adapted and preset != "pixels":
         adapt = TokenAdapt(width=64, heads=1, mlp=64)
-        adapt.save(tmp_path / "adapt.safetensors", codebook_fingerprint(codebook))
+        save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(codebook))
         where["tokenadapt"] = str(tmp_path / "adapt.safetensors")
     config = replace(config, precision="no", out=str(tmp_path / "run"), **where)
     stem = {"num_codes": 391} if preset in ("published", "digits", "smoke") else {}
@@ -316,7 +317,9 @@ def test_what_cannot_be_fine_tuned_is_refused(
     save_classifier(tmp_path / "pixels", vit, None, None)
     save_release(TokenAdapt((8, 8), (8, 8), 64, 32, 64, 1, 64), tmp_path / "adapt.pth")
     oblong = random_store(tmp_path / "oblong", codebook, (12, 8))
-    MTM("mtm_vit_nano", (12, 8), 64, 32, 32, 1, 1).save(tmp_path / "oblong.mtm", codebook_fingerprint(codebook))
+    save_pretrained(
+        tmp_path / "oblong.mtm", MTM("mtm_vit_nano", (12, 8), 64, 32, 32, 1, 1), codebook_fingerprint(codebook)
+    )
     for arguments, *words in (
         ([], "--checkpoint"),
         (["--checkpoint", tmp_path / "none"], "no model file", tmp_path / "none"),
@@ -440,7 +443,7 @@ def test_views_refuse_what_tokenadapt_was_not_trained_for() -> None:
 
 def test_a_tokenadapt_from_a_file_fits_the_views(tmp_path: Path) -> None:
     adapt = small_adapt(7)
-    adapt.save(tmp_path / "model.safetensors", "0")
+    save_pretrained(tmp_path / "model.safetensors", adapt, "0")
     loaded, _ = load_tokenadapt(tmp_path / "model.safetensors")
     expected, found = (SeitPPView(CODES, size=7, adapt=model)(IDS, KEYS) for model in (adapt, loaded))
     assert torch.equal(found, expected)

@@ -15,6 +15,7 @@ from seitpp.data.dataset import BatchOrder, Chosen, TokenDataset, few_labels, fr
 from seitpp.data.digits import digits
 from seitpp.errors import UserError
 from seitpp.models import MTM
+from seitpp.models.weights.pretrained import save_pretrained
 
 RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train", "segment_ade20k")
 
@@ -79,7 +80,7 @@ def smoke(name: str, folder: Path):
     """The smoke preset of a recipe, to run in FOLDER/run."""
     config = replace(recipe(name).PRESETS["smoke"], out=str(folder / "run"))
     if name == "finetune":
-        MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 2).save(folder / "model.safetensors", codebook())
+        save_pretrained(folder / "model.safetensors", MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 2), codebook())
         config = replace(config, checkpoint=str(folder / "model.safetensors"))
     return config
 

@@ -19,6 +19,7 @@ from seitpp import StoreWriter
 from seitpp.augment import Keys, SeitPPView, SeitView
 from seitpp.codebook import codebook_fingerprint
 from seitpp.models import MTM, TokenAdapt, save_classifier
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
 
@@ -87,12 +88,12 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(folder / "tokenizer.safetensors")
     codebook = tokenizer.codebook.detach().numpy()
     fingerprint = codebook_fingerprint(codebook)
-    TokenAdapt().save(folder / "adapt.safetensors", fingerprint)
-    MTM().save(folder / "mtm.safetensors", fingerprint)
+    save_pretrained(folder / "adapt.safetensors", TokenAdapt(), fingerprint)
+    save_pretrained(folder / "mtm.safetensors", MTM(), fingerprint)
     model = timm.create_model("seit_vit_base", num_classes=8)
     save_classifier(folder / "seit.safetensors", model, fingerprint, None)
     png = io.BytesIO()
-    Image.fromarray(generator.integers(9, size=(512, 512), dtype=np.uint8)).save(png, "png")
+    save_pretrained(png, Image.fromarray(generator.integers(9, size=(512, 512), dtype=np.uint8)), "png")
     for name, side in (("tokens", 32), ("ade20k", 64)):
         for split in ("train", "validation"):
             with StoreWriter(

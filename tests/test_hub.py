@@ -12,7 +12,8 @@ import pytest
 from test_export import pretrained
 
 from seitpp import StoreWriter, TokenStore, cli
-from seitpp.models import ModelError, export_model, push_model
+from seitpp.export import export_model, push_model
+from seitpp.models import ModelError
 from seitpp.store import StoreError, hub, layout
 from seitpp.store.hub import HubError
 

@@ -15,6 +15,7 @@ from seitpp import TokenStore
 from seitpp.data.digits import digits
 from seitpp.errors import UserError
 from seitpp.models import MTM, save_classifier, save_release
+from seitpp.models.weights.pretrained import save_pretrained
 
 mtm_pretrain = recipe("mtm_pretrain")
 SMOKE = replace(mtm_pretrain.PRESETS["smoke"], dropout=0.0)
@@ -80,7 +81,7 @@ def test_another_model_is_refused(first: Path, tmp_path: Path) -> None:
     ):
         pretrain(out, init_from=str(first), decoder_depth=1)
     other = tmp_path / "other.safetensors"
-    MTM(**json_settings(first)).save(other, "0" * 64)
+    save_pretrained(other, MTM(**json_settings(first)), "0" * 64)
     with pytest.raises(UserError, match="is not the codebook 0000000000000000 that"):
         pretrain(out, init_from=str(other))
     classifier = timm.create_model("seit_vit_nano", img_size=8, in_chans=32, num_classes=10)

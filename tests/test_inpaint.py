@@ -18,15 +18,11 @@ from seitpp.augment import Keys
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
 from seitpp.errors import UserError
-from seitpp.models import MTM, save_classifier
-from seitpp.objectives import MASK_LAWS, decoding, fill_hidden, hidden_tokens, mask_plan, masked_token_loss
-from seitpp.objectives.decoding import (
-    DecodingError,
-    cosine_counts,
-    decoding_plan,
-    fill_iteratively,
-    hidden_patches,
-)
+from seitpp.models import MTM, inpainting, save_classifier
+from seitpp.models.inpainting import DecodingError, cosine_counts, decoding_plan, fill_iteratively, hidden_patches
+from seitpp.models.masking import fill_hidden, hidden_tokens
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.objectives import MASK_LAWS, mask_plan, masked_token_loss
 from seitpp.store import TokenStore
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "inpaint.py"
@@ -135,7 +131,7 @@ def test_randomness_belongs_to_the_image(temperature: float, monkeypatch) -> Non
     batches = []
     with MODEL.register_forward_hook(lambda model, inputs, logits: batches.append(len(logits))):
         for images in (1, 3):
-            monkeypatch.setattr(decoding, "LOGIT_CELLS", images * 64 * CODES)
+            monkeypatch.setattr(inpainting, "LOGIT_CELLS", images * 64 * CODES)
             assert torch.equal(fill([0, 1, 2, 3]), together)
     assert batches == [1] * 16 + [3] * 4 + [1] * 4
 
@@ -216,7 +212,7 @@ def test_bad_regions_and_settings_are_refused() -> None:
 def checkpoint(tmp_path_factory) -> Path:
     """The file of an untrained model for the digits."""
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    MODEL.save(path, codebook_fingerprint(TokenStore(digits().store).codebook))
+    save_pretrained(path, MODEL, codebook_fingerprint(TokenStore(digits().store).codebook))
     return path
 
 
@@ -275,9 +271,9 @@ def test_other_models_and_codebooks_are_refused(tmp_path: Path) -> None:
     store = TokenStore(digits().store)
     classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=CODES, num_classes=10)
     save_classifier(tmp_path / "classifier", classifier, None, None)
-    MODEL.save(tmp_path / "other", "0" * 64)
+    save_pretrained(tmp_path / "other", MODEL, "0" * 64)
     larger = MTM("mtm_vit_nano", (10, 10), CODES, 16, decoder_width=32, decoder_depth=1, decoder_heads=2)
-    larger.save(tmp_path / "larger", codebook_fingerprint(store.codebook))
+    save_pretrained(tmp_path / "larger", larger, codebook_fingerprint(store.codebook))
     for name, words in {"classifier": "no masked", "other": "codebook", "larger": r"grid \(8, 8\)"}.items():
         with pytest.raises(UserError, match=words):
             recipe.open_model(str(tmp_path / name), store)

@@ -20,6 +20,7 @@ from seitpp.models import (
     pixel_classifier_from,
     save_classifier,
 )
+from seitpp.models.weights.pretrained import save_pretrained
 
 SEIT_VITS = [f"seit_vit_{size}" for size in ("nano", "tiny", "small", "base")]
 MTM_VITS = [f"mtm_vit_{size}" for size in ("nano", "tiny", "small", "base")]
@@ -219,7 +220,7 @@ def test_bad_files_are_refused(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelError, match=rf"{path} cannot be read"):
         load_classifier(path)
-    nano_mtm().save(path, codebook="abc")
+    save_pretrained(path, nano_mtm(), codebook="abc")
     with pytest.raises(ModelError, match=rf"{path} is of another kind: expected a classifier"):
         load_classifier(path)
     spec = {"name": "hf-hub:somebody/model", "arguments": {}}

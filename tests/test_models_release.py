@@ -32,6 +32,7 @@ from seitpp.models import (
     save_release,
     to_release,
 )
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives import mask_plan, masked_token_loss
 
 STATES = {
@@ -316,7 +317,7 @@ def test_a_model_read_in_can_be_saved_as_ours(tmp_path) -> None:
     save_classifier(tmp_path / "ours", model, "abc", None)
     assert_same(load_classifier(tmp_path / "ours").model, model)
     mtm = load(tmp_path, STATES["mtm"])
-    mtm.save(tmp_path / "mtm", "abc")
+    save_pretrained(tmp_path / "mtm", mtm, "abc")
     assert_same(load_mtm(tmp_path / "mtm")[0], mtm)
 
 
@@ -348,11 +349,11 @@ def test_a_tokenadapt_goes_beside_models_of_its_codes_only(tmp_path) -> None:
 def test_a_tokenadapt_of_ours_is_known_by_its_codebook(tmp_path) -> None:
     mtm, adapt = load(tmp_path, STATES["mtm"]), load(tmp_path, STATES["tokenadapt"])
     codebook = np.zeros((CODES, 4), np.float32)
-    adapt.save(tmp_path / "model.safetensors", codebook_fingerprint(codebook))
+    save_pretrained(tmp_path / "model.safetensors", adapt, codebook_fingerprint(codebook))
     assert_same(open_tokenadapt(str(tmp_path), codebook, "the store"), adapt)
     with pytest.raises(UserError, match="is not the codebook"):
         open_tokenadapt(str(tmp_path), codebook + 1, "the store")
-    mtm.save(tmp_path / "model.safetensors", codebook_fingerprint(codebook))
+    save_pretrained(tmp_path / "model.safetensors", mtm, codebook_fingerprint(codebook))
     with pytest.raises(ModelError, match=r"of another kind: expected .* tokenadapt_train run"):
         open_tokenadapt(str(tmp_path), codebook, "the store")
     with pytest.raises(ModelError, match="holds a TokenAdapt: expected a classifier or a masked token model"):

@@ -13,14 +13,9 @@ from torch._dynamo.utils import counters
 from seitpp.augment import Keys
 from seitpp.engine.metrics import count_flops
 from seitpp.models import MTM, ModelError, TokenAdapt, load_mtm, to_release
-from seitpp.objectives import (
-    MASK_LAWS,
-    fill_hidden,
-    hidden_tokens,
-    mask_plan,
-    masked_token_accuracy,
-    masked_token_loss,
-)
+from seitpp.models.masking import fill_hidden, hidden_tokens
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.objectives import MASK_LAWS, mask_plan, masked_token_accuracy, masked_token_loss
 from seitpp.tokenizers.transformer import sincos_positions
 
 LAW = MASK_LAWS["seitpp"]
@@ -248,7 +243,7 @@ def test_encoder_goes_into_the_classifier_without_renaming() -> None:
 
 def test_save_and_load(tmp_path) -> None:
     model = small_model().eval()
-    model.save(tmp_path / "model.safetensors", codebook="abc")
+    save_pretrained(tmp_path / "model.safetensors", model, codebook="abc")
     loaded, codebook = load_mtm(tmp_path / "model.safetensors")
     ids, plan = batch()
     assert codebook == "abc" and torch.equal(loaded(ids, plan), model(ids, plan))

@@ -14,9 +14,9 @@ from torch import Tensor
 from seitpp.augment import CentralBoxes, EvalPixelView, Keys, PixelView, RandomBoxes, random_resized_boxes
 from seitpp.augment.pixels import MEAN, STD, color_jitter, gaussian_blur, grayscale, three_augment
 from seitpp.data.dataset import BatchOrder, Chosen, training_loader
+from seitpp.export.model import PIXELS
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import Sample, decode_image, image_size
-from seitpp.models.export import PIXELS
 
 CHINA, FLOWER = load_sample_images().images  # (427, 640, 3) uint8
 SIZES = [(427, 640), (640, 427), (100, 30), (7, 300), (33, 33)]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from seitpp import StoreWriter
 from seitpp.data.digits import digits
-from seitpp.engine.command import rehearse
+from seitpp.recipe import rehearse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STEPS, CHECKPOINT_STEPS = 22, 6  # of the smoke preset: 2 epochs of 11 steps, a checkpoint every half epoch

@@ -22,10 +22,11 @@ from seitpp.augment import EvalView, Keys, SeitView
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import DigitsSource, digits, digits_images
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import parse
 from seitpp.engine.evaluate import predict
 from seitpp.models import MTM, TokenAdapt, load_classifier, save_classifier, save_release
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.recipe import run_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "seit_loss.json"
@@ -371,7 +372,7 @@ def test_what_cannot_be_evaluated_is_refused(
     out, store = ["smoke", "--out", tmp_path / "run"], TokenStore(digits().store)
     own, fingerprint = ["--checkpoint", smoke], codebook_fingerprint(store.codebook)
     tokenizer = digits().tokenizer
-    MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 1).save(tmp_path / "mtm.safetensors", fingerprint)
+    save_pretrained(tmp_path / "mtm.safetensors", MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 1), fingerprint)
     small = {"img_size": 8, "in_chans": 32}
     save_classifier(
         tmp_path / "three", timm.create_model("seit_vit_nano", num_classes=3, **small), fingerprint, None

@@ -26,11 +26,12 @@ from downstream.segmentation.scenes import write_scenes
 from seitpp import StoreWriter, TokenStore, plots
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, Share
-from seitpp.engine.command import rehearse
 from seitpp.engine.config import parse
 from seitpp.engine.schedule import warmup_linear
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.models import MTM, TokenAdapt
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.recipe import rehearse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 segment, evaluate, tokenize_images = map(recipe, ("segment_ade20k", "evaluate_segmentation", "tokenize_images"))
@@ -122,7 +123,7 @@ def pretrained(path: Path, store: TokenStore, codebook: np.ndarray) -> dict[str,
     """Write a masked token model of a codebook; the tensors of its encoder."""
     torch.manual_seed(1)
     model = MTM("mtm_vit_nano", store.grid, store.num_codes, codebook.shape[1], 32, 1, 1, 0.0)
-    model.save(path, codebook_fingerprint(codebook))
+    save_pretrained(path, model, codebook_fingerprint(codebook))
     return model.encoder.state_dict()
 
 
@@ -186,7 +187,7 @@ def test_images_of_many_sizes_go_the_whole_way(scenes: Scenes, tmp_path: Path) -
 def test_scales_and_flips_are_other_views(smoke: Path, scenes: Scenes, tmp_path: Path) -> None:
     torch.manual_seed(0)
     adapt = TokenAdapt((8, 8), (8, 8), 32, 32, 64, 1, 64)
-    adapt.save(tmp_path / "adapt.safetensors", codebook_fingerprint(TokenStore(scenes.store).codebook))
+    save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(TokenStore(scenes.store).codebook))
     found = {counted(smoke)}
     for name, flags in {
         "scales": ("--scales", 0.75, 1.25),

@@ -37,6 +37,7 @@ from downstream.segmentation.model import (
 from seitpp.codebook import embed, nearest
 from seitpp.engine.optim import adamw
 from seitpp.models import MTM, ModelError, load_pretrained, save_classifier, save_release
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 
 CODES, DIM, CLASSES, PATCH = 17, 6, 20, 4
@@ -114,7 +115,7 @@ def sources(folder: Path) -> dict[str, Path]:
         for kind, (name, arguments) in KINDS.items()
     }
     mtm = MTM("mtm_vit_nano", (8, 8), CODES, DIM, 32, 1, 1, encoder_size=SIZE)
-    mtm.save(folder / "mtm", "abc")
+    save_pretrained(folder / "mtm", mtm, "abc")
     save_release(mtm, folder / "mtm.pth")
     for kind, model in classifiers.items():
         save_classifier(folder / kind, model, "abc", None)

@@ -11,16 +11,10 @@ from torch import Tensor
 from seitpp.augment import Keys, apply_geometry, random_geometry
 from seitpp.codebook import embed
 from seitpp.data.photographs import PhotographWindows
+from seitpp.engine.reconstruction import MEASURES, augment_directly, augment_in_every_way, compare, token_accuracy
 from seitpp.models import ModelError, TokenAdapt, from_release, load_tokenadapt
-from seitpp.objectives.adapt import (
-    MEASURES,
-    adapt_loss,
-    augment_directly,
-    augment_in_every_way,
-    compare,
-    token_accuracy,
-    tokenizer_pair,
-)
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.objectives.adapt import adapt_loss, tokenizer_pair
 from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec
 
 UNTOUCHED = {"flip": 0.0, "affine": 0.0, "scale": None}
@@ -112,7 +106,7 @@ def test_half_precision_moves_nothing() -> None:
 def test_save_and_load(tmp_path) -> None:
     model, (maps, _, geometry) = small_model(), batch()
     torch.nn.init.normal_(model.head.weight)
-    model.save(tmp_path / "model.safetensors", codebook="abc")
+    save_pretrained(tmp_path / "model.safetensors", model, codebook="abc")
     loaded, codebook = load_tokenadapt(tmp_path / "model.safetensors")
     assert codebook == "abc" and torch.equal(loaded(maps, geometry), model(maps, geometry))
     with pytest.raises(ModelError, match=r"no model file at .*tokenadapt_train"):

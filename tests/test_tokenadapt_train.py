@@ -19,9 +19,9 @@ from seitpp import tokenizers
 from seitpp.augment import Keys, random_geometry
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
+from seitpp.engine.reconstruction import MEASURES
 from seitpp.errors import UserError
 from seitpp.models import load_tokenadapt
-from seitpp.objectives.adapt import MEASURES
 from seitpp.tokenizers import PatchKMeans, RefinedPatchKMeans, TokenizerSpec
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tokenadapt_train.py"

@@ -22,12 +22,16 @@ from seitpp import tokenizers
 from seitpp.augment import Keys
 from seitpp.data.digits import DigitsSource
 from seitpp.engine.optim import adamw
+from seitpp.engine.reconstruction import quality
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
 from seitpp.images.sources import SourceSubset
-from seitpp.objectives import Discriminator, VGGDistance, VQTraining, quality, restart_due
+from seitpp.models import ModelError
+from seitpp.models.discriminator import Discriminator
+from seitpp.models.weights.perceptual import load_vgg_distance
+from seitpp.objectives import VQTraining, restart_due
 from seitpp.objectives.vq import vq_losses, weighted_sum
-from seitpp.tokenizers import TokenizerError, TokenizerSpec, ViTVQGAN
+from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tokenizer_train.py"
@@ -159,7 +163,7 @@ def vgg_file(tmp_path_factory) -> Path:
 
 
 def test_perceptual_distance_against_a_plain_forward(vgg_file) -> None:
-    distance = VGGDistance(vgg_file)
+    distance = load_vgg_distance(vgg_file)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     others = (images + 0.1).requires_grad_()
     weights = torch.load(vgg_file, weights_only=True)
@@ -186,16 +190,16 @@ def test_perceptual_distance_against_a_plain_forward(vgg_file) -> None:
 
 
 def test_other_files_than_vgg_weights_are_refused(vgg_file, tmp_path) -> None:
-    with pytest.raises(TokenizerError, match="no VGG16 weights at"):
-        VGGDistance(tmp_path / "none.pth")
+    with pytest.raises(ModelError, match="no VGG16 weights at"):
+        load_vgg_distance(tmp_path / "none.pth")
     (tmp_path / "cut.pth").write_bytes(vgg_file.read_bytes()[:1000])
-    with pytest.raises(TokenizerError, match=r"cut\.pth cannot be read"):
-        VGGDistance(tmp_path / "cut.pth")
+    with pytest.raises(ModelError, match=r"cut\.pth cannot be read"):
+        load_vgg_distance(tmp_path / "cut.pth")
     tensors = torch.load(vgg_file, weights_only=True)
     del tensors["features.28.weight"]
     torch.save(tensors, tmp_path / "other.pth")
-    with pytest.raises(TokenizerError, match=r"other\.pth holds no VGG16 weights.*28\.weight"):
-        VGGDistance(tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=r"other\.pth holds no VGG16 weights.*28\.weight"):
+        load_vgg_distance(tmp_path / "other.pth")
 
 
 # ---------------------------------------------------------------------------------------------- codes

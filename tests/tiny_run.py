@@ -24,10 +24,10 @@ from torch import nn
 from seitpp import TokenStore
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits
-from seitpp.engine.command import run_recipe
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
+from seitpp.recipe import run_recipe
 
 STEPS, CHECKPOINT_STEPS, EVALUATION_STEPS, BATCH = 17, 3, 5, 128  # 11 steps an epoch
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT
 from downstream.segmentation.extra import load_mmseg
-from seitpp.models.saved import classifier_spec, read_model, write_model
+from seitpp.models.weights.classifiers import classifier_spec, read_model, write_model
 
 RESCALES = [4, 2, 1, 0.5]  # of the four levels, each of one cell a patch (Feature2Pyramid)
 AUXILIARY_LEVEL, AUXILIARY_CHANNELS, AUXILIARY_WEIGHT = 2, 256, 0.4

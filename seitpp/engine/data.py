@@ -15,7 +15,7 @@ from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
-from seitpp.models.saved import classifier_spec
+from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
 

@@ -17,7 +17,6 @@ Initial values, all in `MTM.init_weights`:
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
@@ -28,20 +27,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from seitpp.models.cross_entropy import linear_cross_entropy
-from seitpp.models.saved import read_model, write_model
+from seitpp.models.masking import MaskPlan
 from seitpp.models.stem import ModelError
 from seitpp.models.vit import PATCH, NormLayer
 from seitpp.tokenizers.transformer import sincos_positions
-
-
-class MaskPlan(NamedTuple):
-    """`kept` (B, L - dropped) int64: the patches that enter the encoder; `hidden` (B, L) bool: those masked, and
-    `predicted` (B, masked) int64: the same as indices, equally many in each image.
-    """
-
-    kept: Tensor
-    hidden: Tensor
-    predicted: Tensor
 
 
 class MaskedTokens(NamedTuple):
@@ -178,21 +167,6 @@ class MTM(nn.Module):
         positions.zero_()
         positions[0, 1:] = sincos_positions(self.encoder.patch_embed.grid_size, positions.shape[-1])
         positions.requires_grad_(False)
-
-    def save(self, path: Path, codebook: str) -> None:
-        """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
-        write_model(path, "mtm", self, {"settings": self.settings, "codebook": codebook})
-
-
-def load_mtm(path: Path) -> tuple[MTM, str]:
-    """A model that `MTM.save` wrote, in eval mode, and the fingerprint of its codebook.
-
-    Raises ModelError naming the file if it is missing, damaged or of another kind.
-    """
-    header, tensors = read_model(path, "mtm", "the model.safetensors of a pre-training run")
-    model = MTM(**header["settings"])
-    model.load_state_dict(tensors)
-    return model.eval(), header["codebook"]
 
 
 class LastBlock(Block):

@@ -15,41 +15,15 @@ Initial values, all in `TokenAdapt.init_weights`; the published ones are not kno
 """
 
 import inspect
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from seitpp.augment.geometry import Geometry, apply_geometry
-from seitpp.models.foreign import renamed
-from seitpp.models.saved import read_model, write_model
-from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, sincos_positions
+from seitpp.tokenizers.transformer import Transformer, TransformerShape, sincos_positions
 
 CELLS = 2  # cells of f's space along one side of a token (SeiT++ release: 32 -> 64)
-# How our names begin, and how those of the released state dict do.
-RELEASE_NAMES = {
-    "embed.": "conversion_function.0.",
-    "convert_positions": "conversion_function.1.de_pos_embedding",
-    "convert_blocks.": "conversion_function.1.transformer.",
-    "to_space.": "conversion_function.1.to_pixel.1.",
-    "invert_positions": "reverse_transform.0.en_pos_embedding",
-    "from_space.": "reverse_transform.0.to_patch_embedding.0.",
-    "invert_blocks.": "reverse_transform.0.transformer.",
-    "head.": "reverse_transform.1.",
-}
-# Released tensors whose shapes are the sizes of the model.
-SIZED = (
-    "conversion_function.0.weight",
-    "conversion_function.1.de_pos_embedding",
-    "conversion_function.1.transformer.layers.0.0.fn.to_qkv.weight",
-    "conversion_function.1.transformer.layers.0.1.fn.net.0.weight",
-    "reverse_transform.0.en_pos_embedding",
-    "reverse_transform.1.weight",
-)
 
 
 class TokenAdapt(nn.Module):
@@ -106,10 +80,6 @@ class TokenAdapt(nn.Module):
         self.apply(_init_module)
         nn.init.zeros_(self.head.weight)
 
-    def save(self, path: Path, codebook: str) -> None:
-        """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
-        write_model(path, "tokenadapt", self, {"settings": self.settings, "codebook": codebook})
-
 
 def _init_module(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -119,35 +89,3 @@ def _init_module(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def load_tokenadapt(path: Path) -> tuple[TokenAdapt, str]:
-    """A model that `TokenAdapt.save` wrote, in eval mode, and the fingerprint of its codebook.
-
-    Raises ModelError naming the file if it is missing, damaged or of another kind.
-    """
-    header, tensors = read_model(path, "tokenadapt", "the model.safetensors of a tokenadapt_train run")
-    model = TokenAdapt(**header["settings"])
-    model.load_state_dict(tensors)
-    return model.eval(), header["codebook"]
-
-
-def released_tensors() -> set[str]:
-    """The names of all tensors of a released TokenAdapt, whatever its sizes."""
-    with torch.device("meta"):
-        return {renamed(name, RELEASE_NAMES) for name in TokenAdapt().state_dict()}
-
-
-def tokenadapt_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of TokenAdapt from the shapes of the released tensors in `SIZED`; grids are square."""
-    embed, whole, qkv, mlp, augmented, head = (tensors[name].shape for name in SIZED)
-    grid, crop = (math.isqrt(positions.numel() // embed[0]) for positions in (whole, augmented))
-    return {
-        "grid": (grid, grid),
-        "crop": (crop, crop),
-        "num_codes": head[0],
-        "code_dim": embed[1],
-        "width": embed[0],
-        "heads": qkv[0] // (3 * HEAD),
-        "mlp": mlp[0],
-    }

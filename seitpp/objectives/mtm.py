@@ -2,19 +2,10 @@
 hidden tokens only, so that they never are.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seitpp.models.mtm import MaskPlan
-
-
-def hidden_tokens(plan: MaskPlan, grid: tuple[int, int]) -> Tensor:
-    """The hidden patches of a plan as a token mask: (B, L) -> (B, H, W) bool."""
-    height, width = grid
-    side = round((height * width / plan.hidden.shape[1]) ** 0.5)
-    patches = plan.hidden.view(-1, height // side, width // side)
-    return patches.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+from seitpp.models.masking import MaskPlan, hidden_tokens
 
 
 def masked_token_loss(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
@@ -34,8 +25,3 @@ def masked_token_accuracy(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor
     hidden = hidden_tokens(plan, ids.shape[-2:])
     correct = (logits.argmax(dim=1) == ids) & hidden
     return correct.sum() / hidden.sum()
-
-
-def fill_hidden(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
-    """Ids (B, H, W) with the model's most likely code in every hidden place."""
-    return torch.where(hidden_tokens(plan, ids.shape[-2:]), logits.argmax(dim=1), ids)

@@ -44,6 +44,7 @@ from seitpp.errors import UserError
 from seitpp.images.batches import DecodedImages
 from seitpp.images.sources import open_source
 from seitpp.models import MTM, TokenAdapt, load_mtm, save_classifier
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives import MASK_LAWS
 from seitpp.tokenizers import ViTVQGAN
 from seitpp.tokenizers.encoding import encode
@@ -73,9 +74,9 @@ def setup(at: Bench) -> Lines:
             writer.add_batch(ids, np.arange(images) % classes)
     adapt = TokenAdapt(**at.of({}, {"width": 64, "heads": 1, "mlp": 64}))
     torch.nn.init.normal_(adapt.head.weight)  # else all codes are equally likely
-    adapt.save(at.folder / "adapt.safetensors", known)
+    save_pretrained(at.folder / "adapt.safetensors", adapt, known)
     model = MTM(*at.of(["mtm_vit_base"], ["mtm_vit_nano", (28, 28), 391, 32, 96, 2, 4]))
-    model.save(at.folder / "mtm.safetensors", known)
+    save_pretrained(at.folder / "mtm.safetensors", model, known)
     model = timm.create_model(at.of("seit_vit_base", "seit_vit_nano"), num_classes=classes)
     save_classifier(at.folder / "seit.safetensors", model, known, None)
     make_images = runpy.run_path(str(BENCH / "tokenize_images.py"))["make_images"]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from seitpp import tokenizers
 from seitpp.data.digits import DigitsSource
+from seitpp.engine.reconstruction import quality
 from seitpp.images.batches import ImageDataset
 from seitpp.images.sources import ImageSource, open_source
-from seitpp.objectives import quality
 from seitpp.tokenizers import ViTVQGAN
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tokenizer_train.py"

@@ -24,6 +24,7 @@ from seitpp import TokenStore
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
 from seitpp.models import MTM
+from seitpp.models.weights.pretrained import save_pretrained
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STARTS = {"untrained": "SeiT", "mtm": "SeiT + MTM", "seitpp": "SeiT++"}
@@ -44,7 +45,7 @@ def untrained(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model = MTM("mtm_vit_nano", store.grid, store.num_codes, 32, 96, 2, 4, 0.0)
     folder.mkdir()
-    model.save(folder / "model.safetensors", codebook_fingerprint(store.codebook))
+    save_pretrained(folder / "model.safetensors", model, codebook_fingerprint(store.codebook))
     return folder
 
 

@@ -14,8 +14,10 @@ Sizes are read from the tensors, but for the heads: the released models have 64 
 decoder. Grids are square.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -23,12 +25,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from seitpp import files
-from seitpp.models.foreign import HEAD, Released, read_state, renamed
 from seitpp.models.mtm import MTM
 from seitpp.models.stem import STEMS, ModelError, StemAdapter
-from seitpp.models.tokenadapt import RELEASE_NAMES, TokenAdapt, released_tensors, tokenadapt_sizes
+from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import PATCH, TokenEmbed
-from seitpp.tokenizers.transformer import sincos_positions
+from seitpp.models.weights.state import ReleasedState, read_state, renamed
+from seitpp.tokenizers.transformer import HEAD, sincos_positions
 
 DECODER_HEAD = 32  # channels of an attention head of MTM's decoder
 SIZE_NAMES = {192: "tiny", 384: "small"}  # by width; every other is a base with sizes of its own
@@ -64,6 +66,25 @@ MTM_NAMES = {
     "head.norm.": "mlm_layer.ln.",
     "head.": "mlm_layer.",
 }
+TOKENADAPT_NAMES = {
+    "embed.": "conversion_function.0.",
+    "convert_positions": "conversion_function.1.de_pos_embedding",
+    "convert_blocks.": "conversion_function.1.transformer.",
+    "to_space.": "conversion_function.1.to_pixel.1.",
+    "invert_positions": "reverse_transform.0.en_pos_embedding",
+    "from_space.": "reverse_transform.0.to_patch_embedding.0.",
+    "invert_blocks.": "reverse_transform.0.transformer.",
+    "head.": "reverse_transform.1.",
+}
+# Released tensors whose shapes are the sizes of the model.
+SIZED = (
+    "conversion_function.0.weight",
+    "conversion_function.1.de_pos_embedding",
+    "conversion_function.1.transformer.layers.0.0.fn.to_qkv.weight",
+    "conversion_function.1.transformer.layers.0.1.fn.net.0.weight",
+    "reverse_transform.0.en_pos_embedding",
+    "reverse_transform.1.weight",
+)
 
 
 def from_release(path: str | Path, part: Literal["model", "tokenadapt"] = "model") -> nn.Module:
@@ -81,7 +102,7 @@ def from_release(path: str | Path, part: Literal["model", "tokenadapt"] = "model
     kind = _kind(path, state) if part == "model" else "TokenAdapt"
     if kind == "TokenAdapt" and "cls_token" in state:
         state = {name: tensor for name, tensor in state.items() if name.startswith(TOLD_BY[kind])}
-    tensors = Released(path, kind, state)
+    tensors = ReleasedState(path, kind, state)
     tensors.need(PARTS[kind])
     model, names = _empty(tensors)
     return tensors.fill(model, names, _known(tensors))
@@ -122,10 +143,10 @@ def _kind(path: Path, state: dict[str, Tensor]) -> str:
     )
 
 
-def _empty(tensors: Released) -> tuple[nn.Module, dict[str, str]]:
+def _empty(tensors: ReleasedState) -> tuple[nn.Module, dict[str, str]]:
     """A model of the kind and the sizes of `tensors`, and how its names change."""
     if tensors.kind == "TokenAdapt":
-        return TokenAdapt(**tokenadapt_sizes(tensors)), RELEASE_NAMES
+        return TokenAdapt(**_tokenadapt_sizes(tensors)), TOKENADAPT_NAMES
     if tensors.kind == "MTM":
         return _mtm(tensors), MTM_NAMES
     # After a mean over the patches the norm has another name in timm, and in some checkpoints.
@@ -133,13 +154,13 @@ def _empty(tensors: Released) -> tuple[nn.Module, dict[str, str]]:
     return (_ids_classifier if tensors.kind == "SeiT++ classifier" else _map_classifier)(tensors), names
 
 
-def _known(tensors: Released) -> set[str]:
+def _known(tensors: ReleasedState) -> set[str]:
     """What a file as published has and its model does not use: a TokenAdapt counts if it is whole."""
-    known, beside = {UNUSED_POSITIONS} if tensors.kind == "MTM" else set(), released_tensors()
+    known, beside = {UNUSED_POSITIONS} if tensors.kind == "MTM" else set(), _tokenadapt_tensors()
     return known | beside if beside <= tensors.keys() else known
 
 
-def _map_classifier(tensors: Released) -> VisionTransformer:
+def _map_classifier(tensors: ReleasedState) -> VisionTransformer:
     channels, kernel = tensors["patch_embed.proj.weight"].shape[1:3]
     stems = {geometry.kernel: name for name, geometry in STEMS.items()}
     if kernel not in stems:
@@ -155,7 +176,7 @@ def _map_classifier(tensors: Released) -> VisionTransformer:
     )
 
 
-def _ids_classifier(tensors: Released) -> VisionTransformer:
+def _ids_classifier(tensors: ReleasedState) -> VisionTransformer:
     num_codes, code_dim = tensors["token_emb.word_embeddings.weight"].shape
     size = tensors.size()
     return timm.create_model(
@@ -168,7 +189,7 @@ def _ids_classifier(tensors: Released) -> VisionTransformer:
     )
 
 
-def _mtm(tensors: Released) -> MTM:
+def _mtm(tensors: ReleasedState) -> MTM:
     num_codes, code_dim = tensors["token_emb.word_embeddings.weight"].shape
     size, width, side = tensors.size(), len(tensors["decoder_embed.bias"]), tensors.side() * PATCH
     return MTM(
@@ -186,7 +207,7 @@ def _mtm(tensors: Released) -> MTM:
 def _exportable(model: nn.Module) -> dict[str, str]:
     """How the names of a model change. Raises ModelError if the release has no place for the model."""
     if isinstance(model, TokenAdapt):
-        return RELEASE_NAMES
+        return TOKENADAPT_NAMES
     body = model.encoder if isinstance(model, MTM) else model
     stem = getattr(body, "patch_embed", None)
     if not isinstance(body, VisionTransformer) or not isinstance(stem, StemAdapter | TokenEmbed):
@@ -227,3 +248,24 @@ def _check_beside(model: nn.Module, tokenadapt: TokenAdapt) -> None:
         raise ModelError(
             f"a TokenAdapt of {found} codes, the model beside it has {expected}: expected equal codebooks"
         )
+
+
+def _tokenadapt_tensors() -> set[str]:
+    """The names of all tensors of a released TokenAdapt, whatever its sizes."""
+    with torch.device("meta"):
+        return {renamed(name, TOKENADAPT_NAMES) for name in TokenAdapt().state_dict()}
+
+
+def _tokenadapt_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of TokenAdapt from the shapes of the released tensors in `SIZED`; grids are square."""
+    embed, whole, qkv, mlp, augmented, head = (tensors[name].shape for name in SIZED)
+    grid, crop = (math.isqrt(positions.numel() // embed[0]) for positions in (whole, augmented))
+    return {
+        "grid": (grid, grid),
+        "crop": (crop, crop),
+        "num_codes": head[0],
+        "code_dim": embed[1],
+        "width": embed[0],
+        "heads": qkv[0] // (3 * HEAD),
+        "mlp": mlp[0],
+    }

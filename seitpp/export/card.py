@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seitpp.models.pretrained import input_kind, input_size
-from seitpp.models.saved import Saved, classifier_spec
+from seitpp.models.weights.classifiers import Saved, classifier_spec
+from seitpp.models.weights.pretrained import input_kind, input_size
 
 METRICS = {
     "top1": "top-1, %",

@@ -6,17 +6,23 @@ from typing import Literal
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from seitpp.models.mtm import load_mtm
-from seitpp.models.release import from_release
+from seitpp.models.mtm import MTM
 from seitpp.models.resnet import TokenResNet
-from seitpp.models.saved import Saved, load_classifier
 from seitpp.models.stem import ModelError, StemAdapter
-from seitpp.models.tokenadapt import TokenAdapt, load_tokenadapt
+from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import TokenEmbed
+from seitpp.models.weights.classifiers import Saved, load_classifier, read_model, write_model
+from seitpp.models.weights.release import from_release
 from seitpp.tensors import header_keys
 
 AVERAGED = "model_ema.safetensors"  # in a run's folder, the moving average of the weights
 KINDS = ("mtm", "classifier", "tokenadapt")  # of our own files
+
+
+def save_pretrained(path: Path, model: MTM | TokenAdapt, codebook: str) -> None:
+    """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
+    kind = "mtm" if isinstance(model, MTM) else "tokenadapt"
+    write_model(path, kind, model, {"settings": model.settings, "codebook": codebook})
 
 
 def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
@@ -50,6 +56,28 @@ def load_pretrained_tokenadapt(path: str | Path) -> tuple[TokenAdapt, str | None
     if _own_kind(path) is None:
         return from_release(path, "tokenadapt"), None
     return load_tokenadapt(path)
+
+
+def load_mtm(path: Path) -> tuple[MTM, str]:
+    """A model that `save_pretrained` wrote, in eval mode, and the fingerprint of its codebook.
+
+    Raises ModelError naming the file if it is missing, damaged or of another kind.
+    """
+    header, tensors = read_model(path, "mtm", "the model.safetensors of a pre-training run")
+    model = MTM(**header["settings"])
+    model.load_state_dict(tensors)
+    return model.eval(), header["codebook"]
+
+
+def load_tokenadapt(path: Path) -> tuple[TokenAdapt, str]:
+    """A model that `save_pretrained` wrote, in eval mode, and the fingerprint of its codebook.
+
+    Raises ModelError naming the file if it is missing, damaged or of another kind.
+    """
+    header, tensors = read_model(path, "tokenadapt", "the model.safetensors of a tokenadapt_train run")
+    model = TokenAdapt(**header["settings"])
+    model.load_state_dict(tensors)
+    return model.eval(), header["codebook"]
 
 
 def model_file(path: Path, ema: bool = True) -> Path:

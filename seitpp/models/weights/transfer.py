@@ -10,9 +10,9 @@ from timm.utils import freeze
 from torch import nn
 
 from seitpp.models.mtm import MTM
-from seitpp.models.pretrained import input_kind
-from seitpp.models.saved import classifier_spec
 from seitpp.models.stem import ModelError
+from seitpp.models.weights.classifiers import classifier_spec
+from seitpp.models.weights.pretrained import input_kind
 
 HEAD_STD = 2e-5  # of the new head's weights (SeiT++ release)
 PIXEL_VITS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from seitpp.models.stem import ModelError
 from seitpp.tensors import load_checkpoint, load_tensors
+from seitpp.tokenizers.transformer import HEAD
 
-HEAD = 64  # channels of an attention head of a ViT
 SHOWN = 8  # missing tensors that an error names
 
 
@@ -30,7 +30,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-class Released(dict):
+class ReleasedState(dict):
     """The tensors of a checkpoint of a `kind` by their names; asking for one that is not there is a ModelError."""
 
     def __init__(self, path: Path, kind: str, tensors: dict[str, Tensor]):

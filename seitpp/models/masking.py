@@ -3,12 +3,22 @@
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
-from seitpp.models.mtm import MaskPlan
+
+
+class MaskPlan(NamedTuple):
+    """`kept` (B, L - dropped) int64: the patches that enter the encoder; `hidden` (B, L) bool: those masked, and
+    `predicted` (B, masked) int64: the same as indices, equally many in each image.
+    """
+
+    kept: Tensor
+    hidden: Tensor
+    predicted: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,3 +66,16 @@ def mask_plan(noise: Tensor, num_dropped: int, num_masked: int) -> MaskPlan:
     predicted = order[:, :num_masked].contiguous()
     hidden = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, predicted, True)
     return MaskPlan(kept=order[:, num_dropped:], hidden=hidden, predicted=predicted)
+
+
+def hidden_tokens(plan: MaskPlan, grid: tuple[int, int]) -> Tensor:
+    """The hidden patches of a plan as a token mask: (B, L) -> (B, H, W) bool."""
+    height, width = grid
+    side = round((height * width / plan.hidden.shape[1]) ** 0.5)
+    patches = plan.hidden.view(-1, height // side, width // side)
+    return patches.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+
+
+def fill_hidden(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
+    """Ids (B, H, W) with the model's most likely code in every hidden place."""
+    return torch.where(hidden_tokens(plan, ids.shape[-2:]), logits.argmax(dim=1), ids)

@@ -15,7 +15,7 @@ from seitpp.engine.config import Config, RunConfig, TrainConfig, parse
 from seitpp.engine.machine import launched_processes
 from seitpp.engine.stopping import Stopped
 from seitpp.errors import UserError, fail
-from seitpp.models.export import EXPORTED, export_model
+from seitpp.export import EXPORTED, export_model
 
 CPU_SHARE = 8  # images of a process at a time in a dry run, where no device says how many fit
 MORE_ACCUMULATION = 4  # so many ways out of a full memory are named

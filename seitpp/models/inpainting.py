@@ -17,9 +17,8 @@ from torch import Tensor
 
 from seitpp.augment.keyed import Keys
 from seitpp.errors import UserError
-from seitpp.models.mtm import MTM, MaskPlan
-from seitpp.objectives.masking import MASK_LAWS, mask_plan
-from seitpp.objectives.mtm import hidden_tokens
+from seitpp.models.masking import MASK_LAWS, MaskPlan, hidden_tokens, mask_plan
+from seitpp.models.mtm import MTM
 
 LOGIT_CELLS = 1 << 26  # as many logits as are there at once, but those of one image always
 

@@ -19,11 +19,19 @@ from typing import Any
 
 from seitpp import __version__, files
 from seitpp.augment.pixels import MEAN, STD
-from seitpp.models.card import model_card, published
-from seitpp.models.mtm import MTM, load_mtm
-from seitpp.models.pretrained import AVERAGED, input_kind, input_size, load_pretrained, model_file
-from seitpp.models.saved import Saved, classifier_spec, load_classifier, save_classifier
+from seitpp.export.card import model_card, published
+from seitpp.models.mtm import MTM
 from seitpp.models.stem import ModelError
+from seitpp.models.weights.classifiers import Saved, classifier_spec, load_classifier, save_classifier
+from seitpp.models.weights.pretrained import (
+    AVERAGED,
+    input_kind,
+    input_size,
+    load_mtm,
+    load_pretrained,
+    model_file,
+    save_pretrained,
+)
 from seitpp.store import hub
 
 MODEL, CONFIG, RECIPE, CARD, WHOLE_MTM = FILES = (
@@ -58,7 +66,7 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], ema: 
         save_classifier(folder / MODEL, saved.model, saved.codebook, saved.class_names, saved.window)
         if isinstance(whole.model, MTM):
             (folder / WHOLE_MTM).parent.mkdir()
-            whole.model.save(folder / WHOLE_MTM, whole.codebook)
+            save_pretrained(folder / WHOLE_MTM, whole.model, whole.codebook)
         files.replace_json(folder / CONFIG, timm_config(saved))
         files.replace_json(folder / RECIPE, settings)
         files.replace_text(folder / CARD, model_card(saved, settings, result, weights.name == AVERAGED))

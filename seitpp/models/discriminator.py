@@ -1,0 +1,47 @@
+"""The discriminator of adversarial tokenizer training."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Downsample(nn.Module):
+    """A residual block that halves the sides: (B, inputs, s, s) -> (B, outputs, s / 2, s / 2)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, inputs, 3, padding=1)
+        self.second = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        changed = F.leaky_relu(self.second(F.leaky_relu(self.first(maps), 0.2)), 0.2)
+        # Means of 2 x 2 stand in for StyleGAN2's wider blur; the factor keeps the variance of the sum.
+        return F.avg_pool2d(changed + self.skip(maps), 2) / math.sqrt(2)
+
+
+class Discriminator(nn.Module):
+    """One opinion (B, 1) of images (B, 3, side, side): large where they look real.
+
+    The residual discriminator of StyleGAN2 (arXiv 1912.04958) without its minibatch statistic, which would make
+    an opinion depend on the other images of a process, and without its penalty on gradients. A stage of s x s
+    pixels has 16384 / s channels, at most `widest`; `side` is halved while it is above 4.
+    """
+
+    def __init__(self, side: int, widest: int = 512):
+        super().__init__()
+        sides = [side]
+        while sides[-1] > 4:
+            sides.append(sides[-1] // 2)
+        widths = [min(widest, 16384 // s) for s in sides]
+        self.colours = nn.Conv2d(3, widths[0], 1)
+        self.stages = nn.Sequential(*map(Downsample, widths, widths[1:]))
+        self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
+        self.hidden = nn.Linear(widths[-1] * sides[-1] ** 2, widths[-1])
+        self.opinion = nn.Linear(widths[-1], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stages(F.leaky_relu(self.colours(images * 2 - 1), 0.2))
+        maps = F.leaky_relu(self.mix(maps), 0.2)
+        return self.opinion(F.leaky_relu(self.hidden(maps.flatten(1)), 0.2))

@@ -1,0 +1,1 @@
+"""Files of weights: our own, official checkpoints, and where fine-tuning starts."""
