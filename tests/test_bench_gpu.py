@@ -77,7 +77,7 @@ def test_what_must_be_equal_on_one_device_is(small: tuple[dict, str]) -> None:
 
 
 def test_the_docs_have_every_row() -> None:
-    section = (ROOT / "docs/recipes.md").read_text().split("### On a GPU")[1]
+    section = (ROOT / "docs/results.md").read_text().split("## On a GPU")[1]
     assert [row for row in FIGURES if f"| {row} |" not in section] == []
 
 

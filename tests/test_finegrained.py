@@ -215,8 +215,8 @@ def test_the_published_numbers_are_not(tmp_path: Path) -> None:
     assert splits["train"]["label"] == [index % 102 for index in range(2040)]
 
 
-def test_the_table_of_the_readme_is_that_of_the_code() -> None:
-    page = (FOLDER / "README.md").read_text()
+def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+    page = (FOLDER.parents[1] / "docs/finegrained.md").read_text()
     for name, known in SETS.items():
         assert isinstance(known, FineGrained)
         counts = f"{known.classes:,} | {known.train:,} | {known.validation:,}"

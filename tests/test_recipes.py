@@ -38,7 +38,7 @@ def run(recipe: str, *arguments: object) -> subprocess.CompletedProcess:
 def torchrun(
     processes: int, *arguments: object, script: Path = RECIPES / "mtm_pretrain.py"
 ) -> subprocess.CompletedProcess:
-    """Several CPU processes, as docs/recipes.md says."""
+    """Several CPU processes, as docs/running.md says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
