@@ -9,9 +9,9 @@ the model of the preset digits of mtm_pretrain (seed 0), and by the one code tha
 
 | region           | one shot | 8 rounds | one code |
 |------------------|----------|----------|----------|
-| middle (default) | 30.7     | 30.8     | 3.8      |
-| lower half       | 43.2     | 42.1     | 29.0     |
-| everything       | 31.3     | 25.1     | 28.9     |
+| middle (default) | 30.7     | 30.1     | 3.8      |
+| lower half       | 43.2     | 41.4     | 29.0     |
+| everything       | 31.5     | 29.2     | 28.9     |
 
 Rounds are not for more right tokens but for tokens that fit together: where everything is hidden, 8 rounds
 draw a digit, one shot a blur of many. With --temperature 1 tokens are drawn: 14.8 % are right in the

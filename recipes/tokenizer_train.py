@@ -8,7 +8,7 @@
 
 `digits` (the default) takes seconds on a CPU: 26.5 dB PSNR with 64 of 64 codes used. `photos` took 12 s for 120
 images. `published` has the sizes of the public ViT-VQGAN base; unless asked it leaves the perceptual and the
-adversarial loss out. It was not run to its end, nor timed on a GPU. More figures: docs/recipes.md.
+adversarial loss out. It was not run to its end, nor timed on a GPU. More figures: docs/results.md.
 Reads a folder of images, Parquet files, webdataset tars or a named data set. Writes tokenizer.safetensors (for
 recipes/tokenize_images.py), config.json, metrics.jsonl, checkpoints/, result.json and pictures into --out;
 patch_kmeans makes no metrics and no checkpoints. Tokenizes nothing. Codes that no image uses are kept.

@@ -19,7 +19,7 @@ LAUNCH="accelerate launch --config_file $LAUNCHER"
 STORE=$OUT/$SET-tokens
 
 # 1. Both splits of the set to one store.
-[ -d "$STORE/validation" ] || $LAUNCH downstream/finegrained/tokenize_set.py "$SET" --data "$DATA" \
+[ -d "$STORE/validation" ] || $LAUNCH recipes/tokenize_images.py published --set "$SET" --data "$DATA" \
     --tokenizer "$TOKENIZER" --out "$STORE"
 
 # 2. Fine-tuning, 100 epochs of batch 256, then its accuracies.

@@ -8,7 +8,7 @@ as a loader's workers would, with the draws of Python, torch and numpy; ours has
 the CPU 15 times as quick; what stays on the host when maps are made on a device (here reading and decoding, there
 everything) 100 times as quick.
 
-The figures are in docs/recipes.md. On a busy machine the first ratio went down to 8 and the last to 81.
+The figures are in docs/results.md. On a busy machine the first ratio went down to 8 and the last to 81.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """All that only a GPU can tell, by one command: under 8 minutes on an H100.
 
-    python tests/bench/gpu.py --out gpu.json          # prints the table of docs/recipes.md; the same as JSON
+    python tests/bench/gpu.py --out gpu.json          # prints the table of docs/results.md; the same as JSON
     python tests/bench/gpu.py --only compiled resume  # some rows, which share the 8 minutes
     python tests/bench/gpu.py --small                 # every row tiny, in a minute, without a GPU too
 

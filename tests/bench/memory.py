@@ -1,4 +1,4 @@
-"""Memory of a training step, image by image: `python tests/bench/memory.py` prints the table of docs/recipes.md.
+"""Memory of a training step, image by image: `python tests/bench/memory.py` prints the table of docs/running.md.
 
 Counted, not measured: no GPU is needed, it takes half a minute on a CPU. "Saved" is what the forward pass keeps
 for the backward pass. The images at a time are those that a run would choose on an empty card, by its peak.
