@@ -25,8 +25,8 @@ from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
-from seitpp.engine.data import check_codes
 from seitpp.engine.evaluate import predict
+from seitpp.engine.inputs import check_codes, embedded
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     data = open_data(config, run, saved)
     check_classes(saved, data, config.checkpoint)
     run.start()
-    run.print(f"{config}\n{len(data.dataset):,} images; writing to {run.out}")
+    run.describe(f"{len(data.dataset):,} images", model=saved.model)
 
     # 3. Predictions, every image once.
     found = predict(saved.model, data.dataset, data.inputs, run.accelerator, config.workers)
@@ -140,8 +140,7 @@ def stored(config: Config, run: Run) -> tuple:
     """The named store, or the embedded digits: (dataset, its batch -> ids, codebook, grid, class names)."""
     path = config.store
     if path is None:
-        with run.accelerator.main_process_first():
-            path = digits().store
+        path = embedded(run, digits).store
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
     codebook = torch.from_numpy(store.codebook)
     return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names

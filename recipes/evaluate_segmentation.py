@@ -30,7 +30,7 @@ from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.extra import load_mmseg
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.engine.config import RunConfig
-from seitpp.engine.data import check_codebook, open_tokenadapt
+from seitpp.engine.inputs import check_codebook, embedded, open_tokenadapt
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
             TokenAdaptMirror(codebook, window, adapt).to(run.device), codebook, window, data.lookup
         )
     run.start()
-    run.print(f"{config}\n{len(data.dataset):,} images of {data.path}; writing to {run.out}")
+    run.describe(f"{len(data.dataset):,} images of {data.path}", model=model)
 
     # 3. Every pixel of every image once.
     def predict(image: WholeImage) -> Tensor:
@@ -151,8 +151,7 @@ def open_tokens(config: Config, run: Run, patch: int) -> Data:
 
     path, file = config.store, config.tokenizer
     if path is None:
-        with run.accelerator.main_process_first():
-            scenes = default_scenes(FEW_SCENES if config.preset == "smoke" else SCENES)
+        scenes = embedded(run, partial(default_scenes, FEW_SCENES if config.preset == "smoke" else SCENES))
         path, file = scenes.store, file or scenes.tokenizer
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
     decode = partial(decoded, tokenizers.load(file)) if file else painted(store.codebook)

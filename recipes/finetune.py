@@ -17,7 +17,7 @@ and result.json into --out. Does not touch the checkpoint.
 
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.utils import unfreeze
@@ -37,24 +37,26 @@ from seitpp.augment import (
     SeitView,
 )
 from seitpp.codebook import codebook_fingerprint
-from seitpp.data.dataset import BatchOrder, Chosen, TokenDataset, few_labels
+from seitpp.data.dataset import Batch, BatchOrder, Chosen, TokenDataset, few_labels
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import (
+from seitpp.engine.evaluate import predict
+from seitpp.engine.inputs import (
     check_codes,
     classifier_trial,
-    open_splits,
+    image_facts,
+    open_images,
+    open_stores,
     open_tokenadapt,
-    training_part,
+    store_facts,
+    train_subset,
     window_of,
 )
-from seitpp.engine.evaluate import predict
-from seitpp.engine.optim import OPTIMIZERS
+from seitpp.engine.metrics import count_flops
+from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
-from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
-from seitpp.images.batches import ImageDataset
-from seitpp.images.sources import hold_out, open_source
+from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.models import (
     Saved,
     TokenAdapt,
@@ -68,8 +70,6 @@ from seitpp.models import (
 )
 from seitpp.objectives import soft_label_loss, top1_share
 from seitpp.recipe import run_recipe
-
-HELD_OUT = 20  # of images without a validation split, one in so many
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Config(TrainConfig):
     optimizer: Literal["adamw", "lamb"] = "adamw"
     clip: float | None = None  # the largest norm of the gradient
     base_lr: float = 4e-3  # for a batch of 1024; scaled by the square root
-    last_lr: float = 1e-6
+    min_lr: float = 1e-6
     weight_decay: float = 0.1
     layer_decay: float = 0.65
     evaluation_epochs: float = 5
@@ -130,7 +130,7 @@ PRESETS["pixels"] = replace(  # rate, batch and epochs of SeiT; else as DeiT III
     optimizer="lamb",
     clip=1.0,
     base_lr=5e-4,
-    last_lr=1e-5,
+    min_lr=1e-5,
     weight_decay=0.02,
     layer_decay=1.0,
 )
@@ -182,7 +182,7 @@ def main(config: Config) -> None:
     # 2. Data, views and model: of tokens or of pixels.
     task = (pixel_task if config.data else token_task)(config, run, source)
     train, validation, model = task.train, task.validation, task.model.to(run.device)
-    view, centre_view, of = task.view.to(run.device), task.centre_view.to(run.device), attrgetter(task.field)
+    view, center_view, of = task.view.to(run.device), task.center_view.to(run.device), attrgetter(task.field)
     order = BatchOrder(len(train), config.batch_size, config.seed)
     if config.optimizer == "lamb":  # its steps are in proportion to a weight's norm: a head of 2e-5 would stay
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)
@@ -191,60 +191,47 @@ def main(config: Config) -> None:
         view.compile()
     model.set_grad_checkpointing(config.grad_checkpointing)
 
-    # 3. Optimisation: linear warm-up, then half a cosine, update by update; lower layers learn more slowly.
-    steps = order.steps(config.epochs)
-    warmup = order.steps(config.warmup_epochs)
-    checkpoint_steps = order.steps(config.checkpoint_epochs)
-    evaluation_steps = order.steps(config.evaluation_epochs)
-    peak = config.base_lr * (config.batch_size / 1024) ** 0.5
+    # 3. Optimization; lower layers learn more slowly.
+    schedule = Schedule.from_config(config, order, lr_batch=1024, scaling="sqrt")
     optimizer = OPTIMIZERS[config.optimizer](model, config.weight_decay, layer_decay=config.layer_decay)
-    trained = run.prepare(
+    training = run.training(
         model,
         optimizer,
         order,
-        task.fingerprint,
-        lr=lambda step: warmup_cosine(step, steps, warmup, peak, final=config.last_lr),
+        schedule,
+        data_fingerprint=task.fingerprint,
         clip=config.clip,
+        flops_per_image=count_flops(model, task.zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(classifier_trial(task.zeros, config.adapted), tuple(filter(None, [task.adapt])), 4),
     )
-    learned, of_all = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad or everything) / 1e6
-        for everything in (False, True)
-    )
-    run.print(
-        f"{config}\n{view}\n{len(train):,} images, {model.num_classes} classes; {learned:.2f} of {of_all:.2f} M "
-        f"parameters trained\n{steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from "
-        f"step {run.step}; peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
-    )
+    run.describe(f"{len(train):,} images, {model.num_classes} classes", view, model=model)
 
     # 4. Training.
-    judged = run.judged(validation)
+    judged = run.eval_subset(validation)
 
     def evaluate() -> dict[str, float]:
-        weights = run.whole(model)
-        found = predict(weights, judged, lambda batch: centre_view(of(batch)), run.accelerator, config.workers)
-        return found.accuracies()
+        def inputs(batch: Batch | Pixels) -> Tensor:
+            return center_view(of(batch))
 
-    trained.train()
-    for step, batch in run.train(train, steps, checkpoint_steps, evaluate, evaluation_steps):
+        return predict(training.unsharded(model), judged, inputs, run.accelerator, config.workers).accuracies()
+
+    for step, batch in training.steps(train, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         with run.accelerator.autocast():  # TokenAdapt's
             inputs, targets = view(of(batch), batch.labels, keys)
-        logits = trained(inputs)
+        logits = training.wrapped(inputs)
         loss = soft_label_loss(logits, targets, config.smoothing)
-        run.update(loss, accuracy=top1_share(logits, targets.labels))
+        training.update(loss, accuracy=top1_share(logits, targets.labels))
 
     # 5. Proof: exact accuracies, weights, and curves.
-    result, weights = evaluate(), run.whole(model)
-    for name, value in result.items():
-        run.print(f"{name} {value:6.2f} % of {len(judged):,} images")
+    result, model = evaluate(), training.unsharded(model)
+    run.print("\n".join(f"{name} {value:6.2f} % of {len(judged):,} images" for name, value in result.items()))
     if run.is_main:
-        unfreeze(weights)
-        save_classifier(run.out / "model.safetensors", weights, *task.known)
-        plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
-        scores = [*run.evaluations.read(), {"step": run.step, **result}]
-        plots.curves(scores, ["top1", "top5"], run.out / "validation.png")
-    run.finish(result)
+        unfreeze(model)
+        save_classifier(run.out / "model.safetensors", model, *task.header)
+        shown = ["loss", "accuracy", "lr"], [*run.evaluations.read(), {"step": training.step, **result}]
+        plots.training_curves(run.out, run.log.read(), *shown, ["top1", "top5"])
+    run.finish(result, task.facts)
 
 
 class Task(NamedTuple):
@@ -254,17 +241,18 @@ class Task(NamedTuple):
     validation: Dataset
     field: str
     view: nn.Module
-    centre_view: nn.Module
+    center_view: nn.Module
     model: nn.Module
     fingerprint: str  # of the data
-    known: tuple  # codebook, class names and window, for save_classifier
+    header: tuple  # codebook, class names and window, for save_classifier
     zeros: Tensor  # one image as the model takes it
+    facts: dict[str, Any]  # of the data, for result.json
     adapt: TokenAdapt | None = None
 
 
 def token_task(config: Config, run: Run, source: Saved) -> Task:
     """A store, and the source with a new head."""
-    train, validation = open_splits(run, config.store)
+    train, validation = open_stores(run, config.store)
     body = getattr(source.model, "encoder", source.model)
     kind = input_kind(body)
     if kind == "pixels":
@@ -286,7 +274,7 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
     codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
     adapt = None
     if kind == "ids":
-        adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
+        adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
         view = SeitPPFinetuneView(
             codebook,
             size=size[0],
@@ -297,12 +285,12 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
             lookup=train.lookup,
             **mixed,
         )
-        centre_view = EvalView(window)
+        center_view = EvalView(window)
     else:
         crop = {"crop": config.crop, "scale": config.crop_scale}
         view = SeitView(codebook, size=size[0], **crop, eda=config.eda, color=config.colour, **mixed)
-        centre_view = EvalView(window, codebook, size[0])
-    images, labels = training_part(run, TokenDataset(train), train), train.labels
+        center_view = EvalView(window, codebook, size[0])
+    images, labels = train_subset(config, TokenDataset(train)), train.labels
     if config.labels_per_class:
         labels = labels[images.indices] if isinstance(images, Chosen) else labels
         images = Chosen(images, few_labels(labels, config.labels_per_class, config.seed))
@@ -311,11 +299,12 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
         TokenDataset(validation),
         "ids",
         view,
-        centre_view,
+        center_view,
         model,
         train.fingerprint,
         (codebook_fingerprint(train.codebook), train.class_names, window),
         torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
+        store_facts(train, validation, config),
         adapt,
     )
 
@@ -326,20 +315,16 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
         if getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} has no meaning for pixels, which --data names: leave one of the two out")
-    train = open_source(config.data, config.split)
-    if config.validation_split is None:
-        train, validation = hold_out(train, HELD_OUT, config.data)
-    else:
-        validation = open_source(config.data, config.validation_split)
+    train, validation = open_images(config.data, config.split, config.validation_split)
     names = train.class_names
     if not names or names != validation.class_names:
         raise UserError(f"{config.data}: expected classes with the same names in both splits")
-    run.facts["data"] = {"images": {"train": len(train), "validation": len(validation)}}
     size = config.size or 224
     boxes = RandomBoxes(config.seed, config.crop_scale)
     model = pixel_classifier_from(source.model, len(names), size, config.drop_path)
+    images = train_subset(config, ImageDataset(train, (size, size), boxes))
     return Task(
-        training_part(run, ImageDataset(train, (size, size), boxes)),
+        images,
         ImageDataset(validation, (size, size), CentralBoxes(size)),
         "images",
         PixelView(config.cutmix, config.mixup, config.three_augment),
@@ -348,6 +333,7 @@ def pixel_task(config: Config, run: Run, source: Saved) -> Task:
         f"{len(train)} images of {len(names)} classes",
         (None, names, None),
         torch.zeros(3, size, size),
+        image_facts(images, train, validation),
     )
 
 

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from seitpp import TokenStore, plots, tokenizers
+from seitpp import TokenStore, plots
 from seitpp.augment import EvalView, Keys
 from seitpp.data.dataset import Batch, TokenDataset, evaluation_loader
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
-from seitpp.engine.data import check_codebook, open_splits
+from seitpp.engine.inputs import check_codebook, open_stores, store_facts
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import MTM, load_pretrained
@@ -79,17 +79,18 @@ def main(config: Config) -> None:
     run = Run("inpaint", config)
 
     # 2. Data and model, which must agree on codebook and grid; the region, in whole patches.
-    _, validation = open_splits(run, config.store)
+    train, validation = open_stores(run, config.store)
     model = open_model(config.checkpoint, validation).to(run.device)
     patch_embed = model.encoder.patch_embed
     region = region_tokens(config.region, patch_embed.img_size, patch_embed.grid_size).to(run.device)
-    decode = open_decoder(config, validation)
+    tokenizer = digits().tokenizer if config.store is None else config.tokenizer
+    decode = plots.picture_decoder(tokenizer, validation.codebook)
 
     # 3. Fillings of a few images, before a folder is made: settings that mean nothing are refused here.
     fill = partial(fill_region, model, region=region, config=config, run=run)
     shown = fill(TokenDataset(validation).__getitems__(spread(validation, config.images)))
     run.start()
-    run.print(f"{config}\n{int(region.sum())} of {region.numel()} tokens hidden; writing to {run.out}")
+    run.describe(f"{int(region.sum())} of {region.numel()} tokens hidden")
 
     # 4. Proof: how many hidden tokens are right, and a picture.
     result = measure(fill, validation, config.measured, run)
@@ -97,7 +98,7 @@ def main(config: Config) -> None:
         run.print(f"{name:20} {value:8.3f}")
     if run.is_main:
         plots.picture_grid(picture_rows(shown, decode), run.out / "inpainting.png")
-    run.finish(result)
+    run.finish(result, store_facts(train, validation, config))
 
 
 def open_model(checkpoint: str, store: TokenStore) -> MTM:
@@ -135,14 +136,6 @@ def region_tokens(
         spans.append(slice(*(end * (tokens // patches) for end in ends)))
     hidden[tuple(spans)] = True
     return hidden
-
-
-def open_decoder(config: Config, store: TokenStore) -> Callable[[Tensor], Tensor]:
-    """Ids (B, H, W) -> images (B, 3, h, w): by the tokenizer, or painted where it is not at hand."""
-    path = digits().tokenizer if config.store is None else config.tokenizer
-    if path:
-        return tokenizers.load(path).decode
-    return partial(plots.paint_codes, codebook=torch.from_numpy(store.codebook))
 
 
 class Filled(NamedTuple):

@@ -14,29 +14,35 @@ recipes/finetune.py, probe.py and inpaint.py.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from seitpp import plots, tokenizers
+from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import adapt_zeros, check_codes, open_splits, open_tokenadapt, training_part, window_of
+from seitpp.engine.inputs import (
+    adapt_zeros,
+    check_codes,
+    describe_store,
+    open_stores,
+    open_tokenadapt,
+    store_facts,
+    train_subset,
+    window_of,
+)
 from seitpp.engine.memory import Trial
 from seitpp.engine.metrics import count_flops
-from seitpp.engine.optim import adamw
+from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
-from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
 from seitpp.models.weights.pretrained import save_pretrained
@@ -112,15 +118,13 @@ def main(config: Config) -> None:
     run = Run("mtm_pretrain", config)
 
     # 2. Data: every size is read from the store.
-    train, validation = open_splits(run, config.store)
-    images = training_part(run, TokenDataset(train), train)
+    train, validation = open_stores(run, config.store)
+    images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
-    codebook = torch.from_numpy(train.codebook)
-    grid = window_of(train, config.crop, "--crop")
-    decode, originals = report_tools(config)
+    codebook, grid = torch.from_numpy(train.codebook), window_of(train, config.crop, "--crop")
 
     # 3. View: ids -> vectors -> color -> crop, or TokenAdapt -> ids, on the device.
-    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
+    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SeitPPView(
         codebook,
         size=config.crop,
@@ -135,79 +139,76 @@ def main(config: Config) -> None:
         view.compile()
 
     # 4. Model: its first loss is ln K.
-    model = MTM(
-        config.model,
-        grid,
-        train.num_codes,
-        codebook.shape[1],
-        config.decoder_width,
-        config.decoder_depth,
-        config.decoder_heads,
-        config.dropout,
-    ).to(run.device)
-    model.set_grad_checkpointing(config.grad_checkpointing)
-    untrained = copy.deepcopy(model.encoder)
+    model = new_model(config, grid, train).to(run.device)
+    untrained, patches = copy.deepcopy(model.encoder), model.encoder.patch_embed.num_patches
     if config.init_from and not run.has_checkpoint:
         start_from(model, config.init_from, train)
-    patches = model.encoder.patch_embed.num_patches
-    run.flops_per_image = step_flops(model, grid, law.counts(patches, 0.5))
 
-    # 5. Optimisation: linear warm-up, then half a cosine to 0, update by update.
-    steps = order.steps(config.epochs)
-    warmup = order.steps(config.warmup_epochs)
-    checkpoint_steps = order.steps(config.checkpoint_epochs)
-    evaluation_steps = order.steps(config.evaluation_epochs)
-    peak = config.base_lr * config.batch_size / 256
+    # 5. Optimization.
+    schedule = Schedule.from_config(config, order)
     optimizer = adamw(model, config.weight_decay, config.betas)
-    trained = run.prepare(
+    step_on_zeros = zeros_loss(grid, law.counts(patches, law.highest), config.adapted)
+    training = run.training(
         model,
         optimizer,
         order,
-        train.fingerprint,
-        lr=lambda step: warmup_cosine(step, steps, warmup, peak),
-        sharing=Sharing(
-            zeros_loss(grid, law.counts(patches, law.highest), config.adapted), (adapt,) if adapt else (), 8
-        ),
+        schedule,
+        data_fingerprint=train.fingerprint,
+        flops_per_image=step_flops(model, grid, law.counts(patches, 0.5)),
+        sharing=Sharing(step_on_zeros, (adapt,) if adapt else (), multiple=8),
     )
-    run.print(
-        f"{config}\n{view}\n"
-        f"{len(train):,} images, {train.payload_bytes / len(train):.1f} bytes each, grid {train.grid}, "
-        f"K = {train.num_codes}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters\n"
-        f"{steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step {run.step}; "
-        f"peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
-    )
+    run.describe(describe_store(train, config), view, model=model)
 
     # 6. Training; on the way, probes of the encoder as it is.
-    judged = [run.judged(split) for split in (images, TokenDataset(validation))]
+    probed = [run.eval_subset(split) for split in (images, TokenDataset(validation))]
 
     def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
-        encoder = encoder or run.whole(model).encoder
-        return probe(encoder, *judged, train.num_classes, EvalView(grid), run.accelerator, config.workers)
+        encoder = encoder or training.unsharded(model).encoder
+        return probe(encoder, *probed, train.num_classes, EvalView(grid), run.accelerator, config.workers)
 
-    trained.train()
-    for step, batch in run.train(images, steps, checkpoint_steps, evaluate, evaluation_steps):
+    for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         with run.accelerator.autocast():  # TokenAdapt's
             ids = view(batch.ids, keys)
         ratio = law.ratio(config.seed, step)
         plan = mask_plan(keys.uniform("mask", patches), *law.counts(patches, ratio))
-        loss, accuracy = trained(ids, plan, targets=ids)
-        run.update(loss, accuracy=accuracy, mask_ratio=ratio)
+        loss, accuracy = training.wrapped(ids, plan, targets=ids)
+        training.update(loss, accuracy=accuracy, mask_ratio=ratio)
 
     # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
-    trained = run.whole(model).eval()
-    result = {
-        **evaluate(),
-        **{f"{name}_untrained": value for name, value in evaluate(untrained).items()},
-    }
+    model = training.unsharded(model).eval()
+    result = evaluate() | {f"{name}_untrained": value for name, value in evaluate(untrained).items()}
     if run.is_main:
-        save_pretrained(run.out / "model.safetensors", trained, codebook_fingerprint(train.codebook))
-        decode = decode or partial(plots.paint_codes, codebook=codebook)
-        pictures = plots.reconstructions(trained, validation, grid, config.seed, decode, originals)
-        logs = run.log.read(), run.evaluations.read()
-        result["loss"] = logs[0][-1]["loss"]
-        plots.write_report(run.out, "Masked token modeling", result, *logs, train.num_codes, pictures)
-    run.finish(result)
+        save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(train.codebook))
+        result["loss"] = run.log.read()[-1]["loss"]
+        write_report(run, model, validation, grid, result)
+    run.finish(result, store_facts(train, validation, config))
+
+
+def write_report(run: Run, model: MTM, validation: TokenStore, grid: tuple[int, int], result: dict) -> None:
+    """report.html: figures, curves, and what the model makes of hidden tokens of validation images."""
+    config, on_digits = run.config, run.config.store is None
+    decode = plots.picture_decoder(digits().tokenizer if on_digits else config.tokenizer, validation.codebook)
+    originals = digits_images("validation")[0] if on_digits else None
+    pictures = plots.reconstructions(model, validation, grid, config.seed, decode, originals)
+    logs = run.log.read(), run.evaluations.read()
+    plots.write_report(run.out, "Masked token modeling", result, *logs, validation.num_codes, pictures)
+
+
+def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:
+    """A masked token model for ids of the store, with random weights."""
+    model = MTM(
+        config.model,
+        grid=grid,
+        num_codes=store.num_codes,
+        code_dim=store.codebook.shape[1],
+        decoder_width=config.decoder_width,
+        decoder_depth=config.decoder_depth,
+        decoder_heads=config.decoder_heads,
+        dropout=config.dropout,
+    )
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    return model
 
 
 def start_from(model: MTM, path: str, store: TokenStore) -> None:
@@ -227,13 +228,6 @@ def start_from(model: MTM, path: str, store: TokenStore) -> None:
                 "--model, --crop and decoder"
             )
     model.load_state_dict(weights)
-
-
-def report_tools(config: Config) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:
-    """What the report can show: how to decode ids, and original validation images (N, 3, h, w) in [0, 1]."""
-    if config.store is None:
-        return tokenizers.load(digits().tokenizer).decode, digits_images("validation")[0]
-    return tokenizers.load(config.tokenizer).decode if config.tokenizer else None, None
 
 
 def step_flops(model: MTM, grid: tuple[int, int], counts: tuple[int, int]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from seitpp.augment import EvalView
 from seitpp.data.dataset import TokenDataset
 from seitpp.engine.config import RunConfig
-from seitpp.engine.data import check_codebook, open_splits
+from seitpp.engine.inputs import check_codebook, open_stores, store_facts
 from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     run = Run("probe", config)
 
     # 2. Data and model, which must agree on codebook and grid.
-    train, validation = open_splits(run, config.store)
+    train, validation = open_stores(run, config.store)
     path = Path(config.checkpoint)
     model, codebook = load_mtm(path / "model.safetensors" if path.is_dir() else path)
     check_codebook(train.codebook, str(train.path), codebook, config.checkpoint)
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     result = probe(model.encoder, *images, train.num_classes, EvalView(window), run.accelerator, config.workers)
     for name, value in result.items():
         run.print(f"{name:20} {value:6.2f} % of {len(validation):,} images")
-    run.finish(result)
+    run.finish(result, store_facts(train, validation, config))
 
 
 if __name__ == "__main__":

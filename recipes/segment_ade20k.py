@@ -16,6 +16,7 @@ validation.png and result.json into --out; pictures are for recipes/evaluate_seg
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +31,10 @@ from seitpp.augment import ColorPreset, Keys
 from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import facts_of, open_tokenadapt
+from seitpp.engine.inputs import embedded, open_tokenadapt
 from seitpp.engine.memory import Trial
-from seitpp.engine.optim import adamw
+from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.run import Run
-from seitpp.engine.schedule import warmup_linear
 from seitpp.errors import UserError
 from seitpp.models import input_kind
 from seitpp.recipe import run_recipe
@@ -132,36 +132,35 @@ def main(config: Config) -> None:
 
     # 2. Data and their view: tokens of a store, or pixels.
     source = pixel_source(config, run) if config.data else token_source(config, run)
-    order, judged = source.order, run.judged(source.validation)
+    order, judged = source.order, run.eval_subset(source.validation)
 
     # 3. Model: a pyramid of four levels, UPerHead, and an auxiliary head while it trains.
     backbone = open_backbone(config.checkpoint, config.model, source, config.crop, config.drop_path)
     model = build_segmenter(backbone, len(source.class_names), config.channels, sync_norm).to(run.device)
     backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
 
-    # 4. Optimisation: linear warm-up, then linear to 0; lower layers learn more slowly.
-    checkpoint_steps = order.steps(config.checkpoint_epochs)
+    # 4. Optimization; lower layers learn more slowly.
+    schedule = Schedule(
+        config.steps,
+        config.warmup_steps,
+        checkpoint_steps=order.steps(config.checkpoint_epochs),
+        evaluation_steps=config.evaluation_steps,
+        peak_lr=config.lr,
+        decay="linear",
+        batch_size=config.batch_size,
+        steps_per_epoch=order.steps_per_epoch,
+    )
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
-    trained = run.prepare(
-        model,
-        optimizer,
-        order,
-        source.fingerprint,
-        lr=lambda step: warmup_linear(step, config.steps, config.warmup_steps, config.lr),
-        sharing=Sharing(zeros_loss(source, config.crop), tuple(filter(None, [source.tokenizer])), 2),
-    )
-    run.print(
-        f"{config}\n{source}; {len(source.class_names)} classes; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters\n"
-        f"{config.steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step "
-        f"{run.step}; peak lr {config.lr:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
-    )
+    sharing = Sharing(zeros_loss(source, config.crop), tuple(filter(None, [source.tokenizer])), multiple=2)
+    given = model, optimizer, order, schedule
+    training = run.training(*given, data_fingerprint=source.fingerprint, sharing=sharing)
+    run.describe(f"{source}; {len(source.class_names)} classes", model=model)
 
     # 5. Training; on the way, every pixel of the validation images.
     sides = [source.cells * side for side in (config.crop, stride_of(config.crop, config.stride))]
 
     def evaluate() -> SegmentationScore:
-        whole = run.whole(model).eval()
+        whole = training.unsharded(model).eval()
         broadcast_statistics(whole)
 
         def predict(image: WholeImage) -> Tensor:
@@ -170,27 +169,23 @@ def main(config: Config) -> None:
 
         return count_pixels(predict, judged, source.class_names, run.accelerator, config.workers)
 
-    def summary() -> dict[str, float]:
-        return evaluate().summary()
-
-    trained.train()
-    for step, batch in run.train(source.train, config.steps, checkpoint_steps, summary, config.evaluation_steps):
+    for step, batch in training.steps(source.train, lambda: evaluate().summary()):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         inputs, labels = source.augmented(batch, keys, backbone)
-        loss, parts = segmentation_loss(trained, inputs, labels)
-        run.update(loss, **parts)
+        loss, parts = segmentation_loss(training.wrapped, inputs, labels)
+        training.update(loss, **parts)
 
     # 6. Proof: exact figures, a table by class, weights, and curves.
-    score, weights = evaluate(), run.whole(model)
+    score, model = evaluate(), training.unsharded(model)
     run.print(score.table())
     if run.is_main:
         fingerprint = codebook_fingerprint(source.codebook)
-        save_segmenter(run.out / "model.safetensors", weights, fingerprint, source.class_names, source.patch)
+        save_segmenter(run.out / "model.safetensors", model, fingerprint, source.class_names, source.patch)
         score.write_csv(run.out / "per_class.csv")
-        plots.curves(run.log.read(), ["loss", "decode.acc_seg", "lr"], run.out / "curves.png")
-        scores = [*run.evaluations.read(), {"step": run.step, **score.summary()}]
-        plots.curves(scores, ["mIoU", "aAcc", "mAcc"], run.out / "validation.png")
-    run.finish(score.summary())
+        evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
+        shown = ["loss", "decode.acc_seg", "lr"], evaluations, ["mIoU", "aAcc", "mAcc"]
+        plots.training_curves(run.out, run.log.read(), *shown)
+    run.finish(score.summary(), source.facts)
 
 
 def zeros_loss(source: "Source", crop: int) -> Trial:
@@ -232,12 +227,10 @@ def token_source(config: Config, run: Run) -> "Source":
     if store is None:
         if config.preset not in DEFAULTS:
             raise UserError(f"preset {config.preset} needs --store, tokens with annotations, or --data")
-        with run.accelerator.main_process_first():
-            store = default_scenes(DEFAULTS[config.preset]).store
+        store = embedded(run, partial(default_scenes, DEFAULTS[config.preset])).store
     verify = run.accelerator.is_local_main_process
     train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
-    run.facts |= facts_of(train, validation)
-    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
+    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SegmentView(
         torch.from_numpy(train.codebook),
         config.crop,
@@ -261,9 +254,7 @@ def pixel_source(config: Config, run: Run) -> "Source":
         raise UserError("--data without --tokenizer: name the tokenizer whose tokens the checkpoint knows")
     tokenizer = tokenizers.load(config.tokenizer)
     crop = config.crop, config.short_side, config.scale, config.max_share
-    source = PixelSource(run, config.data, tokenizer, *crop)
-    run.facts["data"] = {"images": {"train": len(source.train), "validation": len(source.validation)}}
-    return source
+    return PixelSource(run, config.data, tokenizer, *crop)
 
 
 def check_share(config: Config, run: Run) -> None:

@@ -31,12 +31,19 @@ from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import classifier_trial, open_splits, open_tokenadapt, training_part, window_of
 from seitpp.engine.evaluate import predict
+from seitpp.engine.inputs import (
+    classifier_trial,
+    describe_store,
+    open_stores,
+    open_tokenadapt,
+    store_facts,
+    train_subset,
+    window_of,
+)
 from seitpp.engine.metrics import count_flops
-from seitpp.engine.optim import OPTIMIZERS
+from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
-from seitpp.engine.schedule import warmup_cosine
 from seitpp.models import save_classifier
 from seitpp.objectives import soft_label_loss, top1_share
 from seitpp.recipe import run_recipe
@@ -68,8 +75,8 @@ class Config(TrainConfig):
     optimizer: Literal["adamw", "lamb"] = "adamw"
     clip: float | None = None  # the largest norm of the gradient
     base_lr: float = 7.5e-4  # for a batch of 512; scaled linearly
-    first_lr: float = 1e-6
-    last_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
     weight_decay: float = 0.1
     layer_decay: float = 1.0  # of the rate, from each layer to the one below it
     ema: float = 0.99996
@@ -141,15 +148,14 @@ def main(config: Config) -> None:
     run = Run("seit_train", config)
 
     # 2. Data: every size but the model's own window is read from the store.
-    train, validation = open_splits(run, config.store)
-    images = training_part(run, TokenDataset(train), train)
+    train, validation = open_stores(run, config.store)
+    images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
-    codebook = torch.from_numpy(train.codebook)
-    window = window_of(train, config.window, "--window")
+    codebook, window = torch.from_numpy(train.codebook), window_of(train, config.window, "--window")
     size = config.size or window[0]
 
-    # 3. Views: ids -> EDA -> crop -> vectors -> colour -> CutMix; and the central window.
-    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path)) if config.tokenadapt else None
+    # 3. Views: ids -> EDA -> crop -> vectors -> color -> CutMix; and the central window.
+    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SeitView(
         codebook,
         size=size,
@@ -164,7 +170,7 @@ def main(config: Config) -> None:
     ).to(run.device)
     if config.compile:
         view.compile()
-    centre_view = EvalView(window, codebook, size).to(run.device)
+    center_view = EvalView(window, codebook, size).to(run.device)
 
     # 4. Model, and the moving average of its weights.
     model = timm.create_model(
@@ -178,67 +184,55 @@ def main(config: Config) -> None:
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
     zeros = torch.zeros(codebook.shape[1], size, size)
-    run.flops_per_image = count_flops(model, zeros.unsqueeze(0).to("meta"))
 
-    # 5. Optimisation: linear warm-up, then half a cosine, update by update.
-    steps = order.steps(config.epochs)
-    warmup = order.steps(config.warmup_epochs)
-    checkpoint_steps = order.steps(config.checkpoint_epochs)
-    evaluation_steps = order.steps(config.evaluation_epochs)
-    peak = config.base_lr * config.batch_size / 512
+    # 5. Optimization.
+    schedule = Schedule.from_config(config, order, lr_batch=512)
     optimizer = OPTIMIZERS[config.optimizer](model, config.weight_decay, layer_decay=config.layer_decay)
-    trained = run.prepare(
+    training = run.training(
         model,
         optimizer,
         order,
-        train.fingerprint,
-        lr=lambda step: warmup_cosine(step, steps, warmup, peak, config.first_lr, config.last_lr),
+        schedule,
+        data_fingerprint=train.fingerprint,
         clip=config.clip,
         ema=ema,
+        flops_per_image=count_flops(model, zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(classifier_trial(zeros, config.adapted), tuple(filter(None, [adapt])), multiple=4),
     )
-    run.print(
-        f"{config}\n{view}\n"
-        f"{len(train):,} images, {train.payload_bytes / len(train):.1f} bytes each, grid {train.grid}, "
-        f"{train.num_classes} classes; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters\n"
-        f"{steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step {run.step}; "
-        f"peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
-    )
+    run.describe(describe_store(train, config), view, model=model)
 
     # 6. Training.
-    judged = run.judged(TokenDataset(validation))
+    judged = run.eval_subset(TokenDataset(validation))
 
     def evaluate() -> dict[str, float]:
-        found = {
-            suffix: predict(
-                run.whole(weights), judged, lambda batch: centre_view(batch.ids), run.accelerator, config.workers
-            ).accuracies()
-            for suffix, weights in (("", model), ("_ema", ema.module))
-        }
-        return {f"{name}{suffix}": value for suffix, scores in found.items() for name, value in scores.items()}
+        scores = {}
+        for suffix, weights in (("", model), ("_ema", ema.module)):
+            whole, inputs = training.unsharded(weights), lambda batch: center_view(batch.ids)
+            found = predict(whole, judged, inputs, run.accelerator, config.workers).accuracies()
+            scores |= {f"{name}{suffix}": value for name, value in found.items()}
+        return scores
 
-    trained.train()
-    for step, batch in run.train(images, steps, checkpoint_steps, evaluate, evaluation_steps):
+    for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         with run.accelerator.autocast():  # TokenAdapt's
             maps, targets = view(batch.ids, batch.labels, keys)
-        logits = trained(maps)
+        logits = training.wrapped(maps)
         loss = soft_label_loss(logits, targets, config.smoothing)
-        run.update(loss, accuracy=top1_share(logits, targets.labels))
+        training.update(loss, accuracy=top1_share(logits, targets.labels))
 
     # 7. Proof: exact accuracies, weights, and curves.
     result = evaluate()
-    model, average = run.whole(model), run.whole(ema.module)
+    model, average = training.unsharded(model), training.unsharded(ema.module)
     for name, value in result.items():
         run.print(f"{name:12} {value:6.2f} % of {len(judged):,} images")
     if run.is_main:
-        known = codebook_fingerprint(train.codebook), train.class_names, window
-        save_classifier(run.out / "model.safetensors", model, *known)
-        save_classifier(run.out / "model_ema.safetensors", average, *known)
-        plots.curves(run.log.read(), ["loss", "accuracy", "lr"], run.out / "curves.png")
-        scores = [*run.evaluations.read(), {"step": run.step, **result}]
-        plots.curves(scores, ["top1", "top1_ema"], run.out / "validation.png")
-    run.finish(result)
+        header = codebook_fingerprint(train.codebook), train.class_names, window
+        save_classifier(run.out / "model.safetensors", model, *header)
+        save_classifier(run.out / "model_ema.safetensors", average, *header)
+        evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
+        shown = ["loss", "accuracy", "lr"], evaluations, ["top1", "top1_ema"]
+        plots.training_curves(run.out, run.log.read(), *shown)
+    run.finish(result, store_facts(train, validation, config))
 
 
 if __name__ == "__main__":

@@ -31,21 +31,18 @@ from seitpp.data.digits import DigitsSource, digits
 from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import ON_DIGITS, training_part
-from seitpp.engine.optim import adamw
+from seitpp.engine.inputs import ON_DIGITS, embedded, image_facts, open_images, train_subset
+from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import MEASURES, Augmented, augment_in_every_way, compare, token_accuracy
 from seitpp.engine.run import Run
-from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
-from seitpp.images.sources import hold_out, open_source
 from seitpp.models import TokenAdapt
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives.adapt import TokenizerPair, adapt_loss, tokenizer_pair
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import PatchKMeans, Tokenizer
 
-HELD_OUT = 20  # without a validation split, one image in so many
 FIT_IMAGES = 400  # without a tokenizer, so many training images make one
 
 
@@ -120,8 +117,8 @@ def main(config: Config) -> None:
     run = Run("tokenadapt_train", config)
 
     # 2. Data: images to learn from and others to judge by; a frozen tokenizer of whole and of augmented images.
-    train, validation = open_data(config)
-    train = training_part(run, train)
+    everything, validation = open_data(config)
+    train = train_subset(config, everything)
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
     pair = tokenizer_pair(tokenizer, config.image_size, config.crop)
     order = BatchOrder(len(train), config.batch_size, config.seed)
@@ -135,51 +132,41 @@ def main(config: Config) -> None:
         grid, pair.augmented.spec.grid, *codebook.shape, config.width, config.heads, 4 * config.width
     ).to(run.device)
 
-    # 5. Optimisation: linear warm-up, then half a cosine to 0, update by update.
-    steps = order.steps(config.epochs)
-    warmup = order.steps(config.warmup_epochs)
-    checkpoint_steps = order.steps(config.checkpoint_epochs)
-    peak = config.base_lr * config.batch_size / 256
+    # 5. Optimization.
+    schedule = Schedule.from_config(config, order)
     optimizer = adamw(model, config.weight_decay, config.betas)
-    seen = f"{tokenizer.fingerprint} of {len(train)} images"  # what a resumed run must find again
-    model = run.prepare(
+    training = run.training(
         model,
         optimizer,
         order,
-        seen,
-        lambda step: warmup_cosine(step, steps, warmup, peak),
-        config.clip,
+        schedule,
+        data_fingerprint=f"{tokenizer.fingerprint} of {len(train)} images",
+        clip=config.clip,
         sharing=Sharing(zeros_loss, tuple(pair)),
     )
-    run.print(
-        f"{config}\n{len(train):,} images to train on, {len(validation):,} held out; {grid[0]} x {grid[1]} tokens "
-        f"-> {config.crop} x {config.crop}, K = {len(codebook)}; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters\n"
-        f"{steps} steps of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step {run.step}; "
-        f"peak lr {peak:.2e}; {run.accelerator.num_processes} process(es); writing to {run.out}"
-    )
+    sizes = f"{grid[0]} x {grid[1]} tokens -> {config.crop} x {config.crop}, K = {len(codebook)}"
+    run.describe(f"{len(train):,} images to train on, {len(validation):,} held out; {sizes}", model=model)
 
     # 6. Training.
-    model.train()
-    for step, batch in run.train(train, steps, checkpoint_steps):
+    for step, batch in training.steps(train):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         images = crop_and_flip(batch.images, keys, config.image_size)
         geometry = random_geometry(keys, grid[0], config.crop, identity=config.identity, **laws["together"])
         target = pair.augmented.encode(apply_geometry(images, geometry).clamp(0, 1))
-        logits = model(embed(pair.whole.encode(images), codebook), geometry)
+        logits = training.wrapped(embed(pair.whole.encode(images), codebook), geometry)
         accuracy = token_accuracy(logits.argmax(dim=1), target).mean()
-        run.update(adapt_loss(logits, target), accuracy=accuracy)
+        training.update(adapt_loss(logits, target), accuracy=accuracy)
 
     # 7. Proof: held-out images, one augmentation after the other, in figures and in pictures.
-    trained, validation = run.whole(run.plain_model).eval(), run.judged(validation)
-    result = judge(trained, pair, validation, config, run)
+    model, validation = training.unsharded(model).eval(), run.eval_subset(validation)
+    result = judge(model, pair, validation, config, run)
     if run.is_main:
-        save_pretrained(run.out / "model.safetensors", trained, codebook_fingerprint(codebook.cpu().numpy()))
+        save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(codebook.cpu().numpy()))
         if config.tokenizer is None:
             tokenizer.save(run.out / "tokenizer.safetensors")
         plots.curves(run.log.read(), ["loss", "accuracy"], run.out / "losses.png")
-        plots.picture_grid(show(trained, pair, validation, config, run), run.out / "augmented.png")
-    run.finish(result)
+        plots.picture_grid(show(model, pair, validation, config, run), run.out / "augmented.png")
+    run.finish(result, image_facts(train, everything, validation))
 
 
 def zeros_loss(
@@ -255,11 +242,7 @@ def open_data(config: Config) -> tuple[Dataset, Dataset]:
     """Images to train on and held-out ones: of the named source, two photographs, or the digits."""
     size = config.load_size, config.load_size
     if config.data is not None:
-        train = open_source(config.data, config.split)
-        if config.validation_split is None:
-            train, validation = hold_out(train, HELD_OUT, config.data)
-        else:
-            validation = open_source(config.data, config.validation_split)
+        train, validation = open_images(config.data, config.split, config.validation_split)
         return ImageDataset(train, size), ImageDataset(validation, size)
     if config.preset == "photos":
         return PhotographWindows(config.load_size, "train"), PhotographWindows(config.load_size, "validation")
@@ -279,8 +262,7 @@ def open_tokenizer(config: Config, run: Run, train: Dataset) -> Tokenizer:
         return PatchKMeans.fit(train.__getitems__(chosen).images / 255, config.load_size, 8, 391, 32)
     if config.data is not None:
         raise UserError(f"preset {config.preset} with --data needs --tokenizer, the file of one for such images")
-    with run.accelerator.main_process_first():
-        return tokenizers.load(digits().tokenizer)
+    return tokenizers.load(embedded(run, digits).tokenizer)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
@@ -26,14 +27,13 @@ from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.data import training_part
-from seitpp.engine.optim import adamw
+from seitpp.engine.inputs import image_facts, open_images, train_subset
+from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import quality
 from seitpp.engine.run import Run
-from seitpp.engine.schedule import warmup_cosine
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
-from seitpp.images.sources import ImageSource, hold_out, open_source
+from seitpp.images.sources import ImageSource
 from seitpp.models.discriminator import Discriminator
 from seitpp.models.perceptual import VGGDistance
 from seitpp.models.weights.perceptual import load_vgg_distance
@@ -44,7 +44,6 @@ from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, r
 from seitpp.tokenizers.transformer import TransformerShape
 
 NEED_DATA = {"published", "photos"}
-HELD_OUT = 20  # without a validation split, one image in so many: a sorted folder's last ones are of one class
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,12 @@ def main(config: Config) -> None:
     # 2. Data: images to learn from, and others to judge by.
     check_settings(config)
     train, validation = open_data(config)
-    run.print(f"{config}\n{len(train):,} images to train on, {len(validation):,} held out; writes to {run.out}")
+    size = config.load_size if config.kind == "vit_vqgan" else config.image_size
+    images = train_subset(config, ImageDataset(train, (size, size)))
+    run.describe(f"{len(images):,} images to train on, {len(validation):,} held out")
 
     # 3. The tokenizer, fitted or trained.
-    tokenizer = (fit if config.kind == "patch_kmeans" else train_by_gradient)(config, run, train).eval()
+    tokenizer = (fit if config.kind == "patch_kmeans" else train_by_gradient)(config, run, images).eval()
     if run.is_main:
         tokenizer.save(run.out / "tokenizer.safetensors")
 
@@ -120,7 +121,7 @@ def main(config: Config) -> None:
     result = judge(tokenizer, validation, config, run)
     if run.is_main:
         plots.picture_grid(show(tokenizer, validation, run.device), run.out / "reconstructions.png")
-    run.finish(result)
+    run.finish(result, image_facts(images, train, validation))
 
 
 def check_settings(config: Config) -> None:
@@ -133,12 +134,10 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--load-size {config.load_size}: expected at least --image-size {config.image_size}")
 
 
-def fit(config: Config, run: Run, train: ImageSource) -> Tokenizer:
+def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
     """PCA and k-means on the patches of some images; refined on request. Every process does the same."""
-    size = config.image_size, config.image_size
-    some = training_part(run, ImageDataset(train, size))
-    chosen = BatchOrder(len(some), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
-    images = some.__getitems__(chosen).images.float() / 255
+    chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
+    images = train.__getitems__(chosen).images.float() / 255
     tokenizer = PatchKMeans.fit(images, config.image_size, config.patch, config.num_codes, config.code_dim)
     if config.refine_steps:
         tokenizer = refine(tokenizer.to(run.device), images, config.refine_steps, seed=config.seed)
@@ -146,65 +145,50 @@ def fit(config: Config, run: Run, train: ImageSource) -> Tokenizer:
     return tokenizer.to(run.device)
 
 
-def train_by_gradient(config: Config, run: Run, train: ImageSource) -> Tokenizer:
+def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
     """A ViT-VQGAN from random weights. Raises UserError under FSDP and DeepSpeed: dead codes are moved in a whole
     codebook.
     """
-    if run.sharded or run.zero:
+    if run.launch.splits_training:
         raise UserError(
             "a tokenizer is not trained under FSDP or DeepSpeed: launch with recipes/accelerate/eight_gpus.yaml"
         )
-    # 1. Data and model.
-    images_of = training_part(run, ImageDataset(train, (config.load_size, config.load_size)))
-    order = BatchOrder(len(images_of), config.batch_size, config.seed)
+    # 1. Model.
+    order = BatchOrder(len(images), config.batch_size, config.seed)
     size = config.image_size, config.image_size
     spec = TokenizerSpec("vit_vqgan", size, config.patch, config.num_codes, config.code_dim)
     shape = TransformerShape(config.width, config.depth, config.heads, 4 * config.width)
     discriminator = Discriminator(config.image_size) if config.adversarial else None
-    training = VQTraining(ViTVQGAN(spec, shape, shape), discriminator).to(run.device)
+    model = VQTraining(ViTVQGAN(spec, shape, shape), discriminator).to(run.device)
     perceptual = load_vgg_distance(config.perceptual_vgg).to(run.device) if config.perceptual_vgg else None
 
-    # 2. Optimisation: linear warm-up, then half a cosine to 0, update by update.
-    tokens = config.batch_size * spec.grid[0] * spec.grid[1]
-    steps = order.steps(config.epochs)
-    warmup = order.steps(config.warmup_epochs)
-    checkpoint_steps = order.steps(config.checkpoint_epochs)
-    peak = config.base_lr * config.batch_size / 256
-    optimizer = adamw(training, config.weight_decay, config.betas)
-    seen = f"{len(train)} images"  # beside the settings, what a resumed run must find again
-    model = run.prepare(
-        training,
-        optimizer,
-        order,
-        seen,
-        lambda step: warmup_cosine(step, steps, warmup, peak),
-        sharing=Sharing(zeros_loss, (perceptual,) if perceptual else ()),
-    )
-    run.print(
-        f"{sum(p.numel() for p in training.tokenizer.parameters()) / 1e6:.2f} M parameters; {steps} steps "
-        f"of {config.batch_size} images, {order.steps_per_epoch} an epoch, from step {run.step}; "
-        f"peak lr {peak:.2e}; {run.accelerator.num_processes} process(es)"
-    )
+    # 2. Optimization.
+    schedule = Schedule.from_config(config, order)
+    optimizer = adamw(model, config.weight_decay, config.betas)
+    sharing = Sharing(zeros_loss, (perceptual,) if perceptual else ())
+    given = model, optimizer, order, schedule
+    training = run.training(*given, data_fingerprint=f"{len(images)} images", sharing=sharing)
+    run.print(f"{schedule}, from step {training.step}")
 
     # 3. Training.
-    model.train()
-    for step, batch in run.train(images_of, steps, checkpoint_steps):
+    tokens = config.batch_size * spec.grid[0] * spec.grid[1]
+    for step, batch in training.steps(images):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        images = crop_and_flip(batch.images, keys, config.image_size)
-        output = model(images)
+        pixels = crop_and_flip(batch.images, keys, config.image_size)
+        output = training.wrapped(pixels)
         with run.accelerator.autocast():
-            losses = vq_losses(output, images, perceptual)
-        perplexity = training.count(run.accelerator.reduce(tally(output.ids, config.num_codes)))
-        if run.accelerator.sync_gradients and restart_due(step, steps, tokens, config.num_codes):
-            training.restart(run.accelerator.gather(output.vectors), config.seed, step, optimizer)
+            losses = vq_losses(output, pixels, perceptual)
+        perplexity = model.count(run.accelerator.reduce(tally(output.ids, config.num_codes)))
+        if run.accelerator.sync_gradients and restart_due(step, schedule.steps, tokens, config.num_codes):
+            model.restart(run.accelerator.gather(output.vectors), config.seed, step, optimizer)
         terms = {name: loss.detach() for name, loss in losses.items()}
-        run.update(weighted_sum(losses), **terms, perplexity=perplexity)
-    run.print(f"{training.restarted} times a dead code was restarted")
+        training.update(weighted_sum(losses), **terms, perplexity=perplexity)
+    run.print(f"{model.restarted} times a dead code was restarted")
     if run.is_main:
         records = run.log.read()
         shown = [name for name in (*WEIGHTS, "perplexity") if name in records[0]]
         plots.curves(records, shown, run.out / "losses.png")
-    return training.tokenizer
+    return model.tokenizer
 
 
 def zeros_loss(
@@ -218,7 +202,7 @@ def zeros_loss(
 def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -> dict:
     """Codes used, perplexity, and the means over images of PSNR (dB) and SSIM; warns if few codes are used."""
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    dataset = run.judged(ImageDataset(source, tokenizer.spec.image_size))
+    dataset = run.eval_subset(ImageDataset(source, tokenizer.spec.image_size))
     counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
     sums = torch.zeros(2, device=run.device)
     for batch in evaluation_loader(dataset, 64, rank, ranks, config.workers):
@@ -247,10 +231,7 @@ def open_data(config: Config) -> tuple[ImageSource, ImageSource]:
         if config.preset in NEED_DATA:
             raise UserError(f"preset {config.preset} needs --data; without a preset the digits are used")
         return DigitsSource("train"), DigitsSource("validation")
-    source = open_source(config.data, config.split)
-    if config.validation_split is not None:
-        return source, open_source(config.data, config.validation_split)
-    return hold_out(source, HELD_OUT, config.data)
+    return open_images(config.data, config.split, config.validation_split)
 
 
 if __name__ == "__main__":

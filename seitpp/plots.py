@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seitpp import files
+from seitpp import files, tokenizers
 from seitpp.augment import EvalView, Keys
 from seitpp.models import MTM, MaskPlan
 from seitpp.models.masking import fill_hidden, hidden_tokens
@@ -48,6 +49,15 @@ SEGMENTATION_REPORT = {
         "Red pixels are wrong; black ones have no label. The colours of the classes are in the table below.",
     ),
 }
+
+
+def picture_decoder(tokenizer: str | Path | None, codebook: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """Ids (B, H, W) -> images (B, 3, h, w) in [0, 1]: by the tokenizer of this file, or, where none is named, each
+    code in a color of its own.
+    """
+    if tokenizer:
+        return tokenizers.load(tokenizer).decode
+    return partial(paint_codes, codebook=torch.from_numpy(codebook))
 
 
 def paint_codes(ids: Tensor, codebook: Tensor) -> Tensor:
@@ -192,6 +202,14 @@ def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
         axis.set(xlabel="step", title=name, yscale="log" if wide else "linear")
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def training_curves(
+    out: Path, records: Sequence[dict], names: Sequence[str], evaluations: Sequence[dict], scores: Sequence[str]
+) -> None:
+    """curves.png, the values `names` of every update, and validation.png, the `scores` of every evaluation."""
+    curves(records, names, out / "curves.png")
+    curves(evaluations, scores, out / "validation.png")
 
 
 def confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:

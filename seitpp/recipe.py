@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from seitpp.engine.config import Config, RunConfig, TrainConfig, parse
-from seitpp.engine.machine import launched_processes
-from seitpp.engine.stopping import Stopped
+from seitpp.engine.signals import Stopped
+from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError, fail
 from seitpp.export import EXPORTED, export_model
 

@@ -312,13 +312,13 @@ class Enough(Exception):
 
 
 def watch_steps(device: Device) -> None:
-    """From the loop's body to the end of `Run.update` is a step; logs, checkpoints and evaluations are not."""
-    from seitpp.engine.run import Run
+    """From the loop's body to the end of `update` is a step; logs, checkpoints and evaluations are not."""
+    from seitpp.engine.training import Training
 
-    train = Run.train
+    steps = Training.steps
 
-    def watched(run, *args, **kwargs):
-        for item in train(run, *args, **kwargs):
+    def watched(training, *args, **kwargs):
+        for item in steps(training, *args, **kwargs):
             if device.shapes and device.steps == STEPS_OF_SHAPES:
                 raise Enough
             device.in_step = True
@@ -326,9 +326,9 @@ def watch_steps(device: Device) -> None:
             device.in_step = False
             device.steps += 1
 
-    Run.train = watched
+    Training.steps = watched
     for name in ("_flush", "save", "_evaluate"):
-        setattr(Run, name, outside(getattr(Run, name), device))
+        setattr(Training, name, outside(getattr(Training, name), device))
 
 
 def outside(method, device: Device):
@@ -341,7 +341,7 @@ def outside(method, device: Device):
 
 def run_job(device: Device, recipe: str, arguments: list[str]) -> dict:
     """Run a recipe in this process and report."""
-    from seitpp import recipe
+    from seitpp.engine.config import parse
 
     module = importlib.import_module(recipe)
     for counter in (device.faults, device.waits, device.copies):
@@ -352,7 +352,7 @@ def run_job(device: Device, recipe: str, arguments: list[str]) -> dict:
     default = {"segment_ade20k": "scenes", "evaluate_segmentation": "scenes"}.get(recipe, "digits")
     try:
         with device:
-            module.main(recipe.parse(module.PRESETS, default, arguments))
+            module.main(parse(module.PRESETS, default, arguments))
     except Enough:
         pass
     except Exception as failure:

@@ -18,11 +18,11 @@ from seitpp.data.dataset import BatchOrder, TokenDataset, evaluation_loader, tra
 from seitpp.data.digits import digits
 from seitpp.engine import checkpoint
 from seitpp.engine.config import ConfigError, load_config, parse
+from seitpp.engine.distributed import OptimizerState
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
-from seitpp.engine.optim import adamw
-from seitpp.engine.schedule import warmup_cosine
-from seitpp.engine.stopping import Stopped
+from seitpp.engine.optim import adamw, warmup_cosine
+from seitpp.engine.signals import Stopped
 from seitpp.errors import UserError
 from seitpp.models import MTM
 from seitpp.recipe import run_recipe
@@ -124,7 +124,7 @@ def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    checkpoint.save(folder, step, "store-a", checkpoint.tensors_of(model, optimizer, ema=None))
+    checkpoint.save(folder, step, "store-a", checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None))
 
 
 def newest(folder) -> checkpoint.Checkpoint:
@@ -136,7 +136,7 @@ def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
     save(tmp_path, 3, model, optimizer)
     other, other_optimizer = trained(seed=1)
     found = newest(tmp_path)
-    checkpoint.restore(found, "store-a", other, other_optimizer, ema=None)
+    checkpoint.restore(found, "store-a", other, OptimizerState(other_optimizer), None)
     assert found.step == 3
     for one, two in ((model, optimizer), (other, other_optimizer)):
         one(torch.ones(1, 4)).sum().backward()
@@ -205,10 +205,10 @@ def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
     with pytest.raises(
         checkpoint.CheckpointError, match=r"another model: 0\.bias is \(5,\) there, \(6,\) in this run"
     ):
-        checkpoint.restore(found, "store-a", other, torch.optim.AdamW(other.parameters()), None)
+        checkpoint.restore(found, "store-a", other, OptimizerState(torch.optim.AdamW(other.parameters())), None)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    with pytest.raises(checkpoint.CheckpointError, match="trained on the store store-a, this run reads store-b"):
-        checkpoint.restore(found, "store-b", model, optimizer, None)
+    with pytest.raises(checkpoint.CheckpointError, match="trained on the data store-a, this run reads store-b"):
+        checkpoint.restore(found, "store-b", model, OptimizerState(optimizer), None)
 
 
 # ----------------------------------------------------------------------------------------- folder and log

@@ -119,7 +119,7 @@ def test_another_grid_and_other_classes(
     runs: dict[str, Path], other_store: Path, tmp_path: Path, source: str
 ) -> None:
     """With a rate of 0, what is saved is what training began with."""
-    still = ["--base-lr", 0, "--last-lr", 0, "--batch-size", 32, "--epochs", 1, "--warmup-epochs", 0]
+    still = ["--base-lr", 0, "--min-lr", 0, "--batch-size", 32, "--epochs", 1, "--warmup-epochs", 0]
     size = ["--store", other_store, "--size", 12]
     call(finetune, "smoke", "--checkpoint", runs[source], *size, *still, "--out", tmp_path / "run")
     saved = load_classifier(tmp_path / "run" / "model.safetensors")
@@ -207,7 +207,7 @@ def test_official_checkpoints(tmp_path: Path, kind: str) -> None:
 def test_a_checkpoint_of_pixels_keeps_its_stem(runs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     few = ["smoke", "--batch-size", 32, "--epochs", 0.5, "--warmup-epochs", 0, "--data", pictures, "--size", 32]
     call(finetune, *few, "--checkpoint", runs["seit"], "--out", tmp_path / "one")
-    still = ["--base-lr", 0, "--last-lr", 0]
+    still = ["--base-lr", 0, "--min-lr", 0]
     call(finetune, *few, *still, "--checkpoint", tmp_path / "one", "--out", tmp_path / "two")
     one, two = (load_pretrained(tmp_path / name).model.patch_embed.proj.weight for name in ("one", "two"))
     assert torch.equal(one, two)
@@ -282,7 +282,7 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
     batch = task.train.__getitems__(Share(range(8), epoch=0))
     for inputs in (
         task.view(getattr(batch, task.field), batch.labels, Keys(0, 0, batch.indices))[0],
-        task.centre_view(getattr(batch, task.field)),
+        task.center_view(getattr(batch, task.field)),
     ):
         assert inputs.shape[-1] == (224 if preset == "pixels" else 28)
         assert task.model(inputs).shape == (8, 3 if preset == "pixels" else 8)

@@ -118,7 +118,7 @@ def functions_and_classes() -> list[tuple[str, ast.AST]]:
 def test_functions_are_short_and_classes_small() -> None:
     for name, node in functions_and_classes():
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 110, f"{name} has more than 110 lines"
+            assert node.end_lineno - node.lineno < 80, f"{name} has more than 80 lines"
         else:
             public = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name[0] != "_"]
             assert len(public) <= 15, f"{name} has {len(public)} public methods"

@@ -93,7 +93,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = timm.create_model("seit_vit_base", num_classes=8)
     save_classifier(folder / "seit.safetensors", model, fingerprint, None)
     png = io.BytesIO()
-    save_pretrained(png, Image.fromarray(generator.integers(9, size=(512, 512), dtype=np.uint8)), "png")
+    Image.fromarray(generator.integers(9, size=(512, 512), dtype=np.uint8)).save(png, "png")
     for name, side in (("tokens", 32), ("ade20k", 64)):
         for split in ("train", "validation"):
             with StoreWriter(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import seitpp.models
 from seitpp.engine import accumulation
 from seitpp.engine.accumulation import Need, accumulations, choose_accumulation
-from seitpp.engine.data import classifier_trial
 from seitpp.engine.folder import RunError
+from seitpp.engine.inputs import classifier_trial
 from seitpp.engine.memory import footprint, state_bytes
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seitpp.augment import Keys
 from seitpp.codebook import codebook_fingerprint
-from seitpp.engine.data import open_tokenadapt
+from seitpp.engine.inputs import open_tokenadapt
 from seitpp.errors import UserError
 from seitpp.models import (
     MTM,

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from seitpp.engine import checkpoint
+from seitpp.engine.distributed import OptimizerState, ZeroLaunch
 from seitpp.engine.optim import OPTIMIZERS, adamw, lamb
-from seitpp.engine.zero import check_optimizer
 from seitpp.errors import UserError
 
 
@@ -86,9 +86,11 @@ def test_a_checkpoint_brings_back_the_bits(name: str, tmp_path: Path) -> None:
     for step in range(3):
         backward(model, step)
         optimizer.step()
-    checkpoint.save(tmp_path, 3, "store", checkpoint.tensors_of(model, optimizer, None))
+    checkpoint.save(tmp_path, 3, "store", checkpoint.tensors_of(model, OptimizerState(optimizer), None))
     other, other_optimizer = prepared(1)
-    checkpoint.restore(checkpoint.load(checkpoint.newest(tmp_path)), "store", other, other_optimizer, None)
+    checkpoint.restore(
+        checkpoint.load(checkpoint.newest(tmp_path)), "store", other, OptimizerState(other_optimizer), None
+    )
     for one, two in ((model, optimizer), (other, other_optimizer)):
         for step in (3, 4):
             backward(one, step)
@@ -98,6 +100,7 @@ def test_a_checkpoint_brings_back_the_bits(name: str, tmp_path: Path) -> None:
 
 
 def test_lamb_is_refused_where_weights_are_cut_into_rows() -> None:
-    check_optimizer(adamw(model_of(0), 0.1))
+    launch = ZeroLaunch(Accelerator())
+    launch.check_optimizer(adamw(model_of(0), 0.1))
     with pytest.raises(UserError, match="LAMB with DeepSpeed: expected a launch with DDP or FSDP"):
-        check_optimizer(lamb(model_of(0), 0.1))
+        launch.check_optimizer(lamb(model_of(0), 0.1))

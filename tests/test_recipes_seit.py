@@ -209,8 +209,8 @@ def test_two_processes_and_accumulation_train_and_judge_the_same_model(grey: Pat
 # All that the losses depend on, so that the presets may change.
 GOLDEN_SETTINGS = (
     "--model seit_vit_nano --stem conv4 --crop resized --crop-scale 0.3 1 --eda release --colour paper --cutmix 1 "
-    "--mixup 0 --smoothing 0.1 --drop-path 0 --batch-size 64 --warmup-epochs 0.5 --base-lr 0.016 --first-lr 1e-6 "
-    "--last-lr 1e-5 --weight-decay 0.1 --seed 0"
+    "--mixup 0 --smoothing 0.1 --drop-path 0 --batch-size 64 --warmup-epochs 0.5 --base-lr 0.016 --warmup-lr 1e-6 "
+    "--min-lr 1e-5 --weight-decay 0.1 --seed 0"
 )
 
 

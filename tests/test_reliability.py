@@ -20,8 +20,9 @@ from torch import nn
 
 from seitpp.data.digits import digits
 from seitpp.engine import checkpoint
+from seitpp.engine.distributed import OptimizerState
 from seitpp.engine.folder import RunError
-from seitpp.engine.stopping import Stopped
+from seitpp.engine.signals import Stopped
 
 TINY = Path(__file__).with_name("tiny_run.py")
 
@@ -122,7 +123,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, t
 def tiny_tensors(step: int) -> checkpoint.Groups:
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, step)
-    return checkpoint.tensors_of(model, torch.optim.AdamW(model.parameters()), ema=None)
+    return checkpoint.tensors_of(model, OptimizerState(torch.optim.AdamW(model.parameters())), ema=None)
 
 
 def save(folder: Path, step: int) -> None:

@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file
 
-from seitpp.engine.zero import supports
+from seitpp.engine.distributed import supports
 
 TESTS = Path(__file__).parent
 FILES = TESTS.parent / "recipes/accelerate"
@@ -106,7 +106,7 @@ def test_fsdp_of_version_1_is_refused() -> None:
 
 
 def test_a_model_compiled_inside_ddp_is_cut_where_gradients_are_sent() -> None:
-    """In the order of `Run.prepare`. In one graph, all gradients would be sent after the last of them is known."""
+    """In the order of `Training`. In one graph, all gradients would be sent after the last of them is known."""
     code = """
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs

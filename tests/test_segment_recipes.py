@@ -27,7 +27,7 @@ from seitpp import StoreWriter, TokenStore, plots
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, Share
 from seitpp.engine.config import parse
-from seitpp.engine.schedule import warmup_linear
+from seitpp.engine.optim import warmup_linear
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.models import MTM, TokenAdapt
 from seitpp.models.weights.pretrained import save_pretrained

@@ -25,7 +25,7 @@ from seitpp.engine.optim import adamw
 from seitpp.engine.reconstruction import quality
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
-from seitpp.images.sources import SourceSubset
+from seitpp.images.sources import SourceSubset, open_source
 from seitpp.models import ModelError
 from seitpp.models.discriminator import Discriminator
 from seitpp.models.weights.perceptual import load_vgg_distance
@@ -428,7 +428,7 @@ def test_a_collapsed_codebook_is_warned_of(photographs, tmp_path) -> None:
     for number in range(20):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(flat / f"{number}.png")
     config = replace(recipe.PRESETS["photos"], data=str(photographs), image_size=64, num_codes=64, workers=0)
-    mixed = SourceSubset(recipe.open_source(str(flat), None), [19])
+    mixed = SourceSubset(open_source(str(flat), None), [19])
     parts = recipe.open_data(config)[0], mixed
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match=r"\d of 64 codes used"):
         patch.setattr(recipe, "open_data", lambda _: parts)

@@ -25,7 +25,7 @@ from seitpp import TokenStore
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.optim import adamw
+from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.run import Run
 from seitpp.recipe import run_recipe
 
@@ -61,20 +61,23 @@ def train(
     order = BatchOrder(len(store), BATCH, config.seed)
     model = nn.Sequential(nn.Embedding(64, 4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(256, 10))
     ema = ModelEmaV3(model, decay=0.9)
-    trained = run.prepare(
-        model, adamw(model, 0.05), order, store.fingerprint, lr=lambda step: 1e-3 * (step + 1), ema=ema
+    # The rate of update number `step` is 1e-3 * (step + 1), whatever `steps` is.
+    schedule = Schedule(
+        steps, STEPS, checkpoint_steps, evaluation_steps, peak_lr=1e-3 * (STEPS + 1), warmup_lr=1e-3
     )
+    optimizer = adamw(model, 0.05)
+    training = run.training(model, optimizer, order, schedule, data_fingerprint=store.fingerprint, ema=ema)
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad():
-            return {"weight": float(run.whole(model)[3].weight.abs().sum())}
+            return {"weight": float(training.unsharded(model)[3].weight.abs().sum())}
 
     seen = {}
-    for step, batch in run.train(TokenDataset(store), steps, checkpoint_steps, evaluate, evaluation_steps):
+    for step, batch in training.steps(TokenDataset(store), evaluate):
         micro = seen[step] = seen.get(step, -1) + 1
-        loss = F.cross_entropy(trained(batch.ids.long()), batch.labels)
-        run.update(accident(step, micro, run.accelerator.process_index, loss))
-    weights, average = run.whole(model).state_dict(), run.whole(ema.module).state_dict()
+        loss = F.cross_entropy(training.wrapped(batch.ids.long()), batch.labels)
+        training.update(accident(step, micro, run.accelerator.process_index, loss))
+    weights, average = training.unsharded(model).state_dict(), training.unsharded(ema.module).state_dict()
     if run.is_main:
         averages = {f"ema.{name}": value for name, value in average.items()}
         save_file(weights | averages, out / "model.safetensors")

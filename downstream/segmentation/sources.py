@@ -1,7 +1,7 @@
 """Where a run of segmentation takes its batches from, tokens of a store or pixels, and the backbone for them."""
 
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from downstream.segmentation.pixels import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
 from seitpp.data.dataset import BatchOrder
-from seitpp.engine.data import check_codes, training_part
+from seitpp.engine.inputs import check_codes, image_facts, store_facts, train_subset
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource
@@ -42,6 +42,7 @@ class Source(Protocol):
     cells: int
     name: str
     fingerprint: str
+    facts: dict[str, Any]  # for result.json
 
     def augmented(self, batch: Segmented | PixelBatch, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
         """A batch of `train` -> the backbone's inputs, labels (B, h, w) int64."""
@@ -58,12 +59,12 @@ class TokenSource:
     tokenizer, cells = None, 1
 
     def __init__(self, run: Run, train: TokenStore, validation: TokenStore, view: SegmentView):
-        self.store, self.train = train, training_part(run, SegmentedTokens(train, view.patch), train)
+        self.store, self.train = train, train_subset(run.config, SegmentedTokens(train, view.patch))
         self.validation = WholeTokens(SegmentedTokens(validation, view.patch))
         self.order = BatchOrder(len(self.train), run.config.batch_size, run.config.seed)
         self.codebook, self.class_names, self.patch = train.codebook, train.class_names, view.patch
         self.name, self.fingerprint, self.lookup = str(train.path), train.fingerprint, train.lookup
-        self.view = view
+        self.view, self.facts = view, store_facts(train, validation, run.config)
 
     def augmented(self, batch: Segmented, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
         maps, labels = self.view(batch, keys)
@@ -81,7 +82,7 @@ class TokenSource:
             else "no image is mirrored: that takes the weights of a TokenAdapt (--tokenadapt)\n"
         )
         return (
-            f"{self.view}\n{flip}{len(store):,} images of {self.name}, "
+            f"{self.view}\n{flip}{len(self.train):,} images of {self.name}, "
             f"{store.payload_bytes / len(store):.1f} bytes each, grids {sides}, K = {store.num_codes}"
         )
 
@@ -106,12 +107,12 @@ class PixelSource:
         self.tokenizer, self.patch = tokenizer, tokenizer.spec.patch
         self.cells, batch_size, seed = self.patch, run.config.batch_size, run.config.seed
         self.pipeline = PixelPipeline(train, seed, self.patch * crop, short_side, scale, max_share)
-        self.train = training_part(run, self.pipeline)
+        self.train = train_subset(run.config, self.pipeline)
         size = partial(fit_short_side, short_side=short_side, multiple=tokenizer.side_multiple)
         self.validation = WholePixels(validation, size)
         self.order = BatchOrder(len(self.train), batch_size, seed)
         self.codebook, self.class_names = tokenizer.codebook.detach().cpu().numpy(), train.class_names
-        self.name = data
+        self.name, self.facts = data, image_facts(self.train, train, validation)
         classes = len(self.class_names)
         self.fingerprint = f"{len(self.train)} images of {classes} classes by {tokenizer.fingerprint}"
 

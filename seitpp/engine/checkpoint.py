@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
-import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from seitpp import files
+from seitpp.engine.distributed import OptimizerState, split_as
 from seitpp.engine.precision import LossScaler
-from seitpp.engine.sharded import split_as
-from seitpp.engine.zero import ZeroOptimizer
 from seitpp.errors import UserError
 
 KEPT = 2
@@ -43,32 +41,22 @@ class CheckpointError(UserError):
 
 
 class Checkpoint(NamedTuple):
-    """What was saved after `step` updates on the store with the fingerprint `store`."""
+    """What was saved after `step` updates on the data with the fingerprint `data_fingerprint`."""
 
     path: Path
     step: int
-    store: str
+    data_fingerprint: str
     tensors: Groups
 
 
 def tensors_of(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | ZeroOptimizer,
+    optimizer: OptimizerState,
     ema: ModelEmaV3 | None,
     scaler: LossScaler | None = None,
 ) -> Groups:
     """What a checkpoint holds: "model", "optimizer" (by "parameter name/key"), and maybe "ema" and "scaler"."""
-    if isinstance(optimizer, ZeroOptimizer):
-        state = optimizer.tensors(model)
-    else:
-        state = {
-            f"{name}/{key}": value
-            for name, parameter in model.named_parameters()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
-        counters = _counters(optimizer)
-        state |= {f"{name}/step": counters[p] for name, p in model.named_parameters() if p in counters}
-    groups = {"model": model.state_dict(), "optimizer": state}
+    groups = {"model": model.state_dict(), "optimizer": optimizer.tensors(model)}
     if ema:
         groups["ema"] = ema.module.state_dict()
     if scaler:
@@ -76,7 +64,7 @@ def tensors_of(
     return groups
 
 
-def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
+def save(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> None:
     """Publish a checkpoint under `folder`; then point LATEST to it; then remove all but the newest two.
 
     Raises CheckpointError if the disk does not take it; those before it are then whole, and LATEST names one.
@@ -86,7 +74,7 @@ def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
     try:
         files.remove_folder(staging)
         files.make_folder(staging)
-        _fill(staging, step, store, tensors)
+        _fill(staging, step, data_fingerprint, tensors)
         files.remove_folder(target)  # a damaged one that a resumed run reaches again
         files.publish_folder(staging, target)
         files.replace_text(folder / "LATEST", target.name)
@@ -101,7 +89,7 @@ def save(folder: Path, step: int, store: str, tensors: Groups) -> None:
         ) from error
 
 
-def _fill(folder: Path, step: int, store: str, tensors: Groups) -> None:
+def _fill(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> None:
     """One file after the other, so that a second copy of one group at most lies in memory."""
     manifest = {}
 
@@ -111,7 +99,7 @@ def _fill(folder: Path, step: int, store: str, tensors: Groups) -> None:
 
     for name, group in tensors.items():
         write(f"{name}.safetensors", safetensors.torch.save(_contiguous(group)))
-    write("state.json", json.dumps({"step": step, "store": store}).encode())
+    write("state.json", json.dumps({"step": step, "store": data_fingerprint}).encode())
     files.write_file(folder / MANIFEST, _manifest_file(manifest))
 
 
@@ -183,20 +171,21 @@ def load(path: Path) -> Checkpoint:
 
 def restore(
     checkpoint: Checkpoint,
-    store: str,
+    data_fingerprint: str,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | ZeroOptimizer,
+    optimizer: OptimizerState,
     ema: ModelEmaV3 | None,
     scaler: LossScaler | None = None,
 ) -> None:
     """Put a checkpoint into a model, its optimizer, its moving average and its loss scale.
 
-    Raises CheckpointError if it was made on a store other than `store`, or names the first key that differs.
+    Raises CheckpointError if it was made on other data than `data_fingerprint` says, or names the first key that
+    differs.
     """
-    if checkpoint.store != store:
+    if checkpoint.data_fingerprint != data_fingerprint:
         raise CheckpointError(
-            f"{checkpoint.path} was trained on the store {checkpoint.store[:16]}, this run reads {store[:16]}: "
-            "name the same store, or start anew with another --out"
+            f"{checkpoint.path} was trained on the data {checkpoint.data_fingerprint[:16]}, this run reads "
+            f"{data_fingerprint[:16]}: name the same data, or start anew with another --out"
         )
     modules = {"model": model, "ema": ema.module} if ema else {"model": model}
     for name, module in modules.items():
@@ -207,24 +196,7 @@ def restore(
         module.load_state_dict({key: split_as(tensor, places[key]) for key, tensor in tensors})
     if scaler:
         scaler.restore(checkpoint.tensors["scaler"])
-    if isinstance(optimizer, ZeroOptimizer):
-        optimizer.restore(model, checkpoint.tensors["optimizer"])
-        return
-    parameters, counters = dict(model.named_parameters()), _counters(optimizer)
-    for full_name, tensor in checkpoint.tensors["optimizer"].items():
-        name, _, key = full_name.rpartition("/")
-        parameter = parameters[name]
-        if key == "step" and parameter in counters:
-            counters[parameter].copy_(tensor)
-        else:  # the step counter of AdamW too: a fused optimizer keeps it beside its parameter
-            optimizer.state[parameter][key] = split_as(tensor, parameter)
-
-
-def _counters(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """Of an optimizer that counts its updates once a group, as timm's LAMB does, each counter by the first
-    parameter of its group, with which a checkpoint keeps it.
-    """
-    return {group["params"][0]: group["step"] for group in optimizer.param_groups if "step" in group}
+    optimizer.restore(model, checkpoint.tensors["optimizer"])
 
 
 def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -5,15 +5,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import files
-from seitpp.engine.machine import peak_memory
+from seitpp.engine.precision import check_scale
+from seitpp.engine.system import peak_memory
 
 MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 
@@ -101,6 +103,67 @@ class Speed:
         self.seconds += seconds
         self.start(step)
         return speed
+
+
+class Recorder:
+    """What a training writes down: the lines of both logs, trackers, and the progress bar.
+
+    Updates are kept on the device until `flush`, so that no update waits for it. Every process has one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        log: MetricsLog,
+        evaluations: MetricsLog,
+        on_main: Callable[[Callable[[], Any]], Any],
+    ):
+        self._accelerator, self._log, self._evaluations, self._on_main = accelerator, log, evaluations, on_main
+        self.pending: list[dict] = []
+        self.speed: Speed | None = None
+
+    def drop_lines_after(self, step: int) -> None:
+        """Forget what a run that was killed had written past the checkpoint at `step`."""
+        self._on_main(lambda: self._log.keep_until(step))
+        self._on_main(lambda: self._evaluations.keep_until(step - 1))  # that of this step is made once more
+
+    def start(self, speed: Speed, bar: tqdm, step: int) -> None:
+        """Begin to measure and to draw at `step`."""
+        self.speed, self.bar = speed, bar
+        speed.start(step)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep the record of an update."""
+        self.pending.append(record)
+        self.bar.update()
+
+    def flush(self, step: int) -> NotFinite | None:
+        """Fetch what was recorded since the last call and write it down; or write nothing and return the first
+        value that is not finite. Raises RunError where the loss scale of fp16 fell below 1.
+        """
+        records, broken = gather_records(self._accelerator, self.pending)
+        if broken:
+            return broken
+        check_scale(records)
+        self.pending = []
+        speed = self.speed.read(step)
+        records[-1] |= speed
+        self._on_main(lambda: self._log.write(records))
+        self._accelerator.log({k: v for k, v in records[-1].items() if k != "step"}, step=step)
+        self.bar.set_postfix(
+            loss=f"{records[-1]['loss']:.4f}",
+            lr=f"{records[-1]['lr']:.2e}",
+            images=f"{speed['images_per_second']:.0f}/s",
+        )
+        return None
+
+    def write_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Print the figures of an evaluation and write them down."""
+        self._on_main(lambda: self._evaluations.write([{"step": step, **scores}]))
+        self._accelerator.log(scores, step=step)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self._accelerator.print(f"step {step}: {figures}")
+        self.speed.start(step)  # time spent on an evaluation is not training time
 
 
 def count_flops(model: nn.Module, *inputs: object) -> int:

@@ -36,10 +36,10 @@ from rows import FORK, HEADER, Bench, Lines, apart, losses_of, open_recipe, rate
 from seitpp import StoreWriter
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
-from seitpp.engine.machine import device_name, git_commit, peak_memory
 from seitpp.engine.memory import Footprint, footprint
 from seitpp.engine.metrics import MATMUL_SIDE, matmul_rate
 from seitpp.engine.probe import knn, linear_probe
+from seitpp.engine.system import device_name, git_commit, peak_memory
 from seitpp.errors import UserError
 from seitpp.images.batches import DecodedImages
 from seitpp.images.sources import open_source

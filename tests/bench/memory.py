@@ -16,7 +16,7 @@ from torch import nn
 
 from downstream.segmentation.extra import load_mmseg
 from seitpp.engine.accumulation import USABLE
-from seitpp.engine.data import classifier_trial
+from seitpp.engine.inputs import classifier_trial
 from seitpp.engine.memory import Footprint, Trial, footprint, state_bytes
 from seitpp.models import MTM, TokenAdapt
 from seitpp.objectives import MASK_LAWS, VQTraining

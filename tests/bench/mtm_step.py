@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seitpp.augment import Keys, SeitPPView
-from seitpp.engine.machine import peak_memory
 from seitpp.engine.metrics import count_flops, matmul_rate
 from seitpp.engine.optim import adamw
+from seitpp.engine.system import peak_memory
 from seitpp.models import MTM, MaskPlan, TokenAdapt
 from seitpp.objectives import MASK_LAWS, mask_plan
 

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp.engine import probe
-from seitpp.engine.machine import device_name, peak_memory
 from seitpp.engine.probe import Features
+from seitpp.engine.system import device_name, peak_memory
 
 WIDTH, CLASSES = 2 * 768, 1000
 IMAGENET = 1_281_167, 50_000

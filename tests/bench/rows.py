@@ -20,8 +20,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from seitpp.engine.config import parse
-from seitpp.engine.machine import device_name
-from seitpp.engine.run import Run
+from seitpp.engine.system import device_name
+from seitpp.engine.training import Training
 from seitpp.errors import UserError
 
 # bf16 FLOP/s without sparsity, by NVIDIA's data sheets; the first name that fits counts.
@@ -71,18 +71,18 @@ def train(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    module, update = open_recipe(recipe), Run.update
+    module, update = open_recipe(recipe), Training.update
     words = [*words, "--out", out or tempfile.mkdtemp(dir=at.folder)]
 
-    def counted(run: Run, *arguments: object, **metrics: object) -> None:
-        update(run, *arguments, **metrics)
-        if run.step == kill:
+    def counted(training: Training, *arguments: object, **metrics: object) -> None:
+        update(training, *arguments, **metrics)
+        if training.step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        if run.step == steps:
+        if training.step == steps:
             raise Enough
 
     try:
-        with patch.object(Run, "update", counted):
+        with patch.object(Training, "update", counted):
             module.main(parse(module.PRESETS, "digits", list(map(str, words))))
     except Enough as enough:
         frames = (frame for frame, _ in traceback.walk_tb(enough.__traceback__))

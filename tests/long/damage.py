@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from seitpp import TokenStore, codec
 from seitpp.engine import checkpoint
+from seitpp.engine.distributed import OptimizerState
 from seitpp.store import StoreError, StoreWriter
 
 K, D, GRID = 391, 4, (32, 32)
@@ -72,7 +73,7 @@ def checkpoint_flips(count: int) -> int:
     """Flip one bit of any file of the newer of two checkpoints; how often it was taken all the same."""
     rng, silent = np.random.default_rng(2), 0
     model = nn.Linear(16, 16)
-    tensors = checkpoint.tensors_of(model, torch.optim.AdamW(model.parameters()), ema=None)
+    tensors = checkpoint.tensors_of(model, OptimizerState(torch.optim.AdamW(model.parameters())), ema=None)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         for step in (1, 2):

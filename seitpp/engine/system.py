@@ -7,35 +7,13 @@ import subprocess
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
-from seitpp.engine import zero
 from seitpp.engine.folder import RunError
 
 
 def launched_processes() -> int:
     """How many processes the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def check_launch(accelerator: Accelerator) -> None:
-    """Raise RunError unless Accelerate sees the processes that were launched, as one process, DDP, FSDP 2, or ZeRO
-    1 or 2.
-    """
-    launched, processes = launched_processes(), accelerator.num_processes
-    if launched != processes:
-        raise RunError(
-            f"{launched} processes were launched, but Accelerate sees {processes}, so each would train alone: "
-            "without a GPU set ACCELERATE_USE_CPU=1"
-        )
-    kind, plugin = accelerator.distributed_type, accelerator.deepspeed_plugin
-    if (plugin and not zero.supports(plugin)) or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise RunError(
-            f"launched with {kind.value} of a kind that is not supported here (DeepSpeed's stages 1 and 2 without "
-            "offloading are): to split the weights too take FSDP of version 2, accelerate launch --config_file "
-            "recipes/accelerate/fsdp.yaml"
-        )
 
 
 def check_installed(trackers: tuple[str, ...]) -> None:

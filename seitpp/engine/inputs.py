@@ -1,6 +1,7 @@
 """The token stores of a run, the named one or the embedded digits, and steps on zeros that have their shapes."""
 
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,18 +12,23 @@ from seitpp.augment import SoftLabels
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, fraction_of
 from seitpp.data.digits import digits
+from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.sources import ImageSource, hold_out, open_source
 from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
 
+Made = TypeVar("Made")
+
+HELD_OUT = 20  # a sorted source's last images would all be of one class
 ON_DIGITS = ("digits", "smoke")  # the presets that need no data
 
 
-def open_splits(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
+def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
     """The splits train and validation of the store, or of the digits where none is named.
 
     One process of each machine verifies the files. Raises UserError where the preset is made for a store of the
@@ -32,19 +38,56 @@ def open_splits(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
         preset = run.config.preset
         if preset not in ON_DIGITS:
             raise UserError(f"preset {preset} needs --store, a folder of tokens; the digits are for {ON_DIGITS}")
-        with run.accelerator.main_process_first():
-            store = digits().store
+        store = embedded(run, digits).store
     verify = run.accelerator.is_local_main_process
     train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
     if train.grid is None:
         raise UserError(
             f"{train.path}: its images have grids of their own, expected one grid: tokenize to one size"
         )
-    run.facts |= facts_of(train, validation)
     return train, validation
 
 
-def facts_of(train: TokenStore, validation: TokenStore) -> dict[str, Any]:
+def embedded(run: Run, make: Callable[[], Made]) -> Made:
+    """What `make` gives, an embedded data set: made once, by one process of each machine."""
+    with run.accelerator.main_process_first():
+        return make()
+
+
+def open_images(data: str, split: str | None, validation_split: str | None) -> tuple[ImageSource, ImageSource]:
+    """Images to train on and held-out ones, of a source that `seitpp.images.sources.open_source` opens: its two
+    splits, or where none is held out by name, every twentieth image of the one.
+    """
+    source = open_source(data, split)
+    if validation_split is not None:
+        return source, open_source(data, validation_split)
+    return hold_out(source, HELD_OUT, data)
+
+
+def train_subset(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """The --fraction of the training images, which the seed chooses. Raises UserError for one that is none."""
+    if config.fraction == 1:
+        return dataset
+    return Chosen(dataset, fraction_of(len(dataset), config.fraction, config.seed))
+
+
+def describe_store(store: TokenStore, config: RunConfig) -> str:
+    """Its size and codes, and how much of it is trained on, in words."""
+    text = (
+        f"{len(store):,} images, {store.payload_bytes / len(store):.1f} bytes each, grid {store.grid}, "
+        f"K = {store.num_codes}, {store.num_classes} classes"
+    )
+    fraction = getattr(config, "fraction", 1)
+    if fraction == 1:
+        return text
+    facts = train_facts(store, config)
+    used = (
+        f"{facts['training_images']:,} of {len(store):,} training images, {facts['training_bytes']:,} bytes of ids"
+    )
+    return f"{text}\n--fraction {fraction:g}: {used}"
+
+
+def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) -> dict[str, Any]:
     """What result.json says of the data of a run."""
     return {
         "payload_bytes_per_image": train.payload_bytes / len(train),
@@ -57,26 +100,22 @@ def facts_of(train: TokenStore, validation: TokenStore) -> dict[str, Any]:
             "fingerprint": train.fingerprint,
             "tokenizer": train.tokenizer,
         },
+        **(train_facts(train, config) if isinstance(config, TrainConfig) else {}),
     }
 
 
-def training_part(run: Run, dataset: Dataset, store: TokenStore | None = None) -> Dataset:
-    """The share --fraction of the training images, which the seed chooses; `store` holds their ids, if any does.
+def train_facts(store: TokenStore, config: TrainConfig) -> dict[str, int]:
+    """How many images a run trains on, and the bytes of their ids."""
+    chosen = fraction_of(len(store), config.fraction, config.seed)
+    return {"training_images": len(chosen), "training_bytes": int(store.payload_sizes[chosen].sum())}
 
-    What is used is printed and, in result.json, `training_images` and `training_bytes` (of ids). Raises UserError
-    for a share that is none.
-    """
-    fraction, seed = run.config.fraction, run.config.seed
-    indices = fraction_of(len(dataset), fraction, seed)
-    used = {"training_images": len(indices)}
-    if store is not None:
-        used["training_bytes"] = int(store.payload_sizes[indices].sum())
-    run.facts |= used
-    if fraction == 1:
-        return dataset
-    size = f", {used['training_bytes']:,} bytes of ids" if store is not None else ""
-    run.print(f"--fraction {fraction:g}: {len(indices):,} of {len(dataset):,} training images{size}")
-    return Chosen(dataset, indices)
+
+def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, Any]:
+    """What result.json says of a run on images; `images` are those of `train` that it trains on."""
+    return {
+        "data": {"images": {"train": len(train), "validation": len(validation)}},
+        "training_images": len(images),
+    }
 
 
 def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:
@@ -144,12 +183,15 @@ def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
     return loss
 
 
-def open_tokenadapt(path: str, codebook: np.ndarray, source: str) -> TokenAdapt:
-    """TokenAdapt from a run's folder, its file, or an official checkpoint that holds one, for the ids of `source`.
+def open_tokenadapt(path: str | None, codebook: np.ndarray, source: str) -> TokenAdapt | None:
+    """TokenAdapt for the ids of `source`, from a run's folder, its file, or an official checkpoint that holds one;
+    None where no path is named.
 
-    Raises ModelError if there is none, UserError if it was trained for another codebook, which of an official one
-    only the sizes tell.
+    Raises ModelError if the file holds none, UserError if it was trained for another codebook, which of an
+    official one only the sizes tell.
     """
+    if path is None:
+        return None
     model, expected = load_pretrained_tokenadapt(path)
     sizes = (model.settings["num_codes"], model.settings["code_dim"])
     if expected is not None:

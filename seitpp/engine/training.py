@@ -1,0 +1,243 @@
+"""The clock of a training: which batch comes when, what an update is, checkpoints, evaluations, the stop.
+
+`step` counts updates from 0; a checkpoint "step-120" is the state after 120 of them.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate.utils import tqdm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from seitpp import files
+from seitpp.data.dataset import BatchOrder, Share, training_loader
+from seitpp.engine import checkpoint, distributed
+from seitpp.engine.accumulation import Sharing, share_out
+from seitpp.engine.distributed import UpdateSettings
+from seitpp.engine.folder import RunError
+from seitpp.engine.metrics import NotFinite, Recorder, Speed, matmul_rate
+from seitpp.engine.optim import Schedule
+from seitpp.engine.precision import COMPUTE_DTYPE
+from seitpp.engine.signals import Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from seitpp.engine.run import Run
+
+
+class Training:
+    """A model, its optimizer and its schedule in a run; see `Run.training`."""
+
+    def __init__(
+        self,
+        run: "Run",
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: BatchOrder,
+        schedule: Schedule,
+        *,
+        data_fingerprint: str,
+        clip: float | None = None,
+        ema: ModelEmaV3 | None = None,
+        flops_per_image: int | None = None,
+        sharing: Sharing | None = None,
+    ):
+        self.run, self.config, self.accelerator = run, run.config, run.accelerator
+        self._check_batch(order.batch_size)
+        run.check_agreed("the training data", data_fingerprint)
+        run.launch.check_optimizer(optimizer)
+        self.accumulation = share_out(self.accelerator, self.config, model, order.batch_size, sharing)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+        run.start()
+        self.model, self.ema, self.order, self.schedule = model, ema, order, schedule
+        self._fingerprint, self._clip, self._flops_per_image = data_fingerprint, clip, flops_per_image
+        self._stop_signal = StopRequest(self.accelerator.num_processes)
+        if self.config.compile:
+            # Inside DDP, not around it: torch then cuts the graph where DDP sends gradients, so that the backward
+            # pass hides the sending (its DDPOptimizer asks which DDP is running, not what was compiled).
+            model.compile()
+        update = UpdateSettings(order.batch_size, self.accumulation, clip)
+        self.wrapped, self.optimizer = run.launch.prepare(model, optimizer, ema, update)
+        self._optimizer_state = run.launch.optimizer_state(optimizer)
+        self.step = self._restore()
+        self._recorder = Recorder(run.accelerator, run.log, run.evaluations, run.on_main)
+        self._recorder.drop_lines_after(self.step)
+        self._end = schedule.steps
+        self._checkpoint_every, self._evaluate_every = schedule.checkpoint_steps, schedule.evaluation_steps
+        if self.config.dry_run:  # one step, and once resumed another one
+            self._end, self._checkpoint_every, self._evaluate_every = min(self._end, self.step + 1), 1, 1
+
+    def unsharded(self, module: nn.Module) -> nn.Module:
+        """The plain model, or its moving average, with all its weights: what is evaluated and saved.
+
+        It is a copy where the launch splits the weights (FSDP). Every process must call this.
+        """
+        return self.run.launch.unsharded(module)
+
+    @property
+    def speed(self) -> Speed | None:
+        """The speed so far; None before the first step."""
+        return self._recorder.speed
+
+    def steps(
+        self, dataset: Dataset, evaluate: Callable[[], Mapping[str, float]] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """(step, this process's part of a micro-batch), from where the run stands to the end of the schedule.
+
+        `dataset` makes a batch, a thing with `to(device)`, of a list of indices (`__getitems__`). Checkpoints are
+        published as the schedule says, and at the end. `evaluate` is called on every process before each
+        evaluation step of the schedule, with the model in eval mode; its figures are printed and written to
+        evaluations.jsonl. Between two items, the caller must call `update` once.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        accumulation, self._dataset = self.accumulation, dataset
+        micro_batches = range(self.step, self._end), rank, ranks, accumulation
+        loader = training_loader(dataset, self.order, *micro_batches, self.config.workers)
+        self._recorder.start(self._measured_speed(), self._bar(), self.step)
+        self.model.train()
+        batches = iter(loader)  # starts the workers, which must not inherit what follows
+        self._stop_signal.listen()
+        try:
+            while self.step < self._end:
+                step = self.step
+                if evaluate and step and step % self._evaluate_every == 0:
+                    self._evaluate(evaluate)
+                self._micro_batches = []
+                for micro in range(accumulation):
+                    before = time.perf_counter()
+                    batch = next(batches)
+                    self._recorder.speed.waited += time.perf_counter() - before
+                    torch.manual_seed(_dropout_seed(self.config.seed, rank, step, micro))
+                    with self.accelerator.accumulate(self.wrapped):
+                        yield step, batch.to(self.run.device)
+        finally:
+            self._stop_signal.release()
+            self._recorder.bar.close()
+
+    def update(self, loss: Tensor, **metrics: Tensor | float) -> None:
+        """Backward; on the last micro-batch also clip, set the rate of this step, update, and log.
+
+        `loss` () is the mean over this process's part of the batch; `metrics` are logged beside it: tensors are
+        averaged over the processes, numbers are taken as they are. Raises RunError at the first loss or gradient
+        that is not finite: it names step and rank, saves what that rank saw, and makes no checkpoint of it. Raises
+        Stopped after SIGTERM or SIGINT, when the step is saved.
+        """
+        rate = self.schedule.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self.accelerator.backward(loss)  # DeepSpeed clips and updates in it
+        self._micro_batches.append({"loss": loss.detach(), **metrics})
+        if not self.accelerator.sync_gradients:
+            return
+        norm = self.run.launch.grad_norm(self.wrapped, self._clip)
+        scaling = {}
+        if self.run.scaler:
+            scaling = self.run.scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model, step=self.step)
+        parts = self._micro_batches
+        means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        self._recorder.add({"step": self.step, "lr": rate, **means, "grad_norm": norm, **scaling})
+        self._after_update()
+
+    def _after_update(self) -> None:
+        stop_signal = self._stop_signal.agreed()
+        checkpoint_due = stop_signal or self.step % self._checkpoint_every == 0 or self.step == self._end
+        if checkpoint_due or self.step % self.config.log_steps == 0:
+            self._flush()
+        if checkpoint_due:
+            self.save()
+        if stop_signal:
+            self._stop_signal.release()
+            raise Stopped(
+                f"stopped after step {self.step}, which is saved: go on with --resume --out {self.run.out}",
+                stop_signal,
+            )
+
+    def save(self) -> None:
+        """Publish a checkpoint of the present step. Raises RunError if the disk does not take it."""
+        groups = checkpoint.tensors_of(self.model, self._optimizer_state, self.ema, self.run.scaler)
+        keep = self.run.is_main
+        tensors = {name: distributed.gather(group, keep=keep) for name, group in groups.items()}
+        self.run.on_main(lambda: checkpoint.save(self.run.checkpoints, self.step, self._fingerprint, tensors))
+        self._recorder.speed.start(self.step)  # time spent on a checkpoint is not training time
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _check_batch(self, batch_size: int) -> None:
+        ranks, accumulation = self.accelerator.num_processes, self.config.accumulation or 1
+        if batch_size % (ranks * accumulation):
+            raise RunError(
+                f"global batch {batch_size} on {ranks} processes x {accumulation} accumulation steps: "
+                "expected a batch that they divide"
+            )
+
+    def _restore(self) -> int:
+        """Put the newest whole checkpoint into model, optimizer, moving average and scaler; its step, or 0."""
+        newest = checkpoint.newest(self.run.checkpoints)
+        self.run.check_agreed(
+            f"the newest checkpoint in {self.run.checkpoints}", newest.name if newest else "none"
+        )
+        if newest is None:
+            return 0
+        loaded = checkpoint.load(newest)
+        restored = self.model, self._optimizer_state, self.ema, self.run.scaler
+        checkpoint.restore(loaded, self._fingerprint, *restored)
+        return loaded.step
+
+    def _measured_speed(self) -> Speed:
+        dtype, processes = COMPUTE_DTYPE[self.config.precision], self.accelerator.num_processes
+        rate = matmul_rate(self.run.device, dtype) * processes if self._flops_per_image else None
+        return Speed(self.run.device, self.order.batch_size, self._flops_per_image, rate)
+
+    def _bar(self) -> tqdm:
+        return tqdm(total=self._end, initial=self.step, unit="step", mininterval=1.0, smoothing=0.05)
+
+    def _evaluate(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        if self._recorder.pending:
+            self._flush()
+        self.model.eval()
+        scores = dict(evaluate())
+        self.model.train()
+        self._recorder.write_evaluation(self.step, scores)
+
+    def _flush(self) -> None:
+        if broken := self._recorder.flush(self.step):
+            self._stop_at(broken)
+
+    def _stop_at(self, broken: NotFinite) -> NoReturn:
+        batch = self.run.on_main(lambda: self._save_batch(broken.step - 1, broken.rank))
+        raise RunError(
+            f"{broken.name} is {broken.value} at step {broken.step} on rank {broken.rank}: stopped; its images "
+            f"are in {batch}; {checkpoint.latest(self.run.checkpoints)}; lower the learning rate"
+        )
+
+    def _save_batch(self, step: int, rank: int) -> Path:
+        """Write what `rank` saw in the update number `step`. All that is random in it follows from seed, epoch and
+        indices, so that from a checkpoint before it the update can be repeated.
+        """
+        accumulation, ranks = self.accumulation, self.accelerator.num_processes
+        indices = np.concatenate(list(self.order.shares(range(step, step + 1), rank, ranks, accumulation)))
+        epoch = step // self.order.steps_per_epoch
+        batch = self._dataset.__getitems__(Share(indices.tolist(), epoch))._asdict()
+        facts = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}
+        path = self.run.out / f"broken-step-{step + 1:08d}-rank-{rank}.safetensors"
+        metadata = {name: str(value) for name, value in facts.items()}
+        files.replace_bytes(path, safetensors.torch.save(batch, metadata))
+        return path
+
+
+def _dropout_seed(seed: int, rank: int, step: int, micro: int) -> int:
+    digest = hashlib.sha256(f"dropout {seed} {rank} {step} {micro}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
