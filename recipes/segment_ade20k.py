@@ -233,12 +233,12 @@ def token_source(config: Config, run: Run) -> "Source":
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SegmentView(
         torch.from_numpy(train.codebook),
-        config.crop,
-        pixels_a_token(train),
-        config.scale,
-        config.max_share,
-        config.colour,
-        adapt,
+        crop=config.crop,
+        patch=pixels_a_token(train),
+        scale=config.scale,
+        max_share=config.max_share,
+        color=config.colour,
+        adapt=adapt,
     )
     return TokenSource(run, train, validation, view.to(run.device))
 
@@ -253,8 +253,15 @@ def pixel_source(config: Config, run: Run) -> "Source":
     if config.tokenizer is None:
         raise UserError("--data without --tokenizer: name the tokenizer whose tokens the checkpoint knows")
     tokenizer = tokenizers.load(config.tokenizer)
-    crop = config.crop, config.short_side, config.scale, config.max_share
-    return PixelSource(run, config.data, tokenizer, *crop)
+    return PixelSource(
+        run,
+        config.data,
+        tokenizer,
+        crop=config.crop,
+        short_side=config.short_side,
+        scale=config.scale,
+        max_share=config.max_share,
+    )
 
 
 def check_share(config: Config, run: Run) -> None:

@@ -23,6 +23,7 @@ from typing import Literal
 import timm
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 import seitpp.models  # noqa: F401 (makes timm know our models)
 from seitpp import plots
@@ -44,9 +45,10 @@ from seitpp.engine.inputs import (
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
-from seitpp.models import save_classifier
+from seitpp.models import TokenAdapt, save_classifier
 from seitpp.objectives import soft_label_loss, top1_share
 from seitpp.recipe import run_recipe
+from seitpp.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -156,31 +158,11 @@ def main(config: Config) -> None:
 
     # 3. Views: ids -> EDA -> crop -> vectors -> color -> CutMix; and the central window.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
-    view = SeitView(
-        codebook,
-        size=size,
-        crop=config.crop,
-        scale=config.crop_scale,
-        eda=config.eda,
-        color=config.colour,
-        cutmix=config.cutmix,
-        mixup=config.mixup,
-        adapt=adapt,
-        tokenadapt_fraction=config.adapted,
-    ).to(run.device)
-    if config.compile:
-        view.compile()
+    view = new_view(config, codebook, size, adapt).to(run.device)
     center_view = EvalView(window, codebook, size).to(run.device)
 
     # 4. Model, and the moving average of its weights.
-    model = timm.create_model(
-        config.model,
-        stem=config.stem,
-        img_size=size,
-        in_chans=codebook.shape[1],
-        num_classes=train.num_classes,
-        drop_path_rate=config.drop_path,
-    ).to(run.device)
+    model = new_model(config, size, train).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
     zeros = torch.zeros(codebook.shape[1], size, size)
@@ -233,6 +215,37 @@ def main(config: Config) -> None:
         shown = ["loss", "accuracy", "lr"], evaluations, ["top1", "top1_ema"]
         plots.training_curves(run.out, run.log.read(), *shown)
     run.finish(result, store_facts(train, validation, config))
+
+
+def new_view(config: Config, codebook: Tensor, size: int, adapt: TokenAdapt | None) -> SeitView:
+    """What a batch of ids becomes in training: maps of `size` x `size` tokens and their labels."""
+    view = SeitView(
+        codebook,
+        size=size,
+        crop=config.crop,
+        scale=config.crop_scale,
+        eda=config.eda,
+        color=config.colour,
+        cutmix=config.cutmix,
+        mixup=config.mixup,
+        adapt=adapt,
+        tokenadapt_fraction=config.adapted,
+    )
+    if config.compile:
+        view.compile()
+    return view
+
+
+def new_model(config: Config, size: int, store: TokenStore) -> nn.Module:
+    """A timm classifier of maps (B, D, size, size) of the store, with random weights."""
+    return timm.create_model(
+        config.model,
+        stem=config.stem,
+        img_size=size,
+        in_chans=store.codebook.shape[1],
+        num_classes=store.num_classes,
+        drop_path_rate=config.drop_path,
+    )
 
 
 if __name__ == "__main__":

@@ -128,8 +128,15 @@ def main(config: Config) -> None:
     laws = augmentations(config)
 
     # 4. Model: its first loss is ln K.
+    num_codes, code_dim = codebook.shape
     model = TokenAdapt(
-        grid, pair.augmented.spec.grid, *codebook.shape, config.width, config.heads, 4 * config.width
+        grid,
+        crop=pair.augmented.spec.grid,
+        num_codes=num_codes,
+        code_dim=code_dim,
+        width=config.width,
+        heads=config.heads,
+        mlp=4 * config.width,
     ).to(run.device)
 
     # 5. Optimization.

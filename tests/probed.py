@@ -45,7 +45,18 @@ def figures(accelerator: Accelerator) -> dict:
     validation = share(vectors[2 * BLOCK + 99 :], labels[2 * BLOCK + 99 :], accelerator)
     few = share(vectors[:10], labels[:10], accelerator)
     torch.manual_seed(0)
-    encoder, view = MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 2).encoder, EvalView((8, 8))
+    encoder, view = (
+        MTM(
+            "mtm_vit_nano",
+            grid=(8, 8),
+            num_codes=64,
+            code_dim=32,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=2,
+        ).encoder,
+        EvalView((8, 8)),
+    )
     encoder.reset_classifier(10)
     store = TokenDataset(TokenStore(digits().store, verify=False))
     some = Subset(store, range(300))  # one block: the other processes have none

@@ -100,7 +100,9 @@ def test_warmup_then_cosine() -> None:
 
 
 def test_norms_biases_and_single_vectors_are_not_decayed() -> None:
-    model = MTM("mtm_vit_nano", (8, 8), 64, 16, 32, 1, 2)
+    model = MTM(
+        "mtm_vit_nano", grid=(8, 8), num_codes=64, code_dim=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+    )
     optimizer = adamw(model, 0.05, (0.9, 0.95))
     decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():

@@ -105,7 +105,17 @@ def pretrained(folder: Path) -> Path:
     """A run of mtm_pretrain, whose loss is that of chance."""
     torch.manual_seed(0)
     finished(folder, mtm_pretrain, {"linear_probe_top1": 68.25, "knn_top1_untrained": 47.5, "loss": 4.1589})
-    model = with_noise(MTM("mtm_vit_nano", (6, 8), 64, 32, decoder_width=48, decoder_depth=1, decoder_heads=3))
+    model = with_noise(
+        MTM(
+            "mtm_vit_nano",
+            grid=(6, 8),
+            num_codes=64,
+            code_dim=32,
+            decoder_width=48,
+            decoder_depth=1,
+            decoder_heads=3,
+        )
+    )
     save_pretrained(folder / "model.safetensors", model, "ab" * 32)
     return folder
 
@@ -344,7 +354,11 @@ def refuse_damaged_model(run: Path) -> str:
 
 
 def refuse_other_model(run: Path) -> str:
-    save_pretrained(run / "model.safetensors", TokenAdapt((4, 4), (4, 4), 8, 4, width=8, heads=1, mlp=8), "ab")
+    save_pretrained(
+        run / "model.safetensors",
+        TokenAdapt((4, 4), crop=(4, 4), num_codes=8, code_dim=4, width=8, heads=1, mlp=8),
+        "ab",
+    )
     return r"model\.safetensors holds a TokenAdapt: expected a classifier or a masked token model"
 
 

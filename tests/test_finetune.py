@@ -188,7 +188,16 @@ def official(kind: str, path: Path, adapt: TokenAdapt | None = None) -> Path:
     """A checkpoint in the released layout, whose heads are 64 channels wide (32 in a decoder), `adapt` beside."""
     size = {"embed_dim": 64, "depth": 2, "num_heads": 1}
     if kind == "MTM":
-        model = MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 1, encoder_size=size)
+        model = MTM(
+            "mtm_vit_nano",
+            grid=(8, 8),
+            num_codes=64,
+            code_dim=32,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=1,
+            encoder_size=size,
+        )
     else:
         model = timm.create_model("mtm_vit_nano", img_size=8, in_chans=32, num_codes=64, num_classes=5, **size)
     save_release(model, path, adapt)
@@ -291,7 +300,7 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
 def small_adapt(crop: int = 8) -> TokenAdapt:
     """Untrained, but its first prediction is not always code 0."""
     torch.manual_seed(0)
-    adapt = TokenAdapt((8, 8), (crop, crop), 64, 32, 64, 1, 64)
+    adapt = TokenAdapt((8, 8), crop=(crop, crop), num_codes=64, code_dim=32, width=64, heads=1, mlp=64)
     torch.nn.init.normal_(adapt.head.weight)
     return adapt
 
@@ -315,10 +324,23 @@ def test_what_cannot_be_fine_tuned_is_refused(
     save_release(timm.create_model("seit_vit_nano", img_size=8, num_classes=5, **size), tmp_path / "seit.pth")
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     save_classifier(tmp_path / "pixels", vit, None, None)
-    save_release(TokenAdapt((8, 8), (8, 8), 64, 32, 64, 1, 64), tmp_path / "adapt.pth")
+    save_release(
+        TokenAdapt((8, 8), crop=(8, 8), num_codes=64, code_dim=32, width=64, heads=1, mlp=64),
+        tmp_path / "adapt.pth",
+    )
     oblong = random_store(tmp_path / "oblong", codebook, (12, 8))
     save_pretrained(
-        tmp_path / "oblong.mtm", MTM("mtm_vit_nano", (12, 8), 64, 32, 32, 1, 1), codebook_fingerprint(codebook)
+        tmp_path / "oblong.mtm",
+        MTM(
+            "mtm_vit_nano",
+            grid=(12, 8),
+            num_codes=64,
+            code_dim=32,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=1,
+        ),
+        codebook_fingerprint(codebook),
     )
     for arguments, *words in (
         ([], "--checkpoint"),

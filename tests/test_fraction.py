@@ -80,7 +80,19 @@ def smoke(name: str, folder: Path):
     """The smoke preset of a recipe, to run in FOLDER/run."""
     config = replace(recipe(name).PRESETS["smoke"], out=str(folder / "run"))
     if name == "finetune":
-        save_pretrained(folder / "model.safetensors", MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 2), codebook())
+        save_pretrained(
+            folder / "model.safetensors",
+            MTM(
+                "mtm_vit_nano",
+                grid=(8, 8),
+                num_codes=64,
+                code_dim=32,
+                decoder_width=32,
+                decoder_depth=1,
+                decoder_heads=2,
+            ),
+            codebook(),
+        )
         config = replace(config, checkpoint=str(folder / "model.safetensors"))
     return config
 

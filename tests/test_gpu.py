@@ -177,7 +177,7 @@ def test_a_compiled_view_is_one_graph(kind: str) -> None:
 
 def some_adapt() -> TokenAdapt:
     """Weights that send tokens to many codes."""
-    adapt = TokenAdapt((8, 8), (6, 6), 64, 32, width=64, heads=1, mlp=256)
+    adapt = TokenAdapt((8, 8), crop=(6, 6), num_codes=64, code_dim=32, width=64, heads=1, mlp=256)
     for parameter in adapt.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return adapt

@@ -35,7 +35,15 @@ CODES = 64
 def small_model() -> MTM:
     """Its logits are spread out, so that the likeliest code is likeliest by far."""
     torch.manual_seed(0)
-    model = MTM("mtm_vit_nano", (8, 8), CODES, 16, decoder_width=32, decoder_depth=1, decoder_heads=2).eval()
+    model = MTM(
+        "mtm_vit_nano",
+        grid=(8, 8),
+        num_codes=CODES,
+        code_dim=16,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=2,
+    ).eval()
     with torch.no_grad():
         model.encoder.patch_embed.token_emb.weight.normal_()
         model.decoder_pos_embed.normal_()
@@ -178,7 +186,16 @@ def test_a_model_that_knows_one_image_fills_it_perfectly() -> None:
     """Trained for 120 steps as a pre-training run does."""
     law, ids = MASK_LAWS["seitpp"], (IDS[:1] % 8).expand(4, -1, -1)
     torch.manual_seed(0)
-    model = MTM("mtm_vit_nano", (8, 8), CODES, 16, 32, 1, 2, dropout=0.0)
+    model = MTM(
+        "mtm_vit_nano",
+        grid=(8, 8),
+        num_codes=CODES,
+        code_dim=16,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=2,
+        dropout=0.0,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for step in range(120):
         noise = Keys(0, step, torch.arange(4)).uniform("mask", 16)
@@ -272,7 +289,15 @@ def test_other_models_and_codebooks_are_refused(tmp_path: Path) -> None:
     classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=CODES, num_classes=10)
     save_classifier(tmp_path / "classifier", classifier, None, None)
     save_pretrained(tmp_path / "other", MODEL, "0" * 64)
-    larger = MTM("mtm_vit_nano", (10, 10), CODES, 16, decoder_width=32, decoder_depth=1, decoder_heads=2)
+    larger = MTM(
+        "mtm_vit_nano",
+        grid=(10, 10),
+        num_codes=CODES,
+        code_dim=16,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
     save_pretrained(tmp_path / "larger", larger, codebook_fingerprint(store.codebook))
     for name, words in {"classifier": "no masked", "other": "codebook", "larger": r"grid \(8, 8\)"}.items():
         with pytest.raises(UserError, match=words):

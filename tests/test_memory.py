@@ -179,7 +179,9 @@ def card(monkeypatch):
 
 def smoke_need(module) -> Need:
     """Of the smoke preset of mtm_pretrain."""
-    model = seitpp.models.MTM("mtm_vit_nano", (8, 8), 64, 32, 96, 2, 4)
+    model = seitpp.models.MTM(
+        "mtm_vit_nano", grid=(8, 8), num_codes=64, code_dim=32, decoder_width=96, decoder_depth=2, decoder_heads=4
+    )
     found = footprint(module.zeros_loss((8, 8), (7, 16), 0.0), "no", model)
     return Need(found.peak, found.fixed + state_bytes(model, 1))
 

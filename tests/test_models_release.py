@@ -333,12 +333,14 @@ def test_models_without_a_place_in_the_layout_are_not_written() -> None:
         to_release(timm.create_model("mtm_vit_base", img_size=(8, 12), **sizes))
     with pytest.raises(ModelError, match="heads of 16 channels"):
         to_release(
-            MTM("mtm_vit_base", (8, 8), decoder_width=64, decoder_depth=1, decoder_heads=4, encoder_size=sizes)
+            MTM(
+                "mtm_vit_base", grid=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=4, encoder_size=sizes
+            )
         )
 
 
 def test_a_tokenadapt_goes_beside_models_of_its_codes_only(tmp_path) -> None:
-    adapt = TokenAdapt((4, 4), (2, 2), num_codes=5, code_dim=6, width=64, heads=1, mlp=32)
+    adapt = TokenAdapt((4, 4), crop=(2, 2), num_codes=5, code_dim=6, width=64, heads=1, mlp=32)
     for model in (load(tmp_path, STATES["seit"]), adapt):
         with pytest.raises(ModelError, match="published beside an MTM or a mtm_vit_"):
             to_release(model, adapt)

@@ -137,7 +137,15 @@ def test_a_channel_without_variance() -> None:
 
 def test_features_are_those_of_the_encoder() -> None:
     store = TokenStore(digits().store, "train")
-    encoder = MTM("mtm_vit_nano", (8, 8), store.num_codes, 16, 32, 1, 2).encoder.eval()
+    encoder = MTM(
+        "mtm_vit_nano",
+        grid=(8, 8),
+        num_codes=store.num_codes,
+        code_dim=16,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=2,
+    ).encoder.eval()
     found = extract_features(encoder, TokenDataset(store), EvalView((8, 8)), ALONE)
     assert np.array_equal(found.labels, store.labels) and torch.equal(found.indices, torch.arange(1437))
     chosen = np.array([0, 255, 256, 1023, 1024, 1436])

@@ -372,7 +372,19 @@ def test_what_cannot_be_evaluated_is_refused(
     out, store = ["smoke", "--out", tmp_path / "run"], TokenStore(digits().store)
     own, fingerprint = ["--checkpoint", smoke], codebook_fingerprint(store.codebook)
     tokenizer = digits().tokenizer
-    save_pretrained(tmp_path / "mtm.safetensors", MTM("mtm_vit_nano", (8, 8), 64, 32, 32, 1, 1), fingerprint)
+    save_pretrained(
+        tmp_path / "mtm.safetensors",
+        MTM(
+            "mtm_vit_nano",
+            grid=(8, 8),
+            num_codes=64,
+            code_dim=32,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=1,
+        ),
+        fingerprint,
+    )
     small = {"img_size": 8, "in_chans": 32}
     save_classifier(
         tmp_path / "three", timm.create_model("seit_vit_nano", num_classes=3, **small), fingerprint, None
@@ -384,7 +396,10 @@ def test_what_cannot_be_evaluated_is_refused(
     save_classifier(tmp_path / "foreign", timm.create_model("seit_vit_nano", num_classes=10, **small), "0", None)
     size = {"embed_dim": 64, "depth": 1, "num_heads": 1, "img_size": 8, "num_classes": 10}
     save_release(timm.create_model("seit_vit_nano", in_chans=4, **size), tmp_path / "narrow.pth")
-    save_release(TokenAdapt((8, 8), (8, 8), 64, 32, 64, 1, 64), tmp_path / "adapt.pth")
+    save_release(
+        TokenAdapt((8, 8), crop=(8, 8), num_codes=64, code_dim=32, width=64, heads=1, mlp=64),
+        tmp_path / "adapt.pth",
+    )
     for arguments, *words in (
         ([], "--checkpoint"),
         (["--checkpoint", tmp_path / "none"], "no model file", tmp_path / "none"),

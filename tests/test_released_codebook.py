@@ -277,7 +277,16 @@ def official(kind: str, num_codes: int, path: Path) -> Path:
     torch.manual_seed(0)
     size = {"embed_dim": 64, "depth": 1, "num_heads": 1}
     if kind == "MTM":
-        model = MTM("mtm_vit_nano", (8, 8), num_codes, 32, 32, 1, 1, encoder_size=size)
+        model = MTM(
+            "mtm_vit_nano",
+            grid=(8, 8),
+            num_codes=num_codes,
+            code_dim=32,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=1,
+            encoder_size=size,
+        )
     else:
         names = {"img_size": 8, "in_chans": 32, "num_codes": num_codes, "num_classes": 3}
         model = timm.create_model("mtm_vit_nano", **names, **size)

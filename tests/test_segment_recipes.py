@@ -122,7 +122,16 @@ def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
 def pretrained(path: Path, store: TokenStore, codebook: np.ndarray) -> dict[str, Tensor]:
     """Write a masked token model of a codebook; the tensors of its encoder."""
     torch.manual_seed(1)
-    model = MTM("mtm_vit_nano", store.grid, store.num_codes, codebook.shape[1], 32, 1, 1, 0.0)
+    model = MTM(
+        "mtm_vit_nano",
+        grid=store.grid,
+        num_codes=store.num_codes,
+        code_dim=codebook.shape[1],
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=1,
+        dropout=0.0,
+    )
     save_pretrained(path, model, codebook_fingerprint(codebook))
     return model.encoder.state_dict()
 
@@ -186,7 +195,7 @@ def test_images_of_many_sizes_go_the_whole_way(scenes: Scenes, tmp_path: Path) -
 
 def test_scales_and_flips_are_other_views(smoke: Path, scenes: Scenes, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    adapt = TokenAdapt((8, 8), (8, 8), 32, 32, 64, 1, 64)
+    adapt = TokenAdapt((8, 8), crop=(8, 8), num_codes=32, code_dim=32, width=64, heads=1, mlp=64)
     save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(TokenStore(scenes.store).codebook))
     found = {counted(smoke)}
     for name, flags in {

@@ -147,7 +147,7 @@ def test_a_store_without_label_maps_or_names_is_refused(tmp_path: Path) -> None:
 
 
 def test_labels_follow_their_tokens_exactly_without_a_resize() -> None:
-    maps, labels = SegmentView(PLACES, CROP, PATCH, scale=(1.0, 1.0))(numbered(GRIDS), keys(64))
+    maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH, scale=(1.0, 1.0))(numbered(GRIDS), keys(64))
     cells = labels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3)
     assert (cells == cells[..., :1]).all()
     inside = cells[..., 0] != 255
@@ -158,7 +158,7 @@ def test_labels_follow_their_tokens_exactly_without_a_resize() -> None:
 
 
 def test_labels_follow_their_tokens_within_half_a_cell_of_a_resize() -> None:
-    maps, labels = SegmentView(PLACES, CROP, PATCH)(numbered(GRIDS), keys(64))
+    maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH)(numbered(GRIDS), keys(64))
     centres = labels[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
     inside = centres != 255
     assert 0.5 < inside.float().mean() < 1
@@ -168,7 +168,7 @@ def test_labels_follow_their_tokens_within_half_a_cell_of_a_resize() -> None:
 
 
 def test_maps_and_labels_equal_interpolation_of_the_cut_box() -> None:
-    batch, view = numbered(GRIDS), SegmentView(torch.randn(240, 3, dtype=torch.float64), CROP, PATCH)
+    batch, view = numbered(GRIDS), SegmentView(torch.randn(240, 3, dtype=torch.float64), crop=CROP, patch=PATCH)
     boxes = random_boxes(batch, keys(64), CROP, PATCH, view.scale, view.max_share)
     maps, labels = view(batch, keys(64))
     beyond = 0
@@ -241,7 +241,9 @@ def test_a_box_without_labels_is_not_wanted() -> None:
 
 def still_adapt(grid: int, crop: int, codes: int = 240) -> TokenAdapt:
     """f and g that know the code of every token, and whose tokens are their own mirror images."""
-    model = TokenAdapt((grid, grid), (crop, crop), codes, codes, width=codes, heads=1, mlp=4)
+    model = TokenAdapt(
+        (grid, grid), crop=(crop, crop), num_codes=codes, code_dim=codes, width=codes, heads=1, mlp=4
+    )
     eye = torch.eye(codes)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -255,8 +257,10 @@ def still_adapt(grid: int, crop: int, codes: int = 240) -> TokenAdapt:
 
 def test_every_second_image_is_mirrored_through_tokenadapt_with_its_labels() -> None:
     batch, codebook = numbered(GRIDS[:16]), torch.eye(240)
-    plain_maps, plain_labels = SegmentView(codebook, CROP, PATCH, scale=(1.0, 1.0))(batch, keys(16))
-    maps, labels = SegmentView(codebook, CROP, PATCH, (1.0, 1.0), adapt=still_adapt(7, 6))(batch, keys(16))
+    plain_maps, plain_labels = SegmentView(codebook, crop=CROP, patch=PATCH, scale=(1.0, 1.0))(batch, keys(16))
+    maps, labels = SegmentView(codebook, crop=CROP, patch=PATCH, scale=(1.0, 1.0), adapt=still_adapt(7, 6))(
+        batch, keys(16)
+    )
     assert torch.equal(maps[::2], plain_maps[::2]) and torch.equal(labels[::2], plain_labels[::2])
     assert torch.equal(maps[1::2], plain_maps[1::2].flip(3)) and torch.equal(
         labels[1::2], plain_labels[1::2].flip(2)
@@ -264,7 +268,9 @@ def test_every_second_image_is_mirrored_through_tokenadapt_with_its_labels() -> 
 
 
 def test_a_mirrored_resized_box_has_its_labels() -> None:
-    maps, labels = SegmentView(torch.eye(240), CROP, PATCH, adapt=still_adapt(7, 6))(numbered(GRIDS), keys(64))
+    maps, labels = SegmentView(torch.eye(240), crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))(
+        numbered(GRIDS), keys(64)
+    )
     centres, tokens = labels[1::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH], maps[1::2].argmax(dim=1)
     inside = centres != 255
     for axis in (lambda number: number // COLUMNS, lambda number: number % COLUMNS):
@@ -274,10 +280,10 @@ def test_a_mirrored_resized_box_has_its_labels() -> None:
 
 def test_the_mirror_is_g_of_the_mirrored_f() -> None:
     torch.manual_seed(0)
-    adapt = TokenAdapt((8, 8), (CROP, CROP), 240, 2, width=64, heads=1, mlp=64)
+    adapt = TokenAdapt((8, 8), crop=(CROP, CROP), num_codes=240, code_dim=2, width=64, heads=1, mlp=64)
     torch.nn.init.normal_(adapt.head.weight)
     batch = numbered([(8, 8)] * 4)
-    maps, _ = SegmentView(PLACES, CROP, PATCH, (1.0, 1.0), adapt=adapt)(batch, keys(4))
+    maps, _ = SegmentView(PLACES, crop=CROP, patch=PATCH, scale=(1.0, 1.0), adapt=adapt)(batch, keys(4))
     space = adapt.convert(embed(batch.ids[1::2], PLACES))
     assert torch.equal(maps[1::2], embed(adapt.invert(space.flip(3)).argmax(dim=1), PLACES))
     assert adapt.crop == (8, 8) and adapt.head.weight.requires_grad  # the caller's model stays as it is
@@ -287,10 +293,14 @@ def test_the_mirror_is_g_of_the_mirrored_f() -> None:
 def test_an_image_does_not_depend_on_its_batch(mirrored: bool) -> None:
     torch.manual_seed(0)
     codebook = torch.randn(240, 240)
-    adapt = TokenAdapt((7, 7), (6, 6), 240, 240, width=64, heads=1, mlp=64) if mirrored else None
+    adapt = (
+        TokenAdapt((7, 7), crop=(6, 6), num_codes=240, code_dim=240, width=64, heads=1, mlp=64)
+        if mirrored
+        else None
+    )
     if mirrored:
         torch.nn.init.normal_(adapt.head.weight)
-    batch, view = numbered(GRIDS[:16]), SegmentView(codebook, CROP, PATCH, adapt=adapt)
+    batch, view = numbered(GRIDS[:16]), SegmentView(codebook, crop=CROP, patch=PATCH, adapt=adapt)
     maps, labels = view(batch, keys(16))
     assert maps.shape == (16, 240, CROP, CROP) and labels.shape == (16, PATCH * CROP, PATCH * CROP)
     assert all(torch.equal(a, b) for a, b in zip(view(batch, keys(16)), (maps, labels), strict=True))
@@ -304,18 +314,18 @@ def test_an_image_does_not_depend_on_its_batch(mirrored: bool) -> None:
 
 def test_colour_comes_last() -> None:
     batch = numbered(GRIDS[:8])
-    maps, labels = SegmentView(PLACES, CROP, PATCH)(batch, keys(8))
-    coloured, same = SegmentView(PLACES, CROP, PATCH, color="seitpp")(batch, keys(8))
+    maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH)(batch, keys(8))
+    coloured, same = SegmentView(PLACES, crop=CROP, patch=PATCH, color="seitpp")(batch, keys(8))
     assert torch.equal(coloured, ColorAugment("seitpp")(maps, keys(8))) and torch.equal(same, labels)
 
 
 def test_the_view_says_what_it_does_and_what_does_not_fit() -> None:
-    view = SegmentView(PLACES, CROP, PATCH, color="coloradapt")
+    view = SegmentView(PLACES, crop=CROP, patch=PATCH, color="coloradapt")
     for words in ("crop=8, patch=5, scale=(0.5, 2.0), max_share=0.75; no mirror", "color_adapt=0.5"):
         assert words in repr(view)
-    mirroring = SegmentView(torch.eye(240), CROP, PATCH, adapt=still_adapt(7, 6))
+    mirroring = SegmentView(torch.eye(240), crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))
     assert "half of the images mirrored" in repr(mirroring)
     with pytest.raises(ViewError, match="a batch of 3 images on one process"):
         mirroring(numbered(GRIDS[:3]), keys(3))
     with pytest.raises(ViewError, match=r"TokenAdapt for a codebook of \(240, 240\), the codebook is \(240, 2\)"):
-        SegmentView(PLACES, CROP, PATCH, adapt=still_adapt(7, 6))
+        SegmentView(PLACES, crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))

@@ -114,7 +114,16 @@ def sources(folder: Path) -> dict[str, Path]:
         kind: timm.create_model(name, img_size=8, in_chans=DIM, num_classes=5, **arguments, **SIZE)
         for kind, (name, arguments) in KINDS.items()
     }
-    mtm = MTM("mtm_vit_nano", (8, 8), CODES, DIM, 32, 1, 1, encoder_size=SIZE)
+    mtm = MTM(
+        "mtm_vit_nano",
+        grid=(8, 8),
+        num_codes=CODES,
+        code_dim=DIM,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=1,
+        encoder_size=SIZE,
+    )
     save_pretrained(folder / "mtm", mtm, "abc")
     save_release(mtm, folder / "mtm.pth")
     for kind, model in classifiers.items():

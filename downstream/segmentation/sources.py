@@ -98,6 +98,7 @@ class PixelSource:
         run: Run,
         data: str,
         tokenizer: Tokenizer,
+        *,
         crop: int,
         short_side: int,
         scale: tuple[float, float],

@@ -37,6 +37,7 @@ class SegmentView(nn.Module):
     def __init__(
         self,
         codebook: Tensor,
+        *,
         crop: int,
         patch: int,
         scale: tuple[float, float] = (0.5, 2.0),

@@ -53,6 +53,7 @@ class MTM(nn.Module):
     def __init__(
         self,
         encoder: str = "mtm_vit_base",
+        *,
         grid: tuple[int, int] = (28, 28),
         num_codes: int = 391,
         code_dim: int = 32,

@@ -36,6 +36,7 @@ class TokenAdapt(nn.Module):
     def __init__(
         self,
         grid: tuple[int, int] = (32, 32),
+        *,
         crop: tuple[int, int] = (28, 28),
         num_codes: int = 391,
         code_dim: int = 32,

@@ -43,7 +43,16 @@ def untrained(folder: Path, seed: int) -> Path:
     """The model of the digits preset as it is before its first step."""
     store = TokenStore(digits().store)
     torch.manual_seed(seed)
-    model = MTM("mtm_vit_nano", store.grid, store.num_codes, 32, 96, 2, 4, 0.0)
+    model = MTM(
+        "mtm_vit_nano",
+        grid=store.grid,
+        num_codes=store.num_codes,
+        code_dim=32,
+        decoder_width=96,
+        decoder_depth=2,
+        decoder_heads=4,
+        dropout=0.0,
+    )
     folder.mkdir()
     save_pretrained(folder / "model.safetensors", model, codebook_fingerprint(store.codebook))
     return folder

@@ -194,9 +194,9 @@ def _mtm(tensors: ReleasedState) -> MTM:
     size, width, side = tensors.size(), len(tensors["decoder_embed.bias"]), tensors.side() * PATCH
     return MTM(
         f"mtm_vit_{SIZE_NAMES.get(size['embed_dim'], 'base')}",
-        (side, side),
-        num_codes,
-        code_dim,
+        grid=(side, side),
+        num_codes=num_codes,
+        code_dim=code_dim,
         decoder_width=width,
         decoder_depth=tensors.depth("decoder_blocks."),
         decoder_heads=tensors.heads(width, DECODER_HEAD),
