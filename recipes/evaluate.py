@@ -31,7 +31,7 @@ from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.images.sources import open_source
-from seitpp.models import MTM, Saved, input_kind, input_size, load_pretrained
+from seitpp.models import MTM, Loaded, input_kind, input_size, load_pretrained
 from seitpp.recipe import run_recipe
 
 
@@ -45,7 +45,7 @@ class Config(RunConfig):
     data: str | None = None  # images, as recipes/tokenize_images.py takes them
     tokenizer: str | None = None  # makes tokens of the images; without it the model must take pixels
     split: str = "validation"  # of the store or of the data
-    window: int | None = None  # side of the central window of tokens; that of the model's own run where None
+    eval_window: int | None = None  # side of the central window of tokens; that of the model's own run where None
     workers: int = 8
 
 
@@ -92,7 +92,7 @@ class Data(NamedTuple):
     class_names: list[str] | None
 
 
-def open_data(config: Config, run: Run, saved: Saved) -> Data:
+def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     """A store of tokens, images through a tokenizer, or images as they are where the model takes pixels."""
     kind = input_kind(saved.model)
     if kind == "pixels":
@@ -109,7 +109,7 @@ def open_data(config: Config, run: Run, saved: Saved) -> Data:
     source = config.tokenizer or config.store or "the embedded digits"
     check_codes(codebook.numpy(), source, saved, config.checkpoint)
     size = input_size(saved.model)
-    window = (config.window, config.window) if config.window else saved.window or size or grid
+    window = (config.eval_window, config.eval_window) if config.eval_window else saved.window or size or grid
     maps = {"codebook": codebook, "size": size and size[0]} if kind == "maps" else {}
     view = EvalView(window, **maps).to(run.device)
     return Data(dataset, lambda batch: view(ids(batch)), class_names)
@@ -146,7 +146,7 @@ def stored(config: Config, run: Run) -> tuple:
     return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names
 
 
-def check_classes(saved: Saved, data: Data, checkpoint: str) -> None:
+def check_classes(saved: Loaded, data: Data, checkpoint: str) -> None:
     """Raise UserError if the classes of the images are not those that the model knows."""
     classes, names = saved.model.num_classes, data.class_names
     if names and len(names) != classes:

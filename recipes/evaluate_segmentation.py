@@ -52,7 +52,7 @@ class Config(RunConfig):
     tokenizer: str | None = None  # makes tokens of the data; with a store it decodes tokens for the report
     split: str = "validation"  # of the store or of the data
     short_side: int = 512  # of the data, in pixels
-    window: int | None = None  # in tokens; None: that of the training
+    sliding_window: int | None = None  # in tokens; None: that of the training
     stride: int | None = None  # in tokens; None: two thirds of the window
     scales: tuple[float, ...] = (1.0,)  # more than one: multi-scale testing
     flip: str | None = None  # flip testing through this TokenAdapt, as recipes/finetune.py takes it
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
         check_codebook(data.codebook, data.path, saved.codebook, config.checkpoint)
     check_classes(saved.class_names, data, config.checkpoint)
     codebook = torch.from_numpy(data.codebook).to(run.device)
-    window = config.window or saved.window[0]
+    window = config.sliding_window or saved.window[0]
     windows = window, stride_of(window, config.stride), saved.patch
     mirror = None
     if config.flip:
@@ -120,12 +120,12 @@ def pictures_of(
     data: "Data", predict: Callable[[NamedTuple], Tensor], classes: int, device: torch.device
 ) -> dict[str, list[Tensor]]:
     """Rows of pictures (3, h, w) of the first images: what they show, truth, prediction, errors."""
-    colours = plots.class_colours(classes)
+    colors = plots.class_colors(classes)
     rows = {data.shown: [], "truth": [], "prediction": [], "errors": []}
     for index in range(min(SHOWN, len(data.dataset))):
         image = data.dataset.__getitems__([index]).to(device)
         truth, found = image.labels[0].cpu(), predict(image)[0].cpu()
-        painted = plots.paint_classes(truth, colours), plots.paint_classes(found, colours)
+        painted = plots.paint_classes(truth, colors), plots.paint_classes(found, colors)
         pictures = data.picture(image.inputs).cpu(), *painted, plots.paint_errors(found, truth)
         for row, picture in zip(rows.values(), pictures, strict=True):
             row.append(picture)
@@ -170,7 +170,7 @@ def decoded(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
 
 
 def painted(codebook: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """Codes in colours, for a store whose tokenizer is not named."""
+    """Codes in colors, for a store whose tokenizer is not named."""
     return lambda ids: plots.paint_codes(ids.cpu().long(), torch.from_numpy(codebook))[0]
 
 

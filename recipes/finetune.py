@@ -58,17 +58,17 @@ from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.models import (
-    Saved,
+    Loaded,
     TokenAdapt,
-    choose_trained,
     classifier_from,
     input_kind,
     input_size,
     load_pretrained,
     pixel_classifier_from,
     save_classifier,
+    set_trainable,
 )
-from seitpp.objectives import soft_label_loss, top1_share
+from seitpp.objectives import soft_label_loss, top1_accuracy
 from seitpp.recipe import run_recipe
 
 
@@ -82,14 +82,14 @@ class Config(TrainConfig):
     split: str | None = "train"  # of the data
     validation_split: str | None = "validation"  # of the data; None: every twentieth image is held out
     labels_per_class: int | None = None  # of a store: train on so many images of each class, chosen by the seed
-    trained: Literal["all", "attention", "head"] = "all"  # which weights; the head always
+    trainable: Literal["all", "attention", "head"] = "all"  # which weights; the head always
     size: int | None = None  # side of the input; None: that of the checkpoint in tokens, or 224 pixels
-    crop: Literal["resized", "window"] | None = "resized"  # of maps; pixels and ids are always resized
+    crop_mode: Literal["resized", "window"] | None = "resized"  # of maps; pixels and ids are always resized
     crop_scale: tuple[float, float] = (0.08, 1.0)
     eda: Literal["release", "paper"] | None = None  # of maps
-    colour: ColorPreset | None = "seitpp"  # of tokens
+    color: ColorPreset | None = "seitpp"  # of tokens
     tokenadapt: str | None = None  # of ids: a run of recipes/tokenadapt_train.py, its file, or the official one
-    adapted: float = 0.5  # of ids: share of the images that go through TokenAdapt
+    tokenadapt_fraction: float = 0.5  # of ids: share of the images that go through TokenAdapt
     three_augment: bool = True  # of pixels: gray, solarized or blurred, then color jitter (DeiT III)
     cutmix: float = 1.0
     mixup: float = 0.8  # of ids: in TokenAdapt's space only
@@ -112,9 +112,9 @@ PRESETS = {"published": Config(compile=True)}
 PRESETS["tokens"] = replace(
     PRESETS["published"],
     preset="tokens",
-    crop="window",
-    colour="paper",
-    adapted=0.0,
+    crop_mode="window",
+    color="paper",
+    tokenadapt_fraction=0.0,
     mixup=0.0,
     batch_size=4096,
     base_lr=5e-6,  # 1e-5 at 4096
@@ -123,8 +123,8 @@ PRESETS["tokens"] = replace(
 PRESETS["pixels"] = replace(  # rate, batch and epochs of SeiT; else as DeiT III goes from ImageNet-21k to 1k
     PRESETS["published"],
     preset="pixels",
-    colour=None,
-    adapted=0.0,
+    color=None,
+    tokenadapt_fraction=0.0,
     mixup=0.0,
     drop_path=0.15,  # of ViT-B; 0.05 of ViT-S
     optimizer="lamb",
@@ -137,8 +137,8 @@ PRESETS["pixels"] = replace(  # rate, batch and epochs of SeiT; else as DeiT III
 PRESETS["finegrained"] = replace(  # ours: nothing is published of it
     PRESETS["published"],
     preset="finegrained",
-    colour=None,
-    adapted=0.0,
+    color=None,
+    tokenadapt_fraction=0.0,
     mixup=0.0,
     batch_size=256,
     base_lr=1e-3,
@@ -147,8 +147,8 @@ PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
     crop_scale=(0.7, 1.0),
-    colour=None,
-    adapted=0.0,
+    color=None,
+    tokenadapt_fraction=0.0,
     mixup=0.0,
     epochs=60,
     warmup_epochs=3,
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     order = BatchOrder(len(train), config.batch_size, config.seed)
     if config.optimizer == "lamb":  # its steps are in proportion to a weight's norm: a head of 2e-5 would stay
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)
-    choose_trained(model, config.trained)
+    set_trainable(model, config.trainable)
     if config.compile:
         view.compile()
     model.set_grad_checkpointing(config.grad_checkpointing)
@@ -202,7 +202,9 @@ def main(config: Config) -> None:
         data_fingerprint=task.fingerprint,
         clip=config.clip,
         flops_per_image=count_flops(model, task.zeros.unsqueeze(0).to("meta")),
-        sharing=Sharing(classifier_trial(task.zeros, config.adapted), tuple(filter(None, [task.adapt])), 4),
+        sharing=Sharing(
+            classifier_trial(task.zeros, config.tokenadapt_fraction), tuple(filter(None, [task.adapt])), 4
+        ),
     )
     run.describe(f"{len(train):,} images, {model.num_classes} classes", view, model=model)
 
@@ -221,7 +223,7 @@ def main(config: Config) -> None:
             inputs, targets = view(of(batch), batch.labels, keys)
         logits = training.wrapped(inputs)
         loss = soft_label_loss(logits, targets, config.smoothing)
-        training.update(loss, accuracy=top1_share(logits, targets.labels))
+        training.update(loss, accuracy=top1_accuracy(logits, targets.labels))
 
     # 5. Proof: exact accuracies, weights, and curves.
     result, model = evaluate(), training.unsharded(model)
@@ -250,7 +252,7 @@ class Task(NamedTuple):
     adapt: TokenAdapt | None = None
 
 
-def token_task(config: Config, run: Run, source: Saved) -> Task:
+def token_task(config: Config, run: Run, source: Loaded) -> Task:
     """A store, and the source with a new head."""
     train, validation = open_stores(run, config.store)
     body = getattr(source.model, "encoder", source.model)
@@ -258,12 +260,13 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
     if kind == "pixels":
         raise UserError(f"{config.checkpoint} takes pixels: name images with --data")
     check_codes(train.codebook, str(train.path), source, config.checkpoint)
-    if kind == "maps" and config.adapted:
+    if kind == "maps" and config.tokenadapt_fraction:
         raise UserError(
-            f"{config.checkpoint} takes maps, which TokenAdapt does not give: preset tokens, or --adapted 0"
+            f"{config.checkpoint} takes maps, which TokenAdapt does not give: preset tokens, or pass "
+            "--tokenadapt-fraction 0"
         )
-    if kind == "ids" and (config.eda or config.crop != "resized"):
-        raise UserError(f"{config.checkpoint} takes ids: --eda and --crop are those of maps, leave them out")
+    if kind == "ids" and (config.eda or config.crop_mode != "resized"):
+        raise UserError(f"{config.checkpoint} takes ids: --eda and --crop-mode are those of maps, leave them out")
     size = window = window_of(train, config.size, "--size")
     if config.size is None:  # a linear stem or a ResNet was judged by another window than its input
         size = input_size(body) or source.window or size
@@ -280,15 +283,15 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
             size=size[0],
             scale=config.crop_scale,
             adapt=adapt,
-            tokenadapt_fraction=config.adapted,
-            color=config.colour,
+            tokenadapt_fraction=config.tokenadapt_fraction,
+            color=config.color,
             lookup=train.lookup,
             **mixed,
         )
         center_view = EvalView(window)
     else:
-        crop = {"crop": config.crop, "scale": config.crop_scale}
-        view = SeitView(codebook, size=size[0], **crop, eda=config.eda, color=config.colour, **mixed)
+        crop = {"crop": config.crop_mode, "scale": config.crop_scale}
+        view = SeitView(codebook, size=size[0], **crop, eda=config.eda, color=config.color, **mixed)
         center_view = EvalView(window, codebook, size[0])
     images, labels = train_subset(config, TokenDataset(train)), train.labels
     if config.labels_per_class:
@@ -309,9 +312,9 @@ def token_task(config: Config, run: Run, source: Saved) -> Task:
     )
 
 
-def pixel_task(config: Config, run: Run, source: Saved) -> Task:
+def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
     """Images as they are, and the source with a new stem and a new head."""
-    for name in ("store", "eda", "colour", "tokenadapt", "labels_per_class"):
+    for name in ("store", "eda", "color", "tokenadapt", "labels_per_class"):
         if getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} has no meaning for pixels, which --data names: leave one of the two out")

@@ -52,7 +52,7 @@ class Config(RunConfig):
 
     checkpoint: str | None = None  # a run's folder, its model.safetensors, or an official MTM checkpoint
     store: str | None = None  # a token store; the embedded digits where none is named
-    tokenizer: str | None = None  # decodes tokens for the picture; without it codes are painted in colours
+    tokenizer: str | None = None  # decodes tokens for the picture; without it codes are painted in colors
     region: tuple[float, float, float, float] = (
         0.25,
         0.25,
@@ -196,11 +196,11 @@ def measure(fill: Callable[[Batch], Filled], store: TokenStore, count: int, run:
 
 
 def picture_rows(filled: Filled, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Rows of pictures (n, 3, h, w): the tokens, the same with the region grey, and both fillings."""
+    """Rows of pictures (n, 3, h, w): the tokens, the same with the region gray, and both fillings."""
     tokens = decode(filled.ids.cpu())
     return {
         "tokens": tokens,
-        "hidden region": plots.grey_out(tokens, filled.hidden.cpu()),
+        "hidden region": plots.gray_out(tokens, filled.hidden.cpu()),
         "one shot": decode(filled.one_shot.cpu()),
         "round by round": decode(filled.iterative.cpu()),
     }

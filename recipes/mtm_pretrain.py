@@ -46,7 +46,7 @@ from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
 from seitpp.models.weights.pretrained import save_pretrained
-from seitpp.objectives import MASK_LAWS, mask_plan
+from seitpp.objectives import MASK_RATIOS, mask_plan
 from seitpp.recipe import run_recipe
 from seitpp.store import TokenStore
 
@@ -56,19 +56,19 @@ class Config(TrainConfig):
     """The published run: ViT-B, ImageNet-1k, 400 epochs, batch 4096 (SeiT++, pre-training)."""
 
     store: str | None = None  # a token store; the embedded digits where none is named
-    tokenizer: str | None = None  # decodes tokens for the report; without it codes are painted in colours
+    tokenizer: str | None = None  # decodes tokens for the report; without it codes are painted in colors
     init_from: str | None = None  # weights to begin with: a run's folder, a model file, or an official checkpoint
     model: str = "mtm_vit_base"
     decoder_width: int = 512
     decoder_depth: int = 4
     decoder_heads: int = 16
     dropout: float = 0.1  # of the embedding and in the decoder
-    crop: int | None = 28  # side of the random resized crop in tokens; None: the whole grid
+    crop_size: int | None = 28  # side of the random resized crop in tokens; None: the whole grid
     crop_scale: tuple[float, float] = (0.2, 1.0)
     tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
-    adapted: float = 0.5  # share of the images that go through TokenAdapt
-    colour: ColorPreset | None = None
-    mask: Literal["seitpp", "mage", "mae"] = "seitpp"  # the law of the share of hidden patches
+    tokenadapt_fraction: float = 0.5  # share of the images that go through TokenAdapt
+    color: ColorPreset | None = None
+    mask_ratio: Literal["seitpp", "mage", "mae"] = "seitpp"  # the law of the share of hidden patches
     epochs: float = 400
     warmup_epochs: float = 40
     grad_checkpointing: bool = False  # a third more work for a fraction of the memory
@@ -80,8 +80,8 @@ class Config(TrainConfig):
 
 
 PRESETS = {"published": Config(compile=True)}
-PRESETS["coloradapt"] = replace(PRESETS["published"], preset="coloradapt", colour="coloradapt")
-PRESETS["plain"] = replace(PRESETS["published"], preset="plain", adapted=0.0)
+PRESETS["coloradapt"] = replace(PRESETS["published"], preset="coloradapt", color="coloradapt")
+PRESETS["plain"] = replace(PRESETS["published"], preset="plain", tokenadapt_fraction=0.0)
 PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
@@ -90,8 +90,8 @@ PRESETS["digits"] = replace(
     decoder_depth=2,
     decoder_heads=4,
     dropout=0.0,  # 0.1 gave 1.7 points less on the linear probe, 0.3 less by k-NN (one seed)
-    crop=None,
-    adapted=0.0,
+    crop_size=None,
+    tokenadapt_fraction=0.0,
     epochs=100,
     warmup_epochs=10,
     batch_size=128,
@@ -121,20 +121,20 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
-    codebook, grid = torch.from_numpy(train.codebook), window_of(train, config.crop, "--crop")
+    codebook, grid = torch.from_numpy(train.codebook), window_of(train, config.crop_size, "--crop-size")
 
     # 3. View: ids -> vectors -> color -> crop, or TokenAdapt -> ids, on the device.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SeitPPView(
         codebook,
-        size=config.crop,
+        size=config.crop_size,
         scale=config.crop_scale,
         adapt=adapt,
-        tokenadapt_fraction=config.adapted,
-        color=config.colour,
+        tokenadapt_fraction=config.tokenadapt_fraction,
+        color=config.color,
         lookup=train.lookup,
     ).to(run.device)
-    law = MASK_LAWS[config.mask]
+    law = MASK_RATIOS[config.mask_ratio]
     if config.compile:
         view.compile()
 
@@ -147,7 +147,7 @@ def main(config: Config) -> None:
     # 5. Optimization.
     schedule = Schedule.from_config(config, order)
     optimizer = adamw(model, config.weight_decay, config.betas)
-    step_on_zeros = zeros_loss(grid, law.counts(patches, law.highest), config.adapted)
+    step_on_zeros = zeros_loss(grid, law.counts(patches, law.highest), config.tokenadapt_fraction)
     training = run.training(
         model,
         optimizer,
@@ -225,7 +225,7 @@ def start_from(model: MTM, path: str, store: TokenStore) -> None:
         if there != here:
             raise UserError(
                 f"--init-from {path} has other sizes: {name} is {there} there, {here} in this run: name its "
-                "--model, --crop and decoder"
+                "--model, --crop-size and decoder"
             )
     model.load_state_dict(weights)
 

@@ -57,10 +57,10 @@ class Config(TrainConfig):
     checkpoint: str | None = None  # where to start: a run's folder or a model file; None: from scratch
     model: str = "mtm_vit_base"  # from scratch
     tokenadapt: str | None = None  # mirrors half of the images: a run of recipes/tokenadapt_train.py, or a file
-    crop: int = 64  # side in tokens, in training and of the windows in evaluation
+    crop_size: int = 64  # side in tokens, in training and of the windows in evaluation
     scale: tuple[float, float] = (0.5, 2.0)
     max_share: float = 0.75  # of one class in a crop
-    colour: ColorPreset | None = None
+    color: ColorPreset | None = None
     channels: int | None = None  # of the head; None: the width of the ViT
     drop_path: float = 0.1
     steps: int = 160_000
@@ -81,7 +81,7 @@ PRESETS["scenes"] = replace(
     preset="scenes",
     model="mtm_vit_nano",
     short_side=64,
-    crop=16,
+    crop_size=16,
     scale=(1.0, 1.0),
     max_share=1.0,
     channels=32,
@@ -99,7 +99,7 @@ PRESETS["scenes"] = replace(
 PRESETS["smoke"] = replace(
     PRESETS["scenes"],
     preset="smoke",
-    crop=8,
+    crop_size=8,
     scale=(0.5, 2.0),
     max_share=0.75,
     channels=16,
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
     order, judged = source.order, run.eval_subset(source.validation)
 
     # 3. Model: a pyramid of four levels, UPerHead, and an auxiliary head while it trains.
-    backbone = open_backbone(config.checkpoint, config.model, source, config.crop, config.drop_path)
+    backbone = open_backbone(config.checkpoint, config.model, source, config.crop_size, config.drop_path)
     model = build_segmenter(backbone, len(source.class_names), config.channels, sync_norm).to(run.device)
     backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
 
@@ -151,13 +151,13 @@ def main(config: Config) -> None:
         steps_per_epoch=order.steps_per_epoch,
     )
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
-    sharing = Sharing(zeros_loss(source, config.crop), tuple(filter(None, [source.tokenizer])), multiple=2)
+    sharing = Sharing(zeros_loss(source, config.crop_size), tuple(filter(None, [source.tokenizer])), multiple=2)
     given = model, optimizer, order, schedule
     training = run.training(*given, data_fingerprint=source.fingerprint, sharing=sharing)
     run.describe(f"{source}; {len(source.class_names)} classes", model=model)
 
     # 5. Training; on the way, every pixel of the validation images.
-    sides = [source.cells * side for side in (config.crop, stride_of(config.crop, config.stride))]
+    sides = [source.cells * side for side in (config.crop_size, stride_of(config.crop_size, config.stride))]
 
     def evaluate() -> SegmentationScore:
         whole = training.unsharded(model).eval()
@@ -233,11 +233,11 @@ def token_source(config: Config, run: Run) -> "Source":
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SegmentView(
         torch.from_numpy(train.codebook),
-        crop=config.crop,
+        crop=config.crop_size,
         patch=pixels_a_token(train),
         scale=config.scale,
         max_share=config.max_share,
-        color=config.colour,
+        color=config.color,
         adapt=adapt,
     )
     return TokenSource(run, train, validation, view.to(run.device))
@@ -247,7 +247,7 @@ def pixel_source(config: Config, run: Run) -> "Source":
     """Images and annotations in the layout of ADE-20k, with the tokenizer inside the backbone."""
     from downstream.segmentation.sources import PixelSource
 
-    for name in ("store", "colour", "tokenadapt"):
+    for name in ("store", "color", "tokenadapt"):
         if getattr(config, name):
             raise UserError(f"--{name} has no meaning for pixels, which --data names: leave one of the two out")
     if config.tokenizer is None:
@@ -257,7 +257,7 @@ def pixel_source(config: Config, run: Run) -> "Source":
         run,
         config.data,
         tokenizer,
-        crop=config.crop,
+        crop=config.crop_size,
         short_side=config.short_side,
         scale=config.scale,
         max_share=config.max_share,

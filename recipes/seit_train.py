@@ -46,7 +46,7 @@ from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
 from seitpp.models import TokenAdapt, save_classifier
-from seitpp.objectives import soft_label_loss, top1_share
+from seitpp.objectives import soft_label_loss, top1_accuracy
 from seitpp.recipe import run_recipe
 from seitpp.store import TokenStore
 
@@ -58,14 +58,14 @@ class Config(TrainConfig):
     store: str | None = None  # a token store; the embedded digits where none is named
     model: str = "seit_vit_base"
     stem: Literal["linear", "conv2", "conv4", "deconv"] = "conv4"
-    window: int | None = 28  # side of the central window in evaluation, in tokens; None: the whole grid
+    eval_window: int | None = 28  # side of the central window in evaluation, in tokens; None: the whole grid
     size: int | None = 28  # side of the map that the model sees; None: the window's
-    crop: Literal["resized", "window"] | None = "resized"  # Token-RRC, or a random window as it is
+    crop_mode: Literal["resized", "window"] | None = "resized"  # Token-RRC, or a random window as it is
     crop_scale: tuple[float, float] = (0.08, 1.0)
     eda: Literal["release", "paper"] | None = "release"
-    colour: ColorPreset | None = "paper"
+    color: ColorPreset | None = "paper"
     tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
-    adapted: float = 0.0  # share of the images that go through TokenAdapt
+    tokenadapt_fraction: float = 0.0  # share of the images that go through TokenAdapt
     cutmix: float = 1.0  # alpha of the Beta law; 0: none
     mixup: float = 0.0
     smoothing: float = 0.1
@@ -94,13 +94,13 @@ PRESETS |= {
         "resnet18": {"model": "seit_resnet18", "stem": "deconv", "drop_path": 0.0},
         "stem_linear": {"stem": "linear", "size": 14, "base_lr": 2.5e-4},
         "stem_conv2": {"stem": "conv2"},
-        "none": {"eda": None, "colour": None, "cutmix": 0.0},
-        "cutmix": {"eda": None, "colour": None},
-        "cutmix_eda": {"colour": None},
+        "none": {"eda": None, "color": None, "cutmix": 0.0},
+        "cutmix": {"eda": None, "color": None},
+        "cutmix_eda": {"color": None},
         "cutmix_noise": {"eda": None},
         "imagenet21k": {  # epochs and augmentation of SeiT; else DeiT III's of ViT-B, 1e-3 at batch 2048
             "epochs": 270,
-            "crop": "window",
+            "crop_mode": "window",
             "eda": None,
             "batch_size": 2048,
             "optimizer": "lamb",
@@ -108,9 +108,9 @@ PRESETS |= {
             "base_lr": 2.5e-4,
             "weight_decay": 0.02,
         },
-        "seitpp": {"colour": "seitpp", "adapted": 0.5},
-        "seitpp_coloradapt": {"colour": "seitpp"},
-        "seitpp_tokenadapt": {"adapted": 0.5},
+        "seitpp": {"color": "seitpp", "tokenadapt_fraction": 0.5},
+        "seitpp_coloradapt": {"color": "seitpp"},
+        "seitpp_tokenadapt": {"tokenadapt_fraction": 0.5},
     }.items()
 }
 PRESETS |= {
@@ -121,7 +121,7 @@ PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
     model="seit_vit_nano",
-    window=None,
+    eval_window=None,
     size=None,
     crop_scale=(0.7, 1.0),  # of 8 x 8 tokens a twelfth is no digit: (0.08, 1) gave 89 % after 60 epochs
     epochs=120,
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
-    codebook, window = torch.from_numpy(train.codebook), window_of(train, config.window, "--window")
+    codebook, window = torch.from_numpy(train.codebook), window_of(train, config.eval_window, "--eval-window")
     size = config.size or window[0]
 
     # 3. Views: ids -> EDA -> crop -> vectors -> color -> CutMix; and the central window.
@@ -179,7 +179,9 @@ def main(config: Config) -> None:
         clip=config.clip,
         ema=ema,
         flops_per_image=count_flops(model, zeros.unsqueeze(0).to("meta")),
-        sharing=Sharing(classifier_trial(zeros, config.adapted), tuple(filter(None, [adapt])), multiple=4),
+        sharing=Sharing(
+            classifier_trial(zeros, config.tokenadapt_fraction), tuple(filter(None, [adapt])), multiple=4
+        ),
     )
     run.describe(describe_store(train, config), view, model=model)
 
@@ -200,7 +202,7 @@ def main(config: Config) -> None:
             maps, targets = view(batch.ids, batch.labels, keys)
         logits = training.wrapped(maps)
         loss = soft_label_loss(logits, targets, config.smoothing)
-        training.update(loss, accuracy=top1_share(logits, targets.labels))
+        training.update(loss, accuracy=top1_accuracy(logits, targets.labels))
 
     # 7. Proof: exact accuracies, weights, and curves.
     result = evaluate()
@@ -222,14 +224,14 @@ def new_view(config: Config, codebook: Tensor, size: int, adapt: TokenAdapt | No
     view = SeitView(
         codebook,
         size=size,
-        crop=config.crop,
+        crop=config.crop_mode,
         scale=config.crop_scale,
         eda=config.eda,
-        color=config.colour,
+        color=config.color,
         cutmix=config.cutmix,
         mixup=config.mixup,
         adapt=adapt,
-        tokenadapt_fraction=config.adapted,
+        tokenadapt_fraction=config.tokenadapt_fraction,
     )
     if config.compile:
         view.compile()

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from seitpp import plots, tokenizers
 from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.geometry import Geometry
-from seitpp.augment.maps import centre_window
+from seitpp.augment.maps import center_window
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource, digits
@@ -48,7 +48,7 @@ FIT_IMAGES = 400  # without a tokenizer, so many training images make one
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Sizes and augmentation are published (SeiT++, TokenAdapt), optimisation and length are not: ours."""
+    """Sizes and augmentation are published (SeiT++, TokenAdapt), optimization and length are not: ours."""
 
     data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set
     split: str | None = None  # the part of the source to train on; all of it where none is named
@@ -56,7 +56,7 @@ class Config(TrainConfig):
     tokenizer: str | None = None  # it must take images of both sizes; patch_kmeans where none is named
     load_size: int = 256  # images are resized to this side
     image_size: int = 256  # side of the random windows of them that are tokenized
-    crop: int = 28  # side of the augmented grid in tokens
+    crop_size: int = 28  # side of the augmented grid in tokens
     crop_scale: tuple[float, float] = (0.2, 1.0)
     identity: float = 0.1  # share of the images that are not augmented
     width: int = 384
@@ -76,7 +76,7 @@ PRESETS["photos"] = replace(
     preset="photos",
     load_size=96,
     image_size=64,
-    crop=7,
+    crop_size=7,
     width=192,
     heads=3,
     epochs=50,
@@ -92,7 +92,7 @@ PRESETS["digits"] = replace(
     preset="digits",
     load_size=32,
     image_size=32,
-    crop=8,
+    crop_size=8,
     width=128,
     heads=2,
     epochs=15,
@@ -120,7 +120,7 @@ def main(config: Config) -> None:
     everything, validation = open_data(config)
     train = train_subset(config, everything)
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
-    pair = tokenizer_pair(tokenizer, config.image_size, config.crop)
+    pair = tokenizer_pair(tokenizer, config.image_size, config.crop_size)
     order = BatchOrder(len(train), config.batch_size, config.seed)
     codebook, grid = tokenizer.codebook.detach(), pair.whole.spec.grid
 
@@ -151,14 +151,14 @@ def main(config: Config) -> None:
         clip=config.clip,
         sharing=Sharing(zeros_loss, tuple(pair)),
     )
-    sizes = f"{grid[0]} x {grid[1]} tokens -> {config.crop} x {config.crop}, K = {len(codebook)}"
+    sizes = f"{grid[0]} x {grid[1]} tokens -> {config.crop_size} x {config.crop_size}, K = {len(codebook)}"
     run.describe(f"{len(train):,} images to train on, {len(validation):,} held out; {sizes}", model=model)
 
     # 6. Training.
     for step, batch in training.steps(train):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         images = crop_and_flip(batch.images, keys, config.image_size)
-        geometry = random_geometry(keys, grid[0], config.crop, identity=config.identity, **laws["together"])
+        geometry = random_geometry(keys, grid[0], config.crop_size, identity=config.identity, **laws["together"])
         target = pair.augmented.encode(apply_geometry(images, geometry).clamp(0, 1))
         logits = training.wrapped(embed(pair.whole.encode(images), codebook), geometry)
         accuracy = token_accuracy(logits.argmax(dim=1), target).mean()
@@ -203,8 +203,10 @@ def augmentations(config: Config) -> dict[str, dict]:
 def augmented(model: TokenAdapt, pair: TokenizerPair, batch: Pixels, config: Config, law: dict) -> Augmented:
     """What `law` makes of the central windows of held-out images, in every way."""
     size = config.image_size, config.image_size
-    geometry = random_geometry(Keys(config.seed, 0, batch.indices), pair.whole.spec.grid[0], config.crop, **law)
-    return augment_in_every_way(model, pair, centre_window(batch.images, size) / 255, geometry)
+    geometry = random_geometry(
+        Keys(config.seed, 0, batch.indices), pair.whole.spec.grid[0], config.crop_size, **law
+    )
+    return augment_in_every_way(model, pair, center_window(batch.images, size) / 255, geometry)
 
 
 def judge(

@@ -66,13 +66,13 @@ class Config:
     codec: str = "ans"
     keep_source: bool = False  # also keep each image's file name and its size in bytes, as columns
     skip_errors: bool = False  # leave out images that cannot be read, and list them beside the store
-    batch_size: int = 64  # images of one forward, on each process
+    batch_size_per_process: int = 64  # images of one forward, on each process
     workers: int = 4  # processes that decode images, for each process that tokenizes
 
 
-PRESETS = {"published": Config(batch_size=256, workers=16)}
-PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size=16)
-PRESETS["digits"] = replace(PRESETS["published"], batch_size=128, workers=0)
+PRESETS = {"published": Config(batch_size_per_process=256, workers=16)}
+PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size_per_process=16)
+PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128, workers=0)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
 
@@ -138,7 +138,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         for shard in mine:
             ids: list[np.ndarray] = []
             kept: list[ImageRecord] = []
-            for _ in batches_of(staging.images(shard), config.batch_size):
+            for _ in batches_of(staging.images(shard), config.batch_size_per_process):
                 decoded = next(batches)
                 if decoded.errors:
                     report_errors(decoded.errors, config.skip_errors, skipped)
@@ -258,7 +258,11 @@ def batches_of(images: range, size: int) -> Iterator[range]:
 
 def decoding_loader(images: DecodedImages, staging: SplitStaging, shards: list[int], config: Config) -> DataLoader:
     """Batches of decoded images of `shards`, in order; a batch never holds images of two shards."""
-    batches = [list(batch) for shard in shards for batch in batches_of(staging.images(shard), config.batch_size)]
+    batches = [
+        list(batch)
+        for shard in shards
+        for batch in batches_of(staging.images(shard), config.batch_size_per_process)
+    ]
     return DataLoader(images, batch_sampler=batches, collate_fn=as_it_is, num_workers=config.workers)
 
 

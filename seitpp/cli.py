@@ -82,7 +82,7 @@ def show(store: Path, tokenizer: Path | None, out: Path, count: int, split: str 
     replace_file(out, partial(_draw, images, titles))
     print(f"{out}: {len(images)} of {len(source):,} images of split {source.split!r}")
     if tokenizer is None:
-        print("painted, each code in a colour of its own; --tokenizer FILE decodes them")
+        print("painted, each code in a color of its own; --tokenizer FILE decodes them")
 
 
 def recode(store: Path, out: Path, codec: str) -> None:
@@ -121,7 +121,7 @@ def export_model(folder: Path, out: Path, ema: bool) -> None:
     root = export.export_model(folder, out, ema)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     print(
-        f"{out}: {', '.join(names)}\nREADME.md names no licence yet: the line that begins with # license is yours"
+        f"{out}: {', '.join(names)}\nREADME.md names no license yet: the line that begins with # license is yours"
     )
 
 

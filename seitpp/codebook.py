@@ -24,7 +24,7 @@ def nearest(maps: Tensor, codebook: Tensor, lookup: str = "cosine") -> Tensor:
     """Ids of the code nearest to each vector.
 
     `maps` (B, D, H, W) float, `codebook` (K, D) float -> (B, H, W) int64. "cosine": the largest cosine
-    similarity, both sides L2-normalised (SeiT release); "euclidean": the smallest distance. Always fp32, since
+    similarity, both sides L2-normalized (SeiT release); "euclidean": the smallest distance. Always fp32, since
     half precision changes ids, and in chunks, so that the token x code matrix stays bounded. Among equals the
     smallest id.
     """

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb, to_hex
 
 PAINTED_PIXELS = 8  # side of a token that is painted, not decoded
-GREY = 0.5
+GRAY = 0.5
 IGNORED = 255  # the class of a pixel that counts nowhere
 GOLDEN_SECTION, FIRST_HUE = 0.618034, 0.58
 VERDICTS = ((0.88, 0.88, 0.88), (0.8, 0.1, 0.1), (0.0, 0.0, 0.0))  # a right pixel, a wrong one, one without label
@@ -40,13 +40,13 @@ REPORT = {
     "probes.png": ("Frozen encoder", "Step 0 is the untrained one."),
     "reconstructions.png": (
         "Validation images",
-        "Grey tokens are hidden from the model; the last row fills them with its most likely codes.",
+        "Gray tokens are hidden from the model; the last row fills them with its most likely codes.",
     ),
 }
 SEGMENTATION_REPORT = {
     "pictures.png": (
         "Images",
-        "Red pixels are wrong; black ones have no label. The colours of the classes are in the table below.",
+        "Red pixels are wrong; black ones have no label. The colors of the classes are in the table below.",
     ),
 }
 
@@ -61,21 +61,21 @@ def picture_decoder(tokenizer: str | Path | None, codebook: np.ndarray) -> Calla
 
 
 def paint_codes(ids: Tensor, codebook: Tensor) -> Tensor:
-    """Ids (B, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1]: each code in a colour from its first three principal
+    """Ids (B, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1]: each code in a color from its first three principal
     components, so that codes near to each other look alike. For stores whose tokenizer is not at hand.
     """
-    centred = codebook - codebook.mean(dim=0)
-    _, _, components = torch.linalg.svd(centred, full_matrices=False)
-    values = F.pad(centred @ components[:3].T, (0, 3 - min(3, len(components))))
+    centerd = codebook - codebook.mean(dim=0)
+    _, _, components = torch.linalg.svd(centerd, full_matrices=False)
+    values = F.pad(centerd @ components[:3].T, (0, 3 - min(3, len(components))))
     ranks = values.argsort(dim=0).argsort(dim=0).float() / max(1, len(values) - 1)
-    colours = ranks[ids].permute(0, 3, 1, 2)
-    return F.interpolate(colours, scale_factor=PAINTED_PIXELS, mode="nearest")
+    colors = ranks[ids].permute(0, 3, 1, 2)
+    return F.interpolate(colors, scale_factor=PAINTED_PIXELS, mode="nearest")
 
 
-def grey_out(images: Tensor, hidden: Tensor) -> Tensor:
-    """Images (B, 3, h, w) with the hidden tokens (B, H, W) bool painted grey."""
+def gray_out(images: Tensor, hidden: Tensor) -> Tensor:
+    """Images (B, 3, h, w) with the hidden tokens (B, H, W) bool painted gray."""
     mask = F.interpolate(hidden.float().unsqueeze(1), images.shape[-2:], mode="nearest") > 0
-    return torch.where(mask, GREY, images)
+    return torch.where(mask, GRAY, images)
 
 
 @torch.no_grad()
@@ -102,17 +102,17 @@ def reconstructions(
     rows = {} if originals is None else {"original": originals[: len(ids)]}
     return rows | {
         "decoded tokens": tokens,
-        "masked input": grey_out(tokens, hidden_tokens(plan, grid).cpu()),
+        "masked input": gray_out(tokens, hidden_tokens(plan, grid).cpu()),
         "reconstruction": decode(filled),
     }
 
 
-def paint_classes(labels: Tensor, colours: Tensor) -> Tensor:
-    """Classes (h, w) of any integer dtype -> image (3, h, w), each class in its row of `colours` (classes, 3), 255
+def paint_classes(labels: Tensor, colors: Tensor) -> Tensor:
+    """Classes (h, w) of any integer dtype -> image (3, h, w), each class in its row of `colors` (classes, 3), 255
     black.
     """
     black = labels == IGNORED
-    return colours[labels.long().masked_fill(black, 0)].masked_fill(black.unsqueeze(2), 0.0).permute(2, 0, 1)
+    return colors[labels.long().masked_fill(black, 0)].masked_fill(black.unsqueeze(2), 0.0).permute(2, 0, 1)
 
 
 def paint_errors(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ def paint_errors(predictions: Tensor, labels: Tensor) -> Tensor:
     return torch.tensor(VERDICTS)[wrong].permute(2, 0, 1)
 
 
-def class_colours(classes: int) -> Tensor:
-    """(classes, 3) in [0, 1]: hues a golden section apart, in three strengths, so that neighbours differ."""
+def class_colors(classes: int) -> Tensor:
+    """(classes, 3) in [0, 1]: hues a golden section apart, in three strengths, so that neighbors differ."""
     number = np.arange(classes)
     strength = np.array([(0.75, 0.85), (0.45, 0.95), (0.9, 0.55)])[number % 3]
     hues = ((FIRST_HUE + number * GOLDEN_SECTION) % 1)[:, None]
@@ -154,7 +154,7 @@ def loss_curve(records: Sequence[dict], num_codes: int, path: Path) -> None:
     if len(losses) >= window:
         mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         axis.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} updates")
-    axis.axhline(log(num_codes), color="grey", linestyle=":", label=f"uniform guess, ln {num_codes}")
+    axis.axhline(log(num_codes), color="gray", linestyle=":", label=f"uniform guess, ln {num_codes}")
     axis.set(xlabel="step", ylabel="loss (nats a hidden token)")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -259,12 +259,12 @@ def write_segmentation_report(
     `per_class` has columns of numbers (classes,) in percent, NaN where there is none.
     """
     picture_grid(pictures, folder / "pictures.png", SEGMENTED_SIDE)
-    colours = [to_hex(colour) for colour in class_colours(len(class_names)).tolist()]
+    colors = [to_hex(color) for color in class_colors(len(class_names)).tolist()]
     lines = [
-        f'<tr><td><span style="color: {colour}">&#9632;</span> {html.escape(name)}</td>'
+        f'<tr><td><span style="color: {color}">&#9632;</span> {html.escape(name)}</td>'
         + "".join(f"<td>{'' if value != value else f'{value:.2f}'}</td>" for value in values)
         + "</tr>"
-        for colour, name, *values in zip(colours, class_names, *per_class.values(), strict=True)
+        for color, name, *values in zip(colors, class_names, *per_class.values(), strict=True)
     ]
     head = "".join(f"<td>{name}</td>" for name in per_class)
     table = "\n".join(["<h2>Classes</h2>\n<table>", f"<tr><td></td>{head}</tr>", *lines, "</table>"])

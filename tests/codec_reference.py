@@ -139,7 +139,7 @@ class Table:
         num_codes, classes, components = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4, 8))
         at = 12 + num_codes * components
         self.vectors = signed_rows(data[12:at], num_codes, components)
-        self.centres = signed_rows(data[at : at + classes * components], classes, components)
+        self.centers = signed_rows(data[at : at + classes * components], classes, components)
         self.numbers, self.num_codes = iter(data[at + classes * components :]), num_codes
         self.static = [self.number() for _ in range(num_codes)]
         sizes = [self.number() for _ in range(4 * classes)]
@@ -166,11 +166,11 @@ class Table:
         return weights
 
     def nearest(self, ids: list[int]) -> int:
-        def score(centre: list[int]) -> int:
-            square = sum(c * c for c in centre)
-            return sum(square - 2 * sum(c * v for c, v in zip(centre, self.vectors[i], strict=True)) for i in ids)
+        def score(center: list[int]) -> int:
+            square = sum(c * c for c in center)
+            return sum(square - 2 * sum(c * v for c, v in zip(center, self.vectors[i], strict=True)) for i in ids)
 
-        scores = [score(centre) for centre in self.centres]
+        scores = [score(center) for center in self.centers]
         return scores.index(min(scores))
 
 
@@ -188,7 +188,7 @@ def context_body(data: bytes, grid: tuple[int, int], ids: list[int]) -> bytes:
                     continue
                 near = [pixel[y + dy, x + dx] for dy, dx in offsets if (y + dy, x + dx) in pixel]
                 step.append(
-                    ((kind if s == 1 else kind + 2) * len(table.centres) + table.nearest(near), pixel[y, x])
+                    ((kind if s == 1 else kind + 2) * len(table.centers) + table.nearest(near), pixel[y, x])
                 )
             order += sorted(step, key=lambda token: token[0])
     lefts = {number: left(table.weights(number)) for number in {number for number, _ in order}}

@@ -189,7 +189,7 @@ def test_color_adapt_of_constant_channels_is_finite() -> None:
 
 
 @pytest.mark.parametrize("rates", COLOR_RATES)
-def test_colour_acts_on_its_share_of_the_images(rates: str) -> None:
+def test_color_acts_on_its_share_of_the_images(rates: str) -> None:
     maps = torch.randn(800, 2, 4, 4)
     ways = [maps, emb_noise(maps, keys(800)), color_adapt(maps, partners(torch.arange(800)))]
     done = ColorAugment(rates)(maps, keys(800))
@@ -240,9 +240,9 @@ def test_mix_switches_between_its_methods() -> None:
     maps, labels = torch.randn(2000, 2, 8, 8), torch.arange(2000)
     mixed, soft = Mix(cutmix=1.0, mixup=0.8)(maps, labels, keys(2000))
     cut, blended = cutmix(maps, keys(2000), 1.0), mixup(maps, keys(2000), 0.8)
-    by_box = soft.share == cut[1]
+    by_box = soft.weight == cut[1]
     assert stats.binomtest(int(by_box.sum()), 2000, 0.5).pvalue > 1e-3
-    torch.testing.assert_close(soft.share, torch.where(by_box, cut[1], blended[1]))
+    torch.testing.assert_close(soft.weight, torch.where(by_box, cut[1], blended[1]))
     assert torch.equal(mixed, torch.where(by_box.view(-1, 1, 1, 1), cut[0], blended[0]))
     assert torch.equal(soft.labels, labels) and torch.equal(soft.others, labels ^ 2)
     for mix, expected in ((Mix(1.0, 0.0), cut), (Mix(0.0, 0.8), blended)):
@@ -256,5 +256,5 @@ def test_dense_labels() -> None:
     torch.testing.assert_close(soft.dense(4, smoothing=0.1), smooth)
     logits = torch.randn(2, 4)
     own, other = (F.cross_entropy(logits, x, reduction="none", label_smoothing=0.1) for x in soft[:2])
-    expected = soft.share * own + (1 - soft.share) * other
+    expected = soft.weight * own + (1 - soft.weight) * other
     torch.testing.assert_close(F.cross_entropy(logits, smooth, reduction="none"), expected)

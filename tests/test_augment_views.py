@@ -41,7 +41,7 @@ def test_view_with_nothing_else_is_the_crop(crop: str | None) -> None:
     maps, soft = view(ids.to(torch.uint16), labels, keys(5))
     # A resized crop of the whole area finds no box of another ratio, so it takes the whole grid.
     assert torch.equal(maps, embed(ids, CODEBOOK))
-    assert torch.equal(soft.labels, labels) and torch.equal(soft.share, torch.ones(5))
+    assert torch.equal(soft.labels, labels) and torch.equal(soft.weight, torch.ones(5))
 
 
 @pytest.mark.parametrize("crop", ["resized", "window"])

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden" / "codec_context_v1.bin"
 
 
 def smooth_grids(num_images: int, height: int, width: int, num_codes: int, seed: int = 0) -> np.ndarray:
-    """(N, H, W) ids like those of images: neighbours are alike. Integers only, so the same on every machine."""
+    """(N, H, W) ids like those of images: neighbors are alike. Integers only, so the same on every machine."""
     rng = np.random.default_rng(seed)
     walk = rng.integers(-2, 3, (num_images, height, 1)).cumsum(axis=1) + rng.integers(
         -2, 3, (num_images, 1, width)
@@ -121,14 +121,14 @@ def test_all_codes_of_the_largest_codebook_can_be_encoded():
     assert (codec.decode(codec.encode(ids), 1024) == ids).all()
 
 
-def test_every_place_is_coded_once_and_after_its_neighbours():
+def test_every_place_is_coded_once_and_after_its_neighbors():
     for height, width in GRIDS:
         codec = learned(height, width, 4, num_images=1)
         known = set(codec._coarse.tolist())
         for step in codec._steps:
-            around = set(step.neighbours.ravel().tolist())
+            around = set(step.neighbors.ravel().tolist())
             assert around - {height * width} <= known
-            assert (step.neighbours < height * width).any(axis=0).all()
+            assert (step.neighbors < height * width).any(axis=0).all()
             assert not known & set(step.places.tolist())
             known |= set(step.places.tolist())
         assert known == set(range(height * width))

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from seitpp.recipe import run_recipe
 
 def global_batches(order: BatchOrder, steps: range, ranks: int, accumulation: int) -> list[list[int]]:
     """The images of each step, put together from all ranks and micro-batches."""
-    shares = [list(order.shares(steps, rank, ranks, accumulation)) for rank in range(ranks)]
+    shares = [list(order.micro_batches(steps, rank, ranks, accumulation)) for rank in range(ranks)]
     in_turn = [shares[rank][turn] for turn in range(len(steps) * accumulation) for rank in range(ranks)]
     per_step = ranks * accumulation
     return [np.concatenate(in_turn[at : at + per_step]).tolist() for at in range(0, len(in_turn), per_step)]
@@ -67,7 +68,7 @@ def test_loader_gives_the_images_of_the_order(workers: int) -> None:
     loader = training_loader(
         TokenDataset(store), order, range(20, 25), rank=1, ranks=2, accumulation=1, workers=workers
     )
-    for batch, expected in zip(loader, order.shares(range(20, 25), 1, 2, 1), strict=True):
+    for batch, expected in zip(loader, order.micro_batches(range(20, 25), 1, 2, 1), strict=True):
         assert batch.indices.tolist() == expected.tolist()
         assert batch.ids.dtype == torch.uint16
         assert np.array_equal(batch.ids.numpy(), store.ids(expected))
@@ -349,3 +350,22 @@ def test_flops_are_those_of_a_real_step() -> None:
         model(torch.zeros(3, 64)).sum().backward()
     assert counter.get_total_flops() == count_flops(model, torch.zeros(3, 64, device="meta"))
     assert all(p.grad is not None and p.device.type == "cpu" for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------ names of before
+
+
+def test_a_field_of_one_version_ago_is_read_under_its_name_of_today(tmp_path, capsys) -> None:
+    from mtm_pretrain import PRESETS, Config
+
+    today = parse(PRESETS, "smoke", ["--crop-size", "7", "--tokenadapt-fraction", "0.25", "--color", "seitpp"])
+    assert parse(PRESETS, "smoke", ["--crop=7", "--adapted", "0.25", "--colour", "seitpp"]) == today
+    assert "--crop is called --crop-size now; the old name ends with the next version" in capsys.readouterr().err
+    settings = asdict(today)
+    for new, old in (("crop_size", "crop"), ("tokenadapt_fraction", "adapted"), ("mask_ratio", "mask")):
+        settings[old] = settings.pop(new)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load_config(Config, tmp_path / "config.json") == today
+    assert choose_folder("run", asdict(today), str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
+    with pytest.raises(UserError, match="unknown flag --cropp; did you mean"):
+        parse(PRESETS, "smoke", ["--cropp", "7"])

@@ -383,6 +383,6 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["seitpp", "export-model", str(run), str(tmp_path / "out"), "--no-ema"])
     cli.main()
     said = capsys.readouterr().out
-    assert "out: README.md, config.json, model.safetensors, recipe.json\n" in said and "names no licence" in said
+    assert "out: README.md, config.json, model.safetensors, recipe.json\n" in said and "names no license" in said
     maps = torch.randn(2, 32, 8, 8)
     assert torch.equal(load_classifier(tmp_path / "out/model.safetensors").model(maps), classifier("maps")(maps))

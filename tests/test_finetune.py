@@ -18,16 +18,16 @@ from seitpp.augment.color import ColorAugment
 from seitpp.augment.geometry import apply_geometry, random_geometry
 from seitpp.augment.maps import crop_resize, random_resized_boxes
 from seitpp.augment.mix import Mix, PairingError, SoftLabels
-from seitpp.augment.views import split_places
+from seitpp.augment.views import split_batch
 from seitpp.codebook import codebook_fingerprint, embed, nearest
-from seitpp.data.dataset import Share
+from seitpp.data.dataset import MicroBatch
 from seitpp.data.digits import digits
 from seitpp.engine.config import parse
 from seitpp.engine.optim import adamw
 from seitpp.engine.run import Run
 from seitpp.models import (
     MTM,
-    Saved,
+    Loaded,
     TokenAdapt,
     classifier_from,
     load_classifier,
@@ -238,7 +238,7 @@ def test_what_is_not_trained_stays_as_it_was(
     runs: dict[str, Path], resnet: Path, tmp_path: Path, source: str, trained: str
 ) -> None:
     checkpoint = resnet if source == "resnet" else runs[source]
-    few = ["smoke", "--epochs", 2 / 44, "--warmup-epochs", 0, "--batch-size", 32, "--trained", trained]
+    few = ["smoke", "--epochs", 2 / 44, "--warmup-epochs", 0, "--batch-size", 32, "--trainable", trained]
     call(finetune, *few, "--checkpoint", checkpoint, "--out", tmp_path / "run")
     before = classifier_from(load_pretrained(checkpoint).model, 10).state_dict()
     after = load_pretrained(tmp_path / "run").model.state_dict()
@@ -278,17 +278,17 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
         with StoreWriter(tmp_path / "store", codebook=codebook, grid=(32, 32), split=split) as writer:
             writer.add_batch(np.random.default_rng(1).integers(391, size=(8, 32, 32)), np.arange(8))
     where = {"data": str(pictures)} if preset == "pixels" else {"store": str(tmp_path / "store")}
-    if config.adapted and preset != "pixels":
+    if config.tokenadapt_fraction and preset != "pixels":
         adapt = TokenAdapt(width=64, heads=1, mlp=64)
         save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(codebook))
         where["tokenadapt"] = str(tmp_path / "adapt.safetensors")
     config = replace(config, precision="no", out=str(tmp_path / "run"), **where)
     stem = {"num_codes": 391} if preset in ("published", "digits", "smoke") else {}
     name = "mtm_vit_nano" if stem else "seit_vit_nano"
-    source = Saved(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
+    source = Loaded(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
     make = finetune.pixel_task if preset == "pixels" else finetune.token_task
     task = make(config, Run("finetune", config), source)
-    batch = task.train.__getitems__(Share(range(8), epoch=0))
+    batch = task.train.__getitems__(MicroBatch(range(8), epoch=0))
     for inputs in (
         task.view(getattr(batch, task.field), batch.labels, Keys(0, 0, batch.indices))[0],
         task.center_view(getattr(batch, task.field)),
@@ -306,9 +306,9 @@ def small_adapt(crop: int = 8) -> TokenAdapt:
 
 
 def test_tokenadapt_in_a_run(tmp_path: Path) -> None:
-    """With colour and Mixup, from one file that holds both, as published."""
+    """With color and Mixup, from one file that holds both, as published."""
     checkpoint = official("MTM", tmp_path / "official.pth", small_adapt())
-    way = ["--tokenadapt", checkpoint, "--adapted", 0.5, "--colour", "seitpp", "--mixup", 0.8]
+    way = ["--tokenadapt", checkpoint, "--tokenadapt-fraction", 0.5, "--color", "seitpp", "--mixup", 0.8]
     call(finetune, "smoke", *TWO_STEPS, "--checkpoint", checkpoint, *way, "--out", tmp_path / "run")
     repeated(tmp_path / "run", tmp_path / "evaluation")
 
@@ -348,19 +348,19 @@ def test_what_cannot_be_fine_tuned_is_refused(
         ([*seit, "--store", foreign], "codebook", foreign, runs["seit"]),
         (["--checkpoint", tmp_path / "seit.pth", "--store", wide], "seit.pth", wide, 64, 32),
         (["--checkpoint", official("MTM", tmp_path / "mtm.pth"), "--store", wide], "mtm.pth", wide, 128, 64),
-        ([*seit, "--adapted", 0.5], "takes maps", "--adapted 0"),
-        ([*mtm, "--adapted", 0.5], "no weights", "--tokenadapt"),
+        ([*seit, "--tokenadapt-fraction", 0.5], "takes maps", "--tokenadapt-fraction 0"),
+        ([*mtm, "--tokenadapt-fraction", 0.5], "no weights", "--tokenadapt"),
         ([*mtm, "--eda", "paper"], "takes ids", "--eda"),
         ([*mtm, "--size", 9], "--size 9", "(8, 8)"),
         (["--checkpoint", tmp_path / "pixels"], "takes pixels", "--data"),
         (["--checkpoint", tmp_path / "adapt.pth"], "adapt.pth", "TokenAdapt"),
         (["--checkpoint", tmp_path / "oblong.mtm", "--store", oblong], "(12, 8)", "--size"),
         ([*seit, "--data", pictures, "--store", other_store], "--store"),
-        ([*seit, "--data", pictures, "--colour", "paper"], "--colour"),
+        ([*seit, "--data", pictures, "--color", "paper"], "--color"),
         ([*seit, "--data", pictures, "--tokenadapt", tmp_path], "--tokenadapt"),
         ([*seit, "--data", pictures / "train"], "train/train: no images"),
         (["--checkpoint", resnet, "--data", pictures], "expected a ViT"),
-        (["--checkpoint", resnet, "--trained", "attention"], "no attention"),
+        (["--checkpoint", resnet, "--trainable", "attention"], "no attention"),
     ):
         refused(capfd, monkeypatch, finetune, [*out, *arguments], *words)
     assert not (tmp_path / "run").exists()
@@ -376,10 +376,10 @@ EVEN, ODD = torch.arange(0, 16, 2), torch.arange(1, 16, 2)
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_the_share_of_a_batch_is_spread_evenly_and_put_back(share: float) -> None:
-    plain, through, order = split_places(32, share, torch.device("cpu"))
+    plain, through, order = split_batch(32, share, torch.device("cpu"))
     assert torch.equal(torch.cat([plain, through])[order], torch.arange(32))
     assert torch.equal(through // 4, torch.arange(8).repeat_interleave(int(4 * share)))
-    first = split_places(8, share, torch.device("cpu"))[1]
+    first = split_batch(8, share, torch.device("cpu"))[1]
     assert torch.equal(through[: len(first)], first), "of a share of the batch as of the whole"
 
 
@@ -418,10 +418,10 @@ def test_the_view_of_fine_tuning_goes_in_the_order_of_seitpp() -> None:
     expected[EVEN] = nearest(mixed, CODES)
     expected[ODD], through = through_tokenadapt(adapt, colored, scale, Mix(1.0, 0.8))
     for places, targets in ((EVEN, plain), (ODD, through)):
-        share[places], others[places] = targets.share, targets.others
+        share[places], others[places] = targets.weight, targets.others
     assert torch.equal(ids, expected)
     assert torch.equal(labels.labels, LABELS) and torch.equal(labels.others, LABELS ^ 4)
-    assert torch.equal(labels.share, share) and torch.equal(labels.others, others)
+    assert torch.equal(labels.weight, share) and torch.equal(labels.others, others)
     assert ids.shape == (16, 7, 7) and ids.min() >= 0 and ids.max() < 64
 
 
@@ -445,17 +445,17 @@ def test_without_tokenadapt_the_views_agree() -> None:
     ids, labels = SeitPPFinetuneView(CODES, size=7, tokenadapt_fraction=0.0, color=None, cutmix=0.0)(
         IDS, LABELS, KEYS
     )
-    assert torch.equal(ids, plain) and torch.equal(labels.labels, LABELS) and labels.share.eq(1).all()
+    assert torch.equal(ids, plain) and torch.equal(labels.labels, LABELS) and labels.weight.eq(1).all()
     assert not torch.equal(SeitPPFinetuneView(CODES, size=7, tokenadapt_fraction=0.0)(IDS, LABELS, KEYS)[0], plain)
 
 
 def test_views_refuse_what_tokenadapt_was_not_trained_for() -> None:
     for view in (SeitPPView, SeitPPFinetuneView):
-        with pytest.raises(ViewError, match=r"no weights.*--tokenadapt.*--adapted 0"):
+        with pytest.raises(ViewError, match=r"no weights.*--tokenadapt.*--tokenadapt-fraction 0"):
             view(CODES, size=8)
         with pytest.raises(ViewError, match=r"\(7, 7\).*the crop is 8"):
             view(CODES, size=8, adapt=small_adapt(7))
-        with pytest.raises(ViewError, match="no image goes through it: pass --adapted"):
+        with pytest.raises(ViewError, match="no image goes through it: pass --tokenadapt-fraction"):
             view(CODES, size=7, adapt=small_adapt(7), tokenadapt_fraction=0.0)
     with pytest.raises(ViewError, match=r"\(12, 12\).*\(8, 8\)"):
         SeitPPView(CODES, size=7, adapt=small_adapt(7))(torch.zeros(8, 12, 12, dtype=torch.long), KEYS.of(EVEN))

@@ -34,7 +34,7 @@ def smooth_images(n: int, side: int) -> torch.Tensor:
     ("law", "largest", "mean"),
     [
         ({**NOTHING, "flip": 1.0}, 1e-6, 1e-7),
-        # A centre at W / 2 makes 0.029 and 3.0e-3 of these, shifts in units of W - 1 make 0.032 and 3.5e-3.
+        # A center at W / 2 makes 0.029 and 3.0e-3 of these, shifts in units of W - 1 make 0.032 and 3.5e-3.
         ({**NOTHING, "affine": 1.0, "part": 1.0}, 0.012, 1.5e-3),
         ({**NOTHING, "scale": (0.2, 1.0)}, 0.03, 2.5e-3),
         ({"affine": 1.0}, 0.03, 2.5e-3),

@@ -56,15 +56,15 @@ def problems(reports: list[dict]) -> list[str]:
 def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
     """Training steps, checkpoints, evaluations, files and pictures, with numbers."""
     adapt, mtm, fine, segment = (tmp_path / name for name in ("adapt", "mtm", "fine", "segment"))
-    through = ["--tokenadapt", adapt, "--adapted", 0.5]
+    through = ["--tokenadapt", adapt, "--tokenadapt-fraction", 0.5]
     jobs = [
         ("tokenadapt_train", [*SHORT, 0.1, "--out", adapt]),
-        ("mtm_pretrain", [*SHORT, 0.2, "--out", mtm, "--crop", 8, *through, "--colour", "coloradapt"]),
+        ("mtm_pretrain", [*SHORT, 0.2, "--out", mtm, "--crop-size", 8, *through, "--color", "coloradapt"]),
         (
             "finetune",
-            [*SHORT, 0.2, "--out", fine, "--checkpoint", mtm, *through, "--colour", "seitpp", "--mixup", 0.8],
+            [*SHORT, 0.2, "--out", fine, "--checkpoint", mtm, *through, "--color", "seitpp", "--mixup", 0.8],
         ),
-        ("seit_train", [*SHORT, 0.2, "--out", tmp_path / "seit", *through, "--colour", "seitpp", "--mixup", 0.8]),
+        ("seit_train", [*SHORT, 0.2, "--out", tmp_path / "seit", *through, "--color", "seitpp", "--mixup", 0.8]),
         ("tokenize_images", ["smoke", "--out", tmp_path / "tokens", "--compact"]),
         ("tokenizer_train", [*SHORT, 0.03, "--out", tmp_path / "tokenizer", "--adversarial"]),
         ("segment_ade20k", ["smoke", "--precision", "bf16", "--out", segment, "--steps", 2, "--warmup-steps", 1]),
@@ -144,7 +144,7 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
         presets = importlib.import_module(recipe).PRESETS
         for name in presets.keys() - {"digits", "smoke", "photos", "scenes"}:
             words = finetunes.get(name, arguments) if recipe == "finetune" else arguments
-            through = adapt if getattr(presets[name], "adapted", 0) else []
+            through = adapt if getattr(presets[name], "tokenadapt_fraction", 0) else []
             flags = ["--batch-size", 8, "--no-compile", "--workers", 0, "--out", out / f"{recipe}-{name}"]
             jobs.append((recipe, [name, *words, *through, *flags]))
     return jobs

@@ -22,7 +22,7 @@ from seitpp.models import MTM, inpainting, save_classifier
 from seitpp.models.inpainting import DecodingError, cosine_counts, decoding_plan, fill_iteratively, hidden_patches
 from seitpp.models.masking import fill_hidden, hidden_tokens
 from seitpp.models.weights.pretrained import save_pretrained
-from seitpp.objectives import MASK_LAWS, mask_plan, masked_token_loss
+from seitpp.objectives import MASK_RATIOS, mask_plan, masked_token_loss
 from seitpp.store import TokenStore
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "inpaint.py"
@@ -112,7 +112,7 @@ def test_counts_are_the_cosine() -> None:
 
 
 def test_plan_drops_hidden_patches_as_in_training() -> None:
-    dropped, _ = MASK_LAWS["seitpp"].counts(16, 1.0)
+    dropped, _ = MASK_RATIOS["seitpp"].counts(16, 1.0)
     for count in (1, dropped - 1, dropped, 9, 16):
         patches, found = hidden_patches(some_region(count), (4, 4))
         plan = decoding_plan(patches, found, KEYS, turn=0)
@@ -184,7 +184,7 @@ def test_noise_on_the_order_falls_with_the_rounds() -> None:
 
 def test_a_model_that_knows_one_image_fills_it_perfectly() -> None:
     """Trained for 120 steps as a pre-training run does."""
-    law, ids = MASK_LAWS["seitpp"], (IDS[:1] % 8).expand(4, -1, -1)
+    law, ids = MASK_RATIOS["seitpp"], (IDS[:1] % 8).expand(4, -1, -1)
     torch.manual_seed(0)
     model = MTM(
         "mtm_vit_nano",

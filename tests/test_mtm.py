@@ -15,10 +15,10 @@ from seitpp.engine.metrics import count_flops
 from seitpp.models import MTM, ModelError, TokenAdapt, load_mtm, to_release
 from seitpp.models.masking import fill_hidden, hidden_tokens
 from seitpp.models.weights.pretrained import save_pretrained
-from seitpp.objectives import MASK_LAWS, mask_plan, masked_token_accuracy, masked_token_loss
+from seitpp.objectives import MASK_RATIOS, mask_plan, masked_token_accuracy, masked_token_loss
 from seitpp.tokenizers.transformer import sincos_positions
 
-LAW = MASK_LAWS["seitpp"]
+LAW = MASK_RATIOS["seitpp"]
 
 
 def small_model(**changes) -> MTM:
@@ -236,7 +236,7 @@ def test_encoder_goes_into_the_classifier_without_renaming() -> None:
     encoder = small_model().encoder
     classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=64, num_classes=10)
     missing, unexpected = classifier.load_state_dict(encoder.state_dict(), strict=False)
-    # Fine-tuning averages the patches first and normalises then, so the encoder's last norm is not taken over.
+    # Fine-tuning averages the patches first and normalizes then, so the encoder's last norm is not taken over.
     assert set(missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     assert set(unexpected) == {"norm.weight", "norm.bias"}
 

@@ -203,10 +203,10 @@ def test_the_view_flips_normalizes_and_mixes_each_image_by_its_own_key() -> None
     flipped = KEYS.uniform("flip", 1)[:, 0] < 0.5
     expected = torch.where(flipped.view(-1, 1, 1, 1), IMAGES.flip(3), IMAGES) / 255
     torch.testing.assert_close(back, expected, atol=1e-6, rtol=0)
-    assert 3 <= flipped.sum() <= 13 and labels.share.eq(1).all()
+    assert 3 <= flipped.sum() <= 13 and labels.weight.eq(1).all()
 
     whole, mixed = PixelView(mixup=0.8)(IMAGES, LABELS, KEYS)
-    assert torch.equal(mixed.others, LABELS ^ 2) and mixed.share.lt(1).any()
+    assert torch.equal(mixed.others, LABELS ^ 2) and mixed.weight.lt(1).any()
     part = torch.arange(8, 16)
     halved, _ = PixelView(mixup=0.8)(IMAGES[part], LABELS[part], KEYS.of(part))
     torch.testing.assert_close(halved, whole[part], atol=1e-5, rtol=0)

@@ -44,8 +44,8 @@ def test_loss_by_ratio_shows_the_last_third_and_its_means(drawn, tmp_path: Path)
 
 def test_probe_curve_goes_from_untrained_to_trained(drawn, tmp_path: Path) -> None:
     plots.probe_curve(EVALUATIONS, RESULT, 18, tmp_path / "x.png")
-    linear, neighbours = (line.get_xydata().tolist() for line in drawn[0].lines)
-    assert linear == [[0, 50], [5, 70], [18, 90]] and neighbours == [[0, 40], [5, 60], [18, 80]]
+    linear, neighbors = (line.get_xydata().tolist() for line in drawn[0].lines)
+    assert linear == [[0, 50], [5, 70], [18, 90]] and neighbors == [[0, 40], [5, 60], [18, 80]]
 
 
 @pytest.mark.parametrize("evaluations", [[], EVALUATIONS])

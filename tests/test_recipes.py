@@ -195,7 +195,7 @@ CODEBOOK = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
 
 def test_any_store_trains_without_its_tokenizer(tmp_path: Path) -> None:
     store = small_store(tmp_path / "store", (12, 8), seed=1)
-    finished = run("mtm_pretrain", "smoke", "--store", store, "--crop", "6", "--out", tmp_path / "run")
+    finished = run("mtm_pretrain", "smoke", "--store", store, "--crop-size", "6", "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run/reconstructions.png").exists()
 
@@ -258,7 +258,10 @@ def test_bad_stores_are_refused(smoke: Path, tmp_path: Path) -> None:
         ),
         (["probe", "--checkpoint", smoke, "--store", other, "--out", out], ["codebook", other, smoke]),
         (["mtm_pretrain", "published", "--out", out], ["needs --store"]),
-        (["mtm_pretrain", "smoke", "--crop", "28", "--out", out], ["--crop 28", "(8, 8)", digits().store]),
+        (
+            ["mtm_pretrain", "smoke", "--crop-size", "28", "--out", out],
+            ["--crop-size 28", "(8, 8)", digits().store],
+        ),
         (["mtm_pretrain", "smoke", "--store", cut, "--out", out], [shard]),
         (["mtm_pretrain", "smoke", "--store", tmp_path / "none", "--out", out], [tmp_path / "none"]),
     )

@@ -82,8 +82,8 @@ def smoke(tmp_path_factory) -> Path:
     return folder
 
 
-def grey_store(path: Path) -> Path:
-    """The digits with their 17 shades of grey for ids: exact on every machine, where fitted tokens need not be.
+def gray_store(path: Path) -> Path:
+    """The digits with their 17 shades of gray for ids: exact on every machine, where fitted tokens need not be.
 
     Of 359 validation images, which two processes do not divide.
     """
@@ -97,8 +97,8 @@ def grey_store(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grey(tmp_path_factory) -> Path:
-    return grey_store(tmp_path_factory.mktemp("grey") / "store")
+def gray(tmp_path_factory) -> Path:
+    return gray_store(tmp_path_factory.mktemp("gray") / "store")
 
 
 # Training
@@ -128,7 +128,7 @@ def test_every_step_and_every_evaluation_is_written_down_once(smoke: Path) -> No
 )
 def test_evaluate_judges_by_the_window_of_the_run(flags: tuple, tmp_path: Path) -> None:
     """The input of a linear stem is smaller than its window, that of a ResNet is of any size."""
-    few = ("--epochs", 0.2, "--warmup-epochs", 0.1, "--window", 6, "--batch-size", 64)
+    few = ("--epochs", 0.2, "--warmup-epochs", 0.1, "--eval-window", 6, "--batch-size", 64)
     call(seit_train, "smoke", *flags, *few, "--out", tmp_path / "run")
     call(evaluate, "--checkpoint", tmp_path / "run", "--out", tmp_path / "judged")
     assert accuracies(tmp_path / "judged") == accuracies(tmp_path / "run", "_ema")
@@ -182,10 +182,10 @@ def test_an_evaluation_at_the_last_checkpoint_is_not_written_twice(tmp_path: Pat
     assert lines_of(tmp_path / "run" / "evaluations.jsonl") == before and [at["step"] for at in before] == [2]
 
 
-def test_two_processes_and_accumulation_train_and_judge_the_same_model(grey: Path, tmp_path: Path) -> None:
+def test_two_processes_and_accumulation_train_and_judge_the_same_model(gray: Path, tmp_path: Path) -> None:
     """Without drop-path, which is drawn for each process."""
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
-    settings = ["smoke", "--store", grey, "--drop-path", 0, "--epochs", 1, "--evaluation-epochs", 0.5]
+    settings = ["smoke", "--store", gray, "--drop-path", 0, "--epochs", 1, "--evaluation-epochs", 0.5]
     call(seit_train, *settings, "--out", one)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -201,16 +201,16 @@ def test_two_processes_and_accumulation_train_and_judge_the_same_model(grey: Pat
         assert together["lr"] == alone["lr"]
         assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     for suffix, flag in (("", "--no-ema"), ("_ema", "--ema")):
-        call(evaluate, "smoke", "--checkpoint", two, flag, "--store", grey, "--out", again, "--overwrite")
+        call(evaluate, "smoke", "--checkpoint", two, flag, "--store", gray, "--out", again, "--overwrite")
         assert accuracies(again) == accuracies(two, suffix), "counted by one process, and by two"
         assert accuracies(two, suffix)[0] * 3.59 == pytest.approx(round(accuracies(two, suffix)[0] * 3.59))
 
 
 # All that the losses depend on, so that the presets may change.
 GOLDEN_SETTINGS = (
-    "--model seit_vit_nano --stem conv4 --crop resized --crop-scale 0.3 1 --eda release --colour paper --cutmix 1 "
-    "--mixup 0 --smoothing 0.1 --drop-path 0 --batch-size 64 --warmup-epochs 0.5 --base-lr 0.016 --warmup-lr 1e-6 "
-    "--min-lr 1e-5 --weight-decay 0.1 --seed 0"
+    "--model seit_vit_nano --stem conv4 --crop-mode resized --crop-scale 0.3 1 --eda release --color paper "
+    "--cutmix 1 --mixup 0 --smoothing 0.1 --drop-path 0 --batch-size 64 --warmup-epochs 0.5 --base-lr 0.016 "
+    "--warmup-lr 1e-6 --min-lr 1e-5 --weight-decay 0.1 --seed 0"
 )
 
 
@@ -220,14 +220,14 @@ def losses_of_50_steps(store: Path, folder: Path) -> list[float]:
     return [line["loss"] for line in lines_of(folder / "metrics.jsonl")]
 
 
-def test_the_golden_loss(grey: Path, tmp_path: Path) -> None:
+def test_the_golden_loss(gray: Path, tmp_path: Path) -> None:
     """Kernels of another CPU (SSE) and two threads moved losses by a share of 1e-7.
 
     A last rate of 2e-5 moved them by 2e-4, Emb-Noise of deviation 1.05 by 5e-4, smoothing 0.11 by 1e-3, crops from
     0.31, CutMix of 0.9 and SR of 27 % of the tokens by 2e-3 and more. After a change that is wanted, write
     `losses_of_50_steps` into the golden file.
     """
-    golden, losses = json.loads(GOLDEN.read_text())["losses"], losses_of_50_steps(grey, tmp_path / "run")
+    golden, losses = json.loads(GOLDEN.read_text())["losses"], losses_of_50_steps(gray, tmp_path / "run")
     assert len(losses) == len(golden) == 50
     assert losses[:10] == pytest.approx(golden[:10], rel=1e-5)
     assert losses == pytest.approx(golden, rel=5e-5)
@@ -236,18 +236,18 @@ def test_the_golden_loss(grey: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", seit_train.PRESETS)
 def test_every_preset_fits_the_published_tokens(preset: str) -> None:
     config, codebook = seit_train.PRESETS[preset], torch.randn(391, 32)
-    size = config.size or config.window or 32
+    size = config.size or config.eval_window or 32
     view = SeitView(
         codebook,
         size=size,
-        crop=config.crop,
+        crop=config.crop_mode,
         scale=config.crop_scale,
         eda=config.eda,
-        color=config.colour,
+        color=config.color,
         cutmix=config.cutmix,
         mixup=config.mixup,
-        adapt=TokenAdapt() if config.adapted else None,
-        tokenadapt_fraction=config.adapted,
+        adapt=TokenAdapt() if config.tokenadapt_fraction else None,
+        tokenadapt_fraction=config.tokenadapt_fraction,
     )
     maps, _ = view(torch.randint(391, (8, 32, 32)), torch.arange(8), Keys(0, 0, torch.arange(8)))
     with torch.device("meta"):
@@ -265,7 +265,7 @@ def test_every_preset_fits_the_published_tokens(preset: str) -> None:
 
 def test_the_preset_of_imagenet21k_killed_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch) -> None:
     """LAMB with clipped gradients, on the digits."""
-    small = ["--model", "seit_vit_nano", "--window", 8, "--size", 7, "--batch-size", 128, "--base-lr", 2e-2]
+    small = ["--model", "seit_vit_nano", "--eval-window", 8, "--size", 7, "--batch-size", 128, "--base-lr", 2e-2]
     here = ["--precision", "no", "--no-compile", "--workers", 0, "--log-steps", 1]
     length = ["--epochs", 4 / EPOCH, "--warmup-epochs", 1 / EPOCH, "--checkpoint-epochs", 2 / EPOCH]
     line = ["imagenet21k", "--store", digits().store, *small, *here, *length]
@@ -346,7 +346,7 @@ def test_the_linear_stem_sees_its_window_resized(tmp_path: Path) -> None:
     call(seit_train, "smoke", "--stem", "linear", "--size", 4, *few, "--out", tmp_path / "run")
     model = load_classifier(tmp_path / "run" / "model.safetensors").model
     assert model.patch_embed.grid_size == (4, 4)
-    call(evaluate, "smoke", "--checkpoint", tmp_path / "run", "--window", 8, "--out", tmp_path / "evaluation")
+    call(evaluate, "smoke", "--checkpoint", tmp_path / "run", "--eval-window", 8, "--out", tmp_path / "evaluation")
     assert accuracies(tmp_path / "evaluation") == accuracies(tmp_path / "run", "_ema")
 
 
@@ -367,7 +367,7 @@ def test_predictions_are_in_the_order_of_the_split(smoke: Path) -> None:
 
 
 def test_what_cannot_be_evaluated_is_refused(
-    smoke: Path, pictures: Path, grey: Path, tmp_path: Path, capfd, monkeypatch
+    smoke: Path, pictures: Path, gray: Path, tmp_path: Path, capfd, monkeypatch
 ) -> None:
     out, store = ["smoke", "--out", tmp_path / "run"], TokenStore(digits().store)
     own, fingerprint = ["--checkpoint", smoke], codebook_fingerprint(store.codebook)
@@ -407,13 +407,13 @@ def test_what_cannot_be_evaluated_is_refused(
         (["--checkpoint", tmp_path / "adapt.pth"], "adapt.pth", "TokenAdapt"),
         (["--checkpoint", tmp_path / "foreign"], "codebook", "the embedded digits", tmp_path / "foreign"),
         (["--checkpoint", tmp_path / "narrow.pth"], "32 dimensions", "narrow.pth takes 4"),
-        ([*own, "--store", grey], "codebook", grey, smoke),
+        ([*own, "--store", gray], "codebook", gray, smoke),
         ([*own, "--data", pictures], "--tokenizer", smoke),
         ([*own, "--tokenizer", tokenizer], "--data"),
-        ([*own, "--data", pictures, "--tokenizer", tokenizer, "--store", grey], "--store"),
+        ([*own, "--data", pictures, "--tokenizer", tokenizer, "--store", gray], "--store"),
         ([*own, "--data", pictures, "--tokenizer", tokenizer, "--split", "test"], "test"),
         (["--checkpoint", tmp_path / "three"], "10 classes", "3 of", tmp_path / "three"),
         (["--checkpoint", tmp_path / "swapped"], "'0'", "'1'"),
-        ([*own, "--window", 9], "9 x 9", "(8, 8)"),
+        ([*own, "--eval-window", 9], "9 x 9", "(8, 8)"),
     ):
         refused(capfd, monkeypatch, evaluate, [*out, *arguments], *words)

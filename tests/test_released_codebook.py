@@ -81,7 +81,7 @@ def pixels(pictures: Path, split: str) -> Tensor:
 
 def arguments(pictures: Path, tokenizer: Path, out: Path, *flags: object, split: str = "train") -> list:
     where = ["--data", pictures, "--source-split", split, "--split", split, "--out", out]
-    return [*where, "--tokenizer", tokenizer, "--batch-size", 16, *flags]
+    return [*where, "--tokenizer", tokenizer, "--batch-size-per-process", 16, *flags]
 
 
 def make(pictures: Path, tokenizer: Path, out: Path, *flags: object) -> Path:
@@ -197,7 +197,7 @@ def test_two_processes_give_the_same_bytes(store, pictures, checkpoint, tmp_path
 
 @pytest.fixture(scope="module")
 def release(store, tmp_path_factory) -> Path:
-    """The tokens of `store` as released files, whose codebook holds the rows L2-normalised: other bytes."""
+    """The tokens of `store` as released files, whose codebook holds the rows L2-normalized: other bytes."""
     folder = export_release(store, tmp_path_factory.mktemp("release") / "files")
     rows = F.normalize(torch.load(folder / "codebook.ckpt", weights_only=True), dim=1)
     torch.save(rows, folder / "codebook.ckpt")
@@ -370,7 +370,7 @@ def test_ade20k(full, checkpoint, tmp_path) -> None:
 
 
 def test_tokenadapt(store, pictures, tmp_path) -> None:
-    flags = ["--data", pictures, "--split", "train", "--validation-split", "validation", "--crop", 7]
+    flags = ["--data", pictures, "--split", "train", "--validation-split", "validation", "--crop-size", 7]
     sizes = ["--load-size", SIDE, "--image-size", SIDE, "--batch-size", 16, "--warmup-epochs", 0]
     out = tmp_path / "adapt"
     call(tokenadapt_train, "smoke", *flags, *sizes, "--tokenizer", tokenizer_of(store), "--out", out)

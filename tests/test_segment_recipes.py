@@ -25,7 +25,7 @@ from downstream.segmentation.pixels import PixelPipeline
 from downstream.segmentation.scenes import write_scenes
 from seitpp import StoreWriter, TokenStore, plots
 from seitpp.codebook import codebook_fingerprint, embed
-from seitpp.data.dataset import Chosen, Share
+from seitpp.data.dataset import Chosen, MicroBatch
 from seitpp.engine.config import parse
 from seitpp.engine.optim import warmup_linear
 from seitpp.images.annotated import AnnotatedSource
@@ -140,7 +140,7 @@ def test_training_starts_from_a_checkpoint(scenes: Scenes, tmp_path: Path) -> No
     """The first update has the rate 0."""
     store = TokenStore(scenes.store)
     encoder = pretrained(tmp_path / "mtm.safetensors", store, store.codebook)
-    way = ("--checkpoint", tmp_path / "mtm.safetensors", "--crop", 16, "--steps", 1, "--warmup-steps", 1)
+    way = ("--checkpoint", tmp_path / "mtm.safetensors", "--crop-size", 16, "--steps", 1, "--warmup-steps", 1)
     call(segment, "smoke", *way, "--out", tmp_path / "run")
     written = load_file(tmp_path / "run/model.safetensors")
     shared = [name for name in encoder if not name.startswith(("norm.", "fc_norm.", "head."))]
@@ -282,13 +282,14 @@ def pipeline(scenes: Scenes, seed: int = 0) -> PixelPipeline:
 
 
 def test_the_pipeline_draws_by_seed_epoch_and_image(scenes: Scenes) -> None:
-    first = pipeline(scenes).__getitems__(Share([3, 7], epoch=0))
-    again = Chosen(pipeline(scenes), np.array([3, 7])).__getitems__(Share([1, 0], epoch=0))
+    first = pipeline(scenes).__getitems__(MicroBatch([3, 7], epoch=0))
+    again = Chosen(pipeline(scenes), np.array([3, 7])).__getitems__(MicroBatch([1, 0], epoch=0))
     assert first.images.shape == (2, 3, 32, 32) and first.images.dtype == torch.uint8
     assert torch.equal(first.images[[1, 0]], again.images) and torch.equal(first.labels[[1, 0]], again.labels)
-    assert not torch.equal(first.images[0], pipeline(scenes).__getitems__(Share([3], epoch=1)).images[0])
-    assert not torch.equal(first.images[1], pipeline(scenes, seed=1).__getitems__(Share([7], epoch=0)).images[0])
-    labels = pipeline(scenes).__getitems__(Share(range(48), epoch=0)).labels
+    assert not torch.equal(first.images[0], pipeline(scenes).__getitems__(MicroBatch([3], epoch=1)).images[0])
+    other = pipeline(scenes, seed=1).__getitems__(MicroBatch([7], epoch=0))
+    assert not torch.equal(first.images[1], other.images[0])
+    labels = pipeline(scenes).__getitems__(MicroBatch(range(48), epoch=0)).labels
     assert set(labels.unique().tolist()) == {0, 1, 2, 3, 4, 5, 255}
 
 
@@ -338,7 +339,7 @@ def test_what_cannot_be_segmented_is_refused(
         (["smoke", "--store", plain], plain, "'annotation'"),
         (["smoke", *data], "--tokenizer"),
         (["smoke", "--tokenizer", scenes.tokenizer], "--tokenizer", "--data"),
-        (["smoke", *data, "--tokenizer", scenes.tokenizer, "--colour", "paper"], "--colour"),
+        (["smoke", *data, "--tokenizer", scenes.tokenizer, "--color", "paper"], "--color"),
     ):
         refused(capfd, monkeypatch, segment, [*arguments, *out], *words)
     judged = ["smoke", "--checkpoint", smoke, *out]
@@ -368,13 +369,13 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None
 
 
 def test_classes_and_errors_are_painted_exactly() -> None:
-    colours = plots.class_colours(150)
-    assert len({tuple(colour) for colour in (colours * 255).round().int().tolist()}) == 150
-    assert colours.min() >= 0 and colours.max() <= 1
+    colors = plots.class_colors(150)
+    assert len({tuple(color) for color in (colors * 255).round().int().tolist()}) == 150
+    assert colors.min() >= 0 and colors.max() <= 1
     labels = torch.tensor([[0, 3, 255], [149, 1, 2]], dtype=torch.uint8)
-    painted = plots.paint_classes(labels, colours)
+    painted = plots.paint_classes(labels, colors)
     assert painted.shape == (3, 2, 3) and torch.equal(painted[:, 0, 2], torch.zeros(3))
-    assert torch.equal(painted[:, 1, 0], colours[149]) and torch.equal(painted[:, 0, 1], colours[3])
+    assert torch.equal(painted[:, 1, 0], colors[149]) and torch.equal(painted[:, 0, 1], colors[3])
     errors = plots.paint_errors(torch.tensor([[0, 4, 5], [149, 1, 7]]), labels)
     red, light = (torch.tensor(plots.VERDICTS[kind]) for kind in (1, 0))
     assert torch.equal(errors[:, 0, 1], red) and torch.equal(errors[:, 1, 2], red)

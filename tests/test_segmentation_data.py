@@ -122,7 +122,7 @@ def test_the_loader_gives_batches_and_workers_get_a_store_by_its_path(tmp_path: 
         (b"", "image 1 cannot be read"),
         (png(np.zeros((400, 400), np.uint8))[:60], "image 1 cannot be read"),
     ],
-    ids=["class", "16 bits", "colours", "empty", "cut off"],
+    ids=["class", "16 bits", "colors", "empty", "cut off"],
 )
 def test_a_bad_label_map_is_named(tmp_path: Path, annotation: bytes, message: str) -> None:
     good = png(np.full((4, 4), 3, np.uint8))
@@ -159,10 +159,10 @@ def test_labels_follow_their_tokens_exactly_without_a_resize() -> None:
 
 def test_labels_follow_their_tokens_within_half_a_cell_of_a_resize() -> None:
     maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH)(numbered(GRIDS), keys(64))
-    centres = labels[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
-    inside = centres != 255
+    centers = labels[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
+    inside = centers != 255
     assert 0.5 < inside.float().mean() < 1
-    for axis, token in enumerate((centres // COLUMNS, centres % COLUMNS)):
+    for axis, token in enumerate((centers // COLUMNS, centers % COLUMNS)):
         # The bicubic kernel moves a ramp by 0.048 of a token at most.
         assert (maps[:, axis] - token)[inside].abs().max() < 0.55
 
@@ -271,11 +271,11 @@ def test_a_mirrored_resized_box_has_its_labels() -> None:
     maps, labels = SegmentView(torch.eye(240), crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))(
         numbered(GRIDS), keys(64)
     )
-    centres, tokens = labels[1::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH], maps[1::2].argmax(dim=1)
-    inside = centres != 255
+    centers, tokens = labels[1::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH], maps[1::2].argmax(dim=1)
+    inside = centers != 255
     for axis in (lambda number: number // COLUMNS, lambda number: number % COLUMNS):
-        assert (axis(tokens) - axis(centres))[inside].abs().max() <= 1
-    assert ((tokens == centres) & inside).sum() > 0.6 * inside.sum()
+        assert (axis(tokens) - axis(centers))[inside].abs().max() <= 1
+    assert ((tokens == centers) & inside).sum() > 0.6 * inside.sum()
 
 
 def test_the_mirror_is_g_of_the_mirrored_f() -> None:
@@ -312,11 +312,11 @@ def test_an_image_does_not_depend_on_its_batch(mirrored: bool) -> None:
     assert not torch.equal(view(batch, keys(16, epoch=1))[0], maps)
 
 
-def test_colour_comes_last() -> None:
+def test_color_comes_last() -> None:
     batch = numbered(GRIDS[:8])
     maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH)(batch, keys(8))
-    coloured, same = SegmentView(PLACES, crop=CROP, patch=PATCH, color="seitpp")(batch, keys(8))
-    assert torch.equal(coloured, ColorAugment("seitpp")(maps, keys(8))) and torch.equal(same, labels)
+    colored, same = SegmentView(PLACES, crop=CROP, patch=PATCH, color="seitpp")(batch, keys(8))
+    assert torch.equal(colored, ColorAugment("seitpp")(maps, keys(8))) and torch.equal(same, labels)
 
 
 def test_the_view_says_what_it_does_and_what_does_not_fit() -> None:

@@ -56,7 +56,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def tokenize(data: Path, tokenizer: Path, out: Path, **settings) -> None:
-    given = {"short_side": 40, "batch_size": 4, "workers": 0, **settings}
+    given = {"short_side": 40, "batch_size_per_process": 4, "workers": 0, **settings}
     config = tokenize_images.Config(data=str(data), tokenizer=str(tokenizer), out=str(out), **given)
     tokenize_images.main(config)
 
@@ -173,10 +173,10 @@ def test_the_long_side_keeps_the_aspect_ratio_to_half_a_patch() -> None:
 
 def test_an_annotation_keeps_its_values_in_the_fewest_bytes() -> None:
     values = np.kron(np.random.default_rng(0).integers(0, 12, (16, 16)), np.ones((4, 4))).astype(np.uint8)
-    coloured = Image.fromarray(values)
-    coloured.putpalette(np.random.default_rng(1).integers(0, 256, (12, 3)).astype(np.uint8).tobytes())
+    colored = Image.fromarray(values)
+    colored.putpalette(np.random.default_rng(1).integers(0, 256, (12, 3)).astype(np.uint8).tobytes())
     file = io.BytesIO()
-    coloured.save(file, "PNG")
+    colored.save(file, "PNG")
     sources = [png(values), png(values, compress_level=0), png(values.astype(np.uint16)), file.getvalue()]
     assert [read_png(data).dtype for data in sources] == [np.uint8, np.uint8, np.uint16, np.uint8]
     for source in sources:
@@ -211,8 +211,8 @@ def cut(image: Path, annotation: Path) -> None:
     annotation.write_bytes(annotation.read_bytes()[:100])
 
 
-def packed_grey(image: Path, annotation: Path) -> None:
-    """Grey of four bits, which Pillow does not write: a palette PNG that lost its palette."""
+def packed_gray(image: Path, annotation: Path) -> None:
+    """Gray of four bits, which Pillow does not write: a palette PNG that lost its palette."""
     file = Image.fromarray(np.ones((32, 32), np.uint8))
     file.putpalette([0, 0, 0] * 16)
     file.save(annotation)
@@ -250,7 +250,7 @@ BAD = {
         write_values(np.ones((32, 32, 3), np.uint8)),
         r"scene_000001.png: PNG of 8 bits with 3 channels, expected a PNG with one channel",
     ),
-    "four bits": (packed_grey, r"scene_000001.png: PNG of 4 bits with 1 channels, expected"),
+    "four bits": (packed_gray, r"scene_000001.png: PNG of 4 bits with 1 channels, expected"),
     "lossy": (
         lambda image, annotation: Image.new("L", (32, 32)).save(annotation, "JPEG"),
         r"scene_000001.png: JPEG, expected a PNG",
@@ -388,18 +388,18 @@ def test_scenes_show_all_classes_some_ignored_pixels_and_sizes_that_differ() -> 
     assert len(shares) == 7 and 0.01 < shares[0] < 0.15 and 0.4 < shares[1] < 0.75 and (shares[2:] > 0.02).all()
 
 
-def test_a_class_has_no_place_and_no_colour() -> None:
-    places, colours = {2: [], 4: []}, {2: [], 4: []}
+def test_a_class_has_no_place_and_no_color() -> None:
+    places, colors = {2: [], 4: []}, {2: [], 4: []}
     for seed in range(150):
         image, annotation = scene(np.random.default_rng(seed), 4, 48)
         for value in places:
             if (annotation == value).any():
                 places[value].append(np.argwhere(annotation == value).mean(axis=0))
                 red, _, blue = image[annotation == value].mean(axis=0)
-                colours[value].append(red - blue)
+                colors[value].append(red - blue)
     for axis in (0, 1):
         assert ks_2samp(*(np.array(found)[:, axis] for found in places.values())).pvalue > 0.01
-    assert ks_2samp(*colours.values()).pvalue > 0.01
+    assert ks_2samp(*colors.values()).pvalue > 0.01
 
 
 def test_2_to_169_classes_have_names_and_others_are_refused(tmp_path) -> None:

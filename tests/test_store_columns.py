@@ -264,7 +264,7 @@ def test_a_store_has_one_grid_or_none(store):
 
 
 def smooth(n: int, seed: int) -> np.ndarray:
-    """(n, 8, 8) ids of which neighbours are alike, for codecs that look at them."""
+    """(n, 8, 8) ids of which neighbors are alike, for codecs that look at them."""
     rng = np.random.default_rng(seed)
     return (rng.integers(0, 17, (n, 1, 1)) + rng.integers(0, 3, (n, 8, 8))).astype(np.int64)
 

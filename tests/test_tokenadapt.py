@@ -117,12 +117,12 @@ def test_save_and_load(tmp_path) -> None:
 
 
 def exact_tokenizer() -> PatchKMeans:
-    """Codes are the eight colours with channels 0 or 1, in patches of 6 x 6 pixels."""
+    """Codes are the eight colors with channels 0 or 1, in patches of 6 x 6 pixels."""
     tokenizer = PatchKMeans(TokenizerSpec("patch_kmeans", (24, 24), 6, 8, 4))
-    colours = torch.tensor([[n >> 2 & 1, n >> 1 & 1, n & 1] for n in range(8)]).float()
+    colors = torch.tensor([[n >> 2 & 1, n >> 1 & 1, n & 1] for n in range(8)]).float()
     tokenizer.components.copy_(torch.eye(3).repeat_interleave(36, dim=1) / 36)
     tokenizer.mean.fill_(0.5)
-    tokenizer.codebook.copy_(torch.cat([colours - 0.5, torch.full((8, 1), 3**0.5)], dim=1))
+    tokenizer.codebook.copy_(torch.cat([colors - 0.5, torch.full((8, 1), 3**0.5)], dim=1))
     return tokenizer.eval()
 
 

@@ -134,8 +134,8 @@ def test_evaluation_does_one_thing_to_every_image(name: str, changed: tuple[bool
         ("smoke", {"data": "."}, "with --data needs --tokenizer"),
         ("smoke", {"tokenizer": "none.safetensors"}, "no tokenizer file at none.safetensors"),
         ("smoke", {"tokenizer": "refined"}, "windows of 8"),
-        ("smoke", {"image_size": 30, "crop": 7}, "not a multiple of patch 4"),
-        ("smoke", {"crop": 9}, "a crop of 9 tokens is 36 pixels of images of 32"),
+        ("smoke", {"image_size": 30, "crop_size": 7}, "not a multiple of patch 4"),
+        ("smoke", {"crop_size": 9}, "a crop of 9 tokens is 36 pixels of images of 32"),
         ("smoke", {"image_size": 64}, "--image-size 64: expected at most --load-size 32"),
     ],
 )
@@ -145,7 +145,7 @@ def test_bad_settings_are_refused(folder, tmp_path, preset: str, changes: dict, 
     if "data" in changes:
         changes = {**changes, "data": str(folder)}
     if changes.get("tokenizer") == "refined":
-        changes = {"tokenizer": str(tmp_path / "refined.safetensors"), "crop": 7}
+        changes = {"tokenizer": str(tmp_path / "refined.safetensors"), "crop_size": 7}
     out = tmp_path / "run"
     with pytest.raises(UserError, match=message):
         recipe.main(replace(recipe.PRESETS[preset], out=str(out), **changes))
@@ -157,7 +157,7 @@ def test_a_folder_and_a_tokenizer_of_the_users(folder, tmp_path) -> None:
     assert (len(train), len(held_out)) == (38, 2)
     images = train.__getitems__(list(range(38))).images / 255
     PatchKMeans.fit(images, 32, 8, 20, 6).save(tmp_path / "tokenizer.safetensors")
-    settings = {"data": str(folder), "tokenizer": str(tmp_path / "tokenizer.safetensors"), "crop": 3}
+    settings = {"data": str(folder), "tokenizer": str(tmp_path / "tokenizer.safetensors"), "crop_size": 3}
     recipe.main(replace(TINY, out=str(tmp_path / "run"), **settings))
     model, _ = load_tokenadapt(tmp_path / "run" / "model.safetensors")
     assert (model.grid, model.crop, model.head.out_features) == ((4, 4), (3, 3), 20)

@@ -49,7 +49,19 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def arguments(folder: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
-    line = ["--data", folder, "--tokenizer", tokenizer, "--out", out, "--batch-size", 8, "--workers", 1, *more]
+    line = [
+        "--data",
+        folder,
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        out,
+        "--batch-size-per-process",
+        8,
+        "--workers",
+        1,
+        *more,
+    ]
     return [str(RECIPE), *map(str, line)]
 
 

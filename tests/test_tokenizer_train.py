@@ -123,18 +123,18 @@ def test_gradients_go_where_they_should() -> None:
     assert moved(model, weighted_sum(losses)) == names
 
 
-def test_a_discriminator_learns_to_tell_noise_from_grey() -> None:
+def test_a_discriminator_learns_to_tell_noise_from_gray() -> None:
     torch.manual_seed(0)
     judge = Discriminator(20, widest=8)  # 20 -> 10 -> 5 -> 2
     optimizer = torch.optim.Adam(judge.parameters(), 3e-3)
-    noise, grey = torch.rand(16, 3, 20, 20), torch.full((16, 3, 20, 20), 0.5)
+    noise, gray = torch.rand(16, 3, 20, 20), torch.full((16, 3, 20, 20), 0.5)
     for _ in range(30):
-        real, fake = judge(noise), judge(grey)
+        real, fake = judge(noise), judge(gray)
         loss = (1 - real).relu().mean() + (1 + fake).relu().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert judge(noise).shape == (16, 1) and judge(noise).min() > judge(grey).max()
+    assert judge(noise).shape == (16, 1) and judge(noise).min() > judge(gray).max()
 
 
 def test_quality_by_hand() -> None:

@@ -45,8 +45,8 @@ def test_ids_of_held_out_crops_decode_to_the_crops(tokenizer, photographs) -> No
     ids = tokenizer.encode(tokenizer.preprocess(images))
     assert ids.shape == (len(images), 8, 8) and ids.dtype == torch.int64
     assert len(ids.unique()) > 64
-    mean_colour = images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images)
-    assert psnr(tokenizer.decode(ids), images) > psnr(mean_colour, images) + 6
+    mean_color = images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images)
+    assert psnr(tokenizer.decode(ids), images) > psnr(mean_color, images) + 6
 
 
 def test_codes_are_their_own_nearest_and_numbered_by_popularity(tokenizer, photographs) -> None:
@@ -121,7 +121,7 @@ def test_bad_input_is_named(tokenizer, tmp_path) -> None:
         ({"code_dim": 32.0}, "expected positive integers"),
         ({"image_size": "64"}, "expected positive integers"),
         ({"kind": "other"}, "holds no tokenizer that we know"),
-        ({"colour": 1}, "not the spec of a tokenizer"),
+        ({"color": 1}, "not the spec of a tokenizer"),
         (None, "its header says None"),
     ],
 )
@@ -270,7 +270,7 @@ def test_the_spec_travels_as_json(tokenizer) -> None:
     older = {key: description["spec"][key] for key in ("kind", "image_size", "patch", "num_codes", "code_dim")}
     assert TokenizerSpec.from_json(older) == tokenizer.spec
     with pytest.raises(TokenizerError, match="not the spec of a tokenizer"):
-        TokenizerSpec.from_json({**older, "colour": "red"})
+        TokenizerSpec.from_json({**older, "color": "red"})
     with pytest.raises(TokenizerError, match="lookup 'manhattan'"):
         TokenizerSpec.from_json({**older, "lookup": "manhattan"})
 

@@ -124,23 +124,23 @@ def test_janus_looks_up_by_direction_as_its_decoder_does(images) -> None:
 class Quantize(nn.Module):
     """As in taming-style modules: gives (map, loss, (perplexity, one-hot, flat ids))."""
 
-    def __init__(self, normalised: bool):
+    def __init__(self, normalized: bool):
         super().__init__()
-        self.embedding, self.normalised = nn.Embedding(20, 4), normalised
+        self.embedding, self.normalized = nn.Embedding(20, 4), normalized
 
     def forward(self, z: Tensor) -> tuple:
         vectors, rows = z.permute(0, 2, 3, 1), self.embedding.weight
-        if self.normalised:
+        if self.normalized:
             vectors, rows = F.normalize(vectors, dim=-1), F.normalize(rows, dim=-1)
         ids = torch.cdist(vectors.flatten(0, 2), rows).argmin(dim=1)
         return rows[ids].view(vectors.shape).permute(0, 3, 1, 2), torch.zeros(()), (None, None, ids)
 
 
 class Taming(nn.Module):
-    def __init__(self, normalised: bool = False):
+    def __init__(self, normalized: bool = False):
         super().__init__()
         self.encoder, self.decoder = nn.Conv2d(3, 4, 4, 4), nn.ConvTranspose2d(4, 3, 4, 4)
-        self.quantize = Quantize(normalised)
+        self.quantize = Quantize(normalized)
 
     def encode(self, x: Tensor) -> tuple:
         return self.quantize(self.encoder(x))
@@ -149,11 +149,11 @@ class Taming(nn.Module):
         return self.decoder(quantized)
 
 
-@pytest.mark.parametrize(("lookup", "normalised"), [("euclidean", False), ("cosine", True)])
+@pytest.mark.parametrize(("lookup", "normalized"), [("euclidean", False), ("cosine", True)])
 @torch.no_grad()
-def test_taming_style(images, lookup, normalised) -> None:
+def test_taming_style(images, lookup, normalized) -> None:
     torch.manual_seed(0)
-    model = Taming(normalised)
+    model = Taming(normalized)
     tokenizer = TamingVQ(model, patch=4, image_size=SIZE, lookup=lookup)
     quantized, _, (_, _, their_ids) = model.encode(images * 2 - 1)
     ids = tokenizer.encode(images)
@@ -217,24 +217,24 @@ def test_torchscript_pair(images, tmp_path) -> None:
 
 
 BRIGHTNESS = torch.linspace(0, 1, 5).unsqueeze(1)  # five codes, one channel
-GREY = TokenizerSpec("grey", (SIZE, SIZE), patch=4, num_codes=5, code_dim=1, lookup="euclidean")
+GRAY = TokenizerSpec("gray", (SIZE, SIZE), patch=4, num_codes=5, code_dim=1, lookup="euclidean")
 
 
-def grey_ids(images: Tensor) -> Tensor:
+def gray_ids(images: Tensor) -> Tensor:
     return F.avg_pool2d(images.mean(dim=1), 4).mul(4).round().long().flatten(1)
 
 
-def grey_images(ids: Tensor) -> Tensor:
+def gray_images(ids: Tensor) -> Tensor:
     return F.interpolate((ids / 4).unsqueeze(1).expand(-1, 3, -1, -1), scale_factor=4.0, mode="nearest")
 
 
-def grey() -> Tokenizer:
-    return adapters.from_functions(grey_ids, BRIGHTNESS, grey_images, spec=GREY)
+def gray() -> Tokenizer:
+    return adapters.from_functions(gray_ids, BRIGHTNESS, gray_images, spec=GRAY)
 
 
 def test_functions_and_their_compact_copy() -> None:
     bright = torch.tensor([0.0, 0.25, 1.0, 1.0]).view(4, 1, 1, 1).expand(4, 3, SIZE, SIZE)
-    tokenizer = grey()
+    tokenizer = gray()
     ids = tokenizer.encode(bright)
     assert ids.shape == (4, 8, 8) and ids[:, 0, 0].tolist() == [0, 1, 4, 4]
     torch.testing.assert_close(tokenizer.decode(ids), bright)
@@ -275,18 +275,18 @@ def test_functions_get_the_range_that_the_spec_says() -> None:
 
 def test_a_network_that_does_not_fit_is_named(images) -> None:
     def ids_of(result: Tensor) -> Tokenizer:
-        return adapters.from_functions(lambda _: result, BRIGHTNESS, spec=GREY)
+        return adapters.from_functions(lambda _: result, BRIGHTNESS, spec=GRAY)
 
     with pytest.raises(TokenizerError, match=r"expected 8 x 8 each: is its patch not 4"):
         ids_of(torch.zeros(2, 16, 16, dtype=torch.long)).encode(images)
-    with pytest.raises(TokenizerError, match="ids 0 to 5 of the grey network, expected 0 to 4"):
+    with pytest.raises(TokenizerError, match="ids 0 to 5 of the gray network, expected 0 to 4"):
         ids_of(torch.arange(128).clamp(max=5)).encode(images)
-    with pytest.raises(TokenizerError, match=r"float32 of the grey network: expected integers"):
+    with pytest.raises(TokenizerError, match=r"float32 of the gray network: expected integers"):
         ids_of(torch.zeros(2, 64)).encode(images)
-    with pytest.raises(TokenizerError, match="grey tokenizer has no decoder"):
+    with pytest.raises(TokenizerError, match="gray tokenizer has no decoder"):
         ids_of(torch.zeros(2, 64)).decode(torch.zeros(2, 8, 8, dtype=torch.long))
     with pytest.raises(TokenizerError, match=r"codebook of shape \(4, 1\).*which says \(5, 1\)"):
-        adapters.from_functions(grey_ids, BRIGHTNESS[:4], spec=GREY)
+        adapters.from_functions(gray_ids, BRIGHTNESS[:4], spec=GRAY)
     model = diffusers_model(images)
     model.config["block_out_channels"] = (16,)
     model.register_to_config(block_out_channels=(16,))

@@ -59,8 +59,8 @@ def plain_positions(side: int, width: int) -> Tensor:
 
 
 def plain_norm(x: Tensor, state: dict, name: str) -> Tensor:
-    centred = x - x.mean(dim=-1, keepdim=True)
-    scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    centerd = x - x.mean(dim=-1, keepdim=True)
+    scaled = centerd / (centerd.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 

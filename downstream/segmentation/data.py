@@ -97,7 +97,7 @@ class SegmentedTokens(Dataset):
             raise AnnotationError(f"{where} cannot be read ({error}); write the store again") from error
         if values.ndim != 2 or values.dtype != np.uint8:
             raise AnnotationError(
-                f"{where} has {values.shape} values of {values.dtype}, expected (height, width) of 8 bits: a grey "
+                f"{where} has {values.shape} values of {values.dtype}, expected (height, width) of 8 bits: a gray "
                 "or palette PNG"
             )
         classes = len(self.store.class_names)

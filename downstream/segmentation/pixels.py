@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from downstream.segmentation.data import IGNORED
 from downstream.segmentation.extra import load_mmseg
-from seitpp.data.dataset import Share
+from seitpp.data.dataset import MicroBatch
 from seitpp.images.annotated import AnnotatedSource, decode_annotation
 from seitpp.images.decode import open_image
 
@@ -62,7 +62,7 @@ class PixelPipeline(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, share: Share) -> PixelBatch:
+    def __getitems__(self, share: MicroBatch) -> PixelBatch:
         crops = [self._augmented(share.epoch, index) for index in share]
         images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*crops, strict=True))
         return PixelBatch(torch.tensor(share), images.permute(0, 3, 1, 2), labels)

@@ -2,7 +2,7 @@
 
 On a plain background lie shapes that hide parts of each other. The class of a shape is its form together with its
 texture: a disc of stripes and a disc of dots are two classes, and so are a disc and a square of stripes. Place,
-size and colours are drawn without regard to the class. Mirrored, a scene keeps its classes.
+size and colors are drawn without regard to the class. Mirrored, a scene keeps its classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "hexagon": lambda u, v: np.maximum(0.866 * abs(u) + 0.5 * abs(v), abs(v)) < 0.95,
 }
 
-# A texture is a function of x and y in periods and of a generator: which pixels have the light colour.
+# A texture is a function of x and y in periods and of a generator: which pixels have the light color.
 TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, Generator], np.ndarray]] = {
     "lying stripes": lambda x, y, rng: _wave(y + 0 * x) > 0,
     "dots": lambda x, y, rng: _wave(x) + _wave(y) > 0.6,
@@ -95,15 +95,15 @@ def scene(rng: Generator, num_classes: int, size: int | tuple[int, int]) -> tupl
     height, width = rng.integers(least, most, 2, endpoint=True).tolist()
     y, x = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
     image, classes = _background(rng, y / height, x / width), np.ones((height, width), np.uint8)
-    for centre in _places(rng, rng.integers(3, 7), height, width):
+    for center in _places(rng, rng.integers(3, 7), height, width):
         number = int(rng.integers(2, num_classes, endpoint=True))
         form, texture, grade = _kinds()[number - 2]
         radii = rng.uniform(0.15, 0.24) * min(height, width) * rng.uniform(0.85, 1.15, 2)
-        inside = FORMS[form]((x - centre[1]) / radii[1], (y - centre[0]) / radii[0])
+        inside = FORMS[form]((x - center[1]) / radii[1], (y - center[0]) / radii[0])
         phase = rng.random(2)
         light = TEXTURES[texture](x / PERIODS[grade] + phase[1], y / PERIODS[grade] + phase[0], rng)
-        dark_colour, light_colour = rng.uniform(0.05, 0.4, 3), rng.uniform(0.6, 0.95, 3)
-        image = np.where(inside[..., None], np.where(light[..., None], light_colour, dark_colour), image)
+        dark_color, light_color = rng.uniform(0.05, 0.4, 3), rng.uniform(0.6, 0.95, 3)
+        image = np.where(inside[..., None], np.where(light[..., None], light_color, dark_color), image)
         classes[inside] = number
     noisy = image + rng.normal(0, 0.02, image.shape)
     return (noisy.clip(0, 1) * 255).round().astype(np.uint8), np.where(_edges(classes), np.uint8(0), classes)
@@ -128,14 +128,14 @@ def _grains(x: np.ndarray, y: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def _background(rng: Generator, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(h, w, 3): from one colour in a corner to another in the opposite one."""
+    """(h, w, 3): from one color in a corner to another in the opposite one."""
     first, second = rng.uniform(0.25, 0.75, (2, 3))
     share = (y + x) / 2 if rng.random() < 0.5 else (y + 1 - x) / 2
     return first + share[..., None] * (second - first)
 
 
 def _places(rng: Generator, count: int, height: int, width: int) -> np.ndarray:
-    """(count, 2) centres, each the farthest from the earlier ones of a few that are drawn."""
+    """(count, 2) centers, each the farthest from the earlier ones of a few that are drawn."""
     places = rng.uniform(0.08, 0.92, (count, CANDIDATES, 2)) * (height, width)
     chosen = [places[0, 0]]
     for candidates in places[1:]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from downstream.segmentation.data import IGNORED, Segmented
 from seitpp.augment import Keys, ViewError, crop_resize
 from seitpp.augment.color import ColorAugment, ColorPreset
-from seitpp.augment.views import split_places
+from seitpp.augment.views import split_batch
 from seitpp.codebook import embed
 from seitpp.models import TokenAdapt
 from seitpp.models.tokenadapt import CELLS
@@ -80,7 +80,7 @@ class SegmentView(nn.Module):
                 f"a batch of {len(boxes)} images on one process, of which one half is mirrored: expected an even "
                 "number; change the batch size, the number of processes or the accumulation"
             )
-        plain, through, order = split_places(len(boxes), 0.5, boxes.device)
+        plain, through, order = split_batch(len(boxes), 0.5, boxes.device)
         ids, grids = batch.ids.long(), batch.grids
         maps = [
             self._resized(ids[plain], boxes[plain], grids[plain]),
@@ -130,11 +130,11 @@ def crop_labels(batch: Segmented, boxes: Tensor, patch: int, size: int) -> Tenso
     """The labels in T boxes of each image, resized by nearest: boxes (B, T, 4) in tokens -> (B, T, size, size)
     uint8.
 
-    A pixel takes the label at its centre, in whole numbers, so a box of size / patch tokens is copied as it is.
+    A pixel takes the label at its center, in whole numbers, so a box of size / patch tokens is copied as it is.
     Pixels outside the image are 255.
     """
-    centres = 2 * torch.arange(size, device=boxes.device) + 1
-    places = patch * boxes[..., :2, None] + patch * boxes[..., 2:, None] * centres // (2 * size)
+    centers = 2 * torch.arange(size, device=boxes.device) + 1
+    places = patch * boxes[..., :2, None] + patch * boxes[..., 2:, None] * centers // (2 * size)
     ends = patch * batch.grids[:, None, :, None]
     outside, places = places >= ends, torch.minimum(places, ends - 1)
     pixels = places[:, :, 0, :, None] * batch.labels.shape[2] + places[:, :, 1, None, :]

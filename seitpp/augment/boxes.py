@@ -6,7 +6,7 @@ import torch
 
 from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import random_resized_boxes
-from seitpp.data.dataset import Share
+from seitpp.data.dataset import MicroBatch
 from seitpp.images.decode import Box
 
 CENTER = 7 / 8  # of the short side: 224 of 256 pixels, as ImageNet is evaluated
@@ -16,15 +16,15 @@ CENTER = 7 / 8  # of the short side: 224 of 256 pixels, as ImageNet is evaluated
 class RandomBoxes:
     """The boxes of a random resized crop, drawn by seed, epoch and index, whatever process reads the image.
 
-    `scale` is the range of the crop's share of the image.
+    `scale` is the range of the crop's fraction of the image.
     """
 
     seed: int
     scale: tuple[float, float] = (0.08, 1.0)
 
-    def __call__(self, share: Share, sizes: list[tuple[int, int]]) -> list[Box]:
+    def __call__(self, batch: MicroBatch, sizes: list[tuple[int, int]]) -> list[Box]:
         """Boxes (top, left, height, width) of images of `sizes` (height, width), in pixels."""
-        keys = Keys(self.seed, share.epoch, torch.tensor(share))
+        keys = Keys(self.seed, batch.epoch, torch.tensor(batch))
         return random_resized_boxes(keys, torch.tensor(sizes), self.scale).tolist()
 
 

@@ -34,10 +34,10 @@ def color_adapt(maps: Tensor, partner: Tensor) -> Tensor:
     place j of each image's partner in the batch -> maps. A channel that is constant in Zi becomes mu(Zj).
     """
     mean = maps.mean(dim=(2, 3), keepdim=True)
-    centred = maps - mean
+    centerd = maps - mean
     # Ten times as quick as torch.std_mean on a CPU, and as exact, since the mean is taken off first.
-    deviation = centred.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    return centred * (deviation[partner] / deviation.clamp(min=EPSILON)) + mean[partner]
+    deviation = centerd.square().mean(dim=(2, 3), keepdim=True).sqrt()
+    return centerd * (deviation[partner] / deviation.clamp(min=EPSILON)) + mean[partner]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from seitpp.codebook import full_precision
 class Geometry(NamedTuple):
     """What happens to each of B square images: a mirror, then an affine map, then a crop.
 
-    `flipped` (B,) bool; `matrices` (B, 3, 3) float32 from source to destination, columns x, y, 1 about the centre
+    `flipped` (B,) bool; `matrices` (B, 3, 3) float32 from source to destination, columns x, y, 1 about the center
     in units of the side; `boxes` (B, 4) int64 = top, left, height, width in tokens of a grid of `grid` x `grid`,
     each resized to `crop` x `crop` tokens.
     """

@@ -16,7 +16,7 @@ def crop_resize(maps: Tensor, boxes: Tensor, size: int, grids: Tensor | None = N
     """Cut a box from each map and resize it bicubically to size x size.
 
     `maps` (B, C, H, W) float, `boxes` (B, 4) int64 = top, left, height, width in cells ->
-    (B, C, size, size). A = -0.75, half-pixel centres, no antialias, edges clamped inside the box
+    (B, C, size, size). A = -0.75, half-pixel centers, no antialias, edges clamped inside the box
     (SeiT, Token-RRC), so it equals `F.interpolate(map[:, top:top+height, left:left+width], size,
     mode="bicubic")`. Both directions are linear maps with four weights a row, applied as two batched
     matrix products; the result is channels-last in memory, as maps from `embed` are.
@@ -76,7 +76,7 @@ def random_resized_boxes(
     `grid` is the height and width of all images, or (B, 2) int64, those of each. The area is uniform in `scale`
     (shares of the grid), the logarithm of width / height uniform in the logarithms of `ratio`; sides are rounded
     to cells. As in torchvision's RandomResizedCrop, the first of ten attempts that fits is taken, else the largest
-    centred box of an allowed ratio.
+    centerd box of an allowed ratio.
     """
     draws = keys.uniform("random_resized_boxes", CROP_ATTEMPTS * 4).view(-1, CROP_ATTEMPTS, 4)
     if isinstance(grid, Tensor):
@@ -112,7 +112,7 @@ def same_boxes(indices: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     return torch.stack([torch.full_like(indices, number) for number in box], dim=1)
 
 
-def centre_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
+def center_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
     """The central window of ids (B, H, W) or maps (B, C, H, W), without a resize (SeiT release)."""
     top, left = (ids.shape[-2] - size[0]) // 2, (ids.shape[-1] - size[1]) // 2
     return ids[..., top : top + size[0], left : left + size[1]]

@@ -18,7 +18,7 @@ class PairingError(UserError):
 def partners(indices: Tensor) -> Tensor:
     """The place in the batch of each image's partner, its own place xor 2: `indices` (B,) -> (B,) int64.
 
-    So partners share a process and the oddness of their places. Raises PairingError unless B is a multiple of 4.
+    So partners weight a process and the oddness of their places. Raises PairingError unless B is a multiple of 4.
     """
     if len(indices) % 4:
         raise PairingError(
@@ -29,34 +29,34 @@ def partners(indices: Tensor) -> Tensor:
 
 
 class SoftLabels(NamedTuple):
-    """What a mixed image shows: `share` (B,) float32 in [0, 1] of the class `labels` (B,) int64, the rest of
-    the class `others` (B,) int64.
+    """What a mixed image shows: the class `labels` (B,) int64 with the `weight` (B,) float32 in [0, 1], the class
+    `others` (B,) int64 with the rest.
     """
 
     labels: Tensor
     others: Tensor
-    share: Tensor
+    weight: Tensor
 
     def dense(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
         """The same as probabilities (B, num_classes); `smoothing` of it is spread over all classes."""
         own, other = (F.one_hot(labels, num_classes).float() for labels in self[:2])
-        mixed = other + self.share.unsqueeze(1) * (own - other)
+        mixed = other + self.weight.unsqueeze(1) * (own - other)
         return mixed * (1 - smoothing) + smoothing / num_classes
 
 
 def cutmix(maps: Tensor, keys: Keys, alpha: float) -> tuple[Tensor, Tensor]:
-    """Replace a box of each map by its partner's (CutMix): maps (B, D, H, W) -> maps, own share (B,) float32.
+    """Replace a box of each map by its partner's (CutMix): maps (B, D, H, W) -> maps, own weight (B,) float32.
 
-    The box covers 1 - lambda of the map before it is cut at the borders, lambda ~ Beta(alpha, alpha); its centre
-    is uniform. The share is exactly that of the tokens that remain. Raises PairingError.
+    The box covers 1 - lambda of the map before it is cut at the borders, lambda ~ Beta(alpha, alpha); its center
+    is uniform. The weight is exactly the fraction of the tokens that remain. Raises PairingError.
     """
     return _blend(maps, keys, _outside_box(keys, alpha, maps.shape[2:]))
 
 
 def mixup(maps: Tensor, keys: Keys, alpha: float) -> tuple[Tensor, Tensor]:
-    """lambda * map + (1 - lambda) * its partner's (Mixup): maps (B, D, H, W) -> maps, own share (B,) float32.
+    """lambda * map + (1 - lambda) * its partner's (Mixup): maps (B, D, H, W) -> maps, own weight (B,) float32.
 
-    The share is lambda ~ Beta(alpha, alpha). Raises PairingError.
+    The weight is lambda ~ Beta(alpha, alpha). Raises PairingError.
     """
     return _blend(maps, keys, _ratio(keys, alpha))
 
@@ -74,8 +74,8 @@ def _outside_box(keys: Keys, alpha: float, grid: tuple[int, int]) -> Tensor:
     scale = (1 - _beta(draws[:, :2], alpha)).sqrt()
     inside = []
     for draw, length in zip(draws[:, 2:].unbind(dim=1), grid, strict=True):
-        side, centre = (scale * length).long(), (draw * length).long()
-        offset = torch.arange(length, device=draw.device) - (centre - side // 2).unsqueeze(1)
+        side, center = (scale * length).long(), (draw * length).long()
+        offset = torch.arange(length, device=draw.device) - (center - side // 2).unsqueeze(1)
         inside.append((offset >= 0) & (offset < side.unsqueeze(1)))
     return 1 - (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).float()
 
@@ -89,7 +89,7 @@ def _beta(draws: Tensor, alpha: float) -> Tensor:
     """Draws (B, 2) in [0, 1) -> (B,) float32 of Beta(alpha, alpha), exact for any alpha > 0.
 
     Student's t with 2 alpha degrees of freedom by the polar method (Bailey, "Polar generation of random variates
-    with the t-distribution", 1994), as its share of its own length: t / sqrt(1 + t^2), where t is
+    with the t-distribution", 1994), as a fraction of its own length: t / sqrt(1 + t^2), where t is
     sqrt((1 - s) / s) cos(2 pi v) for s = (1 - u)^(1 / alpha). Written without the quotient nothing overflows in
     float32.
     """
@@ -113,8 +113,8 @@ class Mix(nn.Module):
         """
         if not self.cutmix and not self.mixup:
             return maps, SoftLabels(labels, labels, torch.ones_like(labels, dtype=torch.float32))
-        mixed, share = self._mix(maps, keys)
-        return mixed, SoftLabels(labels, labels[partners(keys.indices)], share)
+        mixed, weight = self._mix(maps, keys)
+        return mixed, SoftLabels(labels, labels[partners(keys.indices)], weight)
 
     def _mix(self, maps: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         if not self.mixup:

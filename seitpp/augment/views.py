@@ -10,7 +10,7 @@ from seitpp.augment.color import ColorAugment, ColorPreset
 from seitpp.augment.geometry import apply_geometry, random_geometry
 from seitpp.augment.ids import TokenEDA
 from seitpp.augment.keyed import Keys
-from seitpp.augment.maps import centre_window, crop_resize, random_resized_boxes, random_window, same_boxes
+from seitpp.augment.maps import center_window, crop_resize, random_resized_boxes, random_window, same_boxes
 from seitpp.augment.mix import Mix, SoftLabels
 from seitpp.codebook import embed, nearest
 from seitpp.errors import UserError
@@ -62,7 +62,7 @@ class SeitPPView(nn.Module):
         maps = _colored(ids, self.codebook, self.color, keys)
         if not self.adapt:
             return nearest(self._plain(maps, keys), self.codebook, self.lookup)
-        plain, through, order = split_places(len(ids), self.tokenadapt_fraction, ids.device)
+        plain, through, order = split_batch(len(ids), self.tokenadapt_fraction, ids.device)
         cropped = self._plain(maps[plain], keys.of(plain))
         adapted = self.adapt(maps[through], keys.of(through))
         return torch.cat([nearest(cropped, self.codebook, self.lookup), adapted])[order]
@@ -121,7 +121,7 @@ class SeitPPFinetuneView(nn.Module):
         maps = _colored(ids.long(), self.codebook, self.color, keys)
         if not self.adapt:
             return self._plain(maps, labels, keys)
-        plain, through, order = split_places(len(ids), self.tokenadapt_fraction, ids.device)
+        plain, through, order = split_batch(len(ids), self.tokenadapt_fraction, ids.device)
         cropped, targets = self._plain(maps[plain], labels[plain], keys.of(plain))
         adapted, others = self.adapt.mixed(maps[through], labels[through], keys.of(through))
         labels = SoftLabels(*(torch.cat(parts)[order] for parts in zip(targets, others, strict=True)))
@@ -161,7 +161,7 @@ class TokenAdaptCrop(nn.Module):
         if adapt is None:
             raise ViewError(
                 "TokenAdapt has no weights: train them with recipes/tokenadapt_train.py and name its run with "
-                "--tokenadapt, or send no image through it with --adapted 0"
+                "--tokenadapt, or send no image through it with --tokenadapt-fraction 0"
             )
         if adapt.crop != (size, size):
             raise ViewError(f"TokenAdapt gives grids of {adapt.crop}, the crop is {size}: expected the same size")
@@ -193,12 +193,12 @@ def _adapting(
         return TokenAdaptCrop(size, adapt, scale, mix)
     if adapt is not None:
         raise ViewError(
-            "TokenAdapt is given, but no image goes through it: pass --adapted 0.5, or no --tokenadapt"
+            "TokenAdapt is given, but no image goes through it: pass --tokenadapt-fraction 0.5, or no --tokenadapt"
         )
     return None
 
 
-def split_places(batch: int, fraction: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def split_batch(batch: int, fraction: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Places of a batch that are left as they are, those of the other `fraction`, evenly spread, and the order
     that brings the two, joined, back: for a half the even and the odd places.
 
@@ -266,7 +266,7 @@ class SeitView(nn.Module):
         """Maps (B, D, H, W) -> (B, D, size, size), some by a crop, some through TokenAdapt."""
         if not self.adapt:
             return self._crop(maps, keys)
-        plain, through, order = split_places(len(maps), self.tokenadapt_fraction, maps.device)
+        plain, through, order = split_batch(len(maps), self.tokenadapt_fraction, maps.device)
         adapted = embed(self.adapt(maps[through], keys.of(through)), self.codebook)
         return torch.cat([self._crop(maps[plain], keys.of(plain)), adapted])[order]
 
@@ -311,7 +311,7 @@ class EvalView(nn.Module):
         (B, D, size, size). Raises ViewError if the grid is smaller than the window.
         """
         _check_window(ids.shape[1:], self.window)
-        ids = centre_window(ids, self.window).long()
+        ids = center_window(ids, self.window).long()
         if self.codebook is None:
             return ids
         maps = embed(ids, self.codebook)

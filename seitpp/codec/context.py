@@ -1,4 +1,4 @@
-"""Tables given the neighbours: well below the entropy of the counts, which a static-table coder cannot pass.
+"""Tables given the neighbors: well below the entropy of the counts, which a static-table coder cannot pass.
 
 The tokens of an image are coded coarse to fine. In each step tokens lie amid four known ones; the mean vector
 of those chooses one of up to 256 classes, and the class a table. Tokens of one step and one class are coded in
@@ -19,20 +19,20 @@ from seitpp.codec.table import MAX_CLASSES, ContextTable, quantized
 # The finest step has stride 1; tokens between multiples of the coarsest are too far apart to tell of each other.
 STRIDES = (4, 2, 1)
 MARGIN = STRIDES[0]
-# Where the neighbours of a step lie, in strides: diagonal, then direct.
+# Where the neighbors of a step lie, in strides: diagonal, then direct.
 OFFSETS = (((-1, -1), (-1, 1), (1, -1), (1, 1)), ((-1, 0), (0, -1), (0, 1), (1, 0)))
 # Tokens whose classes are found at once: what that takes stays in the cache.
 CHUNK = 512
-# About so many tokens are enough to place the centres.
+# About so many tokens are enough to place the centers.
 SAMPLE = 2**16
 
 
 class Step(NamedTuple):
-    """Tokens that are coded together, given known neighbours."""
+    """Tokens that are coded together, given known neighbors."""
 
     kind: int  # 0 diagonal, 1 direct, both at stride 1; 2 and 3 the same at larger strides
     places: np.ndarray  # (n,) flat places of the tokens, ascending
-    neighbours: np.ndarray  # (4, n) flat places of their neighbours; H * W where the grid ends
+    neighbors: np.ndarray  # (4, n) flat places of their neighbors; H * W where the grid ends
 
 
 class ContextCodec:
@@ -54,8 +54,8 @@ class ContextCodec:
         tables = ContextTable.from_bytes(table, num_codes)
         self._static = categorical(tables.static + 1)
         self._models = [self._static if w is None else categorical(w) for w in tables.weights()]
-        self._num_classes = len(tables.centres)
-        self._scores = _scores(tables.vectors, tables.centres)
+        self._num_classes = len(tables.centers)
+        self._scores = _scores(tables.vectors, tables.centers)
         self._coarse, self._steps = _steps(height, width)
         self._seed = min(seed_size(num_codes), height * width)
         self._seal = Seal(b"".join(side.to_bytes(4, "little") for side in self.grid) + table)
@@ -73,16 +73,16 @@ class ContextCodec:
         vectors = quantized(codebook)
         images = [check_ids(grid.ravel(), num_codes) for grid in grids]
         _, steps = _steps(*grids.shape[1:])
-        centres = _learn_centres(images, steps, vectors)
-        scores = _scores(vectors, centres)
+        centers = _learn_centers(images, steps, vectors)
+        scores = _scores(vectors, centers)
         keys = [np.empty(0, np.int64)]
         for ids in images:
             known = np.append(ids, num_codes)
             for step in steps:
-                tables = step.kind * len(centres) + _classes(known, step.neighbours, scores).astype(np.int64)
+                tables = step.kind * len(centers) + _classes(known, step.neighbors, scores).astype(np.int64)
                 keys.append(tables * num_codes + ids[step.places])
         static = np.bincount(np.concatenate(images), minlength=num_codes)
-        table = ContextTable(vectors, centres, static, *np.unique(np.concatenate(keys), return_counts=True))
+        table = ContextTable(vectors, centers, static, *np.unique(np.concatenate(keys), return_counts=True))
         return cls(num_codes, grids.shape[1:], table.to_bytes())
 
     def encode(self, ids: np.ndarray) -> bytes:
@@ -137,7 +137,7 @@ class ContextCodec:
         """Of each step the places, by class and then row by row, and the model of each class and its end there."""
         yield self._coarse, [(self._static, self._coarse.size)]
         for step in self._steps:
-            classes = _classes(known, step.neighbours, self._scores)
+            classes = _classes(known, step.neighbors, self._scores)
             sizes = np.bincount(classes)
             used = np.flatnonzero(sizes)
             models = [self._models[step.kind * self._num_classes + number] for number in used.tolist()]
@@ -146,7 +146,7 @@ class ContextCodec:
 
 
 def _steps(height: int, width: int) -> tuple[np.ndarray, list[Step]]:
-    """The places that are coded first, without neighbours, and the steps that follow."""
+    """The places that are coded first, without neighbors, and the steps that follow."""
     places = np.arange(height * width).reshape(height, width)
     padded = np.pad(places, MARGIN, constant_values=height * width)
     steps = []
@@ -161,26 +161,26 @@ def _steps(height: int, width: int) -> tuple[np.ndarray, list[Step]]:
                     padded[rows + MARGIN + dy * stride, columns + MARGIN + dx * stride]
                     for dy, dx in OFFSETS[direct]
                 ]
-                # Neighbours that are farther away tell less: they have tables of their own.
+                # Neighbors that are farther away tell less: they have tables of their own.
                 steps.append(Step(direct + 2 * (stride > 1), places[chosen], np.stack(around)))
     return places[:: 2 * MARGIN, :: 2 * MARGIN].ravel(), steps
 
 
-def _scores(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """(K + 1, classes) int32: |centre|^2 - 2 centre . vector; zeros for "no neighbour", the last row.
+def _scores(vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """(K + 1, classes) int32: |center|^2 - 2 center . vector; zeros for "no neighbor", the last row.
 
-    Summed over n neighbours this is n times the squared distance of their mean to the centre, up to a constant.
+    Summed over n neighbors this is n times the squared distance of their mean to the center, up to a constant.
     """
-    vectors, centres = vectors.astype(np.int64), centres.astype(np.int64)
-    scores = (centres * centres).sum(axis=1) - 2 * vectors @ centres.T
-    return np.append(scores, np.zeros((1, len(centres)), np.int64), axis=0).astype(np.int32)
+    vectors, centers = vectors.astype(np.int64), centers.astype(np.int64)
+    scores = (centers * centers).sum(axis=1) - 2 * vectors @ centers.T
+    return np.append(scores, np.zeros((1, len(centers)), np.int64), axis=0).astype(np.int32)
 
 
-def _classes(known: np.ndarray, neighbours: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(n,) uint8: the class nearest to the mean of a token's (4, n) neighbours; the first of equal ones."""
-    classes = np.empty(neighbours.shape[1], np.uint8)
+def _classes(known: np.ndarray, neighbors: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(n,) uint8: the class nearest to the mean of a token's (4, n) neighbors; the first of equal ones."""
+    classes = np.empty(neighbors.shape[1], np.uint8)
     for start in range(0, classes.size, CHUNK):
-        ids = known[neighbours[:, start : start + CHUNK]]
+        ids = known[neighbors[:, start : start + CHUNK]]
         total = scores.take(ids[0], axis=0)
         for row in ids[1:]:
             total += scores.take(row, axis=0)
@@ -188,18 +188,18 @@ def _classes(known: np.ndarray, neighbours: np.ndarray, scores: np.ndarray) -> n
     return classes
 
 
-def _learn_centres(images: list[np.ndarray], steps: list[Step], vectors: np.ndarray) -> np.ndarray:
-    """(classes, d) int8: k-means of the mean neighbour vectors of some images."""
+def _learn_centers(images: list[np.ndarray], steps: list[Step], vectors: np.ndarray) -> np.ndarray:
+    """(classes, d) int8: k-means of the mean neighbor vectors of some images."""
     # Only learning needs it, and it takes a second to import.
     from sklearn.cluster import MiniBatchKMeans
 
     rows = np.append(vectors, np.zeros((1, vectors.shape[1]), np.int8), axis=0).astype(np.float32)
     sampled = images[:: -(-len(images) * images[0].size // SAMPLE)]
-    means = [rows[-1:]]  # a grid of one token has no neighbours, and k-means needs a point
+    means = [rows[-1:]]  # a grid of one token has no neighbors, and k-means needs a point
     for ids in sampled:
         known = np.append(ids, len(vectors))
         for step in steps:
-            around = known[step.neighbours]
+            around = known[step.neighbors]
             present = (around < len(vectors)).sum(axis=0)
             means.append(rows[around].sum(axis=0) / present[:, None])
     points = np.concatenate(means)

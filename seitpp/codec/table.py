@@ -13,7 +13,7 @@ MAX_CLASSES = 256
 MAX_COMPONENTS = 32
 # The sum of the counts, so that weights stay below 2^53.
 MAX_SUM = 2**32 - 1
-# Kinds of steps, each with its own tables: diagonal and direct neighbours that are near, and those farther away.
+# Kinds of steps, each with its own tables: diagonal and direct neighbors that are near, and those farther away.
 KINDS = 4
 
 
@@ -21,7 +21,7 @@ class ContextTable(NamedTuple):
     """Integers only. Table t = kind * classes + class; its counts are those of the keys t * K .. t * K + K - 1."""
 
     vectors: np.ndarray  # (K, d) int8, a small copy of the codebook
-    centres: np.ndarray  # (classes, d) int8
+    centers: np.ndarray  # (classes, d) int8
     static: np.ndarray  # (K,) int64, how often each code occurs
     keys: np.ndarray  # (n,) int64 ascending, t * K + id of the ids that occur in table t
     counts: np.ndarray  # (n,) int64 >= 1, how often they do
@@ -31,7 +31,7 @@ class ContextTable(NamedTuple):
 
         Absolute discounting: every count gives up three quarters, shared out by the static table.
         """
-        num_codes, classes = len(self.vectors), len(self.centres)
+        num_codes, classes = len(self.vectors), len(self.centers)
         shares = self.static + 1
         bounds = np.searchsorted(self.keys, np.arange(KINDS * classes + 1) * num_codes)
         for table, (start, end) in enumerate(pairwise(bounds)):
@@ -44,14 +44,14 @@ class ContextTable(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """The table as a store keeps it."""
-        (num_codes, components), classes = self.vectors.shape, len(self.centres)
+        (num_codes, components), classes = self.vectors.shape, len(self.centers)
         tables, ids = np.divmod(self.keys, num_codes)
         sizes = np.bincount(tables, minlength=KINDS * classes)
         first = np.diff(tables, prepend=-1) > 0
         gaps = np.where(first, ids, np.diff(ids, prepend=0) - 1)
         header = b"".join(n.to_bytes(4, "little") for n in (num_codes, classes, components))
         numbers = np.concatenate([self.static, sizes, gaps, self.counts - 1])
-        return header + self.vectors.tobytes() + self.centres.tobytes() + _to_varints(numbers)
+        return header + self.vectors.tobytes() + self.centers.tobytes() + _to_varints(numbers)
 
     @classmethod
     def from_bytes(cls, data: bytes, num_codes: int) -> "ContextTable":

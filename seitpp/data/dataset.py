@@ -31,7 +31,7 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-class Share(list[int]):
+class MicroBatch(list[int]):
     """The images that one process reads together, by their indices, and the `epoch` that shows them.
 
     A loader of training hands it to the dataset, whose workers live through many epochs: so what a dataset draws
@@ -68,7 +68,9 @@ class Chosen(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Any:
         chosen = self.indices[indices].tolist()
-        return self.dataset.__getitems__(Share(chosen, indices.epoch) if isinstance(indices, Share) else chosen)
+        if isinstance(indices, MicroBatch):
+            chosen = MicroBatch(chosen, indices.epoch)
+        return self.dataset.__getitems__(chosen)
 
 
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -116,7 +118,7 @@ class BatchOrder:
         """The permutation (num_images,) int64 of an epoch."""
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_images)
 
-    def shares(self, steps: range, rank: int, ranks: int, accumulation: int) -> Iterator[np.ndarray]:
+    def micro_batches(self, steps: range, rank: int, ranks: int, accumulation: int) -> Iterator[np.ndarray]:
         """This rank's indices for every micro-batch of `steps`, in order: batch / (ranks x accumulation) each."""
         size = self.batch_size // (ranks * accumulation)
         order, order_epoch = None, None
@@ -129,15 +131,15 @@ class BatchOrder:
                 yield order[start : start + size]
 
 
-class _Shares(Sampler):
+class _MicroBatches(Sampler):
     def __init__(self, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int):
         self.arguments = order, steps, rank, ranks, accumulation
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         order, steps, *rest, accumulation = self.arguments
         epochs = (step // order.steps_per_epoch for step in steps for _ in range(accumulation))
-        shares = order.shares(steps, *rest, accumulation)
-        return (Share(share.tolist(), epoch) for share, epoch in zip(shares, epochs, strict=True))
+        micro_batches = order.micro_batches(steps, *rest, accumulation)
+        return (MicroBatch(one.tolist(), epoch) for one, epoch in zip(micro_batches, epochs, strict=True))
 
 
 def training_loader(
@@ -145,9 +147,9 @@ def training_loader(
 ) -> DataLoader:
     """A loader of this rank's micro-batches of `steps`, one after the other, across epochs.
 
-    `dataset` makes a whole batch of a list of indices (`__getitems__`), which is a `Share`.
+    `dataset` makes a whole batch of a list of indices (`__getitems__`), which is a `MicroBatch`.
     """
-    return _loader(dataset, _Shares(order, steps, rank, ranks, accumulation), workers)
+    return _loader(dataset, _MicroBatches(order, steps, rank, ranks, accumulation), workers)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:

@@ -1,6 +1,6 @@
 """The embedded data set: the real handwritten digits that ship inside scikit-learn, as a token store.
 
-1,797 grey images of 8 x 8 pixels in 10 classes. They are enlarged to 32 x 32 pixels and tokenized 4 x 4
+1,797 gray images of 8 x 8 pixels in 10 classes. They are enlarged to 32 x 32 pixels and tokenized 4 x 4
 pixels at a time, so that an image is an 8 x 8 grid with one token for each original pixel.
 """
 

@@ -2,15 +2,29 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
 from seitpp.errors import UserError, suggest
 
 Config = TypeVar("Config")
+
+# Fields of one version ago and what they are called now, in one recipe or another.
+RENAMED = {
+    "adapted": ("tokenadapt_fraction",),
+    "batch_size": ("batch_size_per_process",),
+    "colour": ("color",),
+    "crop": ("crop_size", "crop_mode"),
+    "first_lr": ("warmup_lr",),
+    "last_lr": ("min_lr",),
+    "mask": ("mask_ratio",),
+    "trained": ("trainable",),
+    "window": ("eval_window", "sliding_window"),
+}
 
 
 class ConfigError(UserError):
@@ -58,8 +72,34 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     if name not in presets:
         raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(presets)}{suggest(name, presets)}")
     config, rest = _from_file(presets[name], rest)
+    rest = _current_flags(config, rest)
     _check_flags(config, rest)
     return tyro.cli(type(config), default=config, args=rest)
+
+
+def current_names(settings: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """Settings under the names that `fields` have today; some had others one version ago (`RENAMED`)."""
+    return {_current_name(name, fields): value for name, value in settings.items()}
+
+
+def _current_name(name: str, fields: Collection[str]) -> str:
+    if name in fields:
+        return name
+    return next((new for new in RENAMED.get(name, ()) if new in fields), name)
+
+
+def _current_flags(config: object, arguments: list[str]) -> list[str]:
+    """The same flags by their present names; says so of each that has another one now."""
+    fields, flags = {field.name for field in dataclasses.fields(config)}, []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and (new := _current_name(name, fields)) != name:
+            current = f"--{new.replace('_', '-')}"
+            print(f"{flag} is called {current} now; the old name ends with the next version", file=sys.stderr)
+            flag = current
+        flags.append(flag + equals + value)
+    return flags
 
 
 def _check_flags(config: object, arguments: list[str]) -> None:
@@ -88,6 +128,7 @@ def load_config(kind: type[Config], path: Path) -> Config:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
     fields = {field.name for field in dataclasses.fields(kind)}
+    stored = current_names(stored, fields) if isinstance(stored, dict) else stored
     if not isinstance(stored, dict) or set(stored) != fields:
         different = sorted(fields ^ set(stored))
         raise ConfigError(f"{path} is the config of another recipe or version: differs in {', '.join(different)}")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from seitpp import files
+from seitpp.engine.config import current_names
 from seitpp.errors import UserError
 
 # Settings that say where and how a run is watched, not what it computes: a resumed run may change them.
@@ -69,6 +70,7 @@ def _free_folder(folder: Path) -> Path:
 
 def _check_settings(folder: Path, settings: Mapping) -> None:
     stored, given = json.loads((folder / CONFIG).read_text()), json.loads(json.dumps(settings))
+    stored = current_names(stored, given)
     different = sorted(
         k for k in stored.keys() | given if k not in FREE_SETTINGS and stored.get(k) != given.get(k)
     )

@@ -17,7 +17,7 @@ from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.sources import ImageSource, hold_out, open_source
-from seitpp.models import Saved, TokenAdapt, load_pretrained_tokenadapt
+from seitpp.models import Loaded, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
@@ -139,7 +139,7 @@ def check_codebook(codebook: np.ndarray, source: str, expected: str, checkpoint:
         )
 
 
-def check_codes(codebook: np.ndarray, source: str, saved: Saved, checkpoint: str) -> None:
+def check_codes(codebook: np.ndarray, source: str, saved: Loaded, checkpoint: str) -> None:
     """Raise UserError unless a model can take the ids of `source`.
 
     They must be of its codebook; where that is unknown, as of official checkpoints, as many codes as it embeds, or

@@ -180,7 +180,7 @@ def count_flops(model: nn.Module, *inputs: object) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP/s of this machine's own large matrix product, the best of five: what utilisation is a share of."""
+    """FLOP/s of this machine's own large matrix product, the best of five: what utilization is a share of."""
     side = MATMUL_SIDE.get(device.type, 4096)
     a = torch.randn(side, side, device=device, dtype=dtype)
     seconds = []

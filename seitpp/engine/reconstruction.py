@@ -7,7 +7,7 @@ from kornia.metrics import ssim
 from torch import Tensor
 
 from seitpp.augment.geometry import Geometry, apply_geometry
-from seitpp.augment.maps import centre_window
+from seitpp.augment.maps import center_window
 from seitpp.codebook import embed
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.objectives.adapt import TokenizerPair
@@ -31,7 +31,7 @@ def quality(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def token_accuracy(predicted: Tensor, ids: Tensor) -> Tensor:
-    """Share of equal tokens of each image, in [0, 1]: two (B, H', W') -> (B,) float32."""
+    """The fraction of equal tokens of each image, in [0, 1]: two (B, H', W') -> (B,) float32."""
     return (predicted == ids).float().mean(dim=(1, 2))
 
 
@@ -65,7 +65,7 @@ def augment_in_every_way(
     images = apply_geometry(originals, geometry).clamp(0, 1)
     adapted = model(embed(ids, tokenizers.whole.codebook), geometry).argmax(dim=1)
     direct = augment_directly(ids, geometry, tokenizers.whole)
-    unchanged = centre_window(ids, direct.shape[1:])
+    unchanged = center_window(ids, direct.shape[1:])
     return Augmented(originals, images, tokenizers.augmented.encode(images), adapted, direct, unchanged)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp import files
-from seitpp.data.dataset import BatchOrder, Share, training_loader
+from seitpp.data.dataset import BatchOrder, MicroBatch, training_loader
 from seitpp.engine import checkpoint, distributed
 from seitpp.engine.accumulation import Sharing, share_out
 from seitpp.engine.distributed import UpdateSettings
@@ -228,9 +228,9 @@ class Training:
         indices, so that from a checkpoint before it the update can be repeated.
         """
         accumulation, ranks = self.accumulation, self.accelerator.num_processes
-        indices = np.concatenate(list(self.order.shares(range(step, step + 1), rank, ranks, accumulation)))
+        indices = np.concatenate(list(self.order.micro_batches(range(step, step + 1), rank, ranks, accumulation)))
         epoch = step // self.order.steps_per_epoch
-        batch = self._dataset.__getitems__(Share(indices.tolist(), epoch))._asdict()
+        batch = self._dataset.__getitems__(MicroBatch(indices.tolist(), epoch))._asdict()
         facts = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}
         path = self.run.out / f"broken-step-{step + 1:08d}-rank-{rank}.safetensors"
         metadata = {name: str(value) for name, value in facts.items()}

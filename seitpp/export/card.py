@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seitpp.models.weights.classifiers import Saved, classifier_spec
+from seitpp.models.weights.classifiers import Loaded, classifier_spec
 from seitpp.models.weights.pretrained import input_kind, input_size
 
 METRICS = {
@@ -22,7 +22,7 @@ FROM_THE_HUB = '`"hf-hub:OWNER/NAME"` in the place of `"local-dir:FOLDER"` takes
 PATHS = ("checkpoint", "store", "data", "tokenizer", "tokenadapt")  # settings that name files of the user's
 
 
-def model_card(saved: Saved, settings: Mapping[str, Any], result: Mapping[str, Any], averaged: bool) -> str:
+def model_card(saved: Loaded, settings: Mapping[str, Any], result: Mapping[str, Any], averaged: bool) -> str:
     """The text of README.md: what the model is, how to load it, its data, results and training.
 
     `saved` is the exported model, not an MTM; `settings` and `result` are config.json and result.json of the run;
@@ -45,7 +45,7 @@ def model_card(saved: Saved, settings: Mapping[str, Any], result: Mapping[str, A
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(saved: Saved) -> str:
+def _front_matter(saved: Loaded) -> str:
     tags = ["timm", "seitpp", *([] if input_kind(saved.model) == "pixels" else ["image-tokens"])]
     lines = ["library_name: timm", "tags:", *(f"- {tag}" for tag in tags)]
     if input_kind(saved.model) == "pixels":  # the hub would feed images to any model of this task
@@ -53,7 +53,7 @@ def _front_matter(saved: Saved) -> str:
     return "\n".join(["---", *lines, "# license: name one here, for example apache-2.0", "---"])
 
 
-def _what(saved: Saved, averaged: bool) -> str:
+def _what(saved: Loaded, averaged: bool) -> str:
     model, spec = saved.model, classifier_spec(saved.model).arguments
     size = input_size(model) or saved.window
     sides = f"{size[0]} x {size[1]}"
@@ -68,7 +68,7 @@ def _what(saved: Saved, averaged: bool) -> str:
     return f"{what} with {parameters:.1f} M parameters{weights}. It takes {takes}."
 
 
-def _example(saved: Saved, name: str) -> str:
+def _example(saved: Loaded, name: str) -> str:
     kind, size = input_kind(saved.model), input_size(saved.model)
     given = "logits" if saved.model.num_classes else "features"
     if kind == "pixels":
@@ -94,7 +94,7 @@ view = EvalView({saved.window or size}{codebook}{resized})
 """
 
 
-def _codes(saved: Saved) -> str:
+def _codes(saved: Loaded) -> str:
     if not saved.codebook:
         return ""
     return f"\nThe ids must come from the tokenizer whose codebook has the fingerprint {saved.codebook[:16]}."
@@ -104,7 +104,7 @@ def _data_name(settings: Mapping[str, Any]) -> str:
     return settings.get("store") or settings.get("data") or "the embedded digits"
 
 
-def _data_facts(saved: Saved, name: str, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _data_facts(saved: Loaded, name: str, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     data, size = result.get("data") or {}, result.get("payload_bytes_per_image")
     yield "data", name
     if "images" in data:
@@ -135,7 +135,7 @@ def _metrics(result: Mapping[str, Any], averaged: bool) -> Iterable[tuple[str, s
             yield text, f"{value:.4g}"
 
 
-def _judged(saved: Saved) -> str:
+def _judged(saved: Loaded) -> str:
     return f", of each the central {saved.window[0]} x {saved.window[1]} tokens" if saved.window else ""
 
 

@@ -22,7 +22,7 @@ from seitpp.augment.pixels import MEAN, STD
 from seitpp.export.card import model_card, published
 from seitpp.models.mtm import MTM
 from seitpp.models.stem import ModelError
-from seitpp.models.weights.classifiers import Saved, classifier_spec, load_classifier, save_classifier
+from seitpp.models.weights.classifiers import Loaded, classifier_spec, load_classifier, save_classifier
 from seitpp.models.weights.pretrained import (
     AVERAGED,
     input_kind,
@@ -73,7 +73,7 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], ema: 
     return Path(out).resolve()
 
 
-def timm_config(saved: Saved) -> dict[str, Any]:
+def timm_config(saved: Loaded) -> dict[str, Any]:
     """What timm reads from config.json. `in_chans` of a model of ids is the width of its code embedding."""
     model, spec, size = saved.model, classifier_spec(saved.model), input_size(saved.model)
     # At first_conv timm makes weights fit other numbers of channels; 1.0.22 takes all weights for those of 3.

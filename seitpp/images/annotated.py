@@ -16,8 +16,8 @@ SHORT_SIDE = 512
 # Values of an annotation are one byte, and one of them is for pixels that are ignored.
 MAX_CLASSES = 255
 # In the header of a PNG file: bits of a sample, and what it is.
-DEPTH, COLOUR = 24, 25
-GREY, PALETTE = 0, 3
+DEPTH, COLOR = 24, 25
+GRAY, PALETTE = 0, 3
 
 
 class AnnotatedSample(NamedTuple):
@@ -114,30 +114,30 @@ def read_class_names(folder: Path) -> list[str]:
 
 
 def decode_annotation(data: bytes, name: str) -> np.ndarray:
-    """The values (h, w) of a PNG file: grey of 8 or 16 bits, or the numbers (not the colours) of a palette.
+    """The values (h, w) of a PNG file: gray of 8 or 16 bits, or the numbers (not the colors) of a palette.
 
     Raises ImageError naming the file for everything else, since its values would be a matter of interpretation.
     """
     with open_image(data, name) as image:
         values, kind = np.asarray(image), image.format
-    if kind != "PNG" or not (data[COLOUR] == PALETTE or (data[COLOUR] == GREY and data[DEPTH] >= 8)):
+    if kind != "PNG" or not (data[COLOR] == PALETTE or (data[COLOR] == GRAY and data[DEPTH] >= 8)):
         found = f"PNG of {data[DEPTH]} bits with {len(image.getbands())} channels" if kind == "PNG" else kind
         raise ImageError(
-            f"{name}: {found}, expected a PNG with one channel, 8-bit grey or a palette, whose values are classes"
+            f"{name}: {found}, expected a PNG with one channel, 8-bit gray or a palette, whose values are classes"
         )
     return values
 
 
 def smallest_png(data: bytes) -> bytes:
-    """A PNG annotation with values below 256 in the fewest bytes: as it is, as 8-bit grey, or with a palette.
+    """A PNG annotation with values below 256 in the fewest bytes: as it is, as 8-bit gray, or with a palette.
 
-    All three decode to the same values; in ours the palette's colours are the values, too.
+    All three decode to the same values; in ours the palette's colors are the values, too.
     """
     values = decode_annotation(data, "annotation").astype(np.uint8)
-    grey, palette = Image.fromarray(values), Image.fromarray(values)
+    gray, palette = Image.fromarray(values), Image.fromarray(values)
     palette.putpalette(np.arange(int(values.max()) + 1, dtype=np.uint8).repeat(3).tobytes())
     as_it_is = [data] if data[DEPTH] <= 8 else []
-    return min([*as_it_is, _png(palette), _png(grey)], key=len)
+    return min([*as_it_is, _png(palette), _png(gray)], key=len)
 
 
 def _png(image: Image.Image) -> bytes:

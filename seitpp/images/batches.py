@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
 
 
 # The part of each image that is seen, of its index and its (height, width); the indices of a training loader are a
-# `Share`, which knows the epoch.
+# `MicroBatch`, which knows the epoch.
 Boxes = Callable[[list[int], list[tuple[int, int]]], list[Box]]
 
 

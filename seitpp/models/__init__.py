@@ -6,7 +6,7 @@ from seitpp.models.mtm import MTM, MaskedTokens
 from seitpp.models.stem import ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import TokenEmbed
-from seitpp.models.weights.classifiers import ClassifierSpec, Saved, load_classifier, save_classifier
+from seitpp.models.weights.classifiers import ClassifierSpec, Loaded, load_classifier, save_classifier
 from seitpp.models.weights.pretrained import (
     input_kind,
     input_size,
@@ -17,19 +17,18 @@ from seitpp.models.weights.pretrained import (
     save_pretrained,
 )
 from seitpp.models.weights.release import from_release, save_release, to_release
-from seitpp.models.weights.transfer import choose_trained, classifier_from, pixel_classifier_from
+from seitpp.models.weights.transfer import classifier_from, pixel_classifier_from, set_trainable
 
 __all__ = [
     "MTM",
     "ClassifierSpec",
+    "Loaded",
     "MaskPlan",
     "MaskedTokens",
     "ModelError",
-    "Saved",
     "StemAdapter",
     "TokenAdapt",
     "TokenEmbed",
-    "choose_trained",
     "classifier_from",
     "from_release",
     "input_kind",
@@ -43,5 +42,6 @@ __all__ = [
     "save_classifier",
     "save_pretrained",
     "save_release",
+    "set_trainable",
     "to_release",
 ]

@@ -35,13 +35,13 @@ class Discriminator(nn.Module):
         while sides[-1] > 4:
             sides.append(sides[-1] // 2)
         widths = [min(widest, 16384 // s) for s in sides]
-        self.colours = nn.Conv2d(3, widths[0], 1)
+        self.colors = nn.Conv2d(3, widths[0], 1)
         self.stages = nn.Sequential(*map(Downsample, widths, widths[1:]))
         self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
         self.hidden = nn.Linear(widths[-1] * sides[-1] ** 2, widths[-1])
         self.opinion = nn.Linear(widths[-1], 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.stages(F.leaky_relu(self.colours(images * 2 - 1), 0.2))
+        maps = self.stages(F.leaky_relu(self.colors(images * 2 - 1), 0.2))
         maps = F.leaky_relu(self.mix(maps), 0.2)
         return self.opinion(F.leaky_relu(self.hidden(maps.flatten(1)), 0.2))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seitpp.augment.keyed import Keys
 from seitpp.errors import UserError
-from seitpp.models.masking import MASK_LAWS, MaskPlan, hidden_tokens, mask_plan
+from seitpp.models.masking import MASK_RATIOS, MaskPlan, hidden_tokens, mask_plan
 from seitpp.models.mtm import MTM
 
 LOGIT_CELLS = 1 << 26  # as many logits as are there at once, but those of one image always
@@ -105,7 +105,7 @@ def decoding_plan(patches: Tensor, num_hidden: int, keys: Keys, turn: int) -> Ma
     The number dropped from the encoder is that of training, or all where fewer are hidden; which, is drawn.
     """
     num_patches = patches.shape[1]
-    dropped, _ = MASK_LAWS["seitpp"].counts(num_patches, 1.0)
+    dropped, _ = MASK_RATIOS["seitpp"].counts(num_patches, 1.0)
     noise = keys.uniform(f"decode_drop_{turn}", num_patches)
     return mask_plan(torch.where(patches, noise, 1.0), min(dropped, num_hidden), num_hidden)
 

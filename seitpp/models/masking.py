@@ -22,7 +22,7 @@ class MaskPlan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaskLaw:
+class MaskRatio:
     """The law of the share of patches that are hidden: a normal distribution cut to [`lowest`, `highest`].
 
     The share `lowest` is dropped from the encoder, whatever the draw.
@@ -45,10 +45,10 @@ class MaskLaw:
         return math.ceil(num_patches * self.lowest), math.ceil(num_patches * ratio)
 
 
-MASK_LAWS = {
-    "seitpp": MaskLaw(mean=0.45, deviation=0.25, lowest=0.4, highest=1.0),  # SeiT++ release
-    "mage": MaskLaw(mean=0.55, deviation=0.25, lowest=0.5, highest=1.0),  # Li et al., arXiv 2211.09117
-    "mae": MaskLaw(mean=0.75, deviation=0.25, lowest=0.75, highest=0.75),  # He et al., arXiv 2111.06377: fixed
+MASK_RATIOS = {
+    "seitpp": MaskRatio(mean=0.45, deviation=0.25, lowest=0.4, highest=1.0),  # SeiT++ release
+    "mage": MaskRatio(mean=0.55, deviation=0.25, lowest=0.5, highest=1.0),  # Li et al., arXiv 2211.09117
+    "mae": MaskRatio(mean=0.75, deviation=0.25, lowest=0.75, highest=0.75),  # He et al., arXiv 2111.06377: fixed
 }
 
 

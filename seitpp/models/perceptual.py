@@ -16,7 +16,7 @@ VGG_BLOCKS = (4, 9, 16, 23, 30)  # of torchvision's vgg16().features: the end of
 class VGGDistance(nn.Module):
     """Distance of VGG16 features (LPIPS with all its linear weights equal, arXiv 1801.03924); not trained.
 
-    At the end of each of the five blocks features are normalised over channels; squared differences are summed
+    At the end of each of the five blocks features are normalized over channels; squared differences are summed
     over channels, averaged over places, images and blocks. `state` holds the tensors features.* of torchvision's
     VGG16. Raises ModelError if it does not.
     """

@@ -15,9 +15,9 @@ def soft_label_loss(logits: Tensor, targets: SoftLabels, smoothing: float) -> Te
         F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
         for labels in (targets.labels, targets.others)
     )
-    return (targets.share * own + (1 - targets.share) * other).mean()
+    return (targets.weight * own + (1 - targets.weight) * other).mean()
 
 
-def top1_share(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of images whose most likely class is the label, in [0, 1] -> ()."""
+def top1_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The fraction of images whose most likely class is the label, in [0, 1] -> ()."""
     return (logits.argmax(dim=1) == labels).float().mean()

@@ -21,7 +21,7 @@ def masked_token_loss(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
 
 
 def masked_token_accuracy(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
-    """Share of the hidden tokens whose most likely code is the true one, in [0, 1] -> ()."""
+    """The fraction of the hidden tokens whose most likely code is the true one, in [0, 1] -> ()."""
     hidden = hidden_tokens(plan, ids.shape[-2:])
     correct = (logits.argmax(dim=1) == ids) & hidden
     return correct.sum() / hidden.sum()

@@ -5,7 +5,7 @@
 | `DiffusersVQ` | diffusers `VQModel` (aMUSEd, MoVQ, ldm) | embedding rows | yes |
 | `ChameleonVQ` | transformers `ChameleonVQVAE` | embedding rows | no |
 | `Emu3VQ` | transformers `Emu3VQVAE` | embedding rows | yes |
-| `JanusVQ` | transformers `JanusVQVAE` | embedding rows, L2-normalised | yes |
+| `JanusVQ` | transformers `JanusVQVAE` | embedding rows, L2-normalized | yes |
 | `TamingVQ` | taming-transformers, LlamaGen and IBQ style modules | embedding rows | yes |
 | `TorchScriptVQ` | an encoder and a decoder in TorchScript (Cosmos DI8x8, DI16x16) | `fsq_codebook` | yes |
 | `from_functions` | anything else | given | if given |
@@ -177,8 +177,8 @@ class Emu3VQ(MapAdapter):
 class JanusVQ(MapAdapter):
     """transformers `JanusVQVAE`; patch from its config; the default image size is its own.
 
-    The library's `encode` takes the nearest row by raw distance, while its `decode` uses normalised rows, as
-    the network was trained. Here both are normalised, so ids can differ from `encode`.
+    The library's `encode` takes the nearest row by raw distance, while its `decode` uses normalized rows, as
+    the network was trained. Here both are normalized, so ids can differ from `encode`.
     """
 
     def __init__(self, model: nn.Module, image_size: int | None = None):
@@ -198,7 +198,7 @@ class JanusVQ(MapAdapter):
 class TamingVQ(IdAdapter):
     """A module as in taming-transformers: `encode(x)[2][2]` are ids, `decode(map)` decodes a map of rows.
 
-    `lookup` is "cosine" for networks that normalise features and rows (LlamaGen). Raises TokenizerError for a
+    `lookup` is "cosine" for networks that normalize features and rows (LlamaGen). Raises TokenizerError for a
     network in half precision, since the lookup is inside it.
     """
 
@@ -273,7 +273,7 @@ def from_functions(
 ) -> Tokenizer:
     """A tokenizer of two functions and a table.
 
-    `encode` takes images normalised by the spec's mean and std and gives ids in any shape that holds B grids
+    `encode` takes images normalized by the spec's mean and std and gives ids in any shape that holds B grids
     row by row; `codebook` (K, D) float; `decode` takes ids (B, H, W) int64 and gives images in the same range
     as `encode` takes. Without it the tokenizer only encodes. The fingerprint covers spec and codebook, not the
     functions: name them in `spec.kind`. Raises TokenizerError if spec and codebook disagree.

@@ -32,7 +32,7 @@ class TokenizerSpec:
     Images are resized to exactly `image_size` = (height, width) pixels with the `resize` filter, antialiased,
     aspect ratio not kept; the network is given (image - mean) / std for an image in [0, 1], one number a
     channel. One token covers `patch` x `patch` pixels and is the id of the nearest of `num_codes` codes with
-    `code_dim` numbers each, by `lookup`: "cosine" (both sides L2-normalised) or "euclidean".
+    `code_dim` numbers each, by `lookup`: "cosine" (both sides L2-normalized) or "euclidean".
     """
 
     kind: str
@@ -187,7 +187,7 @@ class Tokenizer(nn.Module, ABC):
         whoever else has this codebook, and its `codebook` is exactly `rows`.
 
         A row is the code nearest to it, at most 1e-5 away, and each a code of its own; with the cosine lookup both
-        are L2-normalised before. Raises TokenizerError saying how many rows are not found and how far they are.
+        are L2-normalized before. Raises TokenizerError saying how many rows are not found and how far they are.
         """
         rows = rows.detach().to(self.codebook, copy=True)
         if rows.ndim != 2 or rows.shape[1] != self.spec.code_dim or len(rows) == 0:

@@ -26,7 +26,7 @@ EXACT_CELLS = 1 << 27
 # Beyond that: patches a step, and how often each patch is seen.
 BATCH = 1 << 16
 PASSES = 5
-# Centres of one k-means++.
+# Centers of one k-means++.
 PART = 1 << 10
 # Patches whose copy in double precision is held at once.
 CHUNK = 1 << 18
@@ -78,8 +78,8 @@ class PatchKMeans(Tokenizer):
     def _fit_components(self, patches: Tensor) -> None:
         self.mean.copy_(patches.mean(dim=0))
         chunks = patches.split(CHUNK)
-        centred = ((chunk - self.mean).double() for chunk in chunks)
-        _, vectors = torch.linalg.eigh(sum(rows.T @ rows for rows in centred))  # eigenvalues ascending
+        centerd = ((chunk - self.mean).double() for chunk in chunks)
+        _, vectors = torch.linalg.eigh(sum(rows.T @ rows for rows in centerd))  # eigenvalues ascending
         components = vectors.flip(1).T[: self.spec.code_dim - 1]
         # An eigenvector's sign is arbitrary: fix it, so that a refit gives the same codebook.
         signs = components.gather(1, components.abs().argmax(dim=1, keepdim=True)).sign()
@@ -90,9 +90,9 @@ class PatchKMeans(Tokenizer):
 
     def _fit_codebook(self, maps: Tensor) -> None:
         vectors = rearrange(maps, "b d h w -> (b h w) d")
-        centres = torch.from_numpy(_centres(vectors.numpy(), self.spec.num_codes)).float()
-        counts = torch.bincount(nearest(maps, centres).flatten(), minlength=len(centres))
-        self.codebook.copy_(centres[counts.argsort(descending=True, stable=True)])
+        centers = torch.from_numpy(_centers(vectors.numpy(), self.spec.num_codes)).float()
+        counts = torch.bincount(nearest(maps, centers).flatten(), minlength=len(centers))
+        self.codebook.copy_(centers[counts.argsort(descending=True, stable=True)])
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> map (B, D, H, W); the last channel is constant."""
@@ -124,12 +124,12 @@ class PatchKMeans(Tokenizer):
         save_tensors(Path(path), self.state_dict(), HEADER, asdict(self.spec))
 
 
-def _centres(vectors: np.ndarray, num_codes: int) -> np.ndarray:
-    """(K, D) centres of (N, D) float32 vectors by k-means."""
+def _centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:
+    """(K, D) centers of (N, D) float32 vectors by k-means."""
     if len(vectors) * num_codes <= EXACT_CELLS:
         return KMeans(num_codes, n_init=1, random_state=0).fit(vectors).cluster_centers_
     rng = np.random.default_rng(0)
-    init = _first_centres(vectors[rng.permutation(len(vectors))[: max(BATCH, 16 * num_codes)]], num_codes)
+    init = _first_centers(vectors[rng.permutation(len(vectors))[: max(BATCH, 16 * num_codes)]], num_codes)
     # Without reassignment: it moves rare codes away, which cost 0.4 dB.
     kmeans = MiniBatchKMeans(num_codes, init=init, n_init=1, reassignment_ratio=0, random_state=0)
     starts = range(0, len(vectors), BATCH)
@@ -142,8 +142,8 @@ def _centres(vectors: np.ndarray, num_codes: int) -> np.ndarray:
     return kmeans.cluster_centers_
 
 
-def _first_centres(vectors: np.ndarray, num_codes: int) -> np.ndarray:
-    """k-means++ in parts, each with a share of the vectors and of the centres: its time grows with both."""
+def _first_centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:
+    """k-means++ in parts, each with a share of the vectors and of the centers: its time grows with both."""
     parts = -(-num_codes // PART)
     shares = [len(part) for part in np.array_split(np.empty(num_codes), parts)]
     pairs = zip(np.array_split(vectors, parts), shares, strict=True)

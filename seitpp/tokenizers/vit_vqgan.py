@@ -35,7 +35,7 @@ QKV, MLP = "{}.transformer.layers.0.0.fn.to_qkv.weight", "{}.transformer.layers.
 
 class Reconstruction(NamedTuple):
     """What training sees: `images` (B, 3, height, width), not clamped; `loss` () of the codebook, commitment
-    included; `ids` (B, H, W); `vectors` (B, D, H, W), the L2-normalised features (to restart dead codes on)."""
+    included; `ids` (B, H, W); `vectors` (B, D, H, W), the L2-normalized features (to restart dead codes on)."""
 
     images: Tensor
     loss: Tensor
@@ -93,7 +93,7 @@ class ViTVQGAN(Tokenizer):
         self.pre_quant = nn.Linear(encoder.width, spec.code_dim)
         self.post_quant = nn.Linear(spec.code_dim, decoder.width)
         self._trained: tuple[tuple[int, int], Tensor, Tensor] | None = None  # grid and positions, once changed
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     @classmethod
     def new(
@@ -138,7 +138,7 @@ class ViTVQGAN(Tokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """(K, D), as trained: not normalised."""
+        """(K, D), as trained: not normalized."""
         return self.quantizer.embedding.weight
 
     def set_image_size(self, size: int | tuple[int, int]) -> None:
@@ -157,12 +157,12 @@ class ViTVQGAN(Tokenizer):
         self.decoder.de_pos_embedding = _interpolated(trained[2].to(decoder), trained[0], self.spec.grid)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1] -> map (B, D, H, W), not normalised."""
+        """Images (B, 3, height, width) in [0, 1] -> map (B, D, H, W), not normalized."""
         tokens = self.pre_quant(self.encoder(self.model_input(images)))
         return rearrange(tokens, "b (h w) d -> b d h w", h=self.spec.grid[0])
 
     def reconstruct(self, maps: Tensor) -> Tensor:
-        """Map of L2-normalised rows (B, D, H, W) -> images (B, 3, height, width), not clamped."""
+        """Map of L2-normalized rows (B, D, H, W) -> images (B, 3, height, width), not clamped."""
         tokens = self.post_quant(maps.flatten(2).transpose(1, 2))
         return self.decoder(tokens, self.spec.grid)
 
@@ -181,7 +181,7 @@ class ViTVQGAN(Tokenizer):
         """Training: images (B, 3, height, width) in [0, 1] -> reconstruction, losses and ids.
 
         Straight-through: the decoder's gradient reaches the encoder as if nothing were quantized. The loss
-        moves rows to features and, with weight 0.25, features to rows, both L2-normalised.
+        moves rows to features and, with weight 0.25, features to rows, both L2-normalized.
         """
         vectors = F.normalize(self.features(images), dim=1)
         ids = self.quantize(vectors)
@@ -194,7 +194,7 @@ class ViTVQGAN(Tokenizer):
         self.quantizer.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -71,8 +71,8 @@ class OneHots:
         maps = torch.stack([self.noise(vectors) for vectors in self.vectors(indices)])
         side = int(SIZE * (1 - np.random.default_rng().beta(1.0, 1.0)) ** 0.5)
         (top, bottom), (left, right) = (
-            (max(0, centre - side // 2), min(SIZE, centre + side // 2))
-            for centre in random.choices(range(SIZE), k=2)
+            (max(0, center - side // 2), min(SIZE, center + side // 2))
+            for center in random.choices(range(SIZE), k=2)
         )
         maps[:, :, top:bottom, left:right] = maps.flip(0)[:, :, top:bottom, left:right]
         return maps

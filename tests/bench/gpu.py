@@ -45,7 +45,7 @@ from seitpp.images.batches import DecodedImages
 from seitpp.images.sources import open_source
 from seitpp.models import MTM, TokenAdapt, load_mtm, save_classifier
 from seitpp.models.weights.pretrained import save_pretrained
-from seitpp.objectives import MASK_LAWS
+from seitpp.objectives import MASK_RATIOS
 from seitpp.tokenizers import ViTVQGAN
 from seitpp.tokenizers.encoding import encode
 
@@ -75,7 +75,8 @@ def setup(at: Bench) -> Lines:
     adapt = TokenAdapt(**at.of({}, {"width": 64, "heads": 1, "mlp": 64}))
     torch.nn.init.normal_(adapt.head.weight)  # else all codes are equally likely
     save_pretrained(at.folder / "adapt.safetensors", adapt, known)
-    model = MTM(*at.of(["mtm_vit_base"], ["mtm_vit_nano", (28, 28), 391, 32, 96, 2, 4]))
+    tiny = {"encoder": "mtm_vit_nano", "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
+    model = MTM(**at.of({}, tiny))
     save_pretrained(at.folder / "mtm.safetensors", model, known)
     model = timm.create_model(at.of("seit_vit_base", "seit_vit_nano"), num_classes=classes)
     save_classifier(at.folder / "seit.safetensors", model, known, None)
@@ -136,7 +137,7 @@ def mtm(at: Bench) -> Lines:
 
 def counted_memory(at: Bench) -> Footprint:
     """Of the plain step."""
-    model, law = load_mtm(at.folder / "mtm.safetensors")[0], MASK_LAWS["seitpp"]
+    model, law = load_mtm(at.folder / "mtm.safetensors")[0], MASK_RATIOS["seitpp"]
     counts = law.counts(model.encoder.patch_embed.num_patches, law.highest)
     trial = open_recipe("mtm_pretrain").zeros_loss((28, 28), counts, 0.0)
     return footprint(trial, at.of("bf16", "no"), model)
@@ -173,7 +174,7 @@ def tokenize(at: Bench) -> Lines:
         return torch.from_numpy(encode(tokenizer, decoded, accelerator.device)[0].astype(np.int32))
 
     yield f"ViT-VQGAN, batch {batch}", {"images/s": batch / seconds_of(forward, at.of(4, 1))}
-    settings = {"out": str(at.folder / "tokenized"), "batch_size": batch, "workers": at.of(16, 0)}
+    settings = {"out": str(at.folder / "tokenized"), "batch_size_per_process": batch, "workers": at.of(16, 0)}
     with redirect_stdout(StringIO()) as printed:
         recipe.tokenize(source, tokenizer, replace(recipe.PRESETS["published"], **settings), accelerator)
     images_per_second = float(re.search(r"([\d.]+) images/s", printed.getvalue())[1])
@@ -221,7 +222,7 @@ def fsdp(at: Bench) -> Lines:
 
 def resume(at: Bench) -> Lines:
     """The same 12 updates twice, and killed and resumed, every time in a new process."""
-    words = ["smoke", "--crop", 8, "--batch-size", 32, "--checkpoint-epochs", 0.1, "--resume"]
+    words = ["smoke", "--crop-size", 8, "--batch-size", 32, "--checkpoint-epochs", 0.1, "--resume"]
     words += ["--precision", at.of("bf16", "no")]
     once, again, killed = (at.folder / name for name in ("once", "again", "killed"))
     for out, kill in ((once, None), (again, None), (killed, 7), (killed, None)):  # checkpoints at 4, 8, 12

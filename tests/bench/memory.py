@@ -1,6 +1,6 @@
 """Memory of a training step, image by image: `python tests/bench/memory.py` prints the table of docs/running.md.
 
-Counted, not measured: no GPU is needed, it takes half a minute on a CPU. "Saved" is what the forward pass keeps
+Counted, not measured: no GPU is needed, it takes half a minute on a CPU. "Loaded" is what the forward pass keeps
 for the backward pass. The images at a time are those that a run would choose on an empty card, by its peak.
 """
 
@@ -19,7 +19,7 @@ from seitpp.engine.accumulation import USABLE
 from seitpp.engine.inputs import classifier_trial
 from seitpp.engine.memory import Footprint, Trial, footprint, state_bytes
 from seitpp.models import MTM, TokenAdapt
-from seitpp.objectives import MASK_LAWS, VQTraining
+from seitpp.objectives import MASK_RATIOS, VQTraining
 from seitpp.objectives.adapt import tokenizer_pair
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
@@ -47,7 +47,7 @@ def zeros_loss(recipe: str) -> Callable:
 def cases() -> Iterator[Case]:
     """The published models, in the sizes of the published presets."""
     mtm, adapt, vqgan = map(zeros_loss, ("mtm_pretrain", "tokenadapt_train", "tokenizer_train"))
-    law = MASK_LAWS["seitpp"]
+    law = MASK_RATIOS["seitpp"]
     for size in ("base", "small"):
         loss = mtm((28, 28), law.counts(196, law.highest), 0.5)
         yield Case(f"mtm_pretrain, mtm_vit_{size}", loss, MTM(f"mtm_vit_{size}"), (TokenAdapt(),))

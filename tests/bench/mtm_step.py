@@ -27,11 +27,11 @@ from seitpp.engine.metrics import count_flops, matmul_rate
 from seitpp.engine.optim import adamw
 from seitpp.engine.system import peak_memory
 from seitpp.models import MTM, MaskPlan, TokenAdapt
-from seitpp.objectives import MASK_LAWS, mask_plan
+from seitpp.objectives import MASK_RATIOS, mask_plan
 
 Loss = Callable[[Tensor, MaskPlan], Tensor]
 STORED, CROP, CODES, PATCHES, RATIO = 32, 28, 391, 196, 0.55
-COUNTS = MASK_LAWS["seitpp"].counts(PATCHES, RATIO)
+COUNTS = MASK_RATIOS["seitpp"].counts(PATCHES, RATIO)
 NANO = {"encoder": "mtm_vit_nano", "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
 # Of our names, those of the textbook's weights.
 TEXTBOOK_NAMES = {

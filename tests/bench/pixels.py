@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from seitpp.augment import CentralBoxes, RandomBoxes
-from seitpp.data.dataset import Share
+from seitpp.data.dataset import MicroBatch
 from seitpp.images.batches import ImageDataset
 from seitpp.images.sources import open_source
 
@@ -46,7 +46,7 @@ def rates(root: Path, rounds: int) -> dict[str, float]:
     for epoch in range(rounds):
         for name, dataset in datasets.items():
             start = time.perf_counter()
-            dataset.__getitems__(Share(range(len(source)), epoch))
+            dataset.__getitems__(MicroBatch(range(len(source)), epoch))
             seconds[name].append(time.perf_counter() - start)
     return {name: len(source) / min(taken) for name, taken in seconds.items()}
 

@@ -20,7 +20,7 @@ from scipy import stats
 RECIPE = Path(__file__).parents[2] / "recipes/seit_train.py"
 ROWS = {
     "full recipe (conv4)": [],
-    "no augmentation": ["--crop", "None", "--eda", "None", "--colour", "None", "--cutmix", "0"],
+    "no augmentation": ["--crop-mode", "None", "--eda", "None", "--color", "None", "--cutmix", "0"],
     "conv2 stem": ["--stem", "conv2"],
     "linear stem": ["--stem", "linear", "--size", "4"],
 }

@@ -61,7 +61,18 @@ def untrained(folder: Path, seed: int) -> Path:
 def starts(root: Path, seed: int, adapt: Path) -> dict[str, Path]:
     """Where fine-tuning begins; the view of SeiT++ sends half of the images through TokenAdapt."""
     plain = ["digits", "--seed", seed]
-    through = [*plain, "--crop", 8, "--crop-scale", 0.7, 1, "--tokenadapt", adapt, "--adapted", 0.5]
+    through = [
+        *plain,
+        "--crop-size",
+        8,
+        "--crop-scale",
+        0.7,
+        1,
+        "--tokenadapt",
+        adapt,
+        "--tokenadapt-fraction",
+        0.5,
+    ]
     return {
         "untrained": untrained(root / f"untrained-{seed}", seed),
         "mtm": run("mtm_pretrain", root / f"mtm-{seed}", *plain),

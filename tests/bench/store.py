@@ -4,7 +4,7 @@
 
 Needs 2 GB below FOLDER (default: the system's temporary folder), about a minute, and no network. Ends with
 status 1 if a requirement is not met. Tokens are independent draws with 8.54 bits each, as ImageNet's 391 codes
-have, but without likeness of neighbours. So the codec "context" has nothing to gain: what it seems to is that it
+have, but without likeness of neighbors. So the codec "context" has nothing to gain: what it seems to is that it
 has learned its table from the very images.
 """
 

@@ -3,7 +3,7 @@
     pip install scikit-image; OMP_NUM_THREADS=1 python tests/bench/tokenadapt_photographs.py
 
 Each photograph is resized to sides of 128, 176 and 256 pixels, so that a patch of 8 pixels holds texture and not
-one colour, and cut into windows of 96 pixels; the held-out one only at 176. A tokenizer (patch_kmeans, K = 391) is
+one color, and cut into windows of 96 pixels; the held-out one only at 176. A tokenizer (patch_kmeans, K = 391) is
 fitted on windows of the seven, then recipes/tokenadapt_train.py, preset photos, trains for 1,276 steps of 32.
 Prints the recipe's table. About 6 minutes on one core.
 """

@@ -64,7 +64,18 @@ def forward_rate(tokenizer: PatchKMeans, count: int) -> float:
 
 
 def recipe_rate(root: Path, tokenizer: Path, out: Path, workers: int) -> float:
-    line = ["--data", root, "--tokenizer", tokenizer, "--out", out, "--workers", workers, "--batch-size", BATCH]
+    line = [
+        "--data",
+        root,
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        out,
+        "--workers",
+        workers,
+        "--batch-size-per-process",
+        BATCH,
+    ]
     command = [sys.executable, RECIPE, *line]
     printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     return float(re.search(r"([\d.]+) images/s", printed)[1])

@@ -42,7 +42,7 @@ class ClassifierSpec:
     arguments: dict[str, Any]
 
 
-class Saved(NamedTuple):
+class Loaded(NamedTuple):
     """A model in eval mode, the fingerprint of its codebook (None: a model of pixels, or not known), the names of
     its classes (None where its data had none), its spec (None for what `save_classifier` did not write), and the
     central window of tokens (height, width) that it was judged by (None: of the size of its input)."""
@@ -94,7 +94,7 @@ def save_classifier(
 ) -> None:
     """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or a ViT of timm's own for pixels.
 
-    `codebook` is the fingerprint of the codebook, None for pixels; `window` as in `Saved`. Raises ModelError if
+    `codebook` is the fingerprint of the codebook, None for pixels; `window` as in `Loaded`. Raises ModelError if
     the model is not one that its name and sizes make again, so that every file written can be read.
     """
     spec = classifier_spec(model)
@@ -107,7 +107,7 @@ def save_classifier(
     write_model(path, "classifier", model, header)
 
 
-def load_classifier(path: Path) -> Saved:
+def load_classifier(path: Path) -> Loaded:
     """A classifier that `save_classifier` wrote, without dropout and drop-path.
 
     Raises ModelError naming the file if it is missing, damaged, of another kind, or of a model unknown here.
@@ -119,7 +119,7 @@ def load_classifier(path: Path) -> Saved:
     model = timm.create_model(spec.name, **spec.arguments)
     model.load_state_dict(tensors)
     window = tuple(header["window"]) if header["window"] else None
-    return Saved(model.eval(), header["codebook"], header["class_names"], spec, window)
+    return Loaded(model.eval(), header["codebook"], header["class_names"], spec, window)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -11,7 +11,7 @@ from seitpp.models.resnet import TokenResNet
 from seitpp.models.stem import ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import TokenEmbed
-from seitpp.models.weights.classifiers import Saved, load_classifier, read_model, write_model
+from seitpp.models.weights.classifiers import Loaded, load_classifier, read_model, write_model
 from seitpp.models.weights.release import from_release
 from seitpp.tensors import header_keys
 
@@ -25,7 +25,7 @@ def save_pretrained(path: Path, model: MTM | TokenAdapt, codebook: str) -> None:
     write_model(path, kind, model, {"settings": model.settings, "codebook": codebook})
 
 
-def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
+def load_pretrained(path: str | Path, ema: bool = True) -> Loaded:
     """The classifier or masked token model at `path`, in eval mode.
 
     A folder is that of a run: its model_ema.safetensors, if there is one and `ema`, else its model.safetensors.
@@ -37,13 +37,13 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Saved:
     kind = _own_kind(path)
     if kind == "mtm":
         model, codebook = load_mtm(path)
-        return Saved(model, codebook, None, None)
+        return Loaded(model, codebook, None, None)
     if kind == "classifier":
         return load_classifier(path)
     model = None if kind == "tokenadapt" else from_release(path)
     if model is None or isinstance(model, TokenAdapt):
         raise ModelError(f"{path} holds a TokenAdapt: expected a classifier or a masked token model")
-    return Saved(model, None, None, None)
+    return Loaded(model, None, None, None)
 
 
 def load_pretrained_tokenadapt(path: str | Path) -> tuple[TokenAdapt, str | None]:

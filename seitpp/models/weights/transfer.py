@@ -69,7 +69,7 @@ def pixel_classifier_from(
     return _transfer(body, model, new=("patch_embed.",))
 
 
-def choose_trained(model: nn.Module, trained: Literal["all", "attention", "head"]) -> None:
+def set_trainable(model: nn.Module, trained: Literal["all", "attention", "head"]) -> None:
     """Freeze what is not to be trained: nothing, all but attention, positions and head, or all but the head.
 
     Running statistics of frozen batch norms stay as they are, until `timm.utils.unfreeze(model)`. Raises
