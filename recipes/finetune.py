@@ -39,7 +39,7 @@ from seitpp.augment import (
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Batch, BatchOrder, Chosen, TokenDataset, few_labels
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.config import TrainConfig
+from seitpp.engine.config import SMOKE, TrainConfig
 from seitpp.engine.evaluate import predict
 from seitpp.engine.inputs import (
     check_codes,
@@ -161,15 +161,7 @@ PRESETS["digits"] = replace(
     checkpoint_epochs=10,
     evaluation_epochs=5,
 )
-PRESETS["smoke"] = replace(
-    PRESETS["digits"],
-    preset="smoke",
-    epochs=2,
-    warmup_epochs=1,
-    checkpoint_epochs=0.5,
-    evaluation_epochs=1,
-    log_steps=1,
-)
+PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke", **SMOKE)
 
 
 def main(config: Config) -> None:
@@ -197,7 +189,6 @@ def main(config: Config) -> None:
     training = run.training(
         model,
         optimizer,
-        order,
         schedule,
         data_fingerprint=task.fingerprint,
         clip=config.clip,

@@ -151,7 +151,6 @@ def main(config: Config) -> None:
     training = run.training(
         model,
         optimizer,
-        order,
         schedule,
         data_fingerprint=train.fingerprint,
         flops_per_image=step_flops(model, grid, law.counts(patches, 0.5)),

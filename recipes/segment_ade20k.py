@@ -141,19 +141,17 @@ def main(config: Config) -> None:
 
     # 4. Optimization; lower layers learn more slowly.
     schedule = Schedule(
+        order,
         config.steps,
         config.warmup_steps,
         checkpoint_steps=order.steps(config.checkpoint_epochs),
         evaluation_steps=config.evaluation_steps,
         peak_lr=config.lr,
         decay="linear",
-        batch_size=config.batch_size,
-        steps_per_epoch=order.steps_per_epoch,
     )
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
     sharing = Sharing(zeros_loss(source, config.crop_size), tuple(filter(None, [source.tokenizer])), multiple=2)
-    given = model, optimizer, order, schedule
-    training = run.training(*given, data_fingerprint=source.fingerprint, sharing=sharing)
+    training = run.training(model, optimizer, schedule, data_fingerprint=source.fingerprint, sharing=sharing)
     run.describe(f"{source}; {len(source.class_names)} classes", model=model)
 
     # 5. Training; on the way, every pixel of the validation images.

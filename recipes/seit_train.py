@@ -31,7 +31,7 @@ from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.config import TrainConfig
+from seitpp.engine.config import SMOKE, TrainConfig
 from seitpp.engine.evaluate import predict
 from seitpp.engine.inputs import (
     classifier_trial,
@@ -134,15 +134,7 @@ PRESETS["digits"] = replace(
     checkpoint_epochs=10,
     evaluation_epochs=10,
 )
-PRESETS["smoke"] = replace(
-    PRESETS["digits"],
-    preset="smoke",
-    epochs=2,
-    warmup_epochs=1,
-    checkpoint_epochs=0.5,
-    evaluation_epochs=1,
-    log_steps=1,
-)
+PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke", **SMOKE)
 
 
 def main(config: Config) -> None:
@@ -173,11 +165,10 @@ def main(config: Config) -> None:
     training = run.training(
         model,
         optimizer,
-        order,
         schedule,
-        data_fingerprint=train.fingerprint,
         clip=config.clip,
         ema=ema,
+        data_fingerprint=train.fingerprint,
         flops_per_image=count_flops(model, zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
             classifier_trial(zeros, config.tokenadapt_fraction), tuple(filter(None, [adapt])), multiple=4

@@ -145,7 +145,6 @@ def main(config: Config) -> None:
     training = run.training(
         model,
         optimizer,
-        order,
         schedule,
         data_fingerprint=f"{tokenizer.fingerprint} of {len(train)} images",
         clip=config.clip,

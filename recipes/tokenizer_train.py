@@ -166,8 +166,7 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
     schedule = Schedule.from_config(config, order)
     optimizer = adamw(model, config.weight_decay, config.betas)
     sharing = Sharing(zeros_loss, (perceptual,) if perceptual else ())
-    given = model, optimizer, order, schedule
-    training = run.training(*given, data_fingerprint=f"{len(images)} images", sharing=sharing)
+    training = run.training(model, optimizer, schedule, data_fingerprint=f"{len(images)} images", sharing=sharing)
     run.print(f"{schedule}, from step {training.step}")
 
     # 3. Training.

@@ -122,3 +122,17 @@ def test_functions_are_short_and_classes_small() -> None:
         else:
             public = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name[0] != "_"]
             assert len(public) <= 15, f"{name} has {len(public)} public methods"
+
+
+def test_no_two_recipes_tell_the_same() -> None:
+    """Six equal lines outside of imports belong to the room that both could ask."""
+    stretches: dict[tuple[str, ...], str] = {}
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        text = path.read_text()
+        code = [node for node in ast.parse(text).body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        lines = [line.strip() for node in code for line in ast.get_source_segment(text, node).splitlines()]
+        lines = [line for line in lines if line]
+        for start in range(len(lines) - 5):
+            stretch = tuple(lines[start : start + 6])
+            other = stretches.setdefault(stretch, path.name)
+            assert other == path.name, f"{path.name} and {other} share {stretch}"

@@ -63,10 +63,10 @@ def train(
     ema = ModelEmaV3(model, decay=0.9)
     # The rate of update number `step` is 1e-3 * (step + 1), whatever `steps` is.
     schedule = Schedule(
-        steps, STEPS, checkpoint_steps, evaluation_steps, peak_lr=1e-3 * (STEPS + 1), warmup_lr=1e-3
+        order, steps, STEPS, checkpoint_steps, evaluation_steps, peak_lr=1e-3 * (STEPS + 1), warmup_lr=1e-3
     )
     optimizer = adamw(model, 0.05)
-    training = run.training(model, optimizer, order, schedule, data_fingerprint=store.fingerprint, ema=ema)
+    training = run.training(model, optimizer, schedule, data_fingerprint=store.fingerprint, ema=ema)
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad():

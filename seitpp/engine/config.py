@@ -31,6 +31,10 @@ class ConfigError(UserError):
     """A preset, a flag or a config file that this recipe does not have."""
 
 
+# Durations of a classifier's preset for tests: two epochs, with a checkpoint in the middle of one.
+SMOKE = {"epochs": 2, "warmup_epochs": 1, "checkpoint_epochs": 0.5, "evaluation_epochs": 1, "log_steps": 1}
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What every recipe asks of its run; a recipe's own Config adds the rest."""

@@ -52,11 +52,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what happens in a training, in updates; `lr` is the learning rate of each.
-
-    `batch_size` and `steps_per_epoch` are only printed.
+    """When what happens in a training: `order` says which images an update sees, the durations are in updates, and
+    `lr` is the learning rate of each.
     """
 
+    order: BatchOrder
     steps: int
     warmup_steps: int
     checkpoint_steps: int
@@ -65,8 +65,6 @@ class Schedule:
     warmup_lr: float = 0.0  # of the first update
     min_lr: float = 0.0  # after the last one
     decay: Literal["cosine", "linear"] = "cosine"
-    batch_size: int = 0
-    steps_per_epoch: int = 0
 
     @classmethod
     def from_config(
@@ -81,6 +79,7 @@ class Schedule:
         """
         batches = config.batch_size / lr_batch
         return cls(
+            order,
             steps=order.steps(config.epochs),
             warmup_steps=order.steps(config.warmup_epochs),
             checkpoint_steps=max(1, order.steps(config.checkpoint_epochs)),
@@ -88,8 +87,6 @@ class Schedule:
             peak_lr=config.base_lr * (batches if scaling == "linear" else batches**0.5),
             warmup_lr=getattr(config, "warmup_lr", 0.0),
             min_lr=getattr(config, "min_lr", 0.0),
-            batch_size=order.batch_size,
-            steps_per_epoch=order.steps_per_epoch,
         )
 
     def lr(self, step: int) -> float:
@@ -100,7 +97,7 @@ class Schedule:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps of {self.batch_size} images, {self.steps_per_epoch} an epoch, "
+            f"{self.steps} steps of {self.order.batch_size} images, {self.order.steps_per_epoch} an epoch, "
             f"peak lr {self.peak_lr:.2e}"
         )
 

@@ -1,10 +1,12 @@
 """A run: its folder, its launch, what it prints and leaves. What a batch and a loss are stays in the recipe.
 
-run = Run("recipe", config)                            # Accelerate, the output folder, the seed
-training = run.training(model, optimizer, order, schedule, data_fingerprint=...)   # restored with --resume
-for step, batch in training.steps(dataset):
-    training.update(loss_of(training.wrapped, batch))  # backward, clip, lr of this step, update
-run.finish({...})                                      # result.json
+    run = Run("recipe", config)                            # Accelerate, the output folder, the seed
+    training = run.training(model, optimizer, schedule, data_fingerprint=...)  # restored with --resume
+    for step, batch in training.steps(dataset):
+        training.update(loss_of(training.wrapped, batch))  # backward, clip, lr of this step, update
+    run.finish({...})                                      # result.json
+
+The clock of a training is `seitpp/engine/training.py`.
 """
 
 import time
@@ -21,7 +23,6 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
-from seitpp.data.dataset import BatchOrder
 from seitpp.engine import checkpoint
 from seitpp.engine.config import RunConfig
 from seitpp.engine.distributed import ZeroLaunch, find_launch
@@ -113,7 +114,6 @@ class Run:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        order: BatchOrder,
         schedule: Schedule,
         *,
         data_fingerprint: str,
@@ -121,16 +121,15 @@ class Run:
     ) -> Training:
         """Begin the training of a model, or with --resume go on from the newest whole checkpoint.
 
-        `order` says which images a batch holds; `schedule` how long, at which rate, and when checkpoints and
-        evaluations are due; `data_fingerprint` identifies the training data. `more` may be `clip`, the largest
+        `schedule` says which images a batch holds, how long, at which rate, and when checkpoints and evaluations
+        are due; `data_fingerprint` identifies the training data. `more` may be `clip`, the largest
         gradient norm; `ema`, a moving average of the weights, which follows every update; `flops_per_image`, for
         the MFU in the log; `sharing`, what a step needs of a GPU's memory, so that the number of images at a time
         can be chosen or checked. Raises RunError if the processes do not divide the batch or it does not fit,
         UserError for an optimizer that this launch would change, CheckpointError for a checkpoint of another model
         or of other data.
         """
-        given = model, optimizer, order, schedule
-        self._training = Training(self, *given, data_fingerprint=data_fingerprint, **more)
+        self._training = Training(self, model, optimizer, schedule, data_fingerprint=data_fingerprint, **more)
         return self._training
 
     def print(self, text: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp import files
-from seitpp.data.dataset import BatchOrder, MicroBatch, training_loader
+from seitpp.data.dataset import MicroBatch, training_loader
 from seitpp.engine import checkpoint, distributed
 from seitpp.engine.accumulation import Sharing, share_out
 from seitpp.engine.distributed import UpdateSettings
@@ -40,7 +40,6 @@ class Training:
         run: "Run",
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        order: BatchOrder,
         schedule: Schedule,
         *,
         data_fingerprint: str,
@@ -50,6 +49,7 @@ class Training:
         sharing: Sharing | None = None,
     ):
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
+        order = schedule.order
         self._check_batch(order.batch_size)
         run.check_agreed("the training data", data_fingerprint)
         run.launch.check_optimizer(optimizer)
