@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from downstream.segmentation.data import SegmentedTokens
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
-from downstream.segmentation.extra import load_mmseg
+from downstream.segmentation.mmseg import load_mmseg
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.engine.config import RunConfig
 from seitpp.engine.inputs import check_codebook, embedded, open_tokenadapt

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
-from downstream.segmentation.extra import load_mmseg
+from downstream.segmentation.mmseg import load_mmseg
 from downstream.segmentation.view import SegmentView
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import ColorPreset, Keys

@@ -165,7 +165,7 @@ def test_random_bytes_are_refused_or_canonical(name, num_codes):
         )
         data = body.tobytes()
         # A right check: what a hostile writer can make.
-        data = data if name == "escape" else codec._seal.close(data, num_tokens)
+        data = data if name == "escape" else codec._checksum.wrap(data, num_tokens)
         try:
             ids = codec.decode(data, num_tokens)
         except CodecError:
@@ -208,7 +208,7 @@ def test_escape_names_the_place_of_damage(data, num_tokens, message):
 def test_bodies_that_no_encoder_writes_are_refused_under_a_right_check(name, body, num_tokens, message):
     codec = codecs.build(name, 5, [1, 1, 1, 1, 1])
     with pytest.raises(CodecError, match=message):
-        codec.decode(codec._seal.close(body, num_tokens), num_tokens)
+        codec.decode(codec._checksum.wrap(body, num_tokens), num_tokens)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -191,7 +191,7 @@ def test_random_bytes_under_a_right_check_are_refused_or_canonical():
     rng, codec = np.random.default_rng(0), learned(2, 3, 5)
     accepted = 0
     for _ in range(1000):
-        data = codec._seal.close(rng.bytes(rng.integers(0, 6)), 6)
+        data = codec._checksum.wrap(rng.bytes(rng.integers(0, 6)), 6)
         try:
             ids = codec.decode(data, 6)
         except CodecError:

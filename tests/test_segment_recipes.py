@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes
 from downstream.segmentation.evaluation import WholeImage, count_pixels, mirror_whole, stride_of
 from downstream.segmentation.model import load_segmenter
-from downstream.segmentation.pixels import PixelPipeline
+from downstream.segmentation.pixel_pipeline import PixelPipeline
 from downstream.segmentation.scenes import write_scenes
 from seitpp import StoreWriter, TokenStore, plots
 from seitpp.codebook import codebook_fingerprint, embed

@@ -23,9 +23,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT, backbone_from, level_blocks
-from downstream.segmentation.extra import ExtraError, load_mmseg
 from downstream.segmentation.inference import WINDOWS, predict_labels, slide_logits, view_scores
 from downstream.segmentation.metric import IoUMetric, SegmentationScore
+from downstream.segmentation.mmseg import ExtraError, load_mmseg
 from downstream.segmentation.model import (
     TokenSegmenter,
     broadcast_statistics,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT
-from downstream.segmentation.extra import load_mmseg
+from downstream.segmentation.mmseg import load_mmseg
 from seitpp.models.weights.classifiers import classifier_spec, read_model, write_model
 
 RESCALES = [4, 2, 1, 0.5]  # of the four levels, each of one cell a patch (Feature2Pyramid)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT, backbone_from
 from downstream.segmentation.data import Segmented, SegmentedTokens
 from downstream.segmentation.evaluation import WholeImage, WholePixels, WholeTokens
-from downstream.segmentation.pixels import PixelBatch, PixelPipeline
+from downstream.segmentation.pixel_pipeline import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
 from seitpp.data.dataset import BatchOrder

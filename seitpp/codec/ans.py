@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from seitpp.codec.ans_coder import body_of, categorical, coder_of, seed_of, seed_size, seeded
 from seitpp.codec.base import check_counts, check_ids, check_num_codes, counts_bytes
-from seitpp.codec.seal import Seal
-from seitpp.codec.stack import body_of, categorical, coder_of, seed_of, seed_size, seeded
+from seitpp.codec.checksum import Checksum
 
 
 class AnsCodec:
@@ -21,7 +21,7 @@ class AnsCodec:
         self.num_codes = num_codes
         self._model = categorical(counts)
         self._seed = seed_size(num_codes)
-        self._seal = Seal(counts_bytes(counts))
+        self._checksum = Checksum(counts_bytes(counts))
 
     def encode(self, ids: np.ndarray) -> bytes:
         """Payload of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
@@ -29,11 +29,11 @@ class AnsCodec:
         coded = max(0, ids.size - self._seed)
         coder = seeded(ids[coded:], self.num_codes)
         coder.encode_reverse(ids[:coded], self._model)
-        return self._seal.close(body_of(coder), ids.size)
+        return self._checksum.wrap(body_of(coder), ids.size)
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
         """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
-        coder = coder_of(self._seal.open(data, num_tokens), self.num_codes)
+        coder = coder_of(self._checksum.unwrap(data, num_tokens), self.num_codes)
         coded = max(0, num_tokens - self._seed)
         ids = np.empty(num_tokens, np.uint16)
         ids[:coded] = coder.decode(self._model, coded)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seitpp.codec.ans_coder import Categorical, body_of, categorical, coder_of, seed_of, seed_size, seeded
 from seitpp.codec.base import MAX_TOKENS, CodecError, check_ids, check_num_codes
-from seitpp.codec.seal import Seal
-from seitpp.codec.stack import Categorical, body_of, categorical, coder_of, seed_of, seed_size, seeded
-from seitpp.codec.table import MAX_CLASSES, ContextTable, quantized
+from seitpp.codec.checksum import Checksum
+from seitpp.codec.context_table import MAX_CLASSES, ContextTable, quantized
 
 # The finest step has stride 1; tokens between multiples of the coarsest are too far apart to tell of each other.
 STRIDES = (4, 2, 1)
@@ -58,7 +58,7 @@ class ContextCodec:
         self._scores = _scores(tables.vectors, tables.centers)
         self._coarse, self._steps = _steps(height, width)
         self._seed = min(seed_size(num_codes), height * width)
-        self._seal = Seal(b"".join(side.to_bytes(4, "little") for side in self.grid) + table)
+        self._checksum = Checksum(b"".join(side.to_bytes(4, "little") for side in self.grid) + table)
 
     @classmethod
     def learn(cls, grids: np.ndarray, codebook: np.ndarray) -> "ContextCodec":
@@ -96,7 +96,7 @@ class ContextCodec:
         for model, places in reversed(groups):
             if model is not None:
                 coder.encode_reverse(ids[places], model)
-        return self._seal.close(body_of(coder), ids.size)
+        return self._checksum.wrap(body_of(coder), ids.size)
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
         """The (num_tokens,) uint16 ids, all below num_codes, row by row.
@@ -105,7 +105,7 @@ class ContextCodec:
         """
         if num_tokens != self.grid[0] * self.grid[1]:
             raise CodecError(f"number of tokens: got {num_tokens}, expected {self.grid[0]} x {self.grid[1]}")
-        coder = coder_of(self._seal.open(data, num_tokens), self.num_codes)
+        coder = coder_of(self._checksum.unwrap(data, num_tokens), self.num_codes)
         seed = seed_of(coder, self.num_codes, self._seed)
         known = np.full(num_tokens + 1, self.num_codes, np.int32)
         for model, places in self._order(known):

@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 from seitpp.codec.base import CodecError, check_counts, check_ids, check_num_codes, counts_bytes
-from seitpp.codec.seal import Seal
+from seitpp.codec.checksum import Checksum
 
 # No code word is longer: every weight is at least 2^-22 of their sum, and a word of n bits needs a sum of at
 # least the (n + 1)-th Fibonacci number times the smallest weight.
@@ -28,7 +28,7 @@ class HuffmanCodec:
         check_num_codes(num_codes)
         counts = check_counts(counts, num_codes)
         self.num_codes = num_codes
-        self._seal = Seal(counts_bytes(counts))
+        self._checksum = Checksum(counts_bytes(counts))
         self._lengths = word_lengths(counts)
         # Codes from the shortest word to the longest; their words, filled up to WINDOW bits, ascend.
         self._order = np.argsort(self._lengths, kind="stable")
@@ -45,11 +45,11 @@ class HuffmanCodec:
         ids = check_ids(ids, self.num_codes)
         bits = np.unpackbits(self._words[ids].view(np.uint8)).reshape(-1, WINDOW)
         used = np.arange(WINDOW) < self._lengths[ids, None]
-        return self._seal.close(np.packbits(bits[used]).tobytes(), ids.size)
+        return self._checksum.wrap(np.packbits(bits[used]).tobytes(), ids.size)
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
         """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
-        body = self._seal.open(data, num_tokens)
+        body = self._checksum.unwrap(data, num_tokens)
         if self.num_codes == 1:
             if body:
                 raise CodecError("payload is not canonical: a lone code takes no bits")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from seitpp.codec.base import CodecError, check_below, check_ids, check_num_codes
-from seitpp.codec.seal import Seal
+from seitpp.codec.checksum import Checksum
 
 
 class PackedCodec:
@@ -15,17 +15,17 @@ class PackedCodec:
         check_num_codes(num_codes)
         self.num_codes = num_codes
         self._width = (num_codes - 1).bit_length()
-        self._seal = Seal(num_codes.to_bytes(4, "little"))
+        self._checksum = Checksum(num_codes.to_bytes(4, "little"))
 
     def encode(self, ids: np.ndarray) -> bytes:
         """Payload of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
         ids = check_ids(ids, self.num_codes)
         bits = np.unpackbits(ids.astype(">u2").view(np.uint8)).reshape(-1, 16)
-        return self._seal.close(np.packbits(bits[:, 16 - self._width :]).tobytes(), ids.size)
+        return self._checksum.wrap(np.packbits(bits[:, 16 - self._width :]).tobytes(), ids.size)
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
         """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
-        body = self._seal.open(data, num_tokens)
+        body = self._checksum.unwrap(data, num_tokens)
         size = num_tokens * self._width
         if len(body) != -(-size // 8):
             raise CodecError(f"body of {len(body)} bytes, expected {-(-size // 8)} for {num_tokens} tokens")

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from downstream.segmentation.extra import load_mmseg
+from downstream.segmentation.mmseg import load_mmseg
 from seitpp.engine.accumulation import USABLE
 from seitpp.engine.inputs import classifier_trial
 from seitpp.engine.memory import Footprint, Trial, footprint, state_bytes

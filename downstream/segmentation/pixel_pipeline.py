@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from downstream.segmentation.data import IGNORED
-from downstream.segmentation.extra import load_mmseg
+from downstream.segmentation.mmseg import load_mmseg
 from seitpp.data.dataset import MicroBatch
 from seitpp.images.annotated import AnnotatedSource, decode_annotation
 from seitpp.images.decode import open_image

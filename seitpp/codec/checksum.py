@@ -1,0 +1,31 @@
+"""The CRC-16 checksum stored in front of each payload: entropy-coded bits decode to some ids whatever is done to
+them.
+"""
+
+from binascii import crc_hqx
+
+from seitpp.codec.base import CodecError, check_num_tokens
+
+
+class Checksum:
+    """A CRC-16 of the codec's table, the number of tokens and the body, stored in two bytes before the body."""
+
+    def __init__(self, table: bytes) -> None:
+        self._start = crc_hqx(table, 0xFFFF)
+
+    def of(self, body: bytes, num_tokens: int) -> int:
+        """The checksum of `body`, 0 .. 65,535."""
+        return crc_hqx(body, crc_hqx(num_tokens.to_bytes(4, "little"), self._start))
+
+    def wrap(self, body: bytes, num_tokens: int) -> bytes:
+        """The payload of `body`: its checksum, then the body."""
+        return self.of(body, num_tokens).to_bytes(2, "little") + body
+
+    def unwrap(self, data: bytes | memoryview, num_tokens: int) -> bytes:
+        """The body of a payload. Raises CodecError unless it was written for this table and number of tokens."""
+        check_num_tokens(num_tokens)
+        stored, body = int.from_bytes(data[:2], "little"), bytes(data[2:])
+        # The length: one byte of 0 could pass for a checksum of 0.
+        if len(data) < 2 or stored != self.of(body, num_tokens):
+            raise CodecError("check does not match: damaged, or written with another table or number of tokens")
+        return body
