@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     # 2. Data and model, which must agree on codebook and grid.
     train, validation = open_stores(run, config.store)
     path = Path(config.checkpoint)
-    model, codebook = load_mtm(path / "model.safetensors" if path.is_dir() else path)
+    model, codebook, *_ = load_mtm(path / "model.safetensors" if path.is_dir() else path)
     check_codebook(train.codebook, str(train.path), codebook, config.checkpoint)
     window = model.encoder.patch_embed.img_size
     if window[0] > train.grid[0] or window[1] > train.grid[1]:

@@ -466,6 +466,6 @@ def test_views_refuse_what_tokenadapt_was_not_trained_for() -> None:
 def test_a_tokenadapt_from_a_file_fits_the_views(tmp_path: Path) -> None:
     adapt = small_adapt(7)
     save_pretrained(tmp_path / "model.safetensors", adapt, "0")
-    loaded, _ = load_tokenadapt(tmp_path / "model.safetensors")
+    loaded, *_ = load_tokenadapt(tmp_path / "model.safetensors")
     expected, found = (SeitPPView(CODES, size=7, adapt=model)(IDS, KEYS) for model in (adapt, loaded))
     assert torch.equal(found, expected)

@@ -244,7 +244,7 @@ def test_encoder_goes_into_the_classifier_without_renaming() -> None:
 def test_save_and_load(tmp_path) -> None:
     model = small_model().eval()
     save_pretrained(tmp_path / "model.safetensors", model, codebook="abc")
-    loaded, codebook = load_mtm(tmp_path / "model.safetensors")
+    loaded, codebook, *_ = load_mtm(tmp_path / "model.safetensors")
     ids, plan = batch()
     assert codebook == "abc" and torch.equal(loaded(ids, plan), model(ids, plan))
 

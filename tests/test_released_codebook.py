@@ -374,7 +374,7 @@ def test_tokenadapt(store, pictures, tmp_path) -> None:
     sizes = ["--load-size", SIDE, "--image-size", SIDE, "--batch-size", 16, "--warmup-epochs", 0]
     out = tmp_path / "adapt"
     call(tokenadapt_train, "smoke", *flags, *sizes, "--tokenizer", tokenizer_of(store), "--out", out)
-    model, codebook = load_tokenadapt(out / "model.safetensors")
+    model, codebook, *_ = load_tokenadapt(out / "model.safetensors")
     tokens = TokenStore(store)
     assert model.head.out_features == tokens.num_codes and (model.grid, model.crop) == ((8, 8), (7, 7))
     assert codebook == codebook_fingerprint(tokens.codebook)

@@ -107,7 +107,7 @@ def test_save_and_load(tmp_path) -> None:
     model, (maps, _, geometry) = small_model(), batch()
     torch.nn.init.normal_(model.head.weight)
     save_pretrained(tmp_path / "model.safetensors", model, codebook="abc")
-    loaded, codebook = load_tokenadapt(tmp_path / "model.safetensors")
+    loaded, codebook, *_ = load_tokenadapt(tmp_path / "model.safetensors")
     assert codebook == "abc" and torch.equal(loaded(maps, geometry), model(maps, geometry))
     with pytest.raises(ModelError, match=r"no model file at .*tokenadapt_train"):
         load_tokenadapt(tmp_path / "none.safetensors")

@@ -49,7 +49,7 @@ def test_smoke_through_the_command_line(tmp_path) -> None:
         row = [result[f"{name}_{measure}"] for measure in MEASURES]
         assert f"{name:10}" + "".join(f"{value:21.2f}" for value in row) in finished.stdout
         assert all(0 < value < 100 for value in row) and row[5] > max(row[3:5])
-    model, codebook = load_tokenadapt(out / "model.safetensors")
+    model, codebook, *_ = load_tokenadapt(out / "model.safetensors")
     tokenizer = tokenizers.load(out / "tokenizer.safetensors")
     assert codebook == codebook_fingerprint(tokenizer.codebook.numpy())
     assert model.grid == model.crop == (8, 8)
@@ -105,7 +105,7 @@ def test_two_photographs_make_their_own_tokenizer(tmp_path, monkeypatch) -> None
     monkeypatch.setattr(recipe, "FIT_IMAGES", 20)
     tiny = {"width": 64, "heads": 1, "batch_size": 16, "epochs": 2 / 65, "warmup_epochs": 0.0}
     recipe.main(replace(recipe.PRESETS["photos"], out=str(tmp_path / "run"), **tiny))
-    model, codebook = load_tokenadapt(tmp_path / "run" / "model.safetensors")
+    model, codebook, *_ = load_tokenadapt(tmp_path / "run" / "model.safetensors")
     assert (model.grid, model.crop) == ((8, 8), (7, 7)) and model.head.out_features == 391
     tokenizer = tokenizers.load(tmp_path / "run" / "tokenizer.safetensors")
     assert codebook == codebook_fingerprint(tokenizer.codebook.numpy())
@@ -159,6 +159,6 @@ def test_a_folder_and_a_tokenizer_of_the_users(folder, tmp_path) -> None:
     PatchKMeans.fit(images, 32, 8, 20, 6).save(tmp_path / "tokenizer.safetensors")
     settings = {"data": str(folder), "tokenizer": str(tmp_path / "tokenizer.safetensors"), "crop_size": 3}
     recipe.main(replace(TINY, out=str(tmp_path / "run"), **settings))
-    model, _ = load_tokenadapt(tmp_path / "run" / "model.safetensors")
+    model, *_ = load_tokenadapt(tmp_path / "run" / "model.safetensors")
     assert (model.grid, model.crop, model.head.out_features) == ((4, 4), (3, 3), 20)
     assert not (tmp_path / "run" / "tokenizer.safetensors").exists()

@@ -192,7 +192,7 @@ def open_tokenadapt(path: str | None, codebook: np.ndarray, source: str) -> Toke
     """
     if path is None:
         return None
-    model, expected = load_pretrained_tokenadapt(path)
+    model, expected, *_ = load_pretrained_tokenadapt(path)
     sizes = (model.settings["num_codes"], model.settings["code_dim"])
     if expected is not None:
         check_codebook(codebook, source, expected, path)

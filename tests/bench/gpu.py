@@ -137,7 +137,7 @@ def mtm(at: Bench) -> Lines:
 
 def counted_memory(at: Bench) -> Footprint:
     """Of the plain step."""
-    model, law = load_mtm(at.folder / "mtm.safetensors")[0], MASK_RATIOS["seitpp"]
+    model, law, *_ = load_mtm(at.folder / "mtm.safetensors")[0], MASK_RATIOS["seitpp"]
     counts = law.counts(model.encoder.patch_embed.num_patches, law.highest)
     trial = open_recipe("mtm_pretrain").zeros_loss((28, 28), counts, 0.0)
     return footprint(trial, at.of("bf16", "no"), model)

@@ -43,14 +43,16 @@ class ClassifierSpec:
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, the fingerprint of its codebook (None: a model of pixels, or not known), the names of
-    its classes (None where its data had none), its spec (None for what `save_classifier` did not write), and the
-    central window of tokens (height, width) that it was judged by (None: of the size of its input)."""
+    """What every loader gives: the `model` in eval mode; the fingerprint of its `codebook` (None: a model of pixels,
+    or not known); the `class_names` (None where its data had none); its `spec` (None for what
+    `save_classifier` did not write); and the central `window` of tokens (height, width) on which it was evaluated
+    (None: of the size of its input).
+    """
 
     model: nn.Module
-    codebook: str | None
-    class_names: list[str] | None
-    spec: ClassifierSpec | None
+    codebook: str | None = None
+    class_names: list[str] | None = None
+    spec: ClassifierSpec | None = None
     window: tuple[int, int] | None = None
 
 

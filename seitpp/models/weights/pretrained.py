@@ -36,48 +36,47 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Loaded:
     path = model_file(Path(path), ema)
     kind = _own_kind(path)
     if kind == "mtm":
-        model, codebook = load_mtm(path)
-        return Loaded(model, codebook, None, None)
+        return load_mtm(path)
     if kind == "classifier":
         return load_classifier(path)
     model = None if kind == "tokenadapt" else from_release(path)
     if model is None or isinstance(model, TokenAdapt):
         raise ModelError(f"{path} holds a TokenAdapt: expected a classifier or a masked token model")
-    return Loaded(model, None, None, None)
+    return Loaded(model)
 
 
-def load_pretrained_tokenadapt(path: str | Path) -> tuple[TokenAdapt, str | None]:
-    """The TokenAdapt at `path`, in eval mode, and the fingerprint of its codebook, None where it is not known.
+def load_pretrained_tokenadapt(path: str | Path) -> Loaded:
+    """The TokenAdapt at `path`; of an official one the codebook is not known.
 
     `path` is the folder of a tokenadapt_train run, its file, or an official checkpoint: of TokenAdapt alone, or of
     an MTM or SeiT++ classifier that carries one. Raises ModelError naming the file if there is none in it.
     """
     path = model_file(Path(path), ema=False)
     if _own_kind(path) is None:
-        return from_release(path, "tokenadapt"), None
+        return Loaded(from_release(path, "tokenadapt"))
     return load_tokenadapt(path)
 
 
-def load_mtm(path: Path) -> tuple[MTM, str]:
-    """A model that `save_pretrained` wrote, in eval mode, and the fingerprint of its codebook.
+def load_mtm(path: Path) -> Loaded:
+    """A model that `save_pretrained` wrote.
 
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
     header, tensors = read_model(path, "mtm", "the model.safetensors of a pre-training run")
     model = MTM(**header["settings"])
     model.load_state_dict(tensors)
-    return model.eval(), header["codebook"]
+    return Loaded(model.eval(), header["codebook"])
 
 
-def load_tokenadapt(path: Path) -> tuple[TokenAdapt, str]:
-    """A model that `save_pretrained` wrote, in eval mode, and the fingerprint of its codebook.
+def load_tokenadapt(path: Path) -> Loaded:
+    """A model that `save_pretrained` wrote.
 
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
     header, tensors = read_model(path, "tokenadapt", "the model.safetensors of a tokenadapt_train run")
     model = TokenAdapt(**header["settings"])
     model.load_state_dict(tensors)
-    return model.eval(), header["codebook"]
+    return Loaded(model.eval(), header["codebook"])
 
 
 def model_file(path: Path, ema: bool = True) -> Path:
