@@ -43,8 +43,8 @@ class ClassifierSpec:
 
 
 class Loaded(NamedTuple):
-    """What every loader gives: the `model` in eval mode; the fingerprint of its `codebook` (None: a model of pixels,
-    or not known); the `class_names` (None where its data had none); its `spec` (None for what
+    """What every loader gives: the `model` in eval mode; the fingerprint of its `codebook` (None: a model of
+    pixels, or not known); the `class_names` (None where its data had none); its `spec` (None for what
     `save_classifier` did not write); and the central `window` of tokens (height, width) on which it was evaluated
     (None: of the size of its input).
     """
