@@ -197,7 +197,7 @@ def main(config: Config) -> None:
             classifier_trial(task.zeros, config.tokenadapt_fraction), tuple(filter(None, [task.adapt])), 4
         ),
     )
-    run.describe(f"{len(train):,} images, {model.num_classes} classes", view, model=model)
+    run.describe(f"{len(train):,} images, {model.num_classes} classes", view, training, model=model)
 
     # 4. Training.
     judged = run.eval_subset(validation)

@@ -156,7 +156,7 @@ def main(config: Config) -> None:
         flops_per_image=step_flops(model, grid, law.counts(patches, 0.5)),
         sharing=Sharing(step_on_zeros, (adapt,) if adapt else (), multiple=8),
     )
-    run.describe(describe_store(train, config), view, model=model)
+    run.describe(describe_store(train, config), view, training, model=model)
 
     # 6. Training; on the way, probes of the encoder as it is.
     probed = [run.eval_subset(split) for split in (images, TokenDataset(validation))]

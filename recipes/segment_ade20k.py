@@ -152,7 +152,7 @@ def main(config: Config) -> None:
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
     sharing = Sharing(zeros_loss(source, config.crop_size), tuple(filter(None, [source.tokenizer])), multiple=2)
     training = run.training(model, optimizer, schedule, data_fingerprint=source.fingerprint, sharing=sharing)
-    run.describe(f"{source}; {len(source.class_names)} classes", model=model)
+    run.describe(f"{source}; {len(source.class_names)} classes", training, model=model)
 
     # 5. Training; on the way, every pixel of the validation images.
     sides = [source.cells * side for side in (config.crop_size, stride_of(config.crop_size, config.stride))]

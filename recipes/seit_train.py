@@ -174,7 +174,7 @@ def main(config: Config) -> None:
             classifier_trial(zeros, config.tokenadapt_fraction), tuple(filter(None, [adapt])), multiple=4
         ),
     )
-    run.describe(describe_store(train, config), view, model=model)
+    run.describe(describe_store(train, config), view, training, model=model)
 
     # 6. Training.
     judged = run.eval_subset(TokenDataset(validation))

@@ -151,7 +151,9 @@ def main(config: Config) -> None:
         sharing=Sharing(zeros_loss, tuple(pair)),
     )
     sizes = f"{grid[0]} x {grid[1]} tokens -> {config.crop_size} x {config.crop_size}, K = {len(codebook)}"
-    run.describe(f"{len(train):,} images to train on, {len(validation):,} held out; {sizes}", model=model)
+    run.describe(
+        f"{len(train):,} images to train on, {len(validation):,} held out; {sizes}", training, model=model
+    )
 
     # 6. Training.
     for step, batch in training.steps(train):

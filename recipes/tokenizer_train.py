@@ -167,7 +167,7 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
     optimizer = adamw(model, config.weight_decay, config.betas)
     sharing = Sharing(zeros_loss, (perceptual,) if perceptual else ())
     training = run.training(model, optimizer, schedule, data_fingerprint=f"{len(images)} images", sharing=sharing)
-    run.print(f"{schedule}, from step {training.step}")
+    run.print(str(training))
 
     # 3. Training.
     tokens = config.batch_size * spec.grid[0] * spec.grid[1]

@@ -1,6 +1,7 @@
 """The engine: order of the data, rates, checkpoints, command line."""
 
 import dataclasses
+import gc
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import train
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +25,9 @@ from seitpp.engine.distributed import OptimizerState
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
 from seitpp.engine.metrics import MetricsLog, count_flops
 from seitpp.engine.optim import adamw, warmup_cosine
+from seitpp.engine.run import Run
 from seitpp.engine.signals import Stopped
+from seitpp.engine.training import Training
 from seitpp.errors import UserError
 from seitpp.models import MTM
 from seitpp.recipe import run_recipe
@@ -369,3 +373,15 @@ def test_a_field_of_one_version_ago_is_read_under_its_name_of_today(tmp_path, ca
     assert choose_folder("run", asdict(today), str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
     with pytest.raises(UserError, match="unknown flag --cropp; did you mean"):
         parse(PRESETS, "smoke", ["--cropp", "7"])
+
+
+def test_a_run_that_is_over_is_gone_with_its_last_name(tmp_path) -> None:
+    """Without the garbage collector: threads of process groups that live to the interpreter's end can abort it."""
+    gc.collect()
+    gc.disable()
+    try:
+        train(tmp_path / "run", steps=2)
+        alive = [thing for thing in gc.get_objects() if type(thing) in (Run, Training)]
+    finally:
+        gc.enable()
+    assert not alive

@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +104,14 @@ class Speed:
         self.seconds += seconds
         self.start(step)
         return speed
+
+
+@dataclass
+class Progress:
+    """How far the training of a run has come, in updates, and at which speed; None before the first step."""
+
+    step: int = 0
+    speed: Speed | None = None
 
 
 class Recorder:

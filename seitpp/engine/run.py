@@ -27,7 +27,7 @@ from seitpp.engine import checkpoint
 from seitpp.engine.config import RunConfig
 from seitpp.engine.distributed import ZeroLaunch, find_launch
 from seitpp.engine.folder import RunError, choose_folder, enter_folder
-from seitpp.engine.metrics import MetricsLog
+from seitpp.engine.metrics import MetricsLog, Progress
 from seitpp.engine.optim import Schedule
 from seitpp.engine.precision import LossScaler, check_precision
 from seitpp.engine.system import check_installed, device_name, git_commit
@@ -59,7 +59,7 @@ class Run:
         self.checkpoints = self.out / "checkpoints"
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
-        self._training: Training | None = None
+        self.progress = Progress()  # not the training, which knows the run: both would outlive their processes
         set_seed(config.seed)
 
     @property
@@ -129,16 +129,15 @@ class Run:
         UserError for an optimizer that this launch would change, CheckpointError for a checkpoint of another model
         or of other data.
         """
-        self._training = Training(self, model, optimizer, schedule, data_fingerprint=data_fingerprint, **more)
-        return self._training
+        return Training(self, model, optimizer, schedule, data_fingerprint=data_fingerprint, **more)
 
     def print(self, text: str) -> None:
         """Print once on each machine."""
         self.accelerator.print(text)
 
     def describe(self, *parts: object, model: nn.Module | None = None) -> None:
-        """Print the settings, one a line, `parts` (the data, the view), the model's size, the schedule and where
-        the run stands.
+        """Print the settings, one a line, `parts` (the data, the view, the training), the model's size, and where
+        the run writes.
         """
         lines = [f"{name:22} {value}" for name, value in self.settings.items()]
         lines += [str(part) for part in parts]
@@ -148,8 +147,6 @@ class Run:
                 for kind in (True, False)
             )
             lines.append(f"{trained + frozen:.2f} M parameters, {trained:.2f} M of them trained")
-        if self._training:
-            lines.append(f"{self._training.schedule}, from step {self._training.step}")
         lines.append(f"{self.accelerator.num_processes} process(es); writing to {self.out}")
         self.print("\n".join(lines))
 
@@ -161,12 +158,12 @@ class Run:
         """Write result.json: `result`, the throughput of training if there was any, facts of the `data`, and where
         the result came from.
         """
-        speed = self._training.speed if self._training else None
+        speed = self.progress.speed
         throughput = {"images_per_second": speed.images / speed.seconds} if speed and speed.images else {}
         origin = {
             "recipe": self.recipe,
             "seconds": round(time.perf_counter() - self.started, 1),
-            "steps": self._training.step if self._training else 0,
+            "steps": self.progress.step,
             "processes": self.accelerator.num_processes,
             "device": device_name(self.device),
             "seitpp": __version__,

@@ -66,7 +66,7 @@ class Training:
         update = UpdateSettings(order.batch_size, self.accumulation, clip)
         self.wrapped, self.optimizer = run.launch.prepare(model, optimizer, ema, update)
         self._optimizer_state = run.launch.optimizer_state(optimizer)
-        self.step = self._restore()
+        run.progress.step = self._restore()
         self._recorder = Recorder(run.accelerator, run.log, run.evaluations, run.on_main)
         self._recorder.drop_lines_after(self.step)
         self._end = schedule.steps
@@ -82,9 +82,12 @@ class Training:
         return self.run.launch.unsharded(module)
 
     @property
-    def speed(self) -> Speed | None:
-        """The speed so far; None before the first step."""
-        return self._recorder.speed
+    def step(self) -> int:
+        """Updates so far."""
+        return self.run.progress.step
+
+    def __str__(self) -> str:
+        return f"{self.schedule}, from step {self.step}"
 
     def steps(
         self, dataset: Dataset, evaluate: Callable[[], Mapping[str, float]] | None = None
@@ -100,7 +103,8 @@ class Training:
         accumulation, self._dataset = self.accumulation, dataset
         micro_batches = range(self.step, self._end), rank, ranks, accumulation
         loader = training_loader(dataset, self.order, *micro_batches, self.config.workers)
-        self._recorder.start(self._measured_speed(), self._bar(), self.step)
+        self.run.progress.speed = self._measured_speed()
+        self._recorder.start(self.run.progress.speed, self._bar(), self.step)
         self.model.train()
         batches = iter(loader)  # starts the workers, which must not inherit what follows
         self._stop_signal.listen()
@@ -143,7 +147,7 @@ class Training:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
+        self.run.progress.step += 1
         if self.ema:
             self.ema.update(self.model, step=self.step)
         parts = self._micro_batches
