@@ -1,9 +1,26 @@
-"""Tests neither reach the network nor touch the user's cache, and use one thread a process."""
+"""Tests neither reach the network nor touch the user's cache, use one thread a process, and check shapes."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+
+import pytest
+import support.shapes  # noqa: F401 (the hook below names it)
+from jaxtyping import config, install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 _CACHE = tempfile.TemporaryDirectory(prefix="seitpp-test-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+# Shapes and dtypes in the signatures of these rooms are checked at every call of this process.
+ROOMS = ("codec", "store", "augment", "models", "objectives")
+install_import_hook([f"seitpp.{room}" for room in ROOMS], "support.shapes.checked")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For tests of what our own code says about arrays of a wrong shape or dtype."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
@@ -12,7 +13,12 @@ CUBIC_A = -0.75  # the bicubic kernel of torch's and OpenCV's interpolation
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
-def crop_resize(maps: Tensor, boxes: Tensor, size: int, grids: Tensor | None = None) -> Tensor:
+def crop_resize(
+    maps: Float[Tensor, "batch channels height width"],
+    boxes: Int64[Tensor, "batch 4"],
+    size: int,
+    grids: Int64[Tensor, "batch 2"] | None = None,
+) -> Float[Tensor, "batch channels {size} {size}"]:
     """Cut a box from each map and resize it bicubically to size x size.
 
     `maps` (B, C, H, W) float, `boxes` (B, 4) int64 = top, left, height, width in cells ->
@@ -67,10 +73,10 @@ def _cubic_weights(offset: Tensor) -> list[Tensor]:
 
 def random_resized_boxes(
     keys: Keys,
-    grid: tuple[int, int] | Tensor,
+    grid: tuple[int, int] | Int64[Tensor, "batch 2"],
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Tensor:
+) -> Int64[Tensor, "batch 4"]:
     """Boxes of a random resized crop: (B, 4) int64 = top, left, height, width inside `grid`.
 
     `grid` is the height and width of all images, or (B, 2) int64, those of each. The area is uniform in `scale`
@@ -104,7 +110,7 @@ def _largest_box(height: Tensor, width: Tensor, ratio: tuple[float, float]) -> T
     return torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=-1)
 
 
-def same_boxes(indices: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+def same_boxes(indices: Int64[Tensor, " batch"], box: tuple[int, int, int, int]) -> Int64[Tensor, "batch 4"]:
     """One box (top, left, height, width) for each of the images `indices` (B,): (B, 4) int64.
 
     Made where the indices lie, number by number: to copy it there, a step would wait for the device.
@@ -112,13 +118,17 @@ def same_boxes(indices: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     return torch.stack([torch.full_like(indices, number) for number in box], dim=1)
 
 
-def center_window(ids: Tensor, size: tuple[int, int]) -> Tensor:
+def center_window(
+    ids: Shaped[Tensor, "*batch height width"], size: tuple[int, int]
+) -> Shaped[Tensor, "*batch {size[0]} {size[1]}"]:
     """The central window of ids (B, H, W) or maps (B, C, H, W), without a resize (SeiT release)."""
     top, left = (ids.shape[-2] - size[0]) // 2, (ids.shape[-1] - size[1]) // 2
     return ids[..., top : top + size[0], left : left + size[1]]
 
 
-def random_window(ids: Tensor, keys: Keys, size: int) -> Tensor:
+def random_window(
+    ids: Shaped[Tensor, "batch height width *vector"], keys: Keys, size: int
+) -> Shaped[Tensor, "batch {size} {size} *vector"]:
     """One window of each grid, without a resize (SeiT, simple crop): ids (B, H, W) -> (B, size, size), or vectors
     (B, H, W, D) -> (B, size, size, D).
     """
