@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from support.paths import ROOT
 
 from seitpp import StoreWriter, TokenStore, cli
 from seitpp.codec import CODECS
@@ -23,7 +24,6 @@ from seitpp.plots import paint_codes
 from seitpp.store import layout
 from seitpp.tokenizers import load
 
-ROOT = Path(__file__).parent.parent
 GRID, K = (4, 6), 20
 CLASSES = ["digit", "letter", "other"]
 SIZES = {"train": 50, "validation": 7}

@@ -11,20 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
-from torch._dynamo.utils import counters
+from support.paths import RECIPES, ROOT, SUPPORT
 
 from seitpp import StoreWriter
-from seitpp.augment import Keys, SeitPPView, SeitView
 from seitpp.codebook import codebook_fingerprint
 from seitpp.models import MTM, TokenAdapt, save_classifier
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.transformer import TransformerShape
 
-PRETEND = Path(__file__).parent / "pretend_gpu.py"
-PATHS = [str(PRETEND.parents[1]), str(PRETEND.parents[1] / "recipes")]
 SHORT = ["smoke", "--precision", "bf16", "--epochs"]
 
 
@@ -32,11 +28,11 @@ def pretend(jobs: list[tuple[str, list]], *flags: str) -> list[dict]:
     """The reports of `jobs`, (recipe, arguments), run one after the other by one process."""
     lines = json.dumps([[recipe, [str(word) for word in words]] for recipe, words in jobs])
     done = subprocess.run(
-        [sys.executable, str(PRETEND), *flags],
+        [sys.executable, str(SUPPORT / "pretend_gpu.py"), *flags],
         input=lines,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(RECIPES)])},
         timeout=1200,
     )
     reports = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("report ")]
@@ -156,28 +152,6 @@ def test_two_steps_of_every_published_preset(stranger: Path, tmp_path: Path) -> 
     assert len(reports) > 25 and {report["steps"] for report in reports} == {2}
 
 
-@pytest.mark.parametrize("kind", ["masked", "supervised"])
-def test_a_compiled_view_is_one_graph(kind: str) -> None:
-    """No break, the same ids, and one more graph when the epoch is seen to change."""
-    torch._dynamo.reset()
-    counters.clear()
-    codebook, ids, labels = torch.randn(64, 32), torch.randint(64, (16, 8, 8)), torch.arange(16)
-    if kind == "masked":
-        view, given = SeitPPView(codebook, size=6, adapt=some_adapt(), color="coloradapt"), (ids.to(torch.uint16),)
-    else:
-        view, given = SeitView(codebook, size=6, color="release", mixup=0.8), (ids.to(torch.uint16), labels)
-    draws = [Keys(1, epoch, torch.arange(16) + 16 * step) for epoch in range(3) for step in range(2)]
-    plain = [view(*given, keys) for keys in draws]
-    view.compile(backend="eager")
-    for expected, keys in zip(plain, draws, strict=True):
-        found = view(*given, keys)
-        assert torch.equal(*((found, expected) if kind == "masked" else (found[0], expected[0])))
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-
-
-def some_adapt() -> TokenAdapt:
-    """Weights that send tokens to many codes."""
-    adapt = TokenAdapt((8, 8), crop=(6, 6), num_codes=64, code_dim=32, width=64, heads=1, mlp=256)
-    for parameter in adapt.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return adapt
+def test_a_compiled_view_is_one_graph() -> None:
+    done = subprocess.run([sys.executable, str(SUPPORT / "compiled_views.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

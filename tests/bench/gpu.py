@@ -212,7 +212,7 @@ def fsdp(at: Bench) -> Lines:
     out, on_cpu = at.folder / "fsdp", not torch.cuda.is_available()
     launcher = ["accelerate.commands.launch", "--config_file", RECIPES / "accelerate/fsdp.yaml"]
     launcher += ["--num_processes", 1, "--main_process_port", 0]
-    script = [*([ROOT / "tests/fsdp_on_cpu.py"] if on_cpu else []), RECIPES / "seit_train.py", "smoke"]
+    script = [*([ROOT / "tests/support/fsdp_on_cpu.py"] if on_cpu else []), RECIPES / "seit_train.py", "smoke"]
     words = ["--epochs", 0.5, "--warmup-epochs", 0.2, "--precision", at.of("bf16", "no"), "--out", out]
     with patch_environment(**({"ACCELERATE_USE_CPU": "1"} if on_cpu else {})):
         subprocess.run([sys.executable, "-m", *map(str, [*launcher, *script, *words])], check=True)

@@ -27,7 +27,7 @@ FILES = {
     "deepspeed": "deepspeed",
     "machines": "two_machines",
 }
-ON_CPU = {"fsdp": [ROOT / "tests/fsdp_on_cpu.py"], "deepspeed": [ROOT / "tests/deepspeed_on_cpu.py"]}
+ON_CPU = {name: [ROOT / f"tests/support/{name}_on_cpu.py"] for name in ("fsdp", "deepspeed")}
 LAST = Path("checkpoints/step-00000022")
 LAUNCHES = [("one", 1), ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("machines", 4)]
 RESUMES = [

@@ -1,0 +1,52 @@
+"""The embedded digits: their split never changes, and their tokens are those of their tokenizer."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from seitpp import TokenStore, tokenizers
+from seitpp.data.digits import digits, digits_images
+
+
+def test_the_split_of_the_digits_never_changes() -> None:
+    (train, train_labels), (validation, labels) = digits_images("train"), digits_images("validation")
+    assert train.shape == (1437, 3, 8, 8) and validation.shape == (360, 3, 8, 8)
+    assert torch.bincount(labels).tolist() == [36] * 10
+    assert validation.min() == 0 and validation.max() == 1
+    assert labels[:20].tolist() == [0, 1, 6, 7, 9, 3, 8, 0, 6, 4, 6, 3, 1, 0, 6, 5, 8, 9, 0, 9]
+    pixels = validation[:, 0].mul(16).sum(dim=(1, 2))
+    assert pixels[:8].tolist() == [337.0, 338.0, 378.0, 325.0, 320.0, 327.0, 355.0, 340.0]
+    assert len(train_labels) == 1437
+
+
+def test_digits_are_tokenized_once_and_reused(tmp_path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from seitpp.data.digits import digits; print(digits().store)"
+    command = [sys.executable, "-c", code]
+    first = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    stores = {process.communicate()[0].strip() for process in first}
+    assert [process.returncode for process in first] == [0, 0] and len(stores) == 1
+    store = stores.pop()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert (
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+        == store
+    )
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert len(list((tmp_path / "seitpp").iterdir())) == 1
+
+
+def test_stored_digits_are_those_of_the_tokenizer() -> None:
+    data = digits()
+    tokenizer = tokenizers.load(data.tokenizer)
+    for split in ("train", "validation"):
+        images, labels = digits_images(split)
+        store = TokenStore(data.store, split)
+        assert np.array_equal(store.ids(range(len(store))), tokenizer.encode(tokenizer.preprocess(images)).numpy())
+        assert np.array_equal(store.labels, labels.numpy())
+        assert store.tokenizer["fingerprint"] == tokenizer.fingerprint
+    assert np.array_equal(store.codebook, tokenizer.codebook.numpy())
+    assert store.class_names == [str(digit) for digit in range(10)]

@@ -1,0 +1,96 @@
+"""Configs and the command line: presets, files, names of one version ago, errors of one line."""
+
+import dataclasses
+import json
+import signal
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from seitpp.engine.config import ConfigError, load_config, parse
+from seitpp.engine.folder import RunError, choose_folder
+from seitpp.engine.signals import Stopped
+from seitpp.errors import UserError
+from seitpp.recipe import run_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: str | None = None
+    steps: int = 10
+    scale: tuple[float, float] = (0.2, 1.0)
+    resume: bool = False
+
+
+PRESETS = {"published": Config(), "smoke": Config(steps=1)}
+
+
+def test_command_line() -> None:
+    assert parse(PRESETS, "smoke", []) == Config(steps=1)
+    assert parse(PRESETS, "smoke", ["published", "--scale", "0.5", "1", "--resume"]) == Config(
+        scale=(0.5, 1.0), resume=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["publisched"], "unknown preset 'publisched': expected one of published, smoke; did you mean published?"),
+        (["smoke", "--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
+        (["--config", "none.json"], "--config none.json: expected the config.json of a run"),
+    ],
+)
+def test_command_line_errors_suggest(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(PRESETS, "smoke", arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_config_file_repeats_a_run(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(Config(steps=7, scale=(0.3, 0.4)))))
+    assert parse(PRESETS, "smoke", ["--config", str(path), "--resume"]) == Config(None, 7, (0.3, 0.4), True)
+    path.write_text(json.dumps({"steps": 7, "depth": 3}))
+    with pytest.raises(ConfigError, match="differs in depth, out, resume, scale"):
+        load_config(Config, path)
+
+
+def test_what_the_user_can_mend_is_one_line_and_a_defect_keeps_its_traceback(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "smoke"])
+
+    def fails(config: Config) -> None:
+        raise RunError("no disk, buy one")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(fails, PRESETS, "smoke")
+    assert exit_.value.code == 2 and capsys.readouterr().err == "error: no disk, buy one\n"
+
+    def stops(config: Config) -> None:
+        raise Stopped("stopped after step 5", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(stops, PRESETS, "smoke")
+    assert exit_.value.code == 143 and capsys.readouterr().err == "stopped after step 5\n"
+
+    def breaks(config: Config) -> None:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run_recipe(breaks, PRESETS, "smoke")
+
+
+def test_a_field_of_one_version_ago_is_read_under_its_name_of_today(tmp_path, capsys) -> None:
+    from mtm_pretrain import PRESETS, Config
+
+    today = parse(PRESETS, "smoke", ["--crop-size", "7", "--tokenadapt-fraction", "0.25", "--color", "seitpp"])
+    assert parse(PRESETS, "smoke", ["--crop=7", "--adapted", "0.25", "--colour", "seitpp"]) == today
+    assert "--crop is called --crop-size now; the old name ends with the next version" in capsys.readouterr().err
+    settings = asdict(today)
+    for new, old in (("crop_size", "crop"), ("tokenadapt_fraction", "adapted"), ("mask_ratio", "mask")):
+        settings[old] = settings.pop(new)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load_config(Config, tmp_path / "config.json") == today
+    assert choose_folder("run", asdict(today), str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
+    with pytest.raises(UserError, match="unknown flag --cropp; did you mean"):
+        parse(PRESETS, "smoke", ["--cropp", "7"])

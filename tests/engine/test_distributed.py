@@ -1,0 +1,161 @@
+"""Launches by the files of recipes/accelerate, on CPU processes: FSDP, and two machines.
+
+What needs DeepSpeed is in tests/long/processes.py.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from safetensors.torch import load_file
+from support.paths import RECIPES, SUPPORT
+from support.running import LAUNCHES, ON_CPU, fsdp
+
+from seitpp.engine.distributed import supports
+
+SHORT = ["smoke", "--epochs", "1", "--warmup-epochs", "0.5", "--evaluation-epochs", "0.5", "--drop-path", "0"]
+SHORT += ["--ema", "0.9"]
+WEIGHTS = ("model.safetensors", "model_ema.safetensors")
+
+
+def rank_of(rank: int, ranks: int) -> dict[str, str]:
+    """The environment of a machine's only process, one of `ranks`, as torchrun makes it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return {**place, "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def check_same_training(folder: Path, expected: Path) -> None:
+    """The same losses, figures of every evaluation, weights, and checkpoint."""
+    for found, wanted in zip(lines(folder, "metrics.jsonl"), lines(expected, "metrics.jsonl"), strict=True):
+        assert found["lr"] == wanted["lr"] and found["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert lines(folder, "evaluations.jsonl") == lines(expected, "evaluations.jsonl")
+    last = Path("checkpoints") / (expected / "checkpoints/LATEST").read_text()
+    for name in (*WEIGHTS, *(last / f"{part}.safetensors" for part in ("model", "ema", "optimizer"))):
+        found, wanted = load_file(folder / name), load_file(expected / name)
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0, msg=f"{name}: {key}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run on one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    subprocess.run(
+        [sys.executable, RECIPES / "seit_train.py", *SHORT, "--out", folder], check=True, stderr=subprocess.DEVNULL
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "processes", "machines"),
+    [
+        ("one_gpu.yaml", DistributedType.NO, 1, 1),
+        ("eight_gpus.yaml", DistributedType.MULTI_GPU, 8, 1),
+        ("two_machines.yaml", DistributedType.MULTI_GPU, 16, 2),
+        ("fsdp.yaml", DistributedType.FSDP, 8, 1),
+        ("deepspeed.yaml", DistributedType.DEEPSPEED, 8, 1),
+    ],
+)
+def test_accelerate_reads_the_files(file: str, kind: DistributedType, processes: int, machines: int) -> None:
+    config = load_config_from_file(str(LAUNCHES / file))
+    assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, processes, machines)
+
+
+def test_fsdp_goes_on_where_one_process_stopped(alone: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / (folder / "checkpoints/LATEST").read_text())
+    for name in WEIGHTS:
+        (folder / name).unlink()
+    fsdp(RECIPES / "seit_train.py", *SHORT, "--out", folder, "--resume")
+    assert json.loads((folder / "result.json").read_text())["processes"] == 2
+    check_same_training(folder, alone)
+
+
+def test_fsdp_of_version_1_is_refused() -> None:
+    with_fsdp = {**ON_CPU, **rank_of(0, 1), "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    line = [sys.executable, SUPPORT / "fsdp_on_cpu.py", RECIPES / "seit_train.py", *SHORT]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_fsdp)
+    assert finished.returncode == 2 and "take FSDP of version 2" in finished.stderr, finished.stderr
+
+
+def test_a_model_compiled_inside_ddp_is_cut_where_gradients_are_sent() -> None:
+    """In the order of `Training`. In one graph, all gradients would be sent after the last of them is known."""
+    code = """
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=2)])
+graphs, inputs = [], torch.ones(2, 512)
+def compiler(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+def model():
+    graphs.clear()
+    torch.manual_seed(0)
+    made = nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    made.compile(backend=compiler)
+    return made
+alone = model()
+with accelerator.autocast():
+    alone(inputs).sum().backward()
+print(len(graphs))
+inside = accelerator.prepare(model())
+inside(inputs).sum().backward()
+print(type(inside).__name__, len(graphs))
+print(all(a.grad.equal(b.grad) for a, b in zip(alone.parameters(), inside.parameters())))
+"""
+    line = [sys.executable, "-c", code]
+    environment = {**ON_CPU, **rank_of(0, 1)}
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert finished.stdout.split() == ["1", "DistributedDataParallel", "5", "True"], finished.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_installed_is_one_line() -> None:
+    with_deepspeed = {**os.environ, **rank_of(0, 1), "ACCELERATE_USE_DEEPSPEED": "true"}
+    line = [sys.executable, RECIPES / "seit_train.py", *SHORT]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_deepspeed)
+    assert finished.returncode == 2 and 'pip install "seitpp[deepspeed]"' in finished.stderr, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "taken"), [(1, "none", True), (2, "none", True), (3, "none", False), (2, "cpu", False)]
+)
+def test_stages_of_deepspeed(stage: int, offload: str, taken: bool) -> None:
+    assert supports(DeepSpeedPlugin(zero_stage=stage, offload_optimizer_device=offload)) == taken
+
+
+def test_machines_that_see_different_checkpoints_are_refused(alone: Path, tmp_path: Path) -> None:
+    """Each machine is a folder of its own here, with one process, and only the first has the run."""
+    shutil.copytree(alone, tmp_path / "0/run")
+    (tmp_path / "1").mkdir()
+    line = [sys.executable, RECIPES / "seit_train.py", *SHORT, "--out", "run", "--resume"]
+    place = rank_of(0, 2)
+    machines = [
+        subprocess.Popen(
+            line, stderr=subprocess.PIPE, text=True, cwd=tmp_path / rank, env={**ON_CPU, **place, "RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    for rank, (_, errors) in enumerate([machine.communicate() for machine in machines]):
+        assert f"error (rank {rank}): the newest checkpoint in run/checkpoints differs between processes" in errors
+        assert "step-00000011 on rank 0, none on rank 1" in errors
+    assert not (tmp_path / "1/run").exists()

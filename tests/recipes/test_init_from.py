@@ -1,0 +1,90 @@
+"""`mtm_pretrain --init-from`: the weights of another masked token model, and nothing else of it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mtm_pretrain
+import pytest
+import timm
+from safetensors.torch import load_file
+from support.running import digits_codebook, metrics
+
+from seitpp import TokenStore
+from seitpp.data.digits import digits
+from seitpp.errors import UserError
+from seitpp.models import MTM, save_classifier, save_release
+from seitpp.models.weights.pretrained import save_pretrained
+
+SMOKE = replace(mtm_pretrain.PRESETS["smoke"], dropout=0.0)
+
+
+def pretrain(out: Path, **settings) -> Path:
+    mtm_pretrain.main(replace(SMOKE, out=str(out), **settings))
+    return out
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> Path:
+    return pretrain(tmp_path_factory.mktemp("first") / "run")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    found, expected = load_file(one), load_file(two)
+    return found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in expected)
+
+
+def test_it_begins_with_those_weights_at_step_0(first: Path, tmp_path: Path) -> None:
+    for number, path in enumerate((first, first / "model.safetensors")):
+        still = pretrain(
+            tmp_path / f"still-{number}", init_from=str(path), base_lr=0.0, weight_decay=0.0, epochs=1
+        )
+        assert same_weights(still / "model.safetensors", first / "model.safetensors")
+        lines = metrics(still)
+        assert lines[0]["step"] == 1 and lines[0]["loss"] == pytest.approx(metrics(first)[-1]["loss"], abs=0.02)
+
+
+def test_an_official_checkpoint_is_taken(tmp_path: Path) -> None:
+    sizes = {"encoder": "mtm_vit_tiny", "grid": (8, 8), "num_codes": 64, "decoder_width": 64, "decoder_heads": 2}
+    official, model = MTM(**sizes), MTM(**sizes)
+    save_release(official, tmp_path / "official.pth")
+    mtm_pretrain.start_from(model, str(tmp_path / "official.pth"), TokenStore(digits().store, "train"))
+    expected = official.state_dict()
+    assert all(value.equal(expected[name]) for name, value in model.state_dict().items())
+
+
+def json_settings(run: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(run / "model.safetensors", "pt") as file:
+        header = file.metadata()
+    return next(json.loads(value)["settings"] for value in header.values() if "settings" in value)
+
+
+def test_a_checkpoint_of_its_own_wins(first: Path, tmp_path: Path) -> None:
+    """Resumed when the other model is gone, the run goes on to the same bits."""
+    start = shutil.copytree(first, tmp_path / "start")
+    folder = pretrain(tmp_path / "run", init_from=str(start))
+    expected = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints" / (folder / "checkpoints/LATEST").read_text())
+    shutil.rmtree(start)
+    pretrain(folder, init_from=str(start), resume=True)
+    assert (folder / "model.safetensors").read_bytes() == expected
+
+
+def test_another_model_is_refused(first: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(
+        UserError, match=r"other sizes: decoder_blocks\.1\..* is \(.*\) there, nothing in this run"
+    ):
+        pretrain(out, init_from=str(first), decoder_depth=1)
+    other = tmp_path / "other.safetensors"
+    save_pretrained(other, MTM(**json_settings(first)), "0" * 64)
+    with pytest.raises(UserError, match="is not the codebook 0000000000000000 that"):
+        pretrain(out, init_from=str(other))
+    classifier = timm.create_model("seit_vit_nano", img_size=8, in_chans=32, num_classes=10)
+    save_classifier(tmp_path / "classifier.safetensors", classifier, digits_codebook(), None, None)
+    with pytest.raises(UserError, match="holds a classifier: expected a masked token model"):
+        pretrain(out, init_from=str(tmp_path / "classifier.safetensors"))
+    assert not out.exists()

@@ -1,0 +1,383 @@
+"""segment_ade20k and evaluate_segmentation as a user runs them: exact figures, two processes, killed, resumed."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import evaluate_segmentation
+import numpy as np
+import pytest
+import segment_ade20k
+import tokenize_images
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from support.models import tiny_mtm
+from support.paths import RECIPES
+from support.running import call, kill_after_an_evaluation, lines_of, refused, result_of, run, torchrun
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes
+from downstream.segmentation.evaluation import WholeImage, count_pixels, mirror_whole, stride_of
+from downstream.segmentation.model import load_segmenter
+from downstream.segmentation.pixel_pipeline import PixelPipeline
+from downstream.segmentation.scenes import write_scenes
+from seitpp import StoreWriter, TokenStore, plots
+from seitpp.codebook import codebook_fingerprint, embed
+from seitpp.data.dataset import Chosen, MicroBatch
+from seitpp.engine.config import parse
+from seitpp.engine.optim import warmup_linear
+from seitpp.images.annotated import AnnotatedSource
+from seitpp.models import TokenAdapt
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.recipe import rehearse
+
+STEPS, WARMUP, EVALUATION, EPOCH = 16, 4, 8, 6  # of the smoke preset; 48 images in batches of 8
+FIGURES = ("mIoU", "aAcc", "mAcc")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return default_scenes(FEW_SCENES)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    """An uninterrupted run of the smoke preset, through the command line."""
+    folder = tmp_path_factory.mktemp("segment") / "run"
+    finished = run("segment_ade20k", "smoke", "--out", folder)
+    assert finished.returncode == 0, finished.stderr
+    (folder.parent / "stdout").write_text(finished.stdout)
+    return folder
+
+
+def counted(folder: Path) -> str:
+    """Every figure of every class, unrounded."""
+    return (folder / "per_class.csv").read_text()
+
+
+# Training
+
+
+def test_a_run_says_what_it_does_and_what_it_found(smoke: Path, scenes: Scenes) -> None:
+    printed, result = (smoke.parent / "stdout").read_text(), result_of(smoke)
+    assert "no image is mirrored" in printed and "--tokenadapt" in printed and str(scenes.store) in printed
+    assert ", ".join(f"{name} {result[name]:.2f}" for name in FIGURES) + " of 13 images" in printed
+    rows = [line.split(",") for line in counted(smoke).splitlines()]
+    assert rows[0] == ["class", "IoU", "Acc", "share"]
+    assert [row[0] for row in rows[1:]] == TokenStore(scenes.store).class_names
+    assert np.mean([float(row[1]) for row in rows[1:]]) == pytest.approx(result["mIoU"])
+    for picture in ("curves.png", "validation.png"):
+        assert (smoke / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_step_and_every_evaluation_is_written_down_once(smoke: Path) -> None:
+    lines, evaluations = lines_of(smoke / "metrics.jsonl"), lines_of(smoke / "evaluations.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["lr"] for line in lines] == [warmup_linear(step, STEPS, WARMUP, 2e-3) for step in range(STEPS)]
+    assert lines[0]["loss"] == pytest.approx(1.4 * np.log(6), rel=0.15), "both heads guess, one counts 0.4"
+    assert [line["step"] for line in evaluations] == [EVALUATION]
+    assert set(evaluations[0]) == {"step", *FIGURES}
+
+
+def test_the_rate_rises_and_falls_in_straight_lines() -> None:
+    rates = [warmup_linear(step, 10, 4, 8.0) for step in range(11)]
+    assert rates == pytest.approx([0, 2, 4, 6, 8, 8 * 5 / 6, 8 * 4 / 6, 4, 8 * 2 / 6, 8 / 6, 0])
+
+
+def test_killed_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> None:
+    """Killed right after an evaluation, two steps after a checkpoint."""
+    folder = tmp_path / "run"
+    kill_after_an_evaluation("segment_ade20k", folder, STEPS)
+
+    call(segment_ade20k, "smoke", "--out", folder, "--resume")
+    clock = {"images_per_second", "data_wait", "memory_gib"}
+    learned = [
+        [{name: value for name, value in at.items() if name not in clock} for at in lines_of(run)]
+        for run in (smoke / "metrics.jsonl", folder / "metrics.jsonl")
+    ]
+    assert learned[0] == learned[1] and len(learned[0][0]) > 6
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in (
+        *("evaluations.jsonl", "model.safetensors", "per_class.csv"),
+        *(f"{last}/{part}.safetensors" for part in ("model", "optimizer")),
+    ):
+        assert (folder / name).read_bytes() == (smoke / name).read_bytes(), name
+
+
+def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
+    """13 images on two processes, each with its own batch norms in training; judged again by one process."""
+    few = ("--steps", 3, "--warmup-steps", 1, "--evaluation-steps", 2)
+    together = torchrun(2, "smoke", *few, "--out", tmp_path / "two", script=RECIPES / "segment_ade20k.py")
+    assert together.returncode == 0, together.stderr
+    assert result_of(tmp_path / "two")["processes"] == 2 and len(lines_of(tmp_path / "two/evaluations.jsonl")) == 1
+    call(evaluate_segmentation, "smoke", "--checkpoint", tmp_path / "two", "--out", tmp_path / "one")
+    assert counted(tmp_path / "one") == counted(tmp_path / "two")
+
+
+def pretrained(path: Path, store: TokenStore, codebook: np.ndarray) -> dict[str, Tensor]:
+    """Write a masked token model of a codebook; the tensors of its encoder."""
+    torch.manual_seed(1)
+    model = tiny_mtm(grid=store.grid, num_codes=store.num_codes, code_dim=codebook.shape[1], dropout=0.0)
+    save_pretrained(path, model, codebook_fingerprint(codebook))
+    return model.encoder.state_dict()
+
+
+def test_training_starts_from_a_checkpoint(scenes: Scenes, tmp_path: Path) -> None:
+    """The first update has the rate 0."""
+    store = TokenStore(scenes.store)
+    encoder = pretrained(tmp_path / "mtm.safetensors", store, store.codebook)
+    way = ("--checkpoint", tmp_path / "mtm.safetensors", "--crop-size", 16, "--steps", 1, "--warmup-steps", 1)
+    call(segment_ade20k, "smoke", *way, "--out", tmp_path / "run")
+    written = load_file(tmp_path / "run/model.safetensors")
+    shared = [name for name in encoder if not name.startswith(("norm.", "fc_norm.", "head."))]
+    assert len(shared) > 40
+    for name in shared:
+        assert torch.equal(written[f"backbone.vit.{name}"], encoder[name]), name
+
+
+def test_a_rehearsal_goes_through_everything_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    rehearse(segment_ade20k.main, parse(segment_ade20k.PRESETS, "scenes", ["smoke", "--dry-run"]))
+    printed = capsys.readouterr().out
+    assert "from step 0" in printed and "from step 1" in printed and "dry run: begun, saved, resumed" in printed
+    assert not list(tmp_path.iterdir())
+
+
+# Evaluation
+
+
+def test_evaluation_repeats_the_figures_of_the_run(smoke: Path, scenes: Scenes, tmp_path: Path) -> None:
+    call(evaluate_segmentation, "smoke", "--checkpoint", smoke, "--out", tmp_path / "tokens")
+    pixels = ("--data", scenes.images, "--tokenizer", scenes.tokenizer)
+    file = smoke / "model.safetensors"
+    call(evaluate_segmentation, "smoke", "--checkpoint", file, *pixels, "--out", tmp_path / "pixels")
+    for folder in ("tokens", "pixels"):
+        assert counted(tmp_path / folder) == counted(smoke), folder
+        assert [result_of(tmp_path / folder)[name] for name in FIGURES] == [
+            result_of(smoke)[name] for name in FIGURES
+        ]
+        page = (tmp_path / folder / "report.html").read_text()
+        assert "pictures.png" in page and "disc of coarse dots" in page
+        with Image.open(tmp_path / folder / "pictures.png") as picture:
+            assert picture.width > 1000
+
+
+def test_images_of_many_sizes_go_the_whole_way(scenes: Scenes, tmp_path: Path) -> None:
+    """From a folder to a store, a run, and two evaluations: of the store and of the folder."""
+    write_scenes(tmp_path / "data", 6, {"training": 12, "validation": 5}, (70, 130), seed=3)
+    settings = {"data": str(tmp_path / "data"), "tokenizer": str(scenes.tokenizer), "out": str(tmp_path / "store")}
+    for source_split, split in (("training", "train"), ("validation", "validation")):
+        sizes = {"short_side": 64, "workers": 0}
+        tokenize_images.main(tokenize_images.Config(**settings, **sizes, source_split=source_split, split=split))
+    store = TokenStore(tmp_path / "store", "validation")
+    assert store.grid is None and len(np.unique(store.grids, axis=0)) > 2
+    few = ("--steps", 2, "--warmup-steps", 1, "--batch-size", 4)
+    call(segment_ade20k, "smoke", "--store", store.path, *few, "--out", tmp_path / "run")
+    folder = ("--data", settings["data"], "--tokenizer", settings["tokenizer"])
+    for name, data in (("tokens", ("--store", store.path)), ("pixels", folder)):
+        call(evaluate_segmentation, "smoke", "--checkpoint", tmp_path / "run", *data, "--out", tmp_path / name)
+        assert counted(tmp_path / name) == counted(tmp_path / "run"), name
+
+
+def test_scales_and_flips_are_other_views(smoke: Path, scenes: Scenes, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapt = TokenAdapt((8, 8), crop=(8, 8), num_codes=32, code_dim=32, width=64, heads=1, mlp=64)
+    save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(TokenStore(scenes.store).codebook))
+    found = {counted(smoke)}
+    for name, flags in {
+        "scales": ("--scales", 0.75, 1.25),
+        "flip": ("--flip", tmp_path / "adapt.safetensors"),
+    }.items():
+        call(evaluate_segmentation, "smoke", "--checkpoint", smoke, *flags, "--out", tmp_path / name)
+        found.add(counted(tmp_path / name))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 8), (11, 19), (16, 9)])
+def test_a_whole_image_is_mirrored_window_by_window(size: tuple[int, int]) -> None:
+    """By a mirror for boxes that is exact, so that the whole has to be, too."""
+    codebook = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(40, (2, *size), generator=torch.Generator().manual_seed(1))
+
+    def exact(ids: Tensor, boxes: Tensor, grids: Tensor) -> Tensor:
+        assert grids.tolist() == [list(size)] * 2
+        (top, left, height, width), *_ = boxes.tolist()
+        filled = torch.nn.functional.pad(ids, (0, 8, 0, 8))
+        return embed(filled[:, top : top + height, left : left + width].flip(2), codebook)
+
+    mirrored = mirror_whole(exact, codebook, 8, "cosine")(embed(ids, codebook))
+    assert torch.equal(mirrored, embed(ids.flip(2), codebook))
+
+
+def test_the_published_stride_is_two_thirds_of_the_window() -> None:
+    assert stride_of(64, None) == 43 and stride_of(64, 20) == 20
+
+
+class ManyImages(Dataset):
+    """Images that are made when they are asked for; `alive` are those that somebody still holds."""
+
+    def __init__(self, images: int):
+        self.images, self.alive = images, weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitems__(self, indices: list[int]) -> WholeImage:
+        (index,) = indices
+        image = WholeImage(torch.zeros(1, 1, 1), torch.full((1, 5 + index, 8), index % 3, dtype=torch.uint8))
+        self.alive.update(image)
+        return image
+
+
+def test_an_evaluation_holds_one_image_at_a_time() -> None:
+    dataset, held = ManyImages(40), []
+
+    def predict(image: WholeImage) -> Tensor:
+        found = image.labels.clone()
+        dataset.alive.add(found)
+        held.append(len(dataset.alive))
+        return found
+
+    score = count_pixels(predict, dataset, list("abc"), Accelerator(cpu=True))
+    assert score.images == 40 and score.counts.shape == (4, 3)
+    assert int(score.counts[3].sum()) == sum(8 * (5 + index) for index in range(40))
+    assert max(held) <= 6, "inputs, labels and prediction of this image and of the last one"
+    assert len(dataset.alive) == 0
+
+
+# The scenes
+
+
+def test_the_scenes_are_the_same_wherever_they_are_made(tmp_path: Path, monkeypatch) -> None:
+    settings = SceneSettings(training=6, validation=2, num_codes=16)
+    fingerprints = []
+    for name in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        made = default_scenes(settings)
+        assert default_scenes(settings) == made and made.store.is_relative_to(tmp_path / name)
+        fingerprints.append(TokenStore(made.store).fingerprint)
+    assert fingerprints[0] == fingerprints[1]
+    assert (len(TokenStore(made.store)), len(TokenStore(made.store, "validation"))) == (6, 2)
+
+
+# Pixels
+
+
+def pipeline(scenes: Scenes, seed: int = 0) -> PixelPipeline:
+    return PixelPipeline(AnnotatedSource(scenes.images, "training"), seed, 32, 64, (0.25, 2.0), 0.75)
+
+
+def test_the_pipeline_draws_by_seed_epoch_and_image(scenes: Scenes) -> None:
+    first = pipeline(scenes).__getitems__(MicroBatch([3, 7], epoch=0))
+    again = Chosen(pipeline(scenes), np.array([3, 7])).__getitems__(MicroBatch([1, 0], epoch=0))
+    assert first.images.shape == (2, 3, 32, 32) and first.images.dtype == torch.uint8
+    assert torch.equal(first.images[[1, 0]], again.images) and torch.equal(first.labels[[1, 0]], again.labels)
+    assert not torch.equal(first.images[0], pipeline(scenes).__getitems__(MicroBatch([3], epoch=1)).images[0])
+    other = pipeline(scenes, seed=1).__getitems__(MicroBatch([7], epoch=0))
+    assert not torch.equal(first.images[1], other.images[0])
+    labels = pipeline(scenes).__getitems__(MicroBatch(range(48), epoch=0)).labels
+    assert set(labels.unique().tolist()) == {0, 1, 2, 3, 4, 5, 255}
+
+
+def test_pixels_train_and_are_judged_as_tokens(scenes: Scenes, tmp_path: Path) -> None:
+    """The tokens of patch_kmeans do not depend on the window that they are made in."""
+    data = ("--data", scenes.images, "--tokenizer", scenes.tokenizer)
+    call(segment_ade20k, "smoke", *data, "--steps", 3, "--warmup-steps", 1, "--out", tmp_path / "run")
+    assert lines_of(tmp_path / "run/metrics.jsonl")[-1]["lr"] > 0
+    call(evaluate_segmentation, "smoke", "--checkpoint", tmp_path / "run", "--out", tmp_path / "tokens")
+    assert counted(tmp_path / "tokens") == counted(tmp_path / "run")
+    assert load_segmenter(tmp_path / "run/model.safetensors").patch == 4
+
+
+# Bad input
+
+
+def test_what_cannot_be_segmented_is_refused(
+    smoke: Path, scenes: Scenes, tmp_path: Path, capfd, monkeypatch
+) -> None:
+    store = TokenStore(scenes.store)
+    other = store.codebook[::-1] + 1
+    pretrained(tmp_path / "other.safetensors", store, other)
+    plain, renamed = tmp_path / "plain", tmp_path / "renamed"
+    for path, codebook, names, columns in (
+        (plain, store.codebook, store.class_names, {}),
+        (renamed, store.codebook, ["sky", *store.class_names[1:]], {"annotation": "binary"}),
+    ):
+        for split in ("train", "validation"):
+            with StoreWriter(
+                path,
+                codebook=codebook,
+                grid=store.grid,
+                split=split,
+                class_names=names,
+                tokenizer=store.tokenizer,
+                columns=columns,
+            ) as writer:
+                annotation = {"annotation": store.column("annotation")[0]} if columns else None
+                writer.add(store[0][0], 0, annotation)
+    data = ["--data", scenes.images]
+    out = ["--out", tmp_path / "run"]
+    for arguments, *words in (
+        (["published", "--precision", "no"], "published", "--store", "--data"),
+        (["smoke", "--checkpoint", tmp_path / "other.safetensors"], "codebook", scenes.store, "other.safetensors"),
+        (["smoke", "--checkpoint", tmp_path / "none"], tmp_path / "none"),
+        (["smoke", "--store", plain, "--batch-size", 1], "at least 2 images"),
+        (["smoke", "--store", plain], plain, "'annotation'"),
+        (["smoke", *data], "--tokenizer"),
+        (["smoke", "--tokenizer", scenes.tokenizer], "--tokenizer", "--data"),
+        (["smoke", *data, "--tokenizer", scenes.tokenizer, "--color", "paper"], "--color"),
+    ):
+        refused(capfd, monkeypatch, segment_ade20k, [*arguments, *out], *words)
+    judged = ["smoke", "--checkpoint", smoke, *out]
+    for arguments, *words in (
+        (["smoke", *out], "--checkpoint"),
+        (["smoke", "--checkpoint", tmp_path / "other.safetensors", *out], "other.safetensors", "another kind"),
+        ([*judged, "--store", renamed], renamed, "'background', not 'sky'"),
+        ([*judged, "--store", plain], plain, "'annotation'"),
+        ([*judged, *data], "--tokenizer"),
+        ([*judged, "--flip", tmp_path / "none.safetensors"], "none.safetensors"),
+    ):
+        refused(capfd, monkeypatch, evaluate_segmentation, arguments, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None:
+    """With an mmengine in front of the real one that cannot be imported, as one that is not installed."""
+    (tmp_path / "mmengine.py").write_text("raise ModuleNotFoundError(\"No module named 'mmengine'\")\n")
+    line = [sys.executable, str(RECIPES / "evaluate_segmentation.py"), "smoke", "--out", str(tmp_path / "run")]
+    blocked = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=blocked)
+    assert finished.returncode == 2 and len(finished.stderr.splitlines()) == 1, finished.stderr
+    assert 'pip install "seitpp[segmentation]"' in finished.stderr and not (tmp_path / "run").exists()
+
+
+# Pictures
+
+
+def test_classes_and_errors_are_painted_exactly() -> None:
+    colors = plots.class_colors(150)
+    assert len({tuple(color) for color in (colors * 255).round().int().tolist()}) == 150
+    assert colors.min() >= 0 and colors.max() <= 1
+    labels = torch.tensor([[0, 3, 255], [149, 1, 2]], dtype=torch.uint8)
+    painted = plots.paint_classes(labels, colors)
+    assert painted.shape == (3, 2, 3) and torch.equal(painted[:, 0, 2], torch.zeros(3))
+    assert torch.equal(painted[:, 1, 0], colors[149]) and torch.equal(painted[:, 0, 1], colors[3])
+    errors = plots.paint_errors(torch.tensor([[0, 4, 5], [149, 1, 7]]), labels)
+    red, light = (torch.tensor(plots.VERDICTS[kind]) for kind in (1, 0))
+    assert torch.equal(errors[:, 0, 1], red) and torch.equal(errors[:, 1, 2], red)
+    assert torch.equal(errors[:, 0, 0], light) and torch.equal(errors[:, 0, 2], torch.zeros(3))
+
+
+def test_the_table_of_a_report_leaves_out_what_is_no_number(tmp_path: Path) -> None:
+    columns = {"IoU": np.array([50.0, np.nan]), "Acc": np.array([75.0, np.nan])}
+    images = {"truth": [torch.zeros(3, 4, 6), torch.zeros(3, 5, 4)]}
+    plots.write_segmentation_report(tmp_path, {"mIoU": 50.0}, ["a < b", "c"], columns, images)
+    page = (tmp_path / "report.html").read_text()
+    assert "a &lt; b</td><td>50.00</td><td>75.00</td>" in page and "c</td><td></td><td></td>" in page
+    assert json.dumps("nan") not in page and "nan" not in page

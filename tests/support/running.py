@@ -1,0 +1,135 @@
+"""Recipes as a user runs them, in a process of their own or in this one, and what they leave in their folders."""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.models import tiny_mtm
+from support.paths import RECIPES, ROOT, SUPPORT
+
+from seitpp import TokenStore
+from seitpp.codebook import codebook_fingerprint
+from seitpp.data.digits import digits
+from seitpp.engine.config import parse
+from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.recipe import run_recipe
+
+TRAINING_RECIPES = (
+    "mtm_pretrain",
+    "seit_train",
+    "finetune",
+    "tokenadapt_train",
+    "tokenizer_train",
+    "segment_ade20k",
+)
+
+LAUNCHES = RECIPES / "accelerate"
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of programs that import from this folder
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATHS}
+
+
+def recipe(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    """The command line of a recipe."""
+    return [sys.executable, str(RECIPES / f"{name}.py"), *map(str, arguments)]
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False)
+
+
+def torchrun(
+    processes: int, *arguments: object, script: Path = RECIPES / "mtm_pretrain.py"
+) -> subprocess.CompletedProcess:
+    """Several CPU processes, as docs/running.md says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher += [f"--nproc_per_node={processes}", f"--master_port={port}"]
+    line = [*launcher, str(script), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=ON_CPU)
+
+
+def fsdp(*arguments: object, layer: str = "Block") -> None:
+    """Run a script as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes; `layer` names what is split."""
+    launcher = ["accelerate", "launch", "--config_file", LAUNCHES / "fsdp.yaml", "--num_processes", 2]
+    launcher += ["--fsdp_transformer_layer_cls_to_wrap", layer]
+    line = [*launcher, "--main_process_port", 0, SUPPORT / "fsdp_on_cpu.py", *arguments]
+    finished = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False, env=ON_CPU)
+    assert finished.returncode == 0, finished.stderr
+
+
+def call(module: ModuleType, *arguments: object) -> None:
+    """What the command line does, in this process."""
+    module.main(parse(module.PRESETS, "digits", [str(argument) for argument in arguments]))
+
+
+def refused(capfd, monkeypatch, module: ModuleType, arguments: list, *words: object) -> None:
+    """Exit status 2 and one line on stderr that holds the words."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, arguments)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(module.main, module.PRESETS, "digits")
+    lines = capfd.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def smoke_config(name: str, folder: Path):
+    """The smoke preset of a recipe, to run in FOLDER/run."""
+    config = replace(recipe(name).PRESETS["smoke"], out=str(folder / "run"))
+    if name == "finetune":
+        save_pretrained(folder / "model.safetensors", tiny_mtm(), digits_codebook())
+        config = replace(config, checkpoint=str(folder / "model.safetensors"))
+    return config
+
+
+def digits_codebook() -> str:
+    """The fingerprint of the codebook of the embedded digits."""
+    return codebook_fingerprint(TokenStore(digits().store, "train").codebook)
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The objects of a JSON lines file, none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def metrics(folder: Path) -> list[dict]:
+    return lines_of(folder / "metrics.jsonl")
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def accuracies(folder: Path, suffix: str = "") -> list[float]:
+    return [result_of(folder)[f"{name}{suffix}"] for name in ("top1", "top5")]
+
+
+def kill_after_an_evaluation(name: str, folder: Path, steps: int) -> None:
+    """Begin the smoke preset and kill it right after its first evaluation, before the last of its `steps`."""
+    process = subprocess.Popen(
+        command(name, "smoke", "--out", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    evaluations, deadline = folder / "evaluations.jsonl", time.monotonic() + 240
+    while not (evaluations.exists() and evaluations.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    whole_lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+    assert len(whole_lines) < steps and not (folder / "result.json").exists()
