@@ -97,18 +97,18 @@ def test_too_large_a_batch_is_refused() -> None:
 
 
 def test_warmup_then_cosine() -> None:
-    rates = [warmup_cosine(step, 110, 10, peak=2.0, start=0.5, final=0.1) for step in range(110)]
+    rates = [warmup_cosine(step, steps=110, warmup=10, peak=2.0, start=0.5, final=0.1) for step in range(110)]
     assert rates[0] == 0.5 and rates[5] == pytest.approx(1.25) and rates[10] == 2.0
     assert rates[60] == pytest.approx((2.0 + 0.1) / 2)
     assert np.all(np.diff(rates[10:]) < 0) and 0.1 < rates[-1] < 0.102
-    assert warmup_cosine(0, 5, 0, peak=1.0) == 1.0
+    assert warmup_cosine(0, steps=5, warmup=0, peak=1.0) == 1.0
 
 
 def test_norms_biases_and_single_vectors_are_not_decayed() -> None:
     model = MTM(
         "mtm_vit_nano", grid=(8, 8), num_codes=64, code_dim=16, decoder_width=32, decoder_depth=1, decoder_heads=2
     )
-    optimizer = adamw(model, 0.05, (0.9, 0.95))
+    optimizer = adamw(model, 0.05, betas=(0.9, 0.95))
     decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -131,7 +131,8 @@ def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    checkpoint.save(folder, step, "store-a", checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None))
+    tensors = checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None)
+    checkpoint.save(folder, step, data_fingerprint="store-a", tensors=tensors)
 
 
 def newest(folder) -> checkpoint.Checkpoint:
@@ -143,7 +144,9 @@ def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
     save(tmp_path, 3, model, optimizer)
     other, other_optimizer = trained(seed=1)
     found = newest(tmp_path)
-    checkpoint.restore(found, "store-a", other, OptimizerState(other_optimizer), None)
+    checkpoint.restore(
+        found, data_fingerprint="store-a", model=other, optimizer=OptimizerState(other_optimizer), ema=None
+    )
     assert found.step == 3
     for one, two in ((model, optimizer), (other, other_optimizer)):
         one(torch.ones(1, 4)).sum().backward()
@@ -212,10 +215,18 @@ def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
     with pytest.raises(
         checkpoint.CheckpointError, match=r"another model: 0\.bias is \(5,\) there, \(6,\) in this run"
     ):
-        checkpoint.restore(found, "store-a", other, OptimizerState(torch.optim.AdamW(other.parameters())), None)
+        checkpoint.restore(
+            found,
+            data_fingerprint="store-a",
+            model=other,
+            optimizer=OptimizerState(torch.optim.AdamW(other.parameters())),
+            ema=None,
+        )
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     with pytest.raises(checkpoint.CheckpointError, match="trained on the data store-a, this run reads store-b"):
-        checkpoint.restore(found, "store-b", model, OptimizerState(optimizer), None)
+        checkpoint.restore(
+            found, data_fingerprint="store-b", model=model, optimizer=OptimizerState(optimizer), ema=None
+        )
 
 
 # ----------------------------------------------------------------------------------------- folder and log
@@ -225,30 +236,30 @@ def test_a_folder_with_something_in_it_is_never_written_over(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for resume, overwrite in ((False, False), (False, True), (True, False)):
         with pytest.raises(RunError, match="not empty and holds no run"):
-            choose_folder("x", {}, str(tmp_path), resume, overwrite)
+            choose_folder("x", {}, out=str(tmp_path), resume=resume, overwrite=overwrite)
     with pytest.raises(RunError, match="--resume without --out"):
-        choose_folder("x", {}, None, resume=True, overwrite=False)
+        choose_folder("x", {}, out=None, resume=True, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/x", "runs/x-2"):
-        folder, resumed = choose_folder("x", {"lr": 1}, None, False, False)
+        folder, resumed = choose_folder("x", {"lr": 1}, out=None, resume=False, overwrite=False)
         assert str(folder) == expected and not folder.exists() and not resumed
-        files.unlock(enter_folder(folder, {"lr": 1}, resumed, overwrite=False))
+        files.unlock(enter_folder(folder, {"lr": 1}, resumed=resumed, overwrite=False))
     run = Path("runs/x")
-    assert choose_folder("x", {"lr": 1, "workers": 3}, "runs/x", resume=True, overwrite=False) == (run, True)
-    assert choose_folder("x", {"lr": 1}, "runs/y", resume=True, overwrite=False) == (Path("runs/y"), False)
+    assert choose_folder("x", {"lr": 1, "workers": 3}, out="runs/x", resume=True, overwrite=False) == (run, True)
+    assert choose_folder("x", {"lr": 1}, out="runs/y", resume=True, overwrite=False) == (Path("runs/y"), False)
     with pytest.raises(RunError, match="lr 1 -> 2"):
-        choose_folder("x", {"lr": 2}, "runs/x", resume=True, overwrite=False)
+        choose_folder("x", {"lr": 2}, out="runs/x", resume=True, overwrite=False)
     with pytest.raises(RunError, match="not empty: name another --out, or pass --resume or --overwrite"):
-        choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=False)
+        choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=False)
     (run / "old").touch()
-    with pytest.raises(RunError, match="another process has run there just now"):
+    with pytest.raises(RunError, match="another process has started a run there meanwhile"):
         enter_folder(run, {"lr": 2}, resumed=False, overwrite=False)
-    folder, resumed = choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=True)
-    files.unlock(enter_folder(folder, {"lr": 2}, resumed, overwrite=True))
+    folder, resumed = choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=True)
+    files.unlock(enter_folder(folder, {"lr": 2}, resumed=resumed, overwrite=True))
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
     assert json.loads((run / "config.json").read_text()) == {"lr": 2}
 
@@ -256,7 +267,8 @@ def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path
 def test_a_folder_is_locked_while_its_owner_lives(tmp_path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from seitpp.engine.folder import enter_folder;"
-        "enter_folder(Path(sys.argv[1]), {}, False, False); print('locked', flush=True); time.sleep(60)"
+        "enter_folder(Path(sys.argv[1]), {}, resumed=False, overwrite=False);"
+        "print('locked', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "locked\n"
@@ -364,13 +376,13 @@ def test_a_field_of_one_version_ago_is_read_under_its_name_of_today(tmp_path, ca
 
     today = parse(PRESETS, "smoke", ["--crop-size", "7", "--tokenadapt-fraction", "0.25", "--color", "seitpp"])
     assert parse(PRESETS, "smoke", ["--crop=7", "--adapted", "0.25", "--colour", "seitpp"]) == today
-    assert "--crop is called --crop-size now; the old name ends with the next version" in capsys.readouterr().err
+    assert "--crop is now --crop-size: the old name will be removed in the next version" in capsys.readouterr().err
     settings = asdict(today)
     for new, old in (("crop_size", "crop"), ("tokenadapt_fraction", "adapted"), ("mask_ratio", "mask")):
         settings[old] = settings.pop(new)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert load_config(Config, tmp_path / "config.json") == today
-    assert choose_folder("run", asdict(today), str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
+    assert choose_folder("run", asdict(today), out=str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
     with pytest.raises(UserError, match="unknown flag --cropp; did you mean"):
         parse(PRESETS, "smoke", ["--cropp", "7"])
 

@@ -86,10 +86,15 @@ def test_a_checkpoint_brings_back_the_bits(name: str, tmp_path: Path) -> None:
     for step in range(3):
         backward(model, step)
         optimizer.step()
-    checkpoint.save(tmp_path, 3, "store", checkpoint.tensors_of(model, OptimizerState(optimizer), None))
+    tensors = checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None)
+    checkpoint.save(tmp_path, 3, data_fingerprint="store", tensors=tensors)
     other, other_optimizer = prepared(1)
     checkpoint.restore(
-        checkpoint.load(checkpoint.newest(tmp_path)), "store", other, OptimizerState(other_optimizer), None
+        checkpoint.load(checkpoint.newest(tmp_path)),
+        data_fingerprint="store",
+        model=other,
+        optimizer=OptimizerState(other_optimizer),
+        ema=None,
     )
     for one, two in ((model, optimizer), (other, other_optimizer)):
         for step in (3, 4):
@@ -102,5 +107,5 @@ def test_a_checkpoint_brings_back_the_bits(name: str, tmp_path: Path) -> None:
 def test_lamb_is_refused_where_weights_are_cut_into_rows() -> None:
     launch = ZeroLaunch(Accelerator())
     launch.check_optimizer(adamw(model_of(0), 0.1))
-    with pytest.raises(UserError, match="LAMB with DeepSpeed: expected a launch with DDP or FSDP"):
+    with pytest.raises(UserError, match="--optimizer lamb: got a launch with DeepSpeed, expected DDP or FSDP"):
         launch.check_optimizer(lamb(model_of(0), 0.1))
