@@ -216,7 +216,7 @@ def test_memory_is_what_is_counted(
         tracker = MemTracker()
         tracker.track_external(*bank, *queried)
         with tracker:
-            judge(bank, queried, classes, ALONE)
+            judge(bank, queried, num_classes=classes, accelerator=ALONE)
         peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
     counted = bench["peak_bytes"](images, queries, width, classes)
     assert 0.6 * counted < max(peaks) <= counted

@@ -88,8 +88,8 @@ def save(folder: Path, step: int, *, data_fingerprint: str, tensors: Groups) -> 
         with suppress(OSError):
             files.remove_folder(staging)
         raise CheckpointError(
-            f"saving step {step} in {folder} failed: {error.strerror}; {latest(folder)}: free or repair the disk, "
-            "then go on with --resume"
+            f"saving step {step} in {folder} failed: {error.strerror}; {latest(folder)}: make room on the disk "
+            "or repair it, then continue with --resume"
         ) from error
 
 

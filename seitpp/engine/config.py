@@ -58,7 +58,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """The settings of every recipe that trains."""
 
-    resume: bool = False  # go on where the run in --out was stopped; begin it where there is none
+    resume: bool = False  # continue the run in --out where it stopped, or start it if there is none
     dry_run: bool = False  # run every part for about a minute, with two training steps, and keep no output
     fraction: float = 1.0  # of the training images, chosen by the seed, as if the store were smaller
     compile: bool = False  # torch.compile; takes minutes, which pay off on a GPU

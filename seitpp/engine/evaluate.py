@@ -96,6 +96,6 @@ def gather_in_order(rows: Tensor, indices: Tensor, accelerator: Accelerator) -> 
         accelerator.gather(accelerator.pad_across_processes(part, pad_index=-1)) for part in (rows, indices)
     )
     real = indices >= 0
-    whole = rows.new_empty(int(real.sum()), *rows.shape[1:])
-    whole[indices[real]] = rows[real]
-    return whole
+    ordered = rows.new_empty(int(real.sum()), *rows.shape[1:])
+    ordered[indices[real]] = rows[real]
+    return ordered

@@ -30,8 +30,8 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Remove the lines after `step`, and an incomplete last line of a killed run."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.replace_text(self.path, "".join(whole))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        files.replace_text(self.path, "".join(kept))
 
     def write(self, records: list[dict]) -> None:
         """Append records and sync the file."""

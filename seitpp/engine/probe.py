@@ -1,8 +1,8 @@
 """Evaluation of frozen features: a linear probe and weighted k-NN, on any number of processes.
 
 Features stay on the process that computed them. The numbers of correct images do not depend on the number of
-processes: a block of images is always encoded and multiplied as a whole, on one process, and what is summed over
-blocks or compared are integers, whose sum is the same in every order.
+processes: a block of images is always encoded and multiplied as a whole, on one process, and only integers are
+summed over blocks or compared, which gives the same result in every order.
 """
 
 import math
