@@ -26,8 +26,9 @@ def choose_folder(
     """Return the folder of a run, and whether it holds a run that is to be resumed. Nothing is written.
 
     The folder is `out`, or the first unused one of runs/NAME, runs/NAME-2, ... With `resume` the run in `out`
-    continues, or starts if there is none yet, so that the same command does both. Raises RunError for a folder
-    that is not empty, unless it holds a run and `overwrite` is set, or `resume` and the run has the same settings.
+    continues, or starts if there is none yet, so that the same command does both. Raises RunError for `resume`
+    without `out`, and for a folder that is not empty, unless it holds a run and `overwrite` is set, or `resume` is
+    set and the run has the same settings.
     """
     if resume and not out:
         raise RunError("--resume without --out: name the folder of the run with --out")
