@@ -70,7 +70,9 @@ def main(config: Config) -> None:
     run.describe(f"{len(data.dataset):,} images", model=saved.model)
 
     # 3. Predictions, every image once.
-    found = predict(saved.model, data.dataset, data.inputs, run.accelerator, config.workers)
+    found = predict(
+        saved.model, data.dataset, inputs=data.inputs, accelerator=run.accelerator, workers=config.workers
+    )
 
     # 4. Proof: accuracies, a table by class, and who is taken for whom.
     result = found.accuracies()
@@ -107,7 +109,7 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     tokens = tokenized if config.data else stored
     dataset, ids, codebook, grid, class_names = tokens(config, run)
     source = config.tokenizer or config.store or "the embedded digits"
-    check_codes(codebook.numpy(), source, saved, config.checkpoint)
+    check_codes(codebook.numpy(), source=source, saved=saved, checkpoint=config.checkpoint)
     size = input_size(saved.model)
     window = (config.eval_window, config.eval_window) if config.eval_window else saved.window or size or grid
     maps = {"codebook": codebook, "size": size and size[0]} if kind == "maps" else {}

@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     model = saved.model.to(run.device)
     data = open_images(config, run) if config.data else open_tokens(config, run, saved.patch)
     if saved.codebook:
-        check_codebook(data.codebook, data.path, saved.codebook, config.checkpoint)
+        check_codebook(data.codebook, source=data.path, expected=saved.codebook, checkpoint=config.checkpoint)
     check_classes(saved.class_names, data, config.checkpoint)
     codebook = torch.from_numpy(data.codebook).to(run.device)
     window = config.sliding_window or saved.window[0]

@@ -206,7 +206,9 @@ def main(config: Config) -> None:
         def inputs(batch: Batch | Pixels) -> Tensor:
             return center_view(of(batch))
 
-        return predict(training.unsharded(model), judged, inputs, run.accelerator, config.workers).accuracies()
+        return predict(
+            training.unsharded(model), judged, inputs=inputs, accelerator=run.accelerator, workers=config.workers
+        ).accuracies()
 
     for step, batch in training.steps(train, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
@@ -250,7 +252,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     kind = input_kind(body)
     if kind == "pixels":
         raise UserError(f"{config.checkpoint} takes pixels: name images with --data")
-    check_codes(train.codebook, str(train.path), source, config.checkpoint)
+    check_codes(train.codebook, source=str(train.path), saved=source, checkpoint=config.checkpoint)
     if kind == "maps" and config.tokenadapt_fraction:
         raise UserError(
             f"{config.checkpoint} takes maps, which TokenAdapt does not give: preset tokens, or pass "

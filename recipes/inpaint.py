@@ -107,7 +107,7 @@ def open_model(checkpoint: str, store: TokenStore) -> MTM:
     if not isinstance(saved.model, MTM):
         raise UserError(f"{checkpoint} is no masked token model: expected a run of recipes/mtm_pretrain.py")
     if saved.codebook:
-        check_codebook(store.codebook, str(store.path), saved.codebook, checkpoint)
+        check_codebook(store.codebook, source=str(store.path), expected=saved.codebook, checkpoint=checkpoint)
     codes, window = saved.model.settings["num_codes"], saved.model.encoder.patch_embed.img_size
     if codes != store.num_codes or window[0] > store.grid[0] or window[1] > store.grid[1]:
         raise UserError(

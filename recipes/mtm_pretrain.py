@@ -146,7 +146,7 @@ def main(config: Config) -> None:
 
     # 5. Optimization.
     schedule = Schedule.from_config(config, order)
-    optimizer = adamw(model, config.weight_decay, config.betas)
+    optimizer = adamw(model, config.weight_decay, betas=config.betas)
     step_on_zeros = zeros_loss(grid, law.counts(patches, law.highest), config.tokenadapt_fraction)
     training = run.training(
         model,
@@ -159,11 +159,16 @@ def main(config: Config) -> None:
     run.describe(describe_store(train, config), view, training, model=model)
 
     # 6. Training; on the way, probes of the encoder as it is.
-    probed = [run.eval_subset(split) for split in (images, TokenDataset(validation))]
+    probed = {
+        "train": run.eval_subset(images),
+        "validation": run.eval_subset(TokenDataset(validation)),
+        "num_classes": train.num_classes,
+        "view": EvalView(grid),
+    }
 
     def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
         encoder = encoder or training.unsharded(model).encoder
-        return probe(encoder, *probed, train.num_classes, EvalView(grid), run.accelerator, config.workers)
+        return probe(encoder, **probed, accelerator=run.accelerator, workers=config.workers)
 
     for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
@@ -217,7 +222,7 @@ def start_from(model: MTM, path: str, store: TokenStore) -> None:
     saved = load_pretrained(path)
     if not isinstance(saved.model, MTM):
         raise UserError(f"--init-from {path} holds a classifier: expected a masked token model")
-    check_codes(store.codebook, str(store.path), saved, path)
+    check_codes(store.codebook, source=str(store.path), saved=saved, checkpoint=path)
     weights, places = saved.model.state_dict(), model.state_dict()
     for name in sorted(weights.keys() | places.keys()):
         there, here = (tuple(one[name].shape) if name in one else "nothing" for one in (weights, places))

@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     path = Path(config.checkpoint)
     model, codebook, *_ = load_mtm(path / "model.safetensors" if path.is_dir() else path)
-    check_codebook(train.codebook, str(train.path), codebook, config.checkpoint)
+    check_codebook(train.codebook, source=str(train.path), expected=codebook, checkpoint=config.checkpoint)
     window = model.encoder.patch_embed.img_size
     if window[0] > train.grid[0] or window[1] > train.grid[1]:
         raise UserError(
@@ -57,7 +57,15 @@ def main(config: Config) -> None:
 
     # 3. Probe.
     images = TokenDataset(train), TokenDataset(validation)
-    result = probe(model.encoder, *images, train.num_classes, EvalView(window), run.accelerator, config.workers)
+    result = probe(
+        model.encoder,
+        train=images[0],
+        validation=images[1],
+        num_classes=train.num_classes,
+        view=EvalView(window),
+        accelerator=run.accelerator,
+        workers=config.workers,
+    )
     for name, value in result.items():
         run.print(f"{name:20} {value:6.2f} % of {len(validation):,} images")
     run.finish(result, store_facts(train, validation, config))

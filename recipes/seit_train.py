@@ -183,7 +183,9 @@ def main(config: Config) -> None:
         scores = {}
         for suffix, weights in (("", model), ("_ema", ema.module)):
             whole, inputs = training.unsharded(weights), lambda batch: center_view(batch.ids)
-            found = predict(whole, judged, inputs, run.accelerator, config.workers).accuracies()
+            found = predict(
+                whole, judged, inputs=inputs, accelerator=run.accelerator, workers=config.workers
+            ).accuracies()
             scores |= {f"{name}{suffix}": value for name, value in found.items()}
         return scores
 

@@ -141,7 +141,7 @@ def main(config: Config) -> None:
 
     # 5. Optimization.
     schedule = Schedule.from_config(config, order)
-    optimizer = adamw(model, config.weight_decay, config.betas)
+    optimizer = adamw(model, config.weight_decay, betas=config.betas)
     training = run.training(
         model,
         optimizer,
@@ -207,7 +207,7 @@ def augmented(model: TokenAdapt, pair: TokenizerPair, batch: Pixels, config: Con
     geometry = random_geometry(
         Keys(config.seed, 0, batch.indices), pair.whole.spec.grid[0], config.crop_size, **law
     )
-    return augment_in_every_way(model, pair, center_window(batch.images, size) / 255, geometry)
+    return augment_in_every_way(model, pair, originals=center_window(batch.images, size) / 255, geometry=geometry)
 
 
 def judge(

@@ -164,7 +164,7 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
 
     # 2. Optimization.
     schedule = Schedule.from_config(config, order)
-    optimizer = adamw(model, config.weight_decay, config.betas)
+    optimizer = adamw(model, config.weight_decay, betas=config.betas)
     sharing = Sharing(zeros_loss, (perceptual,) if perceptual else ())
     training = run.training(model, optimizer, schedule, data_fingerprint=f"{len(images)} images", sharing=sharing)
     run.print(str(training))

@@ -133,7 +133,7 @@ def open_backbone(checkpoint: str | None, model: str, source: Source, window: in
     """
     if checkpoint:
         saved = load_pretrained(checkpoint)
-        check_codes(source.codebook, source.name, saved, checkpoint)
+        check_codes(source.codebook, source=source.name, saved=saved, checkpoint=checkpoint)
         return backbone_from(saved.model, window, drop_path, source.tokenizer)
     num_codes, dim = source.codebook.shape
     sizes = {"img_size": window, "in_chans": dim, "drop_path_rate": drop_path}

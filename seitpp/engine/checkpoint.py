@@ -1,16 +1,16 @@
-"""Checkpoints that are whole or not there: staged, synced, renamed, and verified before they are used.
+"""Atomic checkpoints: written to a staging folder, synced, renamed, and verified before they are used.
 
     checkpoints/
       LATEST                     the name of the newest checkpoint
       step-00000120/
         model.safetensors        weights
         optimizer.safetensors    the optimizer's tensors, by parameter name
-        ema.safetensors          their moving average, where the run keeps one
+        ema.safetensors          the moving average of the weights, where the run keeps one
         scaler.safetensors       the loss scale and its counter, with fp16
-        state.json               step, and the fingerprint of the store
+        state.json               step, and the fingerprint of the training data
         manifest.json            size and SHA-256 of the other files, written last
 
-Nothing random is saved: every draw is keyed by seed, epoch, image and step.
+No random state is saved: every random number is keyed by seed, epoch, image and step.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ Groups = dict[str, dict[str, Tensor]]  # tensors by name, in files by name
 
 
 class CheckpointError(UserError):
-    """No usable checkpoint, or one that belongs to another model."""
+    """Raised when a checkpoint cannot be written or read, or is of another model or other data."""
 
 
 class Checkpoint(NamedTuple):
-    """What was saved after `step` updates on the data with the fingerprint `data_fingerprint`."""
+    """A checkpoint read from `path`: the tensors after `step` updates on data with this fingerprint."""
 
     path: Path
     step: int
@@ -52,10 +52,14 @@ class Checkpoint(NamedTuple):
 def tensors_of(
     model: nn.Module,
     optimizer: OptimizerState,
+    *,
     ema: ModelEmaV3 | None,
     scaler: LossScaler | None = None,
 ) -> Groups:
-    """What a checkpoint holds: "model", "optimizer" (by "parameter name/key"), and maybe "ema" and "scaler"."""
+    """Return the tensors of a checkpoint in the groups "model", "optimizer", "ema" and "scaler".
+
+    Those of the optimizer are named "parameter name/key". "ema" and "scaler" are left out where the run has none.
+    """
     groups = {"model": model.state_dict(), "optimizer": optimizer.tensors(model)}
     if ema:
         groups["ema"] = ema.module.state_dict()
@@ -64,10 +68,10 @@ def tensors_of(
     return groups
 
 
-def save(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> None:
-    """Publish a checkpoint under `folder`; then point LATEST to it; then remove all but the newest two.
+def save(folder: Path, step: int, *, data_fingerprint: str, tensors: Groups) -> None:
+    """Write a checkpoint under `folder`, then let LATEST name it, then remove all but the newest two.
 
-    Raises CheckpointError if the disk does not take it; those before it are then whole, and LATEST names one.
+    Raises CheckpointError if writing fails; earlier checkpoints are then intact, and LATEST names one of them.
     """
     target = folder / f"step-{step:08d}"
     staging = folder / f".{target.name}.tmp"
@@ -75,7 +79,7 @@ def save(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> Non
         files.remove_folder(staging)
         files.make_folder(staging)
         _fill(staging, step, data_fingerprint, tensors)
-        files.remove_folder(target)  # a damaged one that a resumed run reaches again
+        files.remove_folder(target)  # a damaged one, where a resumed run reaches this step again
         files.publish_folder(staging, target)
         files.replace_text(folder / "LATEST", target.name)
         for old in steps_in(folder)[:-KEPT]:
@@ -84,13 +88,13 @@ def save(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> Non
         with suppress(OSError):
             files.remove_folder(staging)
         raise CheckpointError(
-            f"saving step {step} in {folder} failed: {error.strerror}; {latest(folder)}; mend or make room, then "
-            "go on with --resume"
+            f"saving step {step} in {folder} failed: {error.strerror}; {latest(folder)}: make room on the disk "
+            "or repair it, then continue with --resume"
         ) from error
 
 
 def _fill(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> None:
-    """One file after the other, so that a second copy of one group at most lies in memory."""
+    """Write the files one by one, so that at most one group is in memory twice."""
     manifest = {}
 
     def write(name: str, data: bytes) -> None:
@@ -104,7 +108,7 @@ def _fill(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> No
 
 
 def latest(folder: Path) -> str:
-    """Which checkpoint is the newest, in words."""
+    """Describe the newest checkpoint, for error messages."""
     pointer = folder / "LATEST"
     if not pointer.exists():
         return "there is no checkpoint yet"
@@ -112,26 +116,26 @@ def latest(folder: Path) -> str:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all.
+    """Return the newest checkpoint whose files are intact, or None if there are no checkpoints.
 
-    A damaged one is passed over with a warning for the one before it. Raises CheckpointError if all are damaged.
+    Warns about each damaged one and skips it. Raises CheckpointError if all are damaged.
     """
-    found = steps_in(folder)
-    for path in reversed(found):
+    checkpoints = steps_in(folder)
+    for path in reversed(checkpoints):
         try:
             _verify(path)
             return path
         except CheckpointError as error:
             warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
-    if found:
+    if checkpoints:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints under {folder} is whole: start with --overwrite"
+            f"none of the {len(checkpoints)} checkpoints under {folder} is intact: start with --overwrite"
         )
     return None
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the oldest first."""
+    """List the checkpoints in a folder, intact or damaged, the oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -152,7 +156,7 @@ def _verify(path: Path) -> None:
         written = (path / MANIFEST).read_bytes()
         manifest = json.loads(written)
         if written != _manifest_file(manifest):
-            raise CheckpointError(f"{path / MANIFEST} is not as it was written")
+            raise CheckpointError(f"{path / MANIFEST} is not the file that was saved")
         for name in sorted({"model.safetensors", "optimizer.safetensors", "state.json"} | set(manifest)):
             if manifest[name] != _entry(path / name):
                 raise CheckpointError(f"{path / name} is not the file that was saved (size or SHA-256 differ)")
@@ -163,7 +167,7 @@ def _verify(path: Path) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` found."""
+    """Read the checkpoint at a path from `newest`."""
     state = json.loads((path / "state.json").read_text())
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, state["step"], state["store"], tensors)
@@ -171,16 +175,17 @@ def load(path: Path) -> Checkpoint:
 
 def restore(
     checkpoint: Checkpoint,
+    *,
     data_fingerprint: str,
     model: nn.Module,
     optimizer: OptimizerState,
     ema: ModelEmaV3 | None,
     scaler: LossScaler | None = None,
 ) -> None:
-    """Put a checkpoint into a model, its optimizer, its moving average and its loss scale.
+    """Load a checkpoint into a model, its optimizer, its moving average and its loss scaler.
 
-    Raises CheckpointError if it was made on other data than `data_fingerprint` says, or names the first key that
-    differs.
+    Raises CheckpointError if `data_fingerprint` is not that of the checkpoint, or if a tensor of the model is
+    missing, unknown or of another shape; the message names the first one.
     """
     if checkpoint.data_fingerprint != data_fingerprint:
         raise CheckpointError(
@@ -191,9 +196,9 @@ def restore(
     for name, module in modules.items():
         _check_same(checkpoint.path, checkpoint.tensors.get(name, {}), module.state_dict())
     for name, module in modules.items():
-        places = module.state_dict()
+        current = module.state_dict()
         tensors = checkpoint.tensors[name].items()
-        module.load_state_dict({key: split_as(tensor, places[key]) for key, tensor in tensors})
+        module.load_state_dict({key: split_as(tensor, current[key]) for key, tensor in tensors})
     if scaler:
         scaler.restore(checkpoint.tensors["scaler"])
     optimizer.restore(model, checkpoint.tensors["optimizer"])
@@ -206,5 +211,5 @@ def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tenso
         if got != want:
             raise CheckpointError(
                 f"{path} is of another model: {name} is {got} there, {want} in this run: "
-                "name the folder of the same model and store, or start anew with --overwrite"
+                "name the folder of a run with the same model and data, or start anew with --overwrite"
             )

@@ -1,4 +1,4 @@
-"""The settings of a recipe: a frozen dataclass, its presets, `recipe.py [preset] --flag value ...`."""
+"""The settings of a recipe: a frozen dataclass, named presets, and the command line that changes their fields."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from seitpp.errors import UserError, suggest
 
 Config = TypeVar("Config")
 
-# Fields of one version ago and what they are called now, in one recipe or another.
+# Names of fields in the previous version -> their present names, of which a recipe has one.
 RENAMED = {
     "adapted": ("tokenadapt_fraction",),
     "batch_size": ("batch_size_per_process",),
@@ -28,16 +28,16 @@ RENAMED = {
 
 
 class ConfigError(UserError):
-    """A preset, a flag or a config file that this recipe does not have."""
+    """Raised for a preset, a flag or a config file that the recipe does not know."""
 
 
-# Durations of a classifier's preset for tests: two epochs, with a checkpoint in the middle of one.
+# Durations of a classifier's smoke preset: two epochs, with a checkpoint in the middle of each.
 SMOKE = {"epochs": 2, "warmup_epochs": 1, "checkpoint_epochs": 0.5, "evaluation_epochs": 1, "log_steps": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every recipe asks of its run; a recipe's own Config adds the rest."""
+    """The settings of every recipe; the recipe's own Config adds the rest."""
 
     out: str | None = None  # the run's folder; runs/RECIPE-PRESET where none is named
     overwrite: bool = False
@@ -45,7 +45,7 @@ class RunConfig:
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"  # of matrix products; weights stay float32
 
-    # Fixed where nothing is trained; settings of a TrainConfig.
+    # Constants where nothing is trained; a TrainConfig makes settings of them.
     resume: ClassVar[bool] = False
     dry_run: ClassVar[bool] = False
     accumulation: ClassVar[int] = 1
@@ -56,21 +56,25 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """What a recipe that trains asks besides."""
+    """The settings of every recipe that trains."""
 
-    resume: bool = False  # go on where the run in --out was stopped; begin it where there is none
-    dry_run: bool = False  # try every part in a minute, two steps of training among them, and keep nothing
-    fraction: float = 1.0  # of the training images, chosen by the seed: a smaller store
-    compile: bool = False  # torch.compile; worth its minutes on a GPU
-    accumulation: int | None = None  # micro-batches of an update; None: as few as a GPU's memory asks for, else 1
-    workers: int = 8  # processes that read batches, for each process that trains
+    resume: bool = False  # continue the run in --out where it stopped, or start it if there is none
+    dry_run: bool = False  # run every part for about a minute, with two training steps, and keep no output
+    fraction: float = 1.0  # of the training images, chosen by the seed, as if the store were smaller
+    compile: bool = False  # torch.compile; takes minutes, which pay off on a GPU
+    accumulation: int | None = None  # micro-batches per update; None: as few as fit into a GPU's memory, else 1
+    workers: int = 8  # data loading processes, for each process that trains
     checkpoint_epochs: float = 1
     log_steps: int = 20
     trackers: tuple[str, ...] = ()
 
 
 def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> Config:
-    """An optional preset name, an optional `--config run/config.json`, then flags that change single fields."""
+    """Read a config from command line arguments: [preset] [--config run/config.json] [--flag value ...].
+
+    The config begins as the preset (`default` if none is named) or the file; each flag sets one field. Raises
+    ConfigError for an unknown preset or flag, or an unusable file.
+    """
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else default
     if name not in presets:
@@ -82,7 +86,7 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
 
 
 def current_names(settings: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """Settings under the names that `fields` have today; some had others one version ago (`RENAMED`)."""
+    """Rename the settings that had other names in the previous version (`RENAMED`) to those in `fields`."""
     return {_current_name(name, fields): value for name, value in settings.items()}
 
 
@@ -93,14 +97,14 @@ def _current_name(name: str, fields: Collection[str]) -> str:
 
 
 def _current_flags(config: object, arguments: list[str]) -> list[str]:
-    """The same flags by their present names; says so of each that has another one now."""
+    """Replace flags of the previous version by their present names, and print a note about each."""
     fields, flags = {field.name for field in dataclasses.fields(config)}, []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and (new := _current_name(name, fields)) != name:
             current = f"--{new.replace('_', '-')}"
-            print(f"{flag} is called {current} now; the old name ends with the next version", file=sys.stderr)
+            print(f"{flag} is now {current}: the old name will be removed in the next version", file=sys.stderr)
             flag = current
         flags.append(flag + equals + value)
     return flags
@@ -108,25 +112,28 @@ def _current_flags(config: object, arguments: list[str]) -> list[str]:
 
 def _check_flags(config: object, arguments: list[str]) -> None:
     fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
-    known = {f"--{name}" for name in fields} | {f"--no-{name}" for name in fields} | {"--help", "-h"}
+    flags = {f"--{name}" for name in fields} | {f"--no-{name}" for name in fields} | {"--help", "-h"}
     for argument in arguments:
         flag = argument.split("=", 1)[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
-            raise ConfigError(f"unknown flag {flag}{suggest(flag, known)}; --help lists them all")
+        if flag.startswith("--") and flag not in flags:
+            raise ConfigError(f"unknown flag {flag}{suggest(flag, flags)}; --help lists all flags")
 
 
 def _from_file(config: Config, arguments: list[str]) -> tuple[Config, list[str]]:
     if "--config" not in arguments:
         return config, arguments
-    at = arguments.index("--config")
-    path = Path(arguments[at + 1]) if at + 1 < len(arguments) else None
+    index = arguments.index("--config")
+    path = Path(arguments[index + 1]) if index + 1 < len(arguments) else None
     if path is None or not path.is_file():
         raise ConfigError(f"--config {path or ''}: expected the config.json of a run")
-    return load_config(type(config), path), arguments[:at] + arguments[at + 2 :]
+    return load_config(type(config), path), arguments[:index] + arguments[index + 2 :]
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read a config.json that a run stored. Raises ConfigError naming fields that are missing or unknown."""
+    """Read the config.json of a run.
+
+    Raises ConfigError if the file cannot be read, or names the fields that differ from those of `kind`.
+    """
     try:
         stored = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -136,5 +143,5 @@ def load_config(kind: type[Config], path: Path) -> Config:
     if not isinstance(stored, dict) or set(stored) != fields:
         different = sorted(fields ^ set(stored))
         raise ConfigError(f"{path} is the config of another recipe or version: differs in {', '.join(different)}")
-    # JSON has no tuples; every sequence of a config is one.
+    # JSON has no tuples, and every sequence of a config is a tuple.
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

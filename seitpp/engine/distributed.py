@@ -1,8 +1,8 @@
-"""The kinds of launch: one process or DDP, FSDP 2, DeepSpeed's ZeRO 1 and 2, behind the same few calls.
+"""The supported launches behind one interface: one process, DDP, FSDP 2, and DeepSpeed's ZeRO 1 and 2.
 
 Under FSDP every process holds a part of each tensor. Under ZeRO it holds all weights, in float32, but only a part
-of the gradients and of the optimizer's state: DeepSpeed lays the weights of a parameter group end to end and gives
-each process one part of the row, which its optimizer updates.
+of the gradients and of the optimizer's state: DeepSpeed concatenates the weights of a parameter group into one
+vector and assigns one slice of it to each process, whose optimizer updates that slice.
 """
 
 import copy
@@ -23,11 +23,11 @@ from seitpp.engine.folder import RunError
 from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside the counter "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the state of Adam for each weight, besides the counter "step"
 
 
 class UpdateSettings(NamedTuple):
-    """How an update is made: the global batch, its micro-batches on each process, the largest gradient norm."""
+    """The settings of an update: global batch size, micro-batches on each process, and the norm to clip to."""
 
     batch_size: int
     accumulation: int
@@ -35,7 +35,7 @@ class UpdateSettings(NamedTuple):
 
 
 class Launch:
-    """One process, or DDP: every process holds all weights and the whole state of the optimizer."""
+    """A launch of one process or with DDP: every process holds all weights and the whole optimizer state."""
 
     splits_training = False  # whether weights or the optimizer's state are split over the processes
 
@@ -43,81 +43,99 @@ class Launch:
         self.accelerator = accelerator
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise UserError for an optimizer that this launch would change."""
+        """Raise UserError for an optimizer that would compute something else under this launch."""
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None, settings: UpdateSettings
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: ModelEmaV3 | None,
+        settings: UpdateSettings,
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model and the optimizer as this launch runs them."""
+        """Return the model and the optimizer as Accelerate wraps them for this launch."""
         return self.accelerator.prepare(model, optimizer)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> "OptimizerState":
-        """What a checkpoint keeps of an optimizer that `prepare` was given."""
+        """Return the part of an optimizer that a checkpoint stores; call after `prepare`."""
         return OptimizerState(optimizer)
 
     def grad_norm(self, wrapped: nn.Module, clip: float | None) -> Tensor:
-        """Clip the gradients to the norm `clip`, if there is one, and return the norm before () on the device."""
+        """Clip the gradients to the norm `clip`, if given, and return their norm before that, () on the device."""
         return whole(self.accelerator.clip_grad_norm_(wrapped.parameters(), clip or math.inf).detach())
 
     def unsharded(self, module: nn.Module) -> nn.Module:
-        """The module with all of its weights. Every process must call this."""
+        """Return the module with all of its weights. Every process must call this."""
         return module
 
 
 class ShardedLaunch(Launch):
-    """FSDP 2: each process holds a part of every weight."""
+    """A launch with FSDP 2: each process holds a part of every weight."""
 
     splits_training = True
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None, settings: UpdateSettings
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: ModelEmaV3 | None,
+        settings: UpdateSettings,
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Also splits the moving average as the model is split."""
+        """Wrap the model and the optimizer, and split the moving average as the model is split."""
         self._template = copy.deepcopy(model).cpu()
-        prepared = super().prepare(model, optimizer, ema, settings)
+        prepared = super().prepare(model, optimizer, ema=ema, settings=settings)
         if ema:
             split_module_as(ema.module, model)
         return prepared
 
     def unsharded(self, module: nn.Module) -> nn.Module:
-        """A copy with all weights."""
+        """Return a copy with all weights. Every process must call this."""
         copied = copy.deepcopy(self._template)
         copied.load_state_dict(gather(module.state_dict()))
         return copied.to(self.accelerator.device)
 
 
 class ZeroLaunch(Launch):
-    """DeepSpeed's ZeRO, stages 1 and 2: each process updates a part of the weights, from a copy of its own."""
+    """A launch with DeepSpeed's ZeRO 1 or 2: each process updates its part of the weights."""
 
     splits_training = True
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise UserError for LAMB, which needs the norm of each weight: a part of a row holds many weights."""
+        """Raise UserError for LAMB, which needs the norm of each weight, while a slice holds many weights."""
         if isinstance(optimizer, Lamb):
-            raise UserError("LAMB with DeepSpeed: expected a launch with DDP or FSDP, or --optimizer adamw")
+            raise UserError(
+                "--optimizer lamb: got a launch with DeepSpeed, expected DDP or FSDP: launch with one of them, "
+                "or pass --optimizer adamw"
+            )
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None, settings: UpdateSettings
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: ModelEmaV3 | None,
+        settings: UpdateSettings,
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Also writes the recipe's settings into DeepSpeed's."""
+        """Wrap the model and the optimizer, after the recipe's settings are written into DeepSpeed's."""
         configure(self.accelerator, model, settings)
-        return super().prepare(model, optimizer, ema, settings)
+        return super().prepare(model, optimizer, ema=ema, settings=settings)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> "OptimizerState":
-        """Gathered from all processes."""
+        """Return an optimizer state that is gathered from all processes."""
         return ZeroOptimizerState(optimizer)
 
     def grad_norm(self, wrapped: nn.Module, clip: float | None) -> Tensor:
-        """DeepSpeed has clipped in the backward pass; the norm is fetched from it."""
+        """Return the norm of the gradients, which DeepSpeed has clipped in the backward pass already."""
         norm = self.accelerator.clip_grad_norm_(wrapped.parameters(), clip or math.inf)
         return torch.tensor(norm, device=self.accelerator.device)
 
 
 def find_launch(accelerator: Accelerator) -> Launch:
-    """The kind of this launch.
+    """Return the launch of this process.
 
-    Raises RunError unless Accelerate sees the processes that were launched, as one process, DDP, FSDP 2, or ZeRO 1
-    or 2.
+    Raises RunError unless Accelerate sees as many processes as were launched, as one process or with DDP, FSDP 2,
+    or ZeRO 1 or 2 without offloading.
     """
     launched, processes = launched_processes(), accelerator.num_processes
     if launched != processes:
@@ -128,23 +146,24 @@ def find_launch(accelerator: Accelerator) -> Launch:
     kind, plugin = accelerator.distributed_type, accelerator.deepspeed_plugin
     if (plugin and not supports(plugin)) or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise RunError(
-            f"launched with {kind.value} of a kind that is not supported here (DeepSpeed's stages 1 and 2 without "
-            "offloading are): to split the weights too take FSDP of version 2, accelerate launch --config_file "
-            "recipes/accelerate/fsdp.yaml"
+            f"launcher settings: got an unsupported version or stage of {kind.value}, expected DDP, FSDP 2, or "
+            "DeepSpeed's ZeRO 1 or 2 without offloading: to split the weights too, use accelerate launch "
+            "--config_file recipes/accelerate/fsdp.yaml"
         )
     kinds = {DistributedType.FSDP: ShardedLaunch, DistributedType.DEEPSPEED: ZeroLaunch}
     return kinds.get(kind, Launch)(accelerator)
 
 
 def supports(plugin: DeepSpeedPlugin) -> bool:
-    """Whether a DeepSpeed launch is one of these stages, with everything on the device."""
+    """Return whether a DeepSpeed launch is ZeRO 1 or 2 without offloading."""
     return plugin.zero_stage in (1, 2) and plugin.offload_optimizer_device in (None, "none")
 
 
 def configure(accelerator: Accelerator, model: nn.Module, update: UpdateSettings) -> None:
-    """Give DeepSpeed, before Accelerate's `prepare`, what the recipe asks for, whatever the launcher's file says.
+    """Write the recipe's settings over those of the launcher's file; call before Accelerate's `prepare`.
 
-    DeepSpeed's own bf16 would make the weights bf16: the forward pass gets the autocast of every other launch.
+    DeepSpeed's own bf16 would convert the weights to bf16, so it is replaced by the autocast that Accelerate gives
+    to the forward pass in every other launch.
     """
     settings = accelerator.deepspeed_plugin.deepspeed_config
     settings["gradient_accumulation_steps"] = update.accumulation
@@ -159,13 +178,13 @@ def configure(accelerator: Accelerator, model: nn.Module, update: UpdateSettings
 
 
 class OptimizerState:
-    """The state of an optimizer, by "parameter name/key"."""
+    """The state of an optimizer as tensors named "parameter name/key"."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._optimizer = optimizer
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state of the parameters of `model`, each process's own part of it."""
+        """Return the state of the parameters of `model`; where it is split, this process's part of it."""
         state = {
             f"{name}/{key}": value
             for name, parameter in model.named_parameters()
@@ -175,54 +194,54 @@ class OptimizerState:
         return state | {f"{name}/step": counters[p] for name, p in model.named_parameters() if p in counters}
 
     def restore(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Take a state that `tensors` gave."""
+        """Load the state `tensors`, which are whole; where the parameter is split, each process takes its part."""
         parameters, counters = dict(model.named_parameters()), self._counters()
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition("/")
             parameter = parameters[name]
             if key == "step" and parameter in counters:
                 counters[parameter].copy_(tensor)
-            else:  # the step counter of AdamW too: a fused optimizer keeps it beside its parameter
+            else:  # with AdamW's step counter, which a fused optimizer keeps on the device of its parameter
                 self._optimizer.state[parameter][key] = split_as(tensor, parameter)
 
     def _counters(self) -> dict[nn.Parameter, Tensor]:
-        """Of an optimizer that counts its updates once a group, as timm's LAMB does, each counter by the first
-        parameter of its group, with which a checkpoint keeps it.
+        """Map the first parameter of each group to the group's step counter, which timm's LAMB has and AdamW has
+        not: a checkpoint stores it under the name of that parameter.
         """
         groups = self._optimizer.param_groups
         return {group["params"][0]: group["step"] for group in groups if "step" in group}
 
 
 class ZeroOptimizerState(OptimizerState):
-    """The state of an Adam optimizer that Accelerate has prepared for ZeRO, whole, by "parameter name/key".
+    """The state of an Adam optimizer under ZeRO as whole tensors named "parameter name/key".
 
-    The methods gather from, or give to, all processes, each of which must call them.
+    It is created after Accelerate's `prepare`. Its methods communicate: every process must call them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._parts = [part for group in optimizer.param_groups for part in group["params"]]
         self._state = optimizer.state
-        # DeepSpeed looks for the state of all groups after it has updated the first: here all have theirs by then.
+        # After its first group, DeepSpeed already reads the state of all groups, so all must exist by then.
         for part in self._parts:
             moments = {key: torch.zeros_like(part) for key in MOMENTS}
             self._state[part] = {"step": torch.zeros((), device=part.device), **moments}
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state after one update or more, in the host's memory."""
+        """Return the state on the CPU. There must have been an update."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         step = self._state[self._parts[0]]["step"]
-        found = {}
+        state = {}
         for name, parameter in _trained(model).items():
-            found[f"{name}/step"] = step.to("cpu", copy=True)
+            state[f"{name}/step"] = step.to("cpu", copy=True)
             for key in MOMENTS:
-                found[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).cpu()
-        return found
+                state[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).cpu()
+        return state
 
     def restore(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Take the weights of `model` and the state `tensors`, before the first update.
+        """Load the weights of `model` and the state `tensors`; call before the first update.
 
-        DeepSpeed splits nothing but weights at that time, so each moment is split as if it were the weights.
+        Before it, DeepSpeed can split only weights, so each moment is set as the weights and copied from there.
         """
         trained = _trained(model)
         for key in MOMENTS:
@@ -240,7 +259,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _split_weights(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Put tensors where the optimizer has the weights of the same names."""
+    """Set the optimizer's copies of the weights to the tensors of the same names."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, parameter in parameters.items():
@@ -248,22 +267,22 @@ def _split_weights(parameters: dict[str, nn.Parameter], tensors: dict[str, Tenso
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the device of its parts. Every process must call this."""
+    """Return the whole tensor of which each process may hold a part. Every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Whole tensors in the host's memory. Every process must call this; without `keep` it gets nothing."""
+    """Return whole tensors on the CPU; an empty dict without `keep`. Every process must call this."""
     kept = {}
     for name, tensor in tensors.items():
-        found = whole(tensor.detach())
+        gathered = whole(tensor.detach())
         if keep:
-            kept[name] = found.cpu()
+            kept[name] = gathered.cpu()
     return kept
 
 
 def split_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor put where `other` is: on its device and, if `other` is split, this process's part of it.
+    """Move a whole tensor to the device of `other` and, if `other` is split, split it in the same way.
 
     A scalar (an optimizer's step counter) is never split.
     """
@@ -274,7 +293,7 @@ def split_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def split_module_as(module: nn.Module, other: nn.Module) -> None:
-    """Split every tensor of a module as that of the same name in `other` is."""
-    places = other.state_dict()
-    tensors = {name: split_as(tensor, places[name]) for name, tensor in module.state_dict().items()}
+    """Split every tensor of a module as the tensor of the same name in `other` is split."""
+    others = other.state_dict()
+    tensors = {name: split_as(tensor, others[name]) for name, tensor in module.state_dict().items()}
     module.load_state_dict(tensors, assign=True)

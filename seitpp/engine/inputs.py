@@ -1,4 +1,4 @@
-"""The token stores of a run, the named one or the embedded digits, and steps on zeros that have their shapes."""
+"""The inputs of a run: its stores, images and codebooks, and training steps on zeros that measure memory."""
 
 from collections.abc import Callable, Sized
 from typing import Any, TypeVar
@@ -22,41 +22,46 @@ from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
 
-Made = TypeVar("Made")
+Data = TypeVar("Data")
 
-HELD_OUT = 20  # a sorted source's last images would all be of one class
-ON_DIGITS = ("digits", "smoke")  # the presets that need no data
+HELD_OUT = 20  # every 20th image is held out: the last ones of a sorted source would all be of one class
+ON_DIGITS = ("digits", "smoke")  # the presets that run on the embedded digits
 
 
 def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
-    """The splits train and validation of the store, or of the digits where none is named.
+    """Open the splits "train" and "validation" of a store, or of the embedded digits if none is named.
 
-    One process of each machine verifies the files. Raises UserError where the preset is made for a store of the
-    user's, or where the images of the store differ in their grids.
+    One process on each machine verifies the files. Raises UserError if the preset needs a store and none is named,
+    or if the images of the store have different grids.
     """
     if store is None:
         preset = run.config.preset
         if preset not in ON_DIGITS:
-            raise UserError(f"preset {preset} needs --store, a folder of tokens; the digits are for {ON_DIGITS}")
+            presets = ", ".join(ON_DIGITS)
+            raise UserError(
+                f"preset {preset} needs --store: name the folder of a token store, or take a preset that runs on "
+                f"the embedded digits ({presets})"
+            )
         store = embedded(run, digits).store
     verify = run.accelerator.is_local_main_process
     train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
     if train.grid is None:
         raise UserError(
-            f"{train.path}: its images have grids of their own, expected one grid: tokenize to one size"
+            f"{train.path}: got images with different grids, expected one grid: tokenize all images at one size"
         )
     return train, validation
 
 
-def embedded(run: Run, make: Callable[[], Made]) -> Made:
-    """What `make` gives, an embedded data set: made once, by one process of each machine."""
+def embedded(run: Run, make: Callable[[], Data]) -> Data:
+    """Return the embedded data set from `make`, which one process on each machine calls before the others."""
     with run.accelerator.main_process_first():
         return make()
 
 
 def open_images(data: str, split: str | None, validation_split: str | None) -> tuple[ImageSource, ImageSource]:
-    """Images to train on and held-out ones, of a source that `seitpp.images.sources.open_source` opens: its two
-    splits, or where none is held out by name, every twentieth image of the one.
+    """Open the training and the validation images of a source (`seitpp.images.sources.open_source`).
+
+    Without `validation_split`, every twentieth image of `split` is held out for validation.
     """
     source = open_source(data, split)
     if validation_split is not None:
@@ -65,14 +70,14 @@ def open_images(data: str, split: str | None, validation_split: str | None) -> t
 
 
 def train_subset(config: TrainConfig, dataset: Dataset) -> Dataset:
-    """The --fraction of the training images, which the seed chooses. Raises UserError for one that is none."""
+    """Return the --fraction of the training images that the seed chooses. Raises UserError for a bad fraction."""
     if config.fraction == 1:
         return dataset
     return Chosen(dataset, fraction_of(len(dataset), config.fraction, config.seed))
 
 
 def describe_store(store: TokenStore, config: RunConfig) -> str:
-    """Its size and codes, and how much of it is trained on, in words."""
+    """Describe the size and the codes of a store, and how much of it is used for training, in one or two lines."""
     text = (
         f"{len(store):,} images, {store.payload_bytes / len(store):.1f} bytes each, grid {store.grid}, "
         f"K = {store.num_codes}, {store.num_classes} classes"
@@ -88,7 +93,7 @@ def describe_store(store: TokenStore, config: RunConfig) -> str:
 
 
 def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) -> dict[str, Any]:
-    """What result.json says of the data of a run."""
+    """Return the facts about a run's data that are stored in result.json."""
     return {
         "payload_bytes_per_image": train.payload_bytes / len(train),
         "data": {
@@ -105,13 +110,16 @@ def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) ->
 
 
 def train_facts(store: TokenStore, config: TrainConfig) -> dict[str, int]:
-    """How many images a run trains on, and the bytes of their ids."""
+    """Return the number of images that a run trains on, and the bytes of their encoded ids."""
     chosen = fraction_of(len(store), config.fraction, config.seed)
     return {"training_images": len(chosen), "training_bytes": int(store.payload_sizes[chosen].sum())}
 
 
 def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, Any]:
-    """What result.json says of a run on images; `images` are those of `train` that it trains on."""
+    """Return the facts about a run on images that are stored in result.json.
+
+    `images` are those of `train` that it trains on.
+    """
     return {
         "data": {"images": {"train": len(train), "validation": len(validation)}},
         "training_images": len(images),
@@ -119,7 +127,10 @@ def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, A
 
 
 def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:
-    """What is seen of a grid: `side` x `side` tokens, or all of it. Raises UserError if the grid is smaller."""
+    """Return the size of the window that the model sees: `side` x `side` tokens, or the whole grid if None.
+
+    Raises UserError, which names `flag`, if the grid is smaller.
+    """
     if side is None:
         return store.grid
     if side > min(store.grid):
@@ -129,38 +140,38 @@ def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]
     return side, side
 
 
-def check_codebook(codebook: np.ndarray, source: str, expected: str, checkpoint: str) -> None:
-    """Raise UserError unless the ids of `source` mean what the checkpoint learned: equal fingerprints."""
-    found = codebook_fingerprint(codebook)
-    if found != expected:
+def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:
+    """Raise UserError unless the fingerprint of the codebook of `source` is the `expected` one of `checkpoint`."""
+    fingerprint = codebook_fingerprint(codebook)
+    if fingerprint != expected:
         raise UserError(
-            f"codebook {found[:16]} of {source} is not the codebook {expected[:16]} that {checkpoint} "
+            f"codebook {fingerprint[:16]} of {source} is not the codebook {expected[:16]} that {checkpoint} "
             "was trained on: name the store of its tokenizer"
         )
 
 
-def check_codes(codebook: np.ndarray, source: str, saved: Loaded, checkpoint: str) -> None:
-    """Raise UserError unless a model can take the ids of `source`.
+def check_codes(codebook: np.ndarray, *, source: str, saved: Loaded, checkpoint: str) -> None:
+    """Raise UserError unless a model was trained on ids of the codebook of `source`.
 
-    They must be of its codebook; where that is unknown, as of official checkpoints, as many codes as it embeds, or
-    of as many dimensions as its maps.
+    Where the model's codebook is unknown, as with official checkpoints, only the size is compared: the number of
+    codes for a model that embeds ids, the dimension of a code for a model that takes maps.
     """
     if saved.codebook:
-        check_codebook(codebook, source, saved.codebook, checkpoint)
+        check_codebook(codebook, source=source, expected=saved.codebook, checkpoint=checkpoint)
         return
     sizes = classifier_spec(getattr(saved.model, "encoder", saved.model)).arguments
     takes_ids = "num_codes" in sizes
-    expected, found = (sizes["num_codes"], len(codebook)) if takes_ids else (sizes["in_chans"], codebook.shape[1])
-    if found != expected:
-        what = "codes" if takes_ids else "dimensions"
+    expected, size = (sizes["num_codes"], len(codebook)) if takes_ids else (sizes["in_chans"], codebook.shape[1])
+    if size != expected:
+        unit = "codes" if takes_ids else "dimensions"
         raise UserError(
-            f"the codebook of {source} has {found} {what}, {checkpoint} takes {expected}: "
+            f"the codebook of {source} has {size} {unit}, {checkpoint} takes {expected}: "
             "name the store of its tokenizer"
         )
 
 
 def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
-    """What a view does to so many images by TokenAdapt, as far as it takes memory."""
+    """Run TokenAdapt on zeros for `images` images, as a view does, to allocate the same memory."""
     height, width = adapt.crop
     with torch.no_grad():
         adapt.convert(torch.zeros(images, adapt.settings["code_dim"], *adapt.grid, device=device))
@@ -168,8 +179,10 @@ def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
 
 
 def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
-    """A step of a classifier on `zeros`, one of its inputs, by which its memory is counted; the share `adapted` of
-    the images goes through TokenAdapt before.
+    """Return a training step of a classifier on zeros, from which its memory is computed.
+
+    `zeros` has the shape and dtype of one input; the fraction `adapted` of the images passes through TokenAdapt
+    before the model.
     """
 
     def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
@@ -184,22 +197,22 @@ def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
 
 
 def open_tokenadapt(path: str | None, codebook: np.ndarray, source: str) -> TokenAdapt | None:
-    """TokenAdapt for the ids of `source`, from a run's folder, its file, or an official checkpoint that holds one;
-    None where no path is named.
+    """Load the TokenAdapt for the ids of `source`; return None if no path is named.
 
-    Raises ModelError if the file holds none, UserError if it was trained for another codebook, which of an
-    official one only the sizes tell.
+    `path` is the folder of a run, its model file, or an official checkpoint that contains a TokenAdapt. Raises
+    ModelError if it contains none, UserError if it was trained on another codebook (of an official one, only the
+    size is known).
     """
     if path is None:
         return None
     model, expected, *_ = load_pretrained_tokenadapt(path)
     sizes = (model.settings["num_codes"], model.settings["code_dim"])
     if expected is not None:
-        check_codebook(codebook, source, expected, path)
+        check_codebook(codebook, source=source, expected=expected, checkpoint=path)
     elif codebook.shape != sizes:
-        found, taken = (f"{codes} codes of {dim} dimensions" for codes, dim in (codebook.shape, sizes))
+        got, want = (f"{codes} codes of {dim} dimensions" for codes, dim in (codebook.shape, sizes))
         raise UserError(
-            f"the codebook of {source} has {found}, the TokenAdapt in {path} takes {taken}: "
+            f"the codebook of {source} has {got}, the TokenAdapt in {path} takes {want}: "
             "name the store of its tokenizer"
         )
     return model

@@ -1,7 +1,7 @@
-"""Memory of a training step on a GPU, counted without one: the step is taken on tensors that hold no data.
+"""The memory of a training step on a GPU, computed without one: the step runs on fake tensors, which hold no data.
 
-What a forward pass saves for the backward pass grows with the images at a time and decides how many fit; weights,
-gradients and the optimizer's state do not grow. Every storage counts once.
+What the forward pass saves for the backward pass grows with the micro-batch and decides how many images fit;
+weights, gradients and the state of the optimizer have a constant size. Every storage counts once.
 """
 
 import copy
@@ -22,17 +22,18 @@ from torch.utils._pytree import tree_leaves
 
 from seitpp.engine.precision import COMPUTE_DTYPE
 
-# (images at a time, device, model, modules beside it ..) -> loss (): a step on zeros, with all that takes memory.
+# (micro-batch size, device, model, *other modules) -> loss (): a step on zeros that allocates as a real one does.
 Trial = Callable[..., Tensor]
 
-COUNTED = 64, 128  # images at a time, between which memory is a straight line
-MOMENTS = 2  # of Adam and LAMB, of each weight
+COUNTED = 64, 128  # micro-batch sizes that are measured; memory is a linear function of the size
+MOMENTS = 2  # values that Adam and LAMB keep for each weight
 
 
 class Footprint(NamedTuple):
-    """Bytes of a step: what an image `saved` for the backward pass, what it takes at the `peak` of forward and
-    backward pass, and what is `fixed`, at any number of images (weights in half precision), all beside weights,
-    gradients and optimizer.
+    """Bytes of a step, without weights, gradients and optimizer.
+
+    `saved` is what the forward pass saves per image for the backward pass, `peak` the maximum per image during
+    both, `fixed` what does not depend on the number of images, such as weights in half precision.
     """
 
     saved: int
@@ -41,9 +42,9 @@ class Footprint(NamedTuple):
 
 
 def footprint(trial: Trial, precision: str, model: nn.Module, *beside: nn.Module) -> Footprint:
-    """Count a step of `model` as a GPU would do it in this precision. Nothing is computed.
+    """Return the memory of a training step of `model` on a GPU in this precision. Nothing is computed.
 
-    Modules `beside` it are those that the step needs too and does not train: a tokenizer, TokenAdapt.
+    `beside` are modules that the step uses and does not train: a tokenizer, TokenAdapt.
     """
     few, many = COUNTED
     counts = [_count(trial, images, precision, model, *beside) for images in COUNTED]
@@ -53,15 +54,15 @@ def footprint(trial: Trial, precision: str, model: nn.Module, *beside: nn.Module
 
 
 def state_bytes(model: nn.Module, processes: int) -> int:
-    """Bytes that the first step adds to the weights: gradients, the optimizer's state, and on several processes
-    the buffers in which gradients are sent.
+    """Return the bytes that the first step adds to the weights: gradients and the state of the optimizer, and with
+    several processes the buffers that send gradients.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return trained * (1 + MOMENTS + (processes > 1))
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU that this process can still take; None for another device."""
+    """Return the bytes that this process can still allocate on a GPU; None for another device."""
     if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -69,7 +70,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _count(trial: Trial, images: int, precision: str, *modules: nn.Module) -> tuple[int, int]:
-    """(bytes saved for the backward pass, bytes at the peak), both without the weights."""
+    """Return (bytes saved for the backward pass, bytes at the peak), both without the weights."""
     saved = {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     shadows, own = _shadows(modules, fake)
@@ -90,9 +91,9 @@ def _count(trial: Trial, images: int, precision: str, *modules: nn.Module) -> tu
 
 
 def _shadows(modules: tuple[nn.Module, ...], mode: FakeTensorMode) -> tuple[list[nn.Module], set[int]]:
-    """The modules with weights that hold no data; and the storages of these.
+    """Return copies of the modules with fake weights, and the storages of these weights.
 
-    On the CPU, since autograd asks for a CUDA device where a tensor says that it lies on one.
+    They are on the fake CPU, since autograd needs a real CUDA device for fake CUDA tensors.
     """
     fakes = {}
     with mode:
@@ -105,9 +106,9 @@ def _shadows(modules: tuple[nn.Module, ...], mode: FakeTensorMode) -> tuple[list
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Half precision as Accelerate gives it to a model.
+    """Apply the autocast that Accelerate applies to a model.
 
-    Without autocast's cache: a checkpointed block, done again in the backward pass, would find other tensors.
+    Its cache is off: with it, a checkpointed block would save other tensors when it is recomputed in backward.
     """
     if dtype != torch.float32:
         autocast = torch.autocast("cpu", dtype, cache_enabled=False)
@@ -115,7 +116,7 @@ def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and the most there ever were."""
+    """Counts the bytes of all live storages, and keeps their maximum in `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -138,9 +139,9 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _gpu_kernels() -> Iterator[None]:
-    """Dropout with a mask of bools and attention without its matrix, as CUDA has them and the CPU has not.
+    """Replace dropout and attention by the CUDA kernels: a boolean dropout mask, no attention matrix in memory.
 
-    A TorchFunctionMode would not see what is done again in the backward pass.
+    A TorchFunctionMode would miss the calls of blocks that are recomputed in the backward pass.
     """
     before = F.dropout, F.scaled_dot_product_attention
     F.dropout, F.scaled_dot_product_attention = _dropout, _attention

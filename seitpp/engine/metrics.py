@@ -1,4 +1,4 @@
-"""What a run writes down about itself: metrics.jsonl, its speed, and what that is measured against."""
+"""The log of a run: metrics.jsonl and evaluations.jsonl, training speed, model FLOPs and their utilization."""
 
 import copy
 import json
@@ -22,28 +22,28 @@ MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line for every update, none twice and none missing, also after a kill."""
+    """A file of JSON lines with a "step" each; no step is lost or written twice, even if the run is killed."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines after `step`, and a last line that a kill cut short, before a resumed run goes on."""
+        """Remove the lines after `step`, and an incomplete last line of a killed run."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.replace_text(self.path, "".join(whole))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        files.replace_text(self.path, "".join(kept))
 
     def write(self, records: list[dict]) -> None:
-        """Append records and make them durable."""
+        """Append records and sync the file."""
         files.append_file(self.path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def read(self) -> list[dict]:
-        """All records so far."""
+        """Return all records."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
 class NotFinite(NamedTuple):
-    """The first value of a training that is not finite: which one, of what update and on what process."""
+    """The first logged value that is not finite: its name, its update `step` and the `rank` of its process."""
 
     name: str
     value: float
@@ -52,8 +52,10 @@ class NotFinite(NamedTuple):
 
 
 def gather_records(accelerator: Accelerator, records: list[dict]) -> tuple[list[dict], NotFinite | None]:
-    """Records of updates with their tensors averaged over the processes, in the order of the ranks; and the first
-    value that is not finite. Every process must call this. The gradient norm of a skipped update is 0.
+    """Average the tensors in the records of updates over the processes, as numbers; also return the first value
+    that is not finite, or None.
+
+    Every process must call this. The gradient norm of a skipped update counts as 0.
     """
     names = [name for name, value in records[0].items() if isinstance(value, Tensor)]
     values = torch.stack([torch.stack([record[name].float() for name in names]) for record in records])
@@ -61,12 +63,12 @@ def gather_records(accelerator: Accelerator, records: list[dict]) -> tuple[list[
         norms, skipped = (values[:, names.index(name)] for name in ("grad_norm", "skipped"))
         norms.masked_fill_(skipped.bool(), 0.0)
     by_rank = accelerator.gather(values.unsqueeze(0)).cpu()
-    broken = (~by_rank.isfinite()).nonzero()
+    not_finite = (~by_rank.isfinite()).nonzero()
     first = None
-    if len(broken):
-        rank, position, column = min(broken.tolist(), key=lambda at: (at[1], at[2], at[0]))
-        value = by_rank[rank, position, column].item()
-        first = NotFinite(names[column], value, records[position]["step"], rank)
+    if len(not_finite):
+        rank, row, column = min(not_finite.tolist(), key=lambda index: (index[1], index[2], index[0]))
+        value = by_rank[rank, row, column].item()
+        first = NotFinite(name=names[column], value=value, step=records[row]["step"], rank=rank)
     means = by_rank.double().mean(dim=0).tolist()
     averaged = [
         {**record, **dict(zip(names, values, strict=True))} for record, values in zip(records, means, strict=True)
@@ -75,25 +77,25 @@ def gather_records(accelerator: Accelerator, records: list[dict]) -> tuple[list[
 
 
 class Speed:
-    """The speed of training between two lines of the log. What is done between `read` and `start` does not count.
+    """The speed of training between two lines of the log.
 
-    `batch_size` is global; `flops_per_image` and `matmul_rate` (FLOP/s, of all processes) are for the MFU, which
-    is left out without them. `waited` is to be increased by the seconds that each batch was waited for.
+    `batch_size` is global. The MFU is `flops_per_image` x images per second / `matmul_rate` (FLOP/s of all
+    processes), and left out if these are None. The caller adds to `waited` the seconds that it waits for data.
     """
 
     def __init__(
-        self, device: torch.device, batch_size: int, flops_per_image: int | None, matmul_rate: float | None
+        self, device: torch.device, *, batch_size: int, flops_per_image: int | None, matmul_rate: float | None
     ):
         self.device, self.batch_size, self.flops_per_image = device, batch_size, flops_per_image
         self.matmul_rate = matmul_rate
-        self.images, self.seconds = 0, 0.0  # of the whole training
+        self.images, self.seconds = 0, 0.0  # totals of the training
 
     def start(self, step: int) -> None:
-        """Begin to measure at an update."""
+        """Start a measurement after `step` updates; the time since the last `read` is not counted."""
         self._step, self._start, self.waited = step, time.perf_counter(), 0.0
 
     def read(self, step: int) -> dict[str, float]:
-        """What is logged at an update, from where it began; and begin again."""
+        """Return the speed since `start`, under the names of the log, and start again."""
         seconds = time.perf_counter() - self._start
         images = (step - self._step) * self.batch_size
         speed = {"images_per_second": images / seconds, "data_wait": self.waited / seconds}
@@ -108,21 +110,22 @@ class Speed:
 
 @dataclass
 class Progress:
-    """How far the training of a run has come, in updates, and at which speed; None before the first step."""
+    """The number of updates of a run so far, and its speed, which is None before the first step."""
 
     step: int = 0
     speed: Speed | None = None
 
 
 class Recorder:
-    """What a training writes down: the lines of both logs, trackers, and the progress bar.
+    """Writes the records of a training to both logs, the trackers and the progress bar.
 
-    Updates are kept on the device until `flush`, so that no update waits for it. Every process has one.
+    Records stay on the device until `flush`, so that updates need not wait for it. Every process has a Recorder.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
+        *,
         log: MetricsLog,
         evaluations: MetricsLog,
         on_main: Callable[[Callable[[], Any]], Any],
@@ -132,27 +135,29 @@ class Recorder:
         self.speed: Speed | None = None
 
     def drop_lines_after(self, step: int) -> None:
-        """Forget what a run that was killed had written past the checkpoint at `step`."""
+        """Remove the lines that a killed run wrote after the checkpoint at `step`."""
         self._on_main(lambda: self._log.keep_until(step))
-        self._on_main(lambda: self._evaluations.keep_until(step - 1))  # that of this step is made once more
+        self._on_main(lambda: self._evaluations.keep_until(step - 1))  # that of this step is repeated
 
     def start(self, speed: Speed, bar: tqdm, step: int) -> None:
-        """Begin to measure and to draw at `step`."""
+        """Start the measurement and the progress bar at `step`."""
         self.speed, self.bar = speed, bar
         speed.start(step)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep the record of an update."""
+        """Keep the record of an update until the next `flush`."""
         self.pending.append(record)
         self.bar.update()
 
     def flush(self, step: int) -> NotFinite | None:
-        """Fetch what was recorded since the last call and write it down; or write nothing and return the first
-        value that is not finite. Raises RunError where the loss scale of fp16 fell below 1.
+        """Write the records since the last call and return None.
+
+        If a value is not finite, write nothing and return the first such value. Raises RunError if the loss scale
+        of fp16 fell below 1.
         """
-        records, broken = gather_records(self._accelerator, self.pending)
-        if broken:
-            return broken
+        records, not_finite = gather_records(self._accelerator, self.pending)
+        if not_finite:
+            return not_finite
         check_scale(records)
         self.pending = []
         speed = self.speed.read(step)
@@ -167,19 +172,19 @@ class Recorder:
         return None
 
     def write_evaluation(self, step: int, scores: dict[str, float]) -> None:
-        """Print the figures of an evaluation and write them down."""
+        """Print the scores of an evaluation, and write them to the log and the trackers."""
         self._on_main(lambda: self._evaluations.write([{"step": step, **scores}]))
         self._accelerator.log(scores, step=step)
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        self._accelerator.print(f"step {step}: {figures}")
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self._accelerator.print(f"step {step}: {text}")
         self.speed.start(step)  # time spent on an evaluation is not training time
 
 
 def count_flops(model: nn.Module, *inputs: object) -> int:
-    """Floating-point operations of the model on `inputs`, forward and backward from its output or, of several,
-    the first; nothing is computed.
+    """Count the floating-point operations of a forward and backward pass of the model on `inputs`.
 
-    The model is copied to the meta device; the inputs must lie there.
+    The backward pass starts at the output, or at the first of several. Nothing is computed: the model is copied to
+    the meta device, where the inputs must be already.
     """
     shadow = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter:
@@ -189,7 +194,7 @@ def count_flops(model: nn.Module, *inputs: object) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP/s of this machine's own large matrix product, the best of five: what utilization is a share of."""
+    """Measure the FLOP/s of a large matrix product on this device, the best of five: the 100% of the MFU."""
     side = MATMUL_SIDE.get(device.type, 4096)
     a = torch.randn(side, side, device=device, dtype=dtype)
     seconds = []

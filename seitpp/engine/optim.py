@@ -1,4 +1,4 @@
-"""Optimizers with the parameter groups of the published recipes, and schedules as pure functions of the step."""
+"""Optimizers with the parameter groups of the published recipes, and schedules as functions of the step alone."""
 
 import math
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from seitpp.engine.config import TrainConfig
 
 
 def adamw(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), layer_decay: float = 1.0
+    model: nn.Module, weight_decay: float, *, betas: tuple[float, float] = (0.9, 0.999), layer_decay: float = 1.0
 ) -> torch.optim.AdamW:
-    """AdamW over the groups of `parameter_groups`.
+    """Create AdamW over the groups of `parameter_groups`.
 
-    The learning rate is written into the groups before every update (`Training.update`), so none is given here.
+    It has no learning rate yet: `Training.update` writes it into the groups before every update.
     """
     return torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=0.0, betas=betas, fused=True)
 
 
 def lamb(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> Lamb:
-    """LAMB over the same groups (You et al., arXiv 1904.00962), with the eps of DeiT III.
+    """Create LAMB (You et al., arXiv 1904.00962) over the same groups, with the eps of DeiT III.
 
-    The update of each weight is scaled by the weight's own norm, but not that of the weights that are not decayed.
-    So a head that begins near 0 hardly moves: give it the usual deviation of 0.02. Gradients are clipped by the
-    run, not here.
+    LAMB scales the update of each weight by the norm of the weight, except for weights without decay. A head that
+    is initialized near 0 therefore learns very slowly: initialize it with the usual standard deviation of 0.02.
+    The run clips the gradients, LAMB does not.
     """
     groups = parameter_groups(model, weight_decay, layer_decay)
     for group in groups:
-        group["step"] = torch.zeros(())  # timm counts updates here, and a checkpoint looks for it
+        group["step"] = torch.zeros(())  # timm's counter of updates: a checkpoint restores it into this tensor
     return Lamb(groups, lr=0.0, eps=1e-8, max_grad_norm=None)
 
 
@@ -39,10 +39,10 @@ OPTIMIZERS = {"adamw": adamw, "lamb": lamb}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """The trained parameters in groups; biases, norms, other 1-D tensors and what the model itself excludes
-    (`no_weight_decay`, as in timm) are not decayed.
+    """Divide the trainable parameters into groups with and without weight decay, as timm does.
 
-    `layer_decay` lowers the rate of each layer by this factor from the one above it, the stem's most.
+    Biases, norms, other 1-D tensors and those that the model excludes (`no_weight_decay`) have none. `layer_decay`
+    multiplies the learning rate of each layer relative to the layer above it, so the stem has the lowest.
     """
     excluded = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if layer_decay == 1.0:
@@ -52,8 +52,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what happens in a training: `order` says which images an update sees, the durations are in updates, and
-    `lr` is the learning rate of each.
+    """The schedule of a training: the images of each update (`order`), its learning rate (`lr`), and when
+    checkpoints and evaluations are due. Durations are in updates.
     """
 
     order: BatchOrder
@@ -71,11 +71,14 @@ class Schedule:
         cls,
         config: TrainConfig,
         order: BatchOrder,
+        *,
         lr_batch: int = 256,
         scaling: Literal["linear", "sqrt"] = "linear",
     ) -> "Schedule":
-        """Durations in epochs become updates of `order`; `base_lr`, the rate for a batch of `lr_batch`, is scaled
-        to the batch of the run, linearly or by its square root.
+        """Create the schedule of a config, whose durations are in epochs.
+
+        The config's `base_lr` is the rate for a global batch of `lr_batch` images. It is scaled by the ratio of
+        the run's global batch to `lr_batch`, or by its square root.
         """
         batches = config.batch_size / lr_batch
         return cls(
@@ -90,23 +93,25 @@ class Schedule:
         )
 
     def lr(self, step: int) -> float:
-        """The learning rate of update number `step`, 0 the first: linear warm-up, then the decay."""
+        """Return the learning rate of update `step`, counted from 0: linear warmup, then the decay."""
+        durations = {"steps": self.steps, "warmup": self.warmup_steps, "peak": self.peak_lr}
         if self.decay == "linear":
-            return warmup_linear(step, self.steps, self.warmup_steps, self.peak_lr)
-        return warmup_cosine(step, self.steps, self.warmup_steps, self.peak_lr, self.warmup_lr, self.min_lr)
+            return warmup_linear(step, **durations)
+        return warmup_cosine(step, **durations, start=self.warmup_lr, final=self.min_lr)
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps of {self.order.batch_size} images, {self.order.steps_per_epoch} an epoch, "
+            f"{self.steps} steps of {self.order.batch_size} images, {self.order.steps_per_epoch} per epoch, "
             f"peak lr {self.peak_lr:.2e}"
         )
 
 
 def warmup_cosine(
-    step: int, steps: int, warmup: int, peak: float, start: float = 0.0, final: float = 0.0
+    step: int, *, steps: int, warmup: int, peak: float, start: float = 0.0, final: float = 0.0
 ) -> float:
-    """The rate of the update number `step` (0 the first) of `steps`: linear from `start` to `peak` over `warmup`
-    updates, then half a cosine down to `final`.
+    """Return the learning rate of update `step` of `steps`, counted from 0.
+
+    It rises linearly from `start` to `peak` over `warmup` updates, then falls by half a cosine to `final`.
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
@@ -114,9 +119,10 @@ def warmup_cosine(
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def warmup_linear(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The rate of update number `step` (0 the first) of `steps`: linear from 0 to `peak` over `warmup` updates,
-    then linear to 0.
+def warmup_linear(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Return the learning rate of update `step` of `steps`, counted from 0.
+
+    It rises linearly from 0 to `peak` over `warmup` updates, then falls linearly to 0.
     """
     if step < warmup:
         return peak * step / warmup

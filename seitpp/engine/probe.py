@@ -1,8 +1,8 @@
-"""How good frozen features are: a linear probe and weighted k-NN, in blocks, on any number of processes.
+"""Evaluation of frozen features: a linear probe and weighted k-NN, on any number of processes.
 
-Features stay on the process that made them. A block of images belongs to one process and is encoded and multiplied
-as a whole, and what is summed over blocks or compared is whole numbers, which come out the same in every order. So
-the counts of right images do not depend on the number of processes.
+Features stay on the process that computed them. The numbers of correct images do not depend on the number of
+processes: a block of images is always encoded and multiplied as a whole, on one process, and only integers are
+summed over blocks or compared, which gives the same result in every order.
 """
 
 import math
@@ -20,20 +20,20 @@ from seitpp.codebook import full_precision
 from seitpp.data.dataset import evaluation_loader
 from seitpp.engine.evaluate import Score, gather_in_order, indices_of
 
-BLOCK, ENCODED = 1024, 256  # images that are multiplied and summed together; that are encoded together
+BLOCK, ENCODED = 1024, 256  # images per matrix product, images per forward pass
 NEIGHBORS, TEMPERATURE = 20, 0.07  # the usual weighted k-NN (Wu et al. 2018, "Unsupervised feature learning ...")
-SIMILARITIES = 1 << 24  # cells of the query x bank matrix that are held at once
-INDICES = 1 << 38  # a key holds a similarity of at most 25 bits and an index below this
+SIMILARITIES = 1 << 24  # entries of the query x bank matrix in memory at once
+INDICES = 1 << 38  # a key combines a similarity of at most 25 bits with an index below this
 NOBODY = torch.iinfo(torch.int64).min  # the key of no neighbor
-HISTORY = 20  # pairs of vectors that L-BFGS keeps; 100 give the same accuracy for 5 times the memory
-UNIT = 2.0**31  # sums of gradients are whole numbers of 1 / UNIT; they are at most as large as the images are many
+HISTORY = 20  # pairs of vectors that L-BFGS keeps; 100 give the same accuracy with 5 times the memory
+UNIT = 2.0**31  # sums of gradients are integer multiples of 1 / UNIT, at most as large as the number of images
 
 
 class Features(NamedTuple):
-    """This process's share of a dataset: `vectors` (n, C) float16, `labels` (n,) and `indices` (n,) int64.
+    """The features of this process's part of a dataset: `vectors` (n, C) float16, `labels` (n,) int64.
 
-    `indices` are the places in the dataset. A share is whole blocks of BLOCK images, but for the dataset's last,
-    and may be empty.
+    `indices` (n,) int64 are positions in the dataset. A part consists of whole blocks of BLOCK images, except for
+    the last block of the dataset, and may be empty.
     """
 
     vectors: Tensor
@@ -41,12 +41,15 @@ class Features(NamedTuple):
     indices: Tensor
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Vectors and labels of one block after the other; of one empty block where the share is empty."""
+        """Iterate over the blocks as (vectors, labels); an empty part yields one empty block."""
         return zip(self.vectors.split(BLOCK), self.labels.split(BLOCK), strict=True)
 
 
 class SoftmaxRegression(NamedTuple):
-    """Classes from features: `mean`, `deviation` (C,) standardize them; `weight` (C, K), `bias` (K,); float32."""
+    """A linear classifier on standardized features: `weight` (C, K) and `bias` (K,), float32.
+
+    `mean` and `deviation` (C,) float32 standardize the features.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -54,22 +57,22 @@ class SoftmaxRegression(NamedTuple):
     bias: Tensor
 
     def standardized(self, vectors: Tensor) -> Tensor:
-        """Features (n, C) of any float dtype -> (n, C) float32."""
+        """Standardize features (n, C) of any float dtype -> (n, C) float32."""
         return (vectors.float() - self.mean).div_(self.deviation)
 
     def logits(self, standardized: Tensor) -> Tensor:
-        """(n, C) -> (n, K) float32."""
+        """Compute the logits of standardized features: (n, C) -> (n, K) float32."""
         return torch.addmm(self.bias, standardized, self.weight)
 
 
 @torch.no_grad()
 def extract_features(
-    encoder: VisionTransformer, dataset: Dataset, view: nn.Module, accelerator: Accelerator, workers: int = 0
+    encoder: VisionTransformer, dataset: Dataset, *, view: nn.Module, accelerator: Accelerator, workers: int = 0
 ) -> Features:
-    """The features of this process's blocks of a dataset of tokens: the cls output and the mean of the patch
-    outputs, side by side.
+    """Compute the features of this process's part of a dataset of tokens.
 
-    Outputs of a LayerNorm are far from the limits of float16, which has 8 times the resolution of bfloat16.
+    A feature vector is the cls output concatenated with the mean of the patch outputs. Outputs of a LayerNorm are
+    far below the limit of float16, which is 8 times as precise as bfloat16.
     """
     device = accelerator.device
     encoder = encoder.to(device).eval()
@@ -90,11 +93,11 @@ def extract_features(
 
 
 @torch.no_grad()
-def knn(bank: Features, queries: Features, num_classes: int, accelerator: Accelerator) -> Score:
-    """Weighted k-nearest neighbors by cosine similarity: 20 votes, each of weight exp(similarity / 0.07).
+def knn(bank: Features, queries: Features, *, num_classes: int, accelerator: Accelerator) -> Score:
+    """Classify `queries` by their 20 nearest neighbors in `bank`, weighted by exp(cosine similarity / 0.07).
 
-    Of equally similar images the earlier one of the dataset is nearer, of equally many votes the lower class wins.
-    Every process looks in its own share of the bank for the neighbors of a block of queries of each process.
+    Ties between images go to the earlier one in the dataset, ties between classes to the lower class. In each
+    round, every process searches its part of the bank for one block of queries from each process.
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     labels = gather_in_order(bank.labels, bank.indices, accelerator)
@@ -102,45 +105,46 @@ def knn(bank: Features, queries: Features, num_classes: int, accelerator: Accele
     correct = torch.zeros((), dtype=torch.long, device=labels.device)
     for start in range(0, int(rounds) * BLOCK, BLOCK):
         own, expected = queries.vectors[start : start + BLOCK], queries.labels[start : start + BLOCK]
-        asked = accelerator.gather(accelerator.pad_across_processes(own))
-        found = accelerator.gather(_nearest(asked, bank).unsqueeze(0))  # (ranks, Q, 20)
-        first = rank * len(asked) // ranks
-        keys = found[:, first : first + len(own)].transpose(0, 1).flatten(1).topk(NEIGHBORS).values
+        gathered = accelerator.gather(accelerator.pad_across_processes(own))
+        nearest = accelerator.gather(_nearest(gathered, bank).unsqueeze(0))  # (ranks, Q, 20)
+        first = rank * len(gathered) // ranks
+        keys = nearest[:, first : first + len(own)].transpose(0, 1).flatten(1).topk(NEIGHBORS).values
         correct += (_votes(keys, labels, num_classes, own.shape[1]).argmax(dim=1) == expected).sum()
     return _score(correct, queries, accelerator)
 
 
 def _nearest(queries: Tensor, bank: Features) -> Tensor:
-    """(Q, 20) int64 keys of the neighbors in this process's bank, the nearest first.
+    """Return keys (Q, 20) int64 of the nearest neighbors in this process's part of the bank, the nearest first.
 
     A key is similarity * INDICES - index.
     """
-    values = _whole_numbers(queries)
+    values = _integers(queries)
     best = torch.full((len(queries), NEIGHBORS), NOBODY, device=queries.device)
     size = max(1, SIMILARITIES // len(queries))
     with full_precision(queries.device):
         for vectors, indices in zip(bank.vectors.split(size), bank.indices.split(size), strict=True):
-            keys = (values @ _whole_numbers(vectors).T).long().mul_(INDICES).sub_(indices)
+            keys = (values @ _integers(vectors).T).long().mul_(INDICES).sub_(indices)
             best = torch.cat([best, keys], dim=1).topk(NEIGHBORS).values
     return best
 
 
 def _length(width: int) -> float:
-    """How long vectors may be before they are rounded: that adds at most sqrt(width) / 2, up to 2^12 - 1."""
+    """Return the length of vectors before they are rounded, which adds at most sqrt(width) / 2, up to 2^12 - 1."""
     return 2**12 - 1 - math.sqrt(width) / 2
 
 
-def _whole_numbers(vectors: Tensor) -> Tensor:
-    """(n, C) -> (n, C) float32, vectors of equal length below 2^12, rounded to whole numbers.
+def _integers(vectors: Tensor) -> Tensor:
+    """Scale vectors (n, C) to equal length below 2^12 and round them to integers, in float32.
 
-    By Cauchy and Schwarz no part of a dot product of two of them exceeds 2^24, up to which float32 has every whole
-    number: similarities are exact, whatever the order of the sum. They are off by about 1e-4.
+    By Cauchy-Schwarz, no partial sum of a dot product of two of them exceeds 2^24, and float32 represents all
+    integers up to there: dot products are exact in any order of summation. The rounding changes cosine
+    similarities by about 1e-4.
     """
     return F.normalize(vectors.float(), dim=1).mul_(_length(vectors.shape[1])).round_()
 
 
 def _votes(keys: Tensor, labels: Tensor, num_classes: int, width: int) -> Tensor:
-    """(Q, num_classes) int64, proportional to the sums of weights; the nearest neighbor has 2^40 votes."""
+    """Return votes (Q, num_classes) int64, proportional to the sums of weights; the nearest neighbor has 2^40."""
     similarity = (keys + (INDICES - 1)) // INDICES
     indices = similarity * INDICES - keys
     weight = ((similarity - similarity[:, :1]) / (_length(width) ** 2 * TEMPERATURE)).exp()
@@ -150,10 +154,10 @@ def _votes(keys: Tensor, labels: Tensor, num_classes: int, width: int) -> Tensor
 
 
 def linear_probe(
-    train: Features, validation: Features, num_classes: int, accelerator: Accelerator, max_iterations: int = 200
+    train: Features, validation: Features, *, num_classes: int, accelerator: Accelerator, max_iterations: int = 200
 ) -> Score:
-    """Softmax regression on standardized features of the training images, judged on the validation images."""
-    model = fit(train, num_classes, accelerator, max_iterations=max_iterations)
+    """Fit a softmax regression to the features of the training images; count its correct validation images."""
+    model = fit(train, num_classes=num_classes, accelerator=accelerator, max_iterations=max_iterations)
     correct = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with full_precision(accelerator.device):
         for vectors, labels in validation.blocks():
@@ -164,16 +168,17 @@ def linear_probe(
 @torch.no_grad()
 def fit(
     features: Features,
+    *,
     num_classes: int,
     accelerator: Accelerator,
     penalty: float = 1e-3,
     max_iterations: int = 200,
 ) -> SoftmaxRegression:
-    """Softmax regression by full-batch L-BFGS with an L2 `penalty` on the weights; the same on every process.
+    """Fit a softmax regression by full-batch L-BFGS with an L2 `penalty` on the weights.
 
-    Each process adds up loss and gradient over its own blocks, in float32 without TF32. The sums over all are the
-    same bits everywhere, so that every process takes the same steps: at most `max_iterations`, and a quarter more
-    evaluations.
+    The result is the same on every process. Each sums loss and gradient over its own blocks, in float32 without
+    TF32. The sums over all processes are equal bit by bit, so all take the same steps: at most `max_iterations`,
+    with at most 1.25 times as many evaluations.
     """
     count = _count(features, accelerator)
     mean, deviation = _moments(features, count, accelerator)
@@ -198,7 +203,7 @@ def fit(
 def _loss_and_gradient(
     model: SoftmaxRegression, features: Features, accelerator: Accelerator
 ) -> tuple[float, Tensor, Tensor]:
-    """Sums over all images: of the cross-entropy, and of its gradients, (C, K) and (K,) int64 in 1 / UNIT."""
+    """Return sums over all images: the cross-entropy, and its gradients (C, K) and (K,) int64 in 1 / UNIT."""
     weight_sum, bias_sum = (torch.zeros_like(part, dtype=torch.long) for part in (model.weight, model.bias))
     losses = []
     for vectors, labels in features.blocks():
@@ -207,7 +212,7 @@ def _loss_and_gradient(
         target = labels.unsqueeze(1)
         losses.append(-residual.gather(1, target).sum())
         residual.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=residual.dtype))
-        # An entry is at most the number of images: the standardized features of a channel have a variance of 1.
+        # The variance of a standardized channel is 1, so the sum is at most the number of images: no overflow.
         weight_sum += (inputs.T @ residual).mul_(UNIT).long()
         bias_sum += residual.sum(dim=0).mul_(UNIT).long()
     weight_sum, bias_sum = accelerator.reduce([weight_sum, bias_sum], "sum")
@@ -215,7 +220,7 @@ def _loss_and_gradient(
 
 
 def _moments(features: Features, count: int, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) float32 of every channel over all images."""
+    """Return mean and standard deviation (C,) float32 of every channel over all images."""
     device = features.vectors.device
     sums = torch.stack([vectors.float().sum(dim=0) for vectors, _ in features.blocks()])
     mean = (_sum(sums, accelerator) / count).float().to(device)
@@ -225,9 +230,9 @@ def _moments(features: Features, count: int, accelerator: Accelerator) -> tuple[
 
 
 def _sum(parts: Tensor, accelerator: Accelerator) -> Tensor:
-    """Float32 parts (n, ...) of all processes, up to 2^20 together -> their sum (...), float64, on the CPU.
+    """Sum float32 parts (n, ...) of all processes, at most 2^20 in total -> (...) float64, on the CPU.
 
-    As whole numbers of 2^-42 of the largest part they add up to the same in every order.
+    They are summed as integer multiples of 2^-42 of the largest part, so the order does not matter.
     """
     largest = accelerator.gather(parts.abs().amax().view(1)).max()
     unit = 2.0 ** min(42 - math.frexp(float(largest))[1], 100)
@@ -245,6 +250,7 @@ def _score(correct: Tensor, features: Features, accelerator: Accelerator) -> Sco
 
 def probe(
     encoder: VisionTransformer,
+    *,
     train: Dataset,
     validation: Dataset,
     num_classes: int,
@@ -252,12 +258,17 @@ def probe(
     accelerator: Accelerator,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1 accuracies (percent) of a frozen encoder on the validation images: linear probe and weighted k-NN.
+    """Return the top-1 accuracies of a frozen encoder on the validation images, in percent.
 
-    `workers` processes of each process read the tokens.
+    They are "linear_probe_top1", of a linear probe, and "knn_top1", of weighted k-NN. On each process, `workers`
+    processes load the tokens.
     """
-    bank, queries = (extract_features(encoder, part, view, accelerator, workers) for part in (train, validation))
+    bank, queries = (
+        extract_features(encoder, part, view=view, accelerator=accelerator, workers=workers)
+        for part in (train, validation)
+    )
+    settings = {"num_classes": num_classes, "accelerator": accelerator}
     return {
-        "linear_probe_top1": linear_probe(bank, queries, num_classes, accelerator).percent,
-        "knn_top1": knn(bank, queries, num_classes, accelerator).percent,
+        "linear_probe_top1": linear_probe(bank, queries, **settings).percent,
+        "knn_top1": knn(bank, queries, **settings).percent,
     }

@@ -1,4 +1,4 @@
-"""How close decoded tokens come to images, and what of TokenAdapt stands beside direct augmentation."""
+"""Quality of decoded tokens, and of the tokens of TokenAdapt in comparison with direct augmentation."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.objectives.adapt import TokenizerPair
 from seitpp.tokenizers import Tokenizer
 
-# What `compare` gives of each image: token accuracies in percent, and PSNR in dB.
+# The columns of `compare`: token accuracies in percent, and PSNR in dB.
 MEASURES = (
     "accuracy_tokenadapt",
     "accuracy_direct",
@@ -25,28 +25,36 @@ MEASURES = (
 
 
 def quality(decoded: Tensor, images: Tensor) -> Tensor:
-    """PSNR in dB (100 for an exact image) and SSIM (windows of 11 x 11) of each image: (B, 2)."""
+    """Compute PSNR in dB (100 for equal images) and SSIM (11 x 11 windows) of each image: (B, 2).
+
+    Both arguments are (B, 3, S, S) float in [0, 1].
+    """
     errors = (decoded - images).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return torch.stack([-10 * errors.log10(), ssim(decoded, images, 11).mean(dim=(1, 2, 3))], dim=1)
 
 
 def token_accuracy(predicted: Tensor, ids: Tensor) -> Tensor:
-    """The fraction of equal tokens of each image, in [0, 1]: two (B, H', W') -> (B,) float32."""
+    """Return the fraction of equal tokens in each image: two (B, H', W') int64 -> (B,) float32 in [0, 1]."""
     return (predicted == ids).float().mean(dim=(1, 2))
 
 
 def augment_directly(ids: Tensor, geometry: Geometry, tokenizer: Tokenizer) -> Tensor:
-    """The yardstick: A on the vectors of the tokens themselves, then the tokenizer's nearest code.
+    """Apply the augmentation to the code vectors of the tokens, then take the nearest codes: the baseline.
 
-    Ids (B, H, W) of whole images -> (B, H', W') int64. Where A fills with zeros the code is arbitrary; with the
-    vector of black instead, 1.0 points more tokens were right on photographs and 0.9 dB were won.
+    Ids (B, H, W) of whole images -> (B, H', W') int64. Where the augmentation fills with zeros, the nearest code
+    is arbitrary; filling with the code vector of black instead gave 1.0 points more token accuracy and 0.9 dB
+    more PSNR on photographs.
     """
     return tokenizer.quantize(apply_geometry(embed(ids, tokenizer.codebook), geometry))
 
 
 class Augmented(NamedTuple):
-    """x (B, 3, S, S), A(x) (B, 3, S', S'), the tokens `ids` (B, H', W') of A(x), and what stands for them: those
-    of TokenAdapt, those of direct augmentation, and the central window of the tokens of x."""
+    """Images x and their tokens after an augmentation A, obtained in several ways.
+
+    `originals` are x (B, 3, S, S), `images` A(x) (B, 3, S', S'), and `ids` (B, H', W') int64 the true tokens of
+    A(x). `tokenadapt`, `direct` (direct augmentation) and `unchanged` (the central window of the tokens of x) have
+    the shape of `ids`.
+    """
 
     originals: Tensor
     images: Tensor
@@ -58,19 +66,27 @@ class Augmented(NamedTuple):
 
 @torch.no_grad()
 def augment_in_every_way(
-    model: TokenAdapt, tokenizers: TokenizerPair, originals: Tensor, geometry: Geometry
+    model: TokenAdapt, tokenizers: TokenizerPair, *, originals: Tensor, geometry: Geometry
 ) -> Augmented:
-    """Images (B, 3, S, S) in [0, 1] and one draw of A for each."""
+    """Augment images (B, 3, S, S) in [0, 1] by `geometry`, which has one augmentation per image, in every way."""
     ids = tokenizers.whole.encode(originals)
     images = apply_geometry(originals, geometry).clamp(0, 1)
     adapted = model(embed(ids, tokenizers.whole.codebook), geometry).argmax(dim=1)
     direct = augment_directly(ids, geometry, tokenizers.whole)
     unchanged = center_window(ids, direct.shape[1:])
-    return Augmented(originals, images, tokenizers.augmented.encode(images), adapted, direct, unchanged)
+    return Augmented(
+        originals=originals,
+        images=images,
+        ids=tokenizers.augmented.encode(images),
+        tokenadapt=adapted,
+        direct=direct,
+        unchanged=unchanged,
+    )
 
 
-def compare(made: Augmented, tokenizer: Tokenizer) -> Tensor:
-    """`MEASURES` of each image, (B, 6) float32. PSNR is that of decoded tokens to A(x)."""
-    accuracies = [100 * token_accuracy(ids, made.ids) for ids in (made.tokenadapt, made.direct, made.unchanged)]
-    decoded = [tokenizer.decode(ids) for ids in (made.tokenadapt, made.direct, made.ids)]
-    return torch.stack(accuracies + [quality(images, made.images)[:, 0] for images in decoded], dim=1)
+def compare(augmented: Augmented, tokenizer: Tokenizer) -> Tensor:
+    """Compute the `MEASURES` of each image, (B, 6) float32. PSNR compares the decoded tokens with A(x)."""
+    candidates = (augmented.tokenadapt, augmented.direct, augmented.unchanged)
+    accuracies = [100 * token_accuracy(ids, augmented.ids) for ids in candidates]
+    decoded = [tokenizer.decode(ids) for ids in (augmented.tokenadapt, augmented.direct, augmented.ids)]
+    return torch.stack(accuracies + [quality(images, augmented.images)[:, 0] for images in decoded], dim=1)

@@ -1,4 +1,4 @@
-"""A run: its folder, its launch, what it prints and leaves. What a batch and a loss are stays in the recipe.
+"""A run: its folder, its launch, its printed output and its result. The recipe defines batches and the loss.
 
     run = Run("recipe", config)                            # Accelerate, the output folder, the seed
     training = run.training(model, optimizer, schedule, data_fingerprint=...)  # restored with --resume
@@ -6,7 +6,7 @@
         training.update(loss_of(training.wrapped, batch))  # backward, clip, lr of this step, update
     run.finish({...})                                      # result.json
 
-The clock of a training is `seitpp/engine/training.py`.
+The loop behind `training.steps` and `training.update` is in `seitpp/engine/training.py`.
 """
 
 import time
@@ -38,12 +38,12 @@ DRY_RUN_IMAGES = 64
 
 
 class Run:
-    """One run under Accelerate, on any number of processes.
+    """A run of a recipe under Accelerate, on any number of processes.
 
-    `recipe` and the preset name the default folder, runs/RECIPE-PRESET. The whole config is stored in the folder
-    and compared on resume; the folder is locked while the process lives. Raises RunError for a folder that is in
-    use or not empty (unless `resume` or `overwrite`), a run with other settings (with `resume`), a tracker that is
-    not installed, or a launch that is not one process, DDP, FSDP 2 or DeepSpeed's ZeRO 1 or 2.
+    `recipe` and the preset name the default folder, runs/RECIPE-PRESET. `start` locks the folder and stores the
+    whole config there, and a resumed run must have the same settings. Raises RunError for a folder that is not
+    empty (see `choose_folder`), a resumed run with other settings, a precision that the device does not support, a
+    tracker that is not installed, or a launch other than one process, DDP, FSDP 2 or DeepSpeed's ZeRO 1 or 2.
     """
 
     def __init__(self, recipe: str, config: RunConfig):
@@ -59,22 +59,29 @@ class Run:
         self.checkpoints = self.out / "checkpoints"
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
-        self.progress = Progress()  # not the training, which knows the run: both would outlive their processes
+        self.progress = Progress()  # no reference to the Training: the cycle would keep its process groups alive
         set_seed(config.seed)
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether the run goes on from weights of its own."""
+        """Whether the run resumes from a checkpoint."""
         return self.resumed and bool(checkpoint.steps_in(self.checkpoints))
 
     def _choose_folder(self) -> tuple[Path, bool]:
         config = self.config
         return choose_folder(
-            f"{self.recipe}-{config.preset}", self.settings, config.out, config.resume, config.overwrite
+            f"{self.recipe}-{config.preset}",
+            self.settings,
+            out=config.out,
+            resume=config.resume,
+            overwrite=config.overwrite,
         )
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Call on the main process only and give every process its value, or raise its error on each."""
+        """Call a function on the main process and return its value on every process.
+
+        A UserError or OSError of the function is raised on every process as RunError.
+        """
         outcome = [None, None]
         if self.is_main:
             try:
@@ -87,25 +94,27 @@ class Run:
         return value
 
     def check_agreed(self, what: str, value: str) -> None:
-        """Raise RunError unless all processes have the same value: several machines may have several disks."""
+        """Raise RunError unless `value` is the same on all processes; machines may have different files."""
         values = gather_object([value])
         if len(set(values)) > 1:
             seen = ", ".join(f"{value[:16]} on rank {values.index(value)}" for value in dict.fromkeys(values))
             raise RunError(f"{what} differs between processes ({seen}): expected the same files on all machines")
 
     def start(self) -> None:
-        """Make and lock the output folder. `training` calls it when data and model have proved good; a run that
-        trains nothing calls it itself.
+        """Create and lock the output folder, and store the settings there.
+
+        `training` calls this after it has checked data and model; a recipe without training calls it directly.
+        Raises RunError as `enter_folder` does.
         """
         self._lock = self.on_main(
-            lambda: enter_folder(self.out, self.settings, self.resumed, self.config.overwrite)
+            lambda: enter_folder(self.out, self.settings, resumed=self.resumed, overwrite=self.config.overwrite)
         )
         if self.config.resume and not self.resumed:
-            self.print(f"nothing to resume in {self.out}: the run begins")
+            self.print(f"nothing to resume in {self.out}: the run starts from the beginning")
         if self.config.trackers:
             self.accelerator.project_configuration.logging_dir = str(self.out)
             self.accelerator.log_with = filter_trackers(list(self.config.trackers), self.out)
-            # TensorBoard takes no None and no lists.
+            # TensorBoard accepts neither None nor lists.
             self.accelerator.init_trackers(
                 "seitpp", config={name: str(value) for name, value in self.settings.items()}
             )
@@ -119,44 +128,43 @@ class Run:
         data_fingerprint: str,
         **more: Any,
     ) -> Training:
-        """Begin the training of a model, or with --resume go on from the newest whole checkpoint.
+        """Start the training of a model, or with --resume continue from the newest intact checkpoint.
 
-        `schedule` says which images a batch holds, how long, at which rate, and when checkpoints and evaluations
-        are due; `data_fingerprint` identifies the training data. `more` may be `clip`, the largest
-        gradient norm; `ema`, a moving average of the weights, which follows every update; `flops_per_image`, for
-        the MFU in the log; `sharing`, what a step needs of a GPU's memory, so that the number of images at a time
-        can be chosen or checked. Raises RunError if the processes do not divide the batch or it does not fit,
-        UserError for an optimizer that this launch would change, CheckpointError for a checkpoint of another model
-        or of other data.
+        `schedule` defines batches, duration, learning rate, and when checkpoints and evaluations are due;
+        `data_fingerprint` identifies the training data. `more` may hold `clip`, the gradient norm to clip to;
+        `ema`, a moving average of the weights, updated after every update; `flops_per_image`, for the MFU in the
+        log; `sharing`, from which the size of micro-batches is chosen or checked. Raises RunError if the batch
+        cannot be divided among the processes or does not fit into memory, UserError for an optimizer that this
+        launch does not support, CheckpointError for a checkpoint of another model or of other data.
         """
-        return Training(self, model, optimizer, schedule, data_fingerprint=data_fingerprint, **more)
+        return Training(self, model, optimizer, schedule=schedule, data_fingerprint=data_fingerprint, **more)
 
     def print(self, text: str) -> None:
         """Print once on each machine."""
         self.accelerator.print(text)
 
     def describe(self, *parts: object, model: nn.Module | None = None) -> None:
-        """Print the settings, one a line, `parts` (the data, the view, the training), the model's size, and where
-        the run writes.
-        """
+        """Print the settings, one per line, then `parts` (data, view, training), model size and output folder."""
         lines = [f"{name:22} {value}" for name, value in self.settings.items()]
         lines += [str(part) for part in parts]
         if model is not None:
-            trained, frozen = (
-                sum(p.numel() for p in model.parameters() if p.requires_grad == kind) / 1e6
-                for kind in (True, False)
+            trainable, frozen = (
+                sum(p.numel() for p in model.parameters() if p.requires_grad == requires_grad) / 1e6
+                for requires_grad in (True, False)
             )
-            lines.append(f"{trained + frozen:.2f} M parameters, {trained:.2f} M of them trained")
+            lines.append(f"{trainable + frozen:.2f} M parameters, {trainable:.2f} M of them trainable")
         lines.append(f"{self.accelerator.num_processes} process(es); writing to {self.out}")
         self.print("\n".join(lines))
 
     def eval_subset(self, dataset: Dataset) -> Dataset:
-        """What an evaluation looks at: the whole dataset, or its first images in a dry run."""
+        """Return the images to evaluate on: the whole dataset, or in a dry run its first 64 images."""
         return Subset(dataset, range(min(len(dataset), DRY_RUN_IMAGES))) if self.config.dry_run else dataset
 
     def finish(self, result: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
-        """Write result.json: `result`, the throughput of training if there was any, facts of the `data`, and where
-        the result came from.
+        """Write result.json and release the folder.
+
+        It holds `result`, the training speed if there was training, facts about the `data`, and the origin of the
+        result: recipe, time, steps, processes, device, version and commit.
         """
         speed = self.progress.speed
         throughput = {"images_per_second": speed.images / speed.seconds} if speed and speed.images else {}

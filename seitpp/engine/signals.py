@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: SIGTERM and SIGINT let it finish its step, a second one does not."""
+"""Stopping a run by SIGTERM or SIGINT: the first one lets it finish and save its step, a second one kills it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(UserError):
-    """A run that was asked to stop, and has. `status` is its exit status, 128 + the number of the signal."""
+    """Raised when a run has stopped after a signal; `status` is the exit status, 128 + the signal's number."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -22,35 +22,37 @@ class Stopped(UserError):
 
 
 class StopRequest:
-    """Listens from `listen` to `release`. To be made by every process of the launch."""
+    """Records a signal to stop, between `listen` and `release`. Every process of the launch must create one."""
 
     def __init__(self, processes: int):
-        self._asked = 0
-        self._before = {}
-        # On the host, so that agreeing does not wait for a device.
+        self._received = 0
+        self._handlers = {}
+        # Communicates on the CPU, so that `agreed` does not wait for the GPU.
         self._group = dist.new_group(backend="gloo") if processes > 1 else None
 
     def listen(self) -> None:
-        """Take over both signals."""
-        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        """Replace the handlers of both signals."""
+        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def release(self) -> None:
-        """Give both signals back."""
-        for number, handler in self._before.items():
+        """Restore the handlers of both signals."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        if self._asked:
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self._received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._asked = number
+        self._received = number
         name = signal.Signals(number).name
-        print(f"\n{name}: stops after this step and saves it; once more stops at once", file=sys.stderr)
+        print(
+            f"\n{name}: stopping after this step, which is saved; a second signal stops at once", file=sys.stderr
+        )
 
     def agreed(self) -> int:
-        """The signal that any process got, 0 for none; the same on every process, all of which must ask."""
+        """Return the signal that any process received, 0 for none. Every process must call this."""
         if self._group is None:
-            return self._asked
-        asked = torch.tensor(self._asked)
-        dist.all_reduce(asked, dist.ReduceOp.MAX, self._group)
-        return int(asked)
+            return self._received
+        received = torch.tensor(self._received)
+        dist.all_reduce(received, dist.ReduceOp.MAX, self._group)
+        return int(received)

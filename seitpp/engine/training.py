@@ -1,6 +1,6 @@
-"""The clock of a training: which batch comes when, what an update is, checkpoints, evaluations, the stop.
+"""The training loop: batches, updates, checkpoints, evaluations, and the stop after a signal.
 
-`step` counts updates from 0; a checkpoint "step-120" is the state after 120 of them.
+`step` is the number of updates so far; the checkpoint "step-00000120" is the state after 120 updates.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """A model, its optimizer and its schedule in a run; see `Run.training`."""
+    """The training of a model in a run; see `Run.training`, which creates it."""
 
     def __init__(
         self,
         run: "Run",
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
         *,
+        schedule: Schedule,
         data_fingerprint: str,
         clip: float | None = None,
         ema: ModelEmaV3 | None = None,
@@ -53,37 +53,39 @@ class Training:
         self._check_batch(order.batch_size)
         run.check_agreed("the training data", data_fingerprint)
         run.launch.check_optimizer(optimizer)
-        self.accumulation = share_out(self.accelerator, self.config, model, order.batch_size, sharing)
+        self.accumulation = share_out(
+            self.accelerator, config=self.config, model=model, batch_size=order.batch_size, sharing=sharing
+        )
         self.accelerator.gradient_accumulation_steps = self.accumulation
         run.start()
         self.model, self.ema, self.order, self.schedule = model, ema, order, schedule
         self._fingerprint, self._clip, self._flops_per_image = data_fingerprint, clip, flops_per_image
         self._stop_signal = StopRequest(self.accelerator.num_processes)
         if self.config.compile:
-            # Inside DDP, not around it: torch then cuts the graph where DDP sends gradients, so that the backward
-            # pass hides the sending (its DDPOptimizer asks which DDP is running, not what was compiled).
+            # Compile inside DDP, not around it: torch's DDPOptimizer looks only for a running DDP. It splits the
+            # graph where DDP sends gradients, so that sending overlaps with the backward pass.
             model.compile()
         update = UpdateSettings(order.batch_size, self.accumulation, clip)
-        self.wrapped, self.optimizer = run.launch.prepare(model, optimizer, ema, update)
+        self.wrapped, self.optimizer = run.launch.prepare(model, optimizer, ema=ema, settings=update)
         self._optimizer_state = run.launch.optimizer_state(optimizer)
         run.progress.step = self._restore()
-        self._recorder = Recorder(run.accelerator, run.log, run.evaluations, run.on_main)
+        self._recorder = Recorder(run.accelerator, log=run.log, evaluations=run.evaluations, on_main=run.on_main)
         self._recorder.drop_lines_after(self.step)
         self._end = schedule.steps
         self._checkpoint_every, self._evaluate_every = schedule.checkpoint_steps, schedule.evaluation_steps
-        if self.config.dry_run:  # one step, and once resumed another one
+        if self.config.dry_run:  # one step, and one more after it is resumed
             self._end, self._checkpoint_every, self._evaluate_every = min(self._end, self.step + 1), 1, 1
 
     def unsharded(self, module: nn.Module) -> nn.Module:
-        """The plain model, or its moving average, with all its weights: what is evaluated and saved.
+        """Return the model or its moving average with all of its weights, for evaluation and saving.
 
-        It is a copy where the launch splits the weights (FSDP). Every process must call this.
+        Where the launch splits the weights (FSDP) this is a copy. Every process must call this.
         """
         return self.run.launch.unsharded(module)
 
     @property
     def step(self) -> int:
-        """Updates so far."""
+        """The number of updates so far."""
         return self.run.progress.step
 
     def __str__(self) -> str:
@@ -92,12 +94,12 @@ class Training:
     def steps(
         self, dataset: Dataset, evaluate: Callable[[], Mapping[str, float]] | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """(step, this process's part of a micro-batch), from where the run stands to the end of the schedule.
+        """Iterate over (step, this process's part of a micro-batch), from the current step to the end.
 
-        `dataset` makes a batch, a thing with `to(device)`, of a list of indices (`__getitems__`). Checkpoints are
-        published as the schedule says, and at the end. `evaluate` is called on every process before each
-        evaluation step of the schedule, with the model in eval mode; its figures are printed and written to
-        evaluations.jsonl. Between two items, the caller must call `update` once.
+        For each item, the caller must call `update` once. `dataset.__getitems__` turns a list of indices into a
+        batch with a method `to(device)`. Checkpoints are saved when the schedule says, and at the end. When an
+        evaluation is due, `evaluate` is called on every process, with the model in eval mode; its scores are
+        printed and written to evaluations.jsonl.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         accumulation, self._dataset = self.accumulation, dataset
@@ -106,7 +108,7 @@ class Training:
         self.run.progress.speed = self._measured_speed()
         self._recorder.start(self.run.progress.speed, self._bar(), self.step)
         self.model.train()
-        batches = iter(loader)  # starts the workers, which must not inherit what follows
+        batches = iter(loader)  # starts the workers, which must not inherit the signal handlers
         self._stop_signal.listen()
         try:
             while self.step < self._end:
@@ -126,12 +128,12 @@ class Training:
             self._recorder.bar.close()
 
     def update(self, loss: Tensor, **metrics: Tensor | float) -> None:
-        """Backward; on the last micro-batch also clip, set the rate of this step, update, and log.
+        """Run the backward pass; on the last micro-batch also clip, set the learning rate, update and log.
 
-        `loss` () is the mean over this process's part of the batch; `metrics` are logged beside it: tensors are
-        averaged over the processes, numbers are taken as they are. Raises RunError at the first loss or gradient
-        that is not finite: it names step and rank, saves what that rank saw, and makes no checkpoint of it. Raises
-        Stopped after SIGTERM or SIGINT, when the step is saved.
+        `loss` () is the mean over this process's part of the micro-batch. `metrics` are logged with it: tensors
+        are averaged over the processes, numbers are logged unchanged. Raises RunError, when records are written,
+        if a loss or gradient was not finite: the message names step and rank, the batch of that rank is saved,
+        but no checkpoint. Raises Stopped after SIGTERM or SIGINT, when the step is saved.
         """
         rate = self.schedule.lr(self.step)
         for group in self.optimizer.param_groups:
@@ -170,25 +172,27 @@ class Training:
             )
 
     def save(self) -> None:
-        """Publish a checkpoint of the present step. Raises RunError if the disk does not take it."""
-        groups = checkpoint.tensors_of(self.model, self._optimizer_state, self.ema, self.run.scaler)
+        """Save a checkpoint of the current step. Raises RunError if writing fails."""
+        groups = checkpoint.tensors_of(self.model, self._optimizer_state, ema=self.ema, scaler=self.run.scaler)
         keep = self.run.is_main
         tensors = {name: distributed.gather(group, keep=keep) for name, group in groups.items()}
-        self.run.on_main(lambda: checkpoint.save(self.run.checkpoints, self.step, self._fingerprint, tensors))
+        self.run.on_main(
+            lambda: checkpoint.save(
+                self.run.checkpoints, self.step, data_fingerprint=self._fingerprint, tensors=tensors
+            )
+        )
         self._recorder.speed.start(self.step)  # time spent on a checkpoint is not training time
-
-    # ------------------------------------------------------------------------------------------ inside
 
     def _check_batch(self, batch_size: int) -> None:
         ranks, accumulation = self.accelerator.num_processes, self.config.accumulation or 1
         if batch_size % (ranks * accumulation):
             raise RunError(
                 f"global batch {batch_size} on {ranks} processes x {accumulation} accumulation steps: "
-                "expected a batch that they divide"
+                f"expected a multiple of {ranks * accumulation}"
             )
 
     def _restore(self) -> int:
-        """Put the newest whole checkpoint into model, optimizer, moving average and scaler; its step, or 0."""
+        """Load the newest intact checkpoint and return its step, or 0 if there is none."""
         newest = checkpoint.newest(self.run.checkpoints)
         self.run.check_agreed(
             f"the newest checkpoint in {self.run.checkpoints}", newest.name if newest else "none"
@@ -196,14 +200,25 @@ class Training:
         if newest is None:
             return 0
         loaded = checkpoint.load(newest)
-        restored = self.model, self._optimizer_state, self.ema, self.run.scaler
-        checkpoint.restore(loaded, self._fingerprint, *restored)
+        checkpoint.restore(
+            loaded,
+            data_fingerprint=self._fingerprint,
+            model=self.model,
+            optimizer=self._optimizer_state,
+            ema=self.ema,
+            scaler=self.run.scaler,
+        )
         return loaded.step
 
     def _measured_speed(self) -> Speed:
         dtype, processes = COMPUTE_DTYPE[self.config.precision], self.accelerator.num_processes
         rate = matmul_rate(self.run.device, dtype) * processes if self._flops_per_image else None
-        return Speed(self.run.device, self.order.batch_size, self._flops_per_image, rate)
+        return Speed(
+            self.run.device,
+            batch_size=self.order.batch_size,
+            flops_per_image=self._flops_per_image,
+            matmul_rate=rate,
+        )
 
     def _bar(self) -> tqdm:
         return tqdm(total=self._end, initial=self.step, unit="step", mininterval=1.0, smoothing=0.05)
@@ -217,27 +232,27 @@ class Training:
         self._recorder.write_evaluation(self.step, scores)
 
     def _flush(self) -> None:
-        if broken := self._recorder.flush(self.step):
-            self._stop_at(broken)
+        if not_finite := self._recorder.flush(self.step):
+            self._stop_at(not_finite)
 
-    def _stop_at(self, broken: NotFinite) -> NoReturn:
-        batch = self.run.on_main(lambda: self._save_batch(broken.step - 1, broken.rank))
+    def _stop_at(self, value: NotFinite) -> NoReturn:
+        batch = self.run.on_main(lambda: self._save_batch(value.step - 1, value.rank))
         raise RunError(
-            f"{broken.name} is {broken.value} at step {broken.step} on rank {broken.rank}: stopped; its images "
-            f"are in {batch}; {checkpoint.latest(self.run.checkpoints)}; lower the learning rate"
+            f"{value.name} is {value.value} at step {value.step} on rank {value.rank}: stopped; its images "
+            f"are in {batch}; {checkpoint.latest(self.run.checkpoints)}: lower the learning rate"
         )
 
     def _save_batch(self, step: int, rank: int) -> Path:
-        """Write what `rank` saw in the update number `step`. All that is random in it follows from seed, epoch and
-        indices, so that from a checkpoint before it the update can be repeated.
+        """Write the batch of `rank` in update `step`, counted from 0, so that the update can be repeated from an
+        earlier checkpoint: its random numbers follow from seed, epoch and indices.
         """
         accumulation, ranks = self.accumulation, self.accelerator.num_processes
         indices = np.concatenate(list(self.order.micro_batches(range(step, step + 1), rank, ranks, accumulation)))
         epoch = step // self.order.steps_per_epoch
         batch = self._dataset.__getitems__(MicroBatch(indices.tolist(), epoch))._asdict()
-        facts = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}
+        origin = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}
         path = self.run.out / f"broken-step-{step + 1:08d}-rank-{rank}.safetensors"
-        metadata = {name: str(value) for name, value in facts.items()}
+        metadata = {name: str(value) for name, value in origin.items()}
         files.replace_bytes(path, safetensors.torch.save(batch, metadata))
         return path
 

@@ -186,10 +186,10 @@ def probing(at: Bench) -> Lines:
     accelerator, bench = Accelerator(), runpy.run_path(str(BENCH / "probe.py"))
     images, queries, iterations = at.of((100_000, 5_000, 200), (512, 64, 1))
     bank, asked = bench["synthetic"](images, queries, accelerator.device)
-    for name, judge, more in (("k-NN", knn, ()), ("linear probe", linear_probe, (iterations,))):
+    for name, judge, more in (("k-NN", knn, {}), ("linear probe", linear_probe, {"max_iterations": iterations})):
         bank.vectors.sum().item()
         start = time.perf_counter()
-        score = judge(bank, asked, bench["CLASSES"], accelerator, *more)
+        score = judge(bank, asked, num_classes=bench["CLASSES"], accelerator=accelerator, **more)
         yield f"{name}, {images:,} x 1,536", {"seconds": time.perf_counter() - start, "top-1 %": score.percent}
     count = bench["peak_bytes"](images, queries, bench["WIDTH"], bench["CLASSES"])
     yield "memory", {"peak GiB": peak_memory(accelerator.device) / 2**30, "by count": count / 2**30}

@@ -137,7 +137,7 @@ def training_step(
     update: bool,
 ) -> Callable[[], None]:
     """What is measured: a mask, forward, loss and backward for the ids that `ids_of` makes, maybe an update."""
-    optimizer = adamw(model.train(), 0.05, (0.9, 0.95))
+    optimizer = adamw(model.train(), 0.05, betas=(0.9, 0.95))
     if device.type == "cuda":
         model.compile()
 

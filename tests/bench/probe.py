@@ -70,9 +70,11 @@ def main() -> None:
     train, validation = synthetic(given.images, given.queries, device)
     print(f"{given.images:,} images, {given.queries:,} queries, {WIDTH} x {CLASSES}; {device_name(device)}")
     print(f"{'':12} {'seconds':>9} {'CPU time':>9} {'GFLOP':>8} {'top-1, %':>9}")
+    settings = {"num_classes": CLASSES, "accelerator": accelerator}
+    fitted = {**settings, "max_iterations": given.iterations}
     for name, judge in (
-        ("k-NN", lambda: probe.knn(train, validation, CLASSES, accelerator)),
-        ("linear probe", lambda: probe.linear_probe(train, validation, CLASSES, accelerator, given.iterations)),
+        ("k-NN", lambda: probe.knn(train, validation, **settings)),
+        ("linear probe", lambda: probe.linear_probe(train, validation, **fitted)),
     ):
         start = time.perf_counter(), time.process_time()
         with FlopCounterMode(display=False) as counter:

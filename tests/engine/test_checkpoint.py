@@ -23,7 +23,8 @@ def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    checkpoint.save(folder, step, "store-a", checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None))
+    tensors = checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None)
+    checkpoint.save(folder, step, data_fingerprint="store-a", tensors=tensors)
 
 
 def newest(folder) -> checkpoint.Checkpoint:
@@ -35,7 +36,9 @@ def test_a_checkpoint_brings_back_the_bits(tmp_path) -> None:
     save(tmp_path, 3, model, optimizer)
     other, other_optimizer = trained(seed=1)
     found = newest(tmp_path)
-    checkpoint.restore(found, "store-a", other, OptimizerState(other_optimizer), None)
+    checkpoint.restore(
+        found, data_fingerprint="store-a", model=other, optimizer=OptimizerState(other_optimizer), ema=None
+    )
     assert found.step == 3
     for one, two in ((model, optimizer), (other, other_optimizer)):
         one(torch.ones(1, 4)).sum().backward()
@@ -104,7 +107,15 @@ def test_a_checkpoint_of_another_model_or_store_is_refused(tmp_path) -> None:
     with pytest.raises(
         checkpoint.CheckpointError, match=r"another model: 0\.bias is \(5,\) there, \(6,\) in this run"
     ):
-        checkpoint.restore(found, "store-a", other, OptimizerState(torch.optim.AdamW(other.parameters())), None)
+        checkpoint.restore(
+            found,
+            data_fingerprint="store-a",
+            model=other,
+            optimizer=OptimizerState(torch.optim.AdamW(other.parameters())),
+            ema=None,
+        )
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     with pytest.raises(checkpoint.CheckpointError, match="trained on the data store-a, this run reads store-b"):
-        checkpoint.restore(found, "store-b", model, OptimizerState(optimizer), None)
+        checkpoint.restore(
+            found, data_fingerprint="store-b", model=model, optimizer=OptimizerState(optimizer), ema=None
+        )

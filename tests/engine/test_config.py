@@ -85,12 +85,12 @@ def test_a_field_of_one_version_ago_is_read_under_its_name_of_today(tmp_path, ca
 
     today = parse(PRESETS, "smoke", ["--crop-size", "7", "--tokenadapt-fraction", "0.25", "--color", "seitpp"])
     assert parse(PRESETS, "smoke", ["--crop=7", "--adapted", "0.25", "--colour", "seitpp"]) == today
-    assert "--crop is called --crop-size now; the old name ends with the next version" in capsys.readouterr().err
+    assert "--crop is now --crop-size: the old name will be removed in the next version" in capsys.readouterr().err
     settings = asdict(today)
     for new, old in (("crop_size", "crop"), ("tokenadapt_fraction", "adapted"), ("mask_ratio", "mask")):
         settings[old] = settings.pop(new)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert load_config(Config, tmp_path / "config.json") == today
-    assert choose_folder("run", asdict(today), str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
+    assert choose_folder("run", asdict(today), out=str(tmp_path), resume=True, overwrite=False) == (tmp_path, True)
     with pytest.raises(UserError, match="unknown flag --cropp; did you mean"):
         parse(PRESETS, "smoke", ["--cropp", "7"])

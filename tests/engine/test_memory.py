@@ -139,21 +139,23 @@ def test_as_few_micro_batches_as_fit(
     batch: int, processes: int, multiple: int, free: float, asked: int | None, chosen: int
 ) -> None:
     need = Need(an_image=gib(0.06), fixed=gib(2))
-    assert choose_accumulation(batch, processes, multiple, need, gib(free), asked, "") == chosen
+    limits = {"processes": processes, "multiple": multiple, "need": need, "free": gib(free)}
+    assert choose_accumulation(batch, **limits, requested=asked, advice="") == chosen
 
 
 def test_what_does_not_fit_is_one_line_that_says_what_does() -> None:
-    need = Need(an_image=gib(0.06), fixed=gib(2))
+    limits = {"processes": 1, "multiple": 8, "need": Need(an_image=gib(0.06), fixed=gib(2))}
     with pytest.raises(RunError) as error:
-        choose_accumulation(4096, 1, 8, need, gib(79), 2, "")
+        choose_accumulation(4096, **limits, free=gib(79), requested=2, advice="")
     assert str(error.value) == (
-        "2048 images at a time need 124.9 GiB, 79.0 GiB are free on the device, of which 90% are taken: pass "
+        "2048 images at a time need 124.9 GiB, 79.0 GiB are free on the device, of which 90% may be used: pass "
         "--accumulation 4 (1024 images at a time, 63.4 GiB), or leave it out"
     )
     with pytest.raises(RunError) as error:
-        choose_accumulation(4096, 1, 8, need, gib(2.5), None, "pass --grad-checkpointing, or take a smaller model")
+        advice = "pass --grad-checkpointing, or take a smaller model"
+        choose_accumulation(4096, **limits, free=gib(2.5), requested=None, advice=advice)
     assert str(error.value) == (
-        "8 images at a time need 2.5 GiB, 2.5 GiB are free on the device, of which 90% are taken: pass "
+        "8 images at a time need 2.5 GiB, 2.5 GiB are free on the device, of which 90% may be used: pass "
         "--grad-checkpointing, or take a smaller model"
     )
     assert accumulations(96, 2, 8) == [1, 2, 3, 6] and accumulations(100, 1, 8) == [1]
@@ -185,7 +187,7 @@ def test_a_run_chooses_prints_and_goes_on_with_another_number_elsewhere(card, tm
     card(round((need.fixed + 40 * need.an_image) / accumulation.USABLE))
     module.main(config)
     printed = capsys.readouterr().out
-    assert "GiB an image" in printed and "             4                32" in printed
+    assert "GiB per image" in printed and "             4                32" in printed
     assert next(line for line in printed.splitlines() if line.endswith("<- chosen")).split()[:2] == ["4", "32"]
     assert json.loads((out / "config.json").read_text())["accumulation"] is None
     losses = [line["loss"] for line in metrics(out)]

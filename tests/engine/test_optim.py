@@ -88,10 +88,15 @@ def test_a_checkpoint_brings_back_the_bits(name: str, tmp_path: Path) -> None:
     for step in range(3):
         backward(model, step)
         optimizer.step()
-    checkpoint.save(tmp_path, 3, "store", checkpoint.tensors_of(model, OptimizerState(optimizer), None))
+    tensors = checkpoint.tensors_of(model, OptimizerState(optimizer), ema=None)
+    checkpoint.save(tmp_path, 3, data_fingerprint="store", tensors=tensors)
     other, other_optimizer = prepared(1)
     checkpoint.restore(
-        checkpoint.load(checkpoint.newest(tmp_path)), "store", other, OptimizerState(other_optimizer), None
+        checkpoint.load(checkpoint.newest(tmp_path)),
+        data_fingerprint="store",
+        model=other,
+        optimizer=OptimizerState(other_optimizer),
+        ema=None,
     )
     for one, two in ((model, optimizer), (other, other_optimizer)):
         for step in (3, 4):
@@ -104,21 +109,21 @@ def test_a_checkpoint_brings_back_the_bits(name: str, tmp_path: Path) -> None:
 def test_lamb_is_refused_where_weights_are_cut_into_rows() -> None:
     launch = ZeroLaunch(Accelerator())
     launch.check_optimizer(adamw(model_of(0), 0.1))
-    with pytest.raises(UserError, match="LAMB with DeepSpeed: expected a launch with DDP or FSDP"):
+    with pytest.raises(UserError, match="--optimizer lamb: got a launch with DeepSpeed, expected DDP or FSDP"):
         launch.check_optimizer(lamb(model_of(0), 0.1))
 
 
 def test_warmup_then_cosine() -> None:
-    rates = [warmup_cosine(step, 110, 10, peak=2.0, start=0.5, final=0.1) for step in range(110)]
+    rates = [warmup_cosine(step, steps=110, warmup=10, peak=2.0, start=0.5, final=0.1) for step in range(110)]
     assert rates[0] == 0.5 and rates[5] == pytest.approx(1.25) and rates[10] == 2.0
     assert rates[60] == pytest.approx((2.0 + 0.1) / 2)
     assert np.all(np.diff(rates[10:]) < 0) and 0.1 < rates[-1] < 0.102
-    assert warmup_cosine(0, 5, 0, peak=1.0) == 1.0
+    assert warmup_cosine(0, steps=5, warmup=0, peak=1.0) == 1.0
 
 
 def test_norms_biases_and_single_vectors_are_not_decayed() -> None:
     model = tiny_mtm(code_dim=16)
-    optimizer = adamw(model, 0.05, (0.9, 0.95))
+    optimizer = adamw(model, 0.05, betas=(0.9, 0.95))
     decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

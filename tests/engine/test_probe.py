@@ -59,14 +59,14 @@ def test_knn_agrees_with_scikit_learn(cells: int, monkeypatch) -> None:
     train, train_labels, test, test_labels = digit_vectors()
     reference = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
     expected = reference.fit(train.double(), train_labels).score(test.double(), test_labels)
-    score = knn(features(train, train_labels), features(test, test_labels), 10, ALONE)
+    score = knn(features(train, train_labels), features(test, test_labels), num_classes=10, accelerator=ALONE)
     assert score.total == 597 and abs(score.correct - round(expected * 597)) <= 1
 
 
 def test_similarities_are_whole_numbers_close_to_cosines() -> None:
     vectors = torch.randn(300, 1536, generator=torch.Generator().manual_seed(0))
     vectors[:, 3] *= 500  # nearly parallel: similarities of almost 1
-    found = probe._whole_numbers(vectors.half())
+    found = probe._integers(vectors.half())
     exact = found.double() @ found.double().T
     assert exact.abs().max() < 2**24 and torch.equal(found, found.round())
     for order in (torch.arange(1536), torch.randperm(1536)):
@@ -79,16 +79,34 @@ def test_of_equal_images_the_earlier_are_neighbors_and_of_equal_votes_the_lower_
     monkeypatch.setattr(probe, "SIMILARITIES", 7)
     one = torch.ones(1, 8)
     labels = torch.tensor([3] * 11 + [1] * 30)
-    assert knn(features(one.expand(41, 8), labels), features(one, labels[:1]), 4, ALONE).correct == 1
-    assert knn(features(one.expand(41, 8), labels.flip(0)), features(one, labels[:1]), 4, ALONE).correct == 0
+    assert (
+        knn(
+            features(one.expand(41, 8), labels), features(one, labels[:1]), num_classes=4, accelerator=ALONE
+        ).correct
+        == 1
+    )
+    assert (
+        knn(
+            features(one.expand(41, 8), labels.flip(0)),
+            features(one, labels[:1]),
+            num_classes=4,
+            accelerator=ALONE,
+        ).correct
+        == 0
+    )
     equal = torch.tensor([3] * 10 + [1] * 10)
-    assert knn(features(one.expand(20, 8), equal), features(one, torch.tensor([1])), 4, ALONE).correct == 1
+    assert (
+        knn(
+            features(one.expand(20, 8), equal), features(one, torch.tensor([1])), num_classes=4, accelerator=ALONE
+        ).correct
+        == 1
+    )
 
 
 def test_fewer_images_than_neighbors() -> None:
     bank = features(torch.tensor([[1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 1, 1]))
     queries = features(torch.tensor([[1.0, 0.0], [-0.1, 1.0], [-1.0, 0.0]]), torch.tensor([0, 1, 1]))
-    assert knn(bank, queries, 2, ALONE) == (3, 3)
+    assert knn(bank, queries, num_classes=2, accelerator=ALONE) == (3, 3)
 
 
 # -------------------------------------------------------------------------------------------- linear probe
@@ -102,9 +120,11 @@ def test_linear_probe_agrees_with_scikit_learn() -> None:
     reference = LogisticRegression(C=1 / (2 * 1e-3 * 1200), max_iter=5000, tol=1e-8)
     reference.fit((train - mean) / deviation, train_labels)
     expected = round(reference.score((test - mean) / deviation, test_labels) * 597)
-    score = linear_probe(features(train, train_labels), features(test, test_labels), 10, ALONE)
+    score = linear_probe(
+        features(train, train_labels), features(test, test_labels), num_classes=10, accelerator=ALONE
+    )
     assert score.total == 597 and abs(score.correct - expected) <= 1
-    found = fit(features(train, train_labels), 10, ALONE)
+    found = fit(features(train, train_labels), num_classes=10, accelerator=ALONE)
     torch.testing.assert_close(found.mean, mean.float(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.deviation, deviation.float(), atol=1e-4, rtol=1e-4)
     weight = torch.from_numpy(reference.coef_.T)
@@ -113,7 +133,7 @@ def test_linear_probe_agrees_with_scikit_learn() -> None:
 
 def test_float16_moves_features_less_than_bfloat16() -> None:
     train, labels, test, _ = digit_vectors()
-    model = fit(Features(train, labels, torch.arange(1200)), 10, ALONE)
+    model = fit(Features(train, labels, torch.arange(1200)), num_classes=10, accelerator=ALONE)
     exact, half, brain = (
         model.logits(model.standardized(test.to(dtype))) for dtype in (torch.float, torch.half, torch.bfloat16)
     )
@@ -122,13 +142,17 @@ def test_float16_moves_features_less_than_bfloat16() -> None:
 
 def test_one_class() -> None:
     one, other = random_features(30, 8, 1), random_features(20, 8, 1)
-    assert linear_probe(one, other, 1, ALONE) == knn(one, other, 1, ALONE) == (20, 20)
+    assert (
+        linear_probe(one, other, num_classes=1, accelerator=ALONE)
+        == knn(one, other, num_classes=1, accelerator=ALONE)
+        == (20, 20)
+    )
 
 
 def test_a_channel_without_variance() -> None:
     some = random_features(50, 8, 2)
     some.vectors[:, 0] = 1000.1
-    found = fit(some, 2, ALONE)
+    found = fit(some, num_classes=2, accelerator=ALONE)
     assert not found.weight[0].any() and found.weight.isfinite().all() and found.weight[1:].any()
 
 
@@ -138,7 +162,7 @@ def test_a_channel_without_variance() -> None:
 def test_features_are_those_of_the_encoder() -> None:
     store = TokenStore(digits().store, "train")
     encoder = tiny_mtm(num_codes=store.num_codes, code_dim=16).encoder.eval()
-    found = extract_features(encoder, TokenDataset(store), EvalView((8, 8)), ALONE)
+    found = extract_features(encoder, TokenDataset(store), view=EvalView((8, 8)), accelerator=ALONE)
     assert np.array_equal(found.labels, store.labels) and torch.equal(found.indices, torch.arange(1437))
     chosen = np.array([0, 255, 256, 1023, 1024, 1436])
     with torch.no_grad():
@@ -184,7 +208,7 @@ def test_memory_is_what_is_counted(
         tracker = MemTracker()
         tracker.track_external(*bank, *queried)
         with tracker:
-            judge(bank, queried, classes, ALONE)
+            judge(bank, queried, num_classes=classes, accelerator=ALONE)
         peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
     counted = bench["peak_bytes"](images, queries, width, classes)
     assert 0.6 * counted < max(peaks) <= counted
@@ -201,11 +225,11 @@ def test_imagenet_fits_by_count(bench) -> None:
 def test_operations_are_what_is_counted(bench, monkeypatch) -> None:
     train, validation = random_features(3000, 32, 5), random_features(400, 32, 5)
     with FlopCounterMode(display=False) as counter:
-        knn(train, validation, 5, ALONE)
+        knn(train, validation, num_classes=5, accelerator=ALONE)
     assert counter.get_total_flops() == bench["knn_flops"](3000, 400, 32)
     evaluations, original = [], probe._loss_and_gradient
     monkeypatch.setattr(probe, "_loss_and_gradient", lambda *given: evaluations.append(1) or original(*given))
     with FlopCounterMode(display=False) as counter:
-        fit(train, 5, ALONE, max_iterations=20)
+        fit(train, num_classes=5, accelerator=ALONE, max_iterations=20)
     assert counter.get_total_flops() == len(evaluations) * bench["evaluation_flops"](3000, 32, 5)
     assert 10 < len(evaluations) <= 25

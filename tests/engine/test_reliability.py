@@ -116,7 +116,7 @@ def tiny_tensors(step: int) -> checkpoint.Groups:
 
 
 def save(folder: Path, step: int) -> None:
-    checkpoint.save(folder, step, "store", tiny_tensors(step))
+    checkpoint.save(folder, step, data_fingerprint="store", tensors=tiny_tensors(step))
 
 
 def check(folder: Path, steps: set[int]) -> None:
@@ -183,7 +183,7 @@ def test_a_second_signal_stops_at_once(tmp_path) -> None:
     killed = in_child(partial(train, tmp_path / "run", at(7, 0, twice)), tmp_path / "log")
     assert killed == -signal.SIGTERM
     assert (tmp_path / "run/checkpoints/LATEST").read_text() == "step-00000006"
-    assert "once more stops at once" in (tmp_path / "log").read_text()
+    assert "a second signal stops at once" in (tmp_path / "log").read_text()
 
 
 # -------------------------------------------------------------------------------- what goes wrong in training

@@ -23,30 +23,30 @@ def test_a_folder_with_something_in_it_is_never_written_over(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for resume, overwrite in ((False, False), (False, True), (True, False)):
         with pytest.raises(RunError, match="not empty and holds no run"):
-            choose_folder("x", {}, str(tmp_path), resume, overwrite)
+            choose_folder("x", {}, out=str(tmp_path), resume=resume, overwrite=overwrite)
     with pytest.raises(RunError, match="--resume without --out"):
-        choose_folder("x", {}, None, resume=True, overwrite=False)
+        choose_folder("x", {}, out=None, resume=True, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/x", "runs/x-2"):
-        folder, resumed = choose_folder("x", {"lr": 1}, None, False, False)
+        folder, resumed = choose_folder("x", {"lr": 1}, out=None, resume=False, overwrite=False)
         assert str(folder) == expected and not folder.exists() and not resumed
-        files.unlock(enter_folder(folder, {"lr": 1}, resumed, overwrite=False))
+        files.unlock(enter_folder(folder, {"lr": 1}, resumed=resumed, overwrite=False))
     run = Path("runs/x")
-    assert choose_folder("x", {"lr": 1, "workers": 3}, "runs/x", resume=True, overwrite=False) == (run, True)
-    assert choose_folder("x", {"lr": 1}, "runs/y", resume=True, overwrite=False) == (Path("runs/y"), False)
+    assert choose_folder("x", {"lr": 1, "workers": 3}, out="runs/x", resume=True, overwrite=False) == (run, True)
+    assert choose_folder("x", {"lr": 1}, out="runs/y", resume=True, overwrite=False) == (Path("runs/y"), False)
     with pytest.raises(RunError, match="lr 1 -> 2"):
-        choose_folder("x", {"lr": 2}, "runs/x", resume=True, overwrite=False)
+        choose_folder("x", {"lr": 2}, out="runs/x", resume=True, overwrite=False)
     with pytest.raises(RunError, match="not empty: name another --out, or pass --resume or --overwrite"):
-        choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=False)
+        choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=False)
     (run / "old").touch()
-    with pytest.raises(RunError, match="another process has run there just now"):
+    with pytest.raises(RunError, match="another process has started a run there meanwhile"):
         enter_folder(run, {"lr": 2}, resumed=False, overwrite=False)
-    folder, resumed = choose_folder("x", {"lr": 2}, "runs/x", resume=False, overwrite=True)
-    files.unlock(enter_folder(folder, {"lr": 2}, resumed, overwrite=True))
+    folder, resumed = choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=True)
+    files.unlock(enter_folder(folder, {"lr": 2}, resumed=resumed, overwrite=True))
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
     assert json.loads((run / "config.json").read_text()) == {"lr": 2}
 
@@ -54,7 +54,8 @@ def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path
 def test_a_folder_is_locked_while_its_owner_lives(tmp_path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from seitpp.engine.folder import enter_folder;"
-        "enter_folder(Path(sys.argv[1]), {}, False, False); print('locked', flush=True); time.sleep(60)"
+        "enter_folder(Path(sys.argv[1]), {}, resumed=False, overwrite=False);"
+        "print('locked', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "locked\n"

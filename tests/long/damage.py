@@ -77,7 +77,7 @@ def checkpoint_flips(count: int) -> int:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         for step in (1, 2):
-            checkpoint.save(Path(folder), step, "store", tensors)
+            checkpoint.save(Path(folder), step, data_fingerprint="store", tensors=tensors)
         files = sorted(Path(folder, "step-00000002").iterdir())
         for trial in tqdm(range(count), desc="checkpoint flips"):
             path = files[trial % len(files)]

@@ -145,7 +145,7 @@ def test_every_way_and_its_figures() -> None:
     model = small_model(grid=(4, 4), crop=(2, 2), num_codes=8, code_dim=4)
     model.head.bias.data[5] = 1  # says 5 everywhere
     mirror = random_geometry(Keys(0, 0, torch.arange(1)), 4, 2, **{**UNTOUCHED, "flip": 1.0})
-    made = augment_in_every_way(model, pair, images, mirror)
+    made = augment_in_every_way(model, pair, originals=images, geometry=mirror)
     assert torch.equal(made.images, images.flip(3)[:, :, 6:18, 6:18])
     assert made.ids.tolist() == made.direct.tolist() == [[[6, 5], [2, 1]]]
     assert made.tokenadapt.tolist() == [[[5, 5], [5, 5]]] and made.unchanged.tolist() == [[[5, 6], [1, 2]]]

@@ -79,14 +79,16 @@ def test_a_run_says_what_it_does_and_what_it_found(smoke: Path, scenes: Scenes) 
 def test_every_step_and_every_evaluation_is_written_down_once(smoke: Path) -> None:
     lines, evaluations = lines_of(smoke / "metrics.jsonl"), lines_of(smoke / "evaluations.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["lr"] for line in lines] == [warmup_linear(step, STEPS, WARMUP, 2e-3) for step in range(STEPS)]
+    assert [line["lr"] for line in lines] == [
+        warmup_linear(step, steps=STEPS, warmup=WARMUP, peak=2e-3) for step in range(STEPS)
+    ]
     assert lines[0]["loss"] == pytest.approx(1.4 * np.log(6), rel=0.15), "both heads guess, one counts 0.4"
     assert [line["step"] for line in evaluations] == [EVALUATION]
     assert set(evaluations[0]) == {"step", *FIGURES}
 
 
 def test_the_rate_rises_and_falls_in_straight_lines() -> None:
-    rates = [warmup_linear(step, 10, 4, 8.0) for step in range(11)]
+    rates = [warmup_linear(step, steps=10, warmup=4, peak=8.0) for step in range(11)]
     assert rates == pytest.approx([0, 2, 4, 6, 8, 8 * 5 / 6, 8 * 4 / 6, 4, 8 * 2 / 6, 8 / 6, 0])
 
 

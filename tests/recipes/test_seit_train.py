@@ -310,7 +310,9 @@ def test_predictions_are_in_the_order_of_the_split(smoke: Path) -> None:
     store = TokenStore(digits().store, "validation")
     view = EvalView((8, 8), torch.from_numpy(store.codebook))
     model = load_classifier(smoke / "model.safetensors").model
-    found = predict(model, TokenDataset(store), lambda batch: view(batch.ids), Accelerator(), batch_size=7)
+    found = predict(
+        model, TokenDataset(store), inputs=lambda batch: view(batch.ids), accelerator=Accelerator(), batch_size=7
+    )
     with torch.no_grad():
         logits = model(view(torch.from_numpy(store.ids(np.arange(360)))))
     assert torch.equal(found.labels, torch.from_numpy(store.labels)) and found.ranked.shape == (360, 5)

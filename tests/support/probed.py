@@ -52,18 +52,25 @@ def figures(accelerator: Accelerator) -> dict:
     encoder.reset_classifier(10)
     store = TokenDataset(TokenStore(digits().store, verify=False))
     some = Subset(store, range(300))  # one block: the other processes have none
-    features = extract_features(encoder, store, view, accelerator)
-    found = predict(encoder, Subset(store, range(1)), lambda batch: view(batch.ids), accelerator)
+    features = extract_features(encoder, store, view=view, accelerator=accelerator)
+    found = predict(
+        encoder, Subset(store, range(1)), inputs=lambda batch: view(batch.ids), accelerator=accelerator
+    )
+    settings = {"num_classes": 7, "accelerator": accelerator}
     return {
-        "knn": knn(train, validation, 7, accelerator),
-        "knn of few": [knn(few, validation, 7, accelerator), knn(train, few, 7, accelerator)],
-        "linear probe": linear_probe(train, validation, 7, accelerator),
-        "linear probe of few": linear_probe(few, few, 7, accelerator),
-        "weights": [bits(part) for part in fit(train, 7, accelerator)],
+        "knn": knn(train, validation, **settings),
+        "knn of few": [knn(few, validation, **settings), knn(train, few, **settings)],
+        "linear probe": linear_probe(train, validation, **settings),
+        "linear probe of few": linear_probe(few, few, **settings),
+        "weights": [bits(part) for part in fit(train, **settings)],
         "features": bits(gather_in_order(features.vectors, features.indices, accelerator)),
         "predictions": [bits(found.ranked), found.labels.tolist()],
-        "all predictions": bits(predict(encoder, store, lambda batch: view(batch.ids), accelerator).ranked),
-        "probe": probe(encoder, store, some, 10, view, accelerator, workers=1),
+        "all predictions": bits(
+            predict(encoder, store, inputs=lambda batch: view(batch.ids), accelerator=accelerator).ranked
+        ),
+        "probe": probe(
+            encoder, train=store, validation=some, num_classes=10, view=view, accelerator=accelerator, workers=1
+        ),
     }
 
 
