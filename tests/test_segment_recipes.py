@@ -252,7 +252,7 @@ def test_an_evaluation_holds_one_image_at_a_time() -> None:
         held.append(len(dataset.alive))
         return found
 
-    score = count_pixels(predict, dataset, class_names=list("abc"), accelerator=Accelerator(cpu=True))
+    score = count_pixels(predict, dataset, list("abc"), accelerator=Accelerator(cpu=True))
     assert score.images == 40 and score.counts.shape == (4, 3)
     assert int(score.counts[3].sum()) == sum(8 * (5 + index) for index in range(40))
     assert max(held) <= 6, "inputs, labels and prediction of this image and of the last one"

@@ -121,7 +121,7 @@ def backbone_from(
 
 
 def open_backbone(
-    checkpoint: str | None, *, model: str, source: Source, window: int, drop_path: float
+    checkpoint: str | None, model: str, source: Source, *, window: int, drop_path: float
 ) -> TokenViT:
     """Load the ViT of `checkpoint`, or create the one named `model` if `checkpoint` is None.
 

@@ -22,8 +22,8 @@ def stride_of(window: int, stride: int | None) -> int:
 def count_pixels(
     predict: Callable[[WholeImage], Tensor],
     dataset: Dataset,
-    *,
     class_names: list[str],
+    *,
     accelerator: Accelerator,
     workers: int = 0,
 ) -> SegmentationScore:
