@@ -1,1 +1,1 @@
-"""What models of tokens are used for: a room for each task, importable and installed beside seitpp."""
+"""Downstream tasks of token models: one package for each task, installed together with seitpp."""

@@ -1,4 +1,4 @@
-"""Fine-tune a model of tokens for semantic segmentation: UPerNet of mmsegmentation on a token ViT.
+"""Fine-tune a token ViT for semantic segmentation with the UPerNet of mmsegmentation.
 
     accelerate launch recipes/segment_ade20k.py                                  # synthetic scenes, from scratch
     accelerate launch recipes/segment_ade20k.py published --store ade20k-tokens --checkpoint RUN          # 1 GPU
@@ -7,24 +7,26 @@
     accelerate launch recipes/segment_ade20k.py published --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
         --checkpoint RUN                                                         # pixels, for comparison
 
-Needs `pip install "seitpp[segmentation]"`. A store is one that recipes/tokenize_images.py made of images with
-annotations; with --data the tokenizer works inside the backbone and mmsegmentation's own pipeline before it.
-`published` has the settings of MAE and BEiT for ViT-B on ADE-20k, since SeiT++ does not say its own: neither its
-result nor its time is measured. `scenes` (the default) is for a CPU; what it reaches is in docs/segmentation.md.
-Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, per_class.csv, curves.png,
-validation.png and result.json into --out; pictures are for recipes/evaluate_segmentation.py.
+Needs `pip install "seitpp[segmentation]"`. The store is written by recipes/tokenize_images.py from images with
+annotations. With --data, images are augmented by mmsegmentation's own pipeline and tokenized inside the backbone.
+The preset `published` has the settings of MAE and BEiT for ViT-B on ADE20K, since SeiT++ does not publish its own;
+its accuracy and run time are not measured. The preset `scenes` (the default) runs on a CPU; its results are in
+docs/segmentation.md. Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors,
+per_class.csv, curves.png, validation.png and result.json into --out; recipes/evaluate_segmentation.py draws
+predictions.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from downstream.segmentation.data import WholeImage
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.mmseg import load_mmseg
+from downstream.segmentation.sources import PixelSource, Source, TokenSource, pixels_a_token
 from downstream.segmentation.view import SegmentView
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import ColorPreset, Keys
@@ -40,38 +42,35 @@ from seitpp.models import input_kind
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    from downstream.segmentation.sources import Source
-
-DEFAULTS = {"scenes": SCENES, "smoke": FEW_SCENES}  # what a preset takes where no data is named
+DEFAULTS = {"scenes": SCENES, "smoke": FEW_SCENES}  # data of a preset if neither --store nor --data is given
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """ViT-B on ADE-20k for 160,000 iterations, the settings of MAE and BEiT."""
+    """Settings of a run; the defaults are those of MAE and BEiT: ViT-B on ADE20K for 160,000 iterations."""
 
-    store: str | None = None  # a token store with annotations; the scenes where neither store nor data is named
-    data: str | None = None  # images and annotations in the layout of ADE-20k: trains on pixels
-    tokenizer: str | None = None  # of the data
-    short_side: int = 512  # of the data: pixels to which images are resized, before the crop's scale
-    checkpoint: str | None = None  # where to start: a run's folder or a model file; None: from scratch
-    model: str = "mtm_vit_base"  # from scratch
-    tokenadapt: str | None = None  # mirrors half of the images: a run of recipes/tokenadapt_train.py, or a file
-    crop_size: int = 64  # side in tokens, in training and of the windows in evaluation
+    store: str | None = None  # a token store with annotations; the presets scenes and smoke create one if None
+    data: str | None = None  # images and annotations in the layout of ADE20K, to train on pixels
+    tokenizer: str | None = None  # only with data: the tokenizer file
+    short_side: int = 512  # only with data: the short side in pixels after the resize, before the random scale
+    checkpoint: str | None = None  # pre-trained weights: a run's folder or a model file; None: from scratch
+    model: str = "mtm_vit_base"  # only without checkpoint: the name of the ViT
+    tokenadapt: str | None = None  # to mirror half of the images: a run of recipes/tokenadapt_train.py or a file
+    crop_size: int = 64  # side in tokens of the training crops and of the windows in evaluation
     scale: tuple[float, float] = (0.5, 2.0)
-    max_share: float = 0.75  # of one class in a crop
+    max_share: float = 0.75  # largest fraction of the labeled pixels of a crop that one class may have
     color: ColorPreset | None = None
-    channels: int | None = None  # of the head; None: the width of the ViT
+    channels: int | None = None  # width of the UPerNet head; None: the width of the ViT
     drop_path: float = 0.1
     steps: int = 160_000
     warmup_steps: int = 1_500
-    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
-    batch_size: int = 16  # global
+    grad_checkpointing: bool = False  # saves activation memory, costs about a third more computation
+    batch_size: int = 16  # over all processes
     lr: float = 1e-4
     weight_decay: float = 0.05
     layer_decay: float = 0.65
     evaluation_steps: int = 16_000
-    stride: int | None = None  # of the windows in evaluation, in tokens; None: two thirds of the crop
+    stride: int | None = None  # of the windows in evaluation, in tokens; None: two thirds of crop_size
 
 
 PRESETS = {"published": Config()}
@@ -90,7 +89,7 @@ PRESETS["scenes"] = replace(
     warmup_steps=50,
     batch_size=8,
     lr=2e-3,
-    layer_decay=0.85,  # three blocks; 0.65 is for twelve
+    layer_decay=0.85,  # for three blocks; 0.65 is for twelve
     precision="no",
     workers=0,
     checkpoint_epochs=2,
@@ -114,7 +113,9 @@ PRESETS["smoke"] = replace(
 
 def main(config: Config) -> None:
     load_mmseg()
-    from downstream.segmentation.evaluation import WholeImage, count_pixels, stride_of
+    # These modules import the optional mmsegmentation; without it, load_mmseg has raised an error of one line.
+    from downstream.segmentation.backbone import open_backbone
+    from downstream.segmentation.evaluation import count_pixels, stride_of
     from downstream.segmentation.inference import predict_labels, slide_logits
     from downstream.segmentation.metric import SegmentationScore
     from downstream.segmentation.model import (
@@ -123,23 +124,25 @@ def main(config: Config) -> None:
         save_segmenter,
         segmentation_loss,
     )
-    from downstream.segmentation.sources import open_backbone
 
-    # 1. Run: the output folder, the launch, the seed.
+    # 1. Run: output folder, processes, seed.
     run = Run("segment_ade20k", config)
     sync_norm = run.device.type == "cuda" and run.accelerator.num_processes > 1
     check_share(config, run)
 
-    # 2. Data and their view: tokens of a store, or pixels.
+    # 2. Data and augmentation: tokens of a store, or pixels.
     source = pixel_source(config, run) if config.data else token_source(config, run)
-    order, judged = source.order, run.eval_subset(source.validation)
+    order, names = source.order, source.class_names
+    validation = run.eval_subset(source.validation)
 
-    # 3. Model: a pyramid of four levels, UPerHead, and an auxiliary head while it trains.
-    backbone = open_backbone(config.checkpoint, config.model, source, config.crop_size, config.drop_path)
-    model = build_segmenter(backbone, len(source.class_names), config.channels, sync_norm).to(run.device)
+    # 3. Model: a pyramid of four levels, UPerHead, and an auxiliary head for training.
+    backbone = open_backbone(
+        config.checkpoint, config.model, source, window=config.crop_size, drop_path=config.drop_path
+    )
+    model = build_segmenter(backbone, len(names), channels=config.channels, sync_norm=sync_norm).to(run.device)
     backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
 
-    # 4. Optimization; lower layers learn more slowly.
+    # 4. Optimization, with layer-wise learning rate decay.
     schedule = Schedule(
         order,
         config.steps,
@@ -152,20 +155,22 @@ def main(config: Config) -> None:
     optimizer = adamw(model, config.weight_decay, layer_decay=config.layer_decay)
     sharing = Sharing(zeros_loss(source, config.crop_size), tuple(filter(None, [source.tokenizer])), multiple=2)
     training = run.training(model, optimizer, schedule, data_fingerprint=source.fingerprint, sharing=sharing)
-    run.describe(f"{source}; {len(source.class_names)} classes", training, model=model)
+    run.describe(f"{source}; {len(names)} classes", training, model=model)
 
-    # 5. Training; on the way, every pixel of the validation images.
-    sides = [source.cells * side for side in (config.crop_size, stride_of(config.crop_size, config.stride))]
+    # 5. Training, with evaluations on all pixels of the validation images.
+    cells, pixels_per_token = source.cells, source.pixels_per_token
+    windows = {"window": cells * config.crop_size, "stride": cells * stride_of(config.crop_size, config.stride)}
 
     def evaluate() -> SegmentationScore:
         whole = training.unsharded(model).eval()
         broadcast_statistics(whole)
 
         def predict(image: WholeImage) -> Tensor:
-            logits = slide_logits(whole, source.inputs(image, backbone), *sides, source.patch // source.cells)
+            inputs = source.inputs(image, backbone)
+            logits = slide_logits(whole, inputs, **windows, pixels_per_token=pixels_per_token // cells)
             return predict_labels(logits, image.labels.shape[1:])
 
-        return count_pixels(predict, judged, source.class_names, run.accelerator, config.workers)
+        return count_pixels(predict, validation, names, accelerator=run.accelerator, workers=config.workers)
 
     for step, batch in training.steps(source.train, lambda: evaluate().summary()):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
@@ -173,22 +178,22 @@ def main(config: Config) -> None:
         loss, parts = segmentation_loss(training.wrapped, inputs, labels)
         training.update(loss, **parts)
 
-    # 6. Proof: exact figures, a table by class, weights, and curves.
+    # 6. Results: metrics, a table of the classes, weights, and curves.
     score, model = evaluate(), training.unsharded(model)
     run.print(score.table())
     if run.is_main:
-        fingerprint = codebook_fingerprint(source.codebook)
-        save_segmenter(run.out / "model.safetensors", model, fingerprint, source.class_names, source.patch)
+        path, fingerprint = run.out / "model.safetensors", codebook_fingerprint(source.codebook)
+        save_segmenter(path, model, codebook=fingerprint, class_names=names, pixels_per_token=pixels_per_token)
         score.write_csv(run.out / "per_class.csv")
         evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
-        shown = ["loss", "decode.acc_seg", "lr"], evaluations, ["mIoU", "aAcc", "mAcc"]
-        plots.training_curves(run.out, run.log.read(), *shown)
+        curves = ["loss", "decode.acc_seg", "lr"], evaluations, ["mIoU", "aAcc", "mAcc"]
+        plots.training_curves(run.out, run.log.read(), *curves)
     run.finish(score.summary(), source.facts)
 
 
-def zeros_loss(source: "Source", crop: int) -> Trial:
-    """A step on zeros, by which its memory is counted."""
-    from downstream.segmentation.model import segmentation_loss
+def zeros_loss(source: Source, crop: int) -> Trial:
+    """Return a training step on zeros, from which the memory of a step is computed."""
+    from downstream.segmentation.model import segmentation_loss  # needs mmsegmentation, as in main
 
     def cross_entropy(logits: Tensor, samples: list) -> dict[str, Tensor]:
         labels = torch.cat([sample.gt_sem_seg.data for sample in samples])
@@ -197,11 +202,11 @@ def zeros_loss(source: "Source", crop: int) -> Trial:
 
     def loss(images: int, device: torch.device, model: nn.Module, _: Tokenizer | None = None) -> Tensor:
         for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):  # which asks for a GPU
+            if isinstance(module, nn.SyncBatchNorm):  # it works on GPUs only
                 module.__class__ = nn.BatchNorm2d
-        for head in (model.decode_head, model.auxiliary_head):  # whose accuracy asks for values
+        for head in (model.decode_head, model.auxiliary_head):  # their accuracy needs real values
             head.loss_by_feat = cross_entropy
-        side, pixels = source.cells * crop, source.patch * crop
+        side, pixels = source.cells * crop, source.pixels_per_token * crop
         vit, shape = model.backbone.vit, (images, side, side)
         if source.tokenizer:
             inputs = torch.zeros(images, 3, side, side, device=device)
@@ -215,16 +220,16 @@ def zeros_loss(source: "Source", crop: int) -> Trial:
     return loss
 
 
-def token_source(config: Config, run: Run) -> "Source":
-    """The splits train and validation of the store, or of the scenes where none is named."""
-    from downstream.segmentation.sources import TokenSource, pixels_a_token
-
+def token_source(config: Config, run: Run) -> Source:
+    """Open the splits train and validation of the store, by default of the scenes."""
     store = config.store
     if config.tokenizer:
-        raise UserError("--tokenizer belongs to --data, which trains on pixels: leave it out, or name images")
+        raise UserError(
+            "got --tokenizer without --data, expected both or neither: add --data, or remove --tokenizer"
+        )
     if store is None:
         if config.preset not in DEFAULTS:
-            raise UserError(f"preset {config.preset} needs --store, tokens with annotations, or --data")
+            raise UserError(f"preset {config.preset}: got no data, expected --store or --data: name one of them")
         store = embedded(run, partial(default_scenes, DEFAULTS[config.preset])).store
     verify = run.accelerator.is_local_main_process
     train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
@@ -232,24 +237,22 @@ def token_source(config: Config, run: Run) -> "Source":
     view = SegmentView(
         torch.from_numpy(train.codebook),
         crop=config.crop_size,
-        patch=pixels_a_token(train),
+        pixels_per_token=pixels_a_token(train),
         scale=config.scale,
         max_share=config.max_share,
         color=config.color,
         adapt=adapt,
     )
-    return TokenSource(run, train, validation, view.to(run.device))
+    return TokenSource(run, train=train, validation=validation, view=view.to(run.device))
 
 
-def pixel_source(config: Config, run: Run) -> "Source":
-    """Images and annotations in the layout of ADE-20k, with the tokenizer inside the backbone."""
-    from downstream.segmentation.sources import PixelSource
-
+def pixel_source(config: Config, run: Run) -> Source:
+    """Open images and annotations in the layout of ADE20K, to be tokenized inside the backbone."""
     for name in ("store", "color", "tokenadapt"):
         if getattr(config, name):
-            raise UserError(f"--{name} has no meaning for pixels, which --data names: leave one of the two out")
+            raise UserError(f"got --{name} and --data, expected one of them: --data is for training on pixels")
     if config.tokenizer is None:
-        raise UserError("--data without --tokenizer: name the tokenizer whose tokens the checkpoint knows")
+        raise UserError("got --data without --tokenizer, expected both: name the tokenizer of the checkpoint")
     tokenizer = tokenizers.load(config.tokenizer)
     return PixelSource(
         run,
@@ -263,13 +266,12 @@ def pixel_source(config: Config, run: Run) -> "Source":
 
 
 def check_share(config: Config, run: Run) -> None:
-    """Raise UserError if a process has one image at a time, over which a batch norm of 1 x 1 cells is nothing."""
+    """Raise UserError if a micro-batch has one image: the batch norm over 1 x 1 pooled cells needs two values."""
     accumulation = config.accumulation or 1
-    share = config.batch_size / (run.accelerator.num_processes * accumulation)
-    if share < 2:
+    if config.batch_size / (run.accelerator.num_processes * accumulation) < 2:
         raise UserError(
-            f"batch {config.batch_size} on {run.accelerator.num_processes} processes x {accumulation} "
-            "accumulation steps: expected at least 2 images at a time, for the batch norms"
+            f"got a batch of {config.batch_size} on {run.accelerator.num_processes} processes x {accumulation} "
+            "accumulation steps, expected at least 2 images per micro-batch for batch norm: increase --batch-size"
         )
 
 

@@ -1,1 +1,1 @@
-"""Fine-grained classification sets, read from the folders that their authors distribute."""
+"""Fine-grained classification data sets, read from the folders that their authors distribute."""

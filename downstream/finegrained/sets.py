@@ -1,8 +1,8 @@
-"""The usual fine-grained transfer sets, read from the folders that their authors distribute.
+"""The usual fine-grained transfer data sets, read from the folders that their authors distribute.
 
-`read_set(name, folder)` gives the splits `train` and `validation` as the `datasets` library has them. Their
-columns are `image`, the path of a file that is opened when the image is read, and `label`, 0-based in the set's
-own order of classes. Nothing is copied, unpacked or cached.
+`read_set(name, folder)` returns the splits `train` and `validation` as a `datasets.DatasetDict`. Its columns are
+`image`, the path of a file that is opened only when the image is read, and `label`, 0-based in the data set's own
+order of classes. Nothing is copied, unpacked or cached.
 """
 
 import json
@@ -18,15 +18,15 @@ from scipy.io import loadmat
 from seitpp.errors import UserError
 
 SetName = Literal["flowers102", "cars", "cub200", "inat18", "inat19", "pets", "food101"]
-Images = list[tuple[str, int]]  # (path below the folder of the set, label) of each image
+Images = list[tuple[str, int]]  # (path relative to the folder of the data set, label) of each image
 
 
 class SetError(UserError):
-    """A set that is not known, or a folder that is not as its authors distribute it."""
+    """Raised for an unknown data set, and for a folder that differs from what its authors distribute."""
 
 
 class Listing(NamedTuple):
-    """What the files of a set say about its images."""
+    """The images and class names listed by the files of a data set."""
 
     train: Images
     validation: Images
@@ -34,27 +34,27 @@ class Listing(NamedTuple):
 
 
 class FineGrained(NamedTuple):
-    """A set: how its folder is read, and what was published about it."""
+    """A data set: the function that reads its folder, and its published size."""
 
     title: str
     read: Callable[[Path], Listing]
     classes: int
     train: int
     validation: int
-    page: str  # where the set is to be had, or where it is said
+    page: str  # where to download the data set, or where that is explained
 
 
 def read_set(name: str, folder: str | PathLike[str]) -> datasets.DatasetDict:
-    """The splits `train` and `validation` of the set `name`, one of SETS, in `folder`.
+    """Read the splits `train` and `validation` of the data set `name`, one of SETS, from `folder`.
 
-    Raises SetError if there is no such set, or if a file of it, or the first image of a split, is not there.
+    Raises SetError if the name is unknown, or if a list file or the first image of a split is missing.
     """
     if name not in SETS:
         raise SetError(f"unknown set {name!r}: expected one of {', '.join(SETS)}")
     try:
         listing = SETS[name].read(Path(folder))
         for path, _ in listing.train[:1] + listing.validation[:1]:
-            (Path(folder) / path).stat()  # lists without images are found now, not in an hour
+            (Path(folder) / path).stat()  # fail now, not in an hour, if only the lists are there
     except OSError as error:
         raise SetError(
             f"{error.filename}: {error.strerror}; expected {SETS[name].title} as its authors distribute it, "
@@ -68,7 +68,7 @@ def read_set(name: str, folder: str | PathLike[str]) -> datasets.DatasetDict:
 
 
 def differences(name: str, splits: datasets.DatasetDict) -> list[str]:
-    """How the numbers of classes and images differ from the published ones, a line each."""
+    """Return one line for each number of classes or images that differs from the published one."""
     published = SETS[name]
     counts = {
         "classes": (splits["train"].features["label"].num_classes, published.classes),
@@ -76,16 +76,17 @@ def differences(name: str, splits: datasets.DatasetDict) -> list[str]:
         "validation images": (len(splits["validation"]), published.validation),
     }
     return [
-        f"{name}: {found:,} {what}, published are {expected:,}"
-        for what, (found, expected) in counts.items()
-        if found != expected
+        f"{name}: {count:,} {what}, published are {expected:,}"
+        for what, (count, expected) in counts.items()
+        if count != expected
     ]
 
 
 def flowers102(folder: Path) -> Listing:
-    """jpg/, imagelabels.mat, setid.mat; trains on the published train and validation parts, as is usual.
+    """Read jpg/, imagelabels.mat and setid.mat. As usual, the published train and validation parts are joined for
+    training, and the test part is the validation split.
 
-    The classes have no names in these files, only numbers.
+    The files have no class names, so the names are the class numbers.
     """
     labels = _mat(folder / "imagelabels.mat")["labels"].tolist()
     parts = _mat(folder / "setid.mat")
@@ -98,21 +99,21 @@ def flowers102(folder: Path) -> Listing:
 
 
 def cars(folder: Path) -> Listing:
-    """cars_train/, cars_test/, devkit/, and the labels of the test images, which came beside the devkit."""
+    """Read cars_train/, cars_test/, devkit/ and the file with the labels of the test images beside the devkit."""
     names = _mat(folder / "devkit/cars_meta.mat")["class_names"].tolist()
 
     def images(annotations: str, subfolder: str) -> Images:
-        found = _mat(folder / annotations)["annotations"]
-        return [(f"{subfolder}/{image['fname']}", image["class"] - 1) for image in found]
+        rows = _mat(folder / annotations)["annotations"]
+        return [(f"{subfolder}/{image['fname']}", image["class"] - 1) for image in rows]
 
-    # Some copies have it in the devkit.
-    labelled = "cars_test_annos_withlabels.mat"
-    labelled = f"devkit/{labelled}" if (folder / "devkit" / labelled).exists() else labelled
-    return Listing(images("devkit/cars_train_annos.mat", "cars_train"), images(labelled, "cars_test"), names)
+    # Some copies of the data set have this file inside the devkit.
+    test = "cars_test_annos_withlabels.mat"
+    test = f"devkit/{test}" if (folder / "devkit" / test).exists() else test
+    return Listing(images("devkit/cars_train_annos.mat", "cars_train"), images(test, "cars_test"), names)
 
 
 def cub200(folder: Path) -> Listing:
-    """images/, images.txt, image_class_labels.txt, train_test_split.txt (1 is train), classes.txt."""
+    """Read images/, images.txt, image_class_labels.txt, train_test_split.txt (1 is train) and classes.txt."""
     paths, labels, in_train, names = (
         dict(line.split() for line in _lines(folder / f"{name}.txt"))
         for name in ("images", "image_class_labels", "train_test_split", "classes")
@@ -129,7 +130,7 @@ def cub200(folder: Path) -> Listing:
 
 
 def inat(folder: Path, year: int) -> Listing:
-    """train_valYEAR/, trainYEAR.json, valYEAR.json; labels in the order of the category ids."""
+    """Read train_valYEAR/, trainYEAR.json and valYEAR.json; labels follow the order of the category ids."""
     train, validation = (json.loads((folder / f"{part}{year}.json").read_bytes()) for part in ("train", "val"))
     categories = sorted(train["categories"], key=lambda category: category["id"])
     labels = {category["id"]: label for label, category in enumerate(categories)}
@@ -142,7 +143,7 @@ def inat(folder: Path, year: int) -> Listing:
 
 
 def pets(folder: Path) -> Listing:
-    """images/CLASS_NUMBER.jpg, annotations/trainval.txt and test.txt: CLASS_NUMBER LABEL SPECIES BREED."""
+    """Read images/CLASS_NUMBER.jpg, annotations/trainval.txt and test.txt (CLASS_NUMBER LABEL SPECIES BREED)."""
 
     def images(part: str) -> Images:
         rows = (line.split() for line in _lines(folder / f"annotations/{part}.txt"))
@@ -154,7 +155,7 @@ def pets(folder: Path) -> Listing:
 
 
 def food101(folder: Path) -> Listing:
-    """images/CLASS/NUMBER.jpg, meta/classes.txt, meta/train.txt and test.txt: CLASS/NUMBER."""
+    """Read images/CLASS/NUMBER.jpg, meta/classes.txt, meta/train.txt and test.txt (CLASS/NUMBER)."""
     names = _lines(folder / "meta/classes.txt")
     labels = {name: label for label, name in enumerate(names)}
 
@@ -171,7 +172,7 @@ def _paths(folder: str | PathLike[str], images: Images, features: datasets.Featu
 
 
 def _mat(path: Path) -> dict[str, Any]:
-    """The variables of a MATLAB file: arrays without axes of length 1, structs as dicts."""
+    """Return the variables of a MATLAB file, with axes of length 1 removed and structs as dicts."""
     with path.open("rb") as file:
         return loadmat(file, simplify_cells=True)
 
@@ -184,7 +185,7 @@ OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 INAT = "https://github.com/visipedia/inat_comp/tree/master"
 SETS = {
     "flowers102": FineGrained("Oxford Flowers-102", flowers102, 102, 2_040, 6_149, f"{OXFORD}/flowers/102/"),
-    # The authors' page and its files are gone; this tells what they were and where copies are.
+    # The authors' page and files are offline; this issue lists the files and where copies are.
     "cars": FineGrained("Stanford Cars", cars, 196, 8_144, 8_041, "https://github.com/pytorch/vision/issues/7545"),
     "cub200": FineGrained(
         "CUB-200-2011", cub200, 200, 5_994, 5_794, "https://www.vision.caltech.edu/datasets/cub_200_2011/"

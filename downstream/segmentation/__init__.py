@@ -1,1 +1,1 @@
-"""Semantic segmentation on tokens with mmsegmentation's heads and metric; only this package imports mmseg."""
+"""Semantic segmentation on tokens with mmsegmentation's heads and metric; no other package imports mmseg."""

@@ -1,8 +1,8 @@
-"""What is segmented where no data is named: synthetic scenes of 6 classes, written and tokenized on first use.
+"""The default data set: synthetic scenes of 6 classes, written and tokenized on first use.
 
-    python -m downstream.segmentation.default    # where they lie, for the other recipes
+    python -m downstream.segmentation.default    # prints the paths, for use with other recipes
 
-All scenes have one size, so that recipes/mtm_pretrain.py can be trained on the same store.
+All scenes have the same size, so recipes/mtm_pretrain.py can train on the same store.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from downstream.segmentation.data import COLUMN
+from downstream.segmentation.data import ANNOTATION
 from downstream.segmentation.scenes import write_scenes
 from seitpp import files
 from seitpp.images.annotated import AnnotatedSource, smallest_png
@@ -22,14 +22,14 @@ from seitpp.images.decode import decode_image
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 
-VERSION = 1  # of the way they are made
-SPLITS = {"train": "training", "validation": "validation"}  # of the store and of the images
-FITTED = 100  # training images that the tokenizer is fitted on
+VERSION = 1  # increase it when the code that creates the scenes changes: it is part of the cache key
+SPLITS = {"train": "training", "validation": "validation"}  # split of the store: split of the image folder
+FIT_IMAGES = 100  # number of training images that the tokenizer is fitted to
 
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Everything that the scenes and their tokens follow from: another value is another folder of the cache."""
+    """The settings that determine the scenes and their tokens; each combination has its own cache folder."""
 
     num_classes: int = 6
     training: int = 1000
@@ -45,7 +45,7 @@ FEW_SCENES = SceneSettings(training=48, validation=13)  # for tests
 
 
 class Scenes(NamedTuple):
-    """Where the images, their tokens and their tokenizer lie."""
+    """Paths of the images, of the store with their tokens, and of the tokenizer."""
 
     images: Path
     store: Path
@@ -53,25 +53,25 @@ class Scenes(NamedTuple):
 
 
 def default_scenes(settings: SceneSettings = SCENES) -> Scenes:
-    """The tokenized scenes in the user's cache folder; made on first use, reused afterwards."""
-    facts = json.dumps({"version": VERSION, **asdict(settings)}, sort_keys=True)
-    name = f"scenes-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    folder = files.make_once(name, partial(_make, settings))
+    """Return the paths of the tokenized scenes in the user's cache folder; the first call creates them."""
+    key = json.dumps({"version": VERSION, **asdict(settings)}, sort_keys=True)
+    name = f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = files.make_once(name, partial(_create, settings))
     return Scenes(folder / "images", folder / "store", folder / "tokenizer.safetensors")
 
 
-def _make(settings: SceneSettings, folder: Path) -> None:
-    """The layout of ADE-20k, a tokenizer fitted to it, and a store with both splits."""
+def _create(settings: SceneSettings, folder: Path) -> None:
+    """Write the images in the layout of ADE20K, fit a tokenizer to them, and write a store with both splits."""
     counts = {"training": settings.training, "validation": settings.validation}
-    write_scenes(folder / "images", settings.num_classes, counts, settings.size)
+    write_scenes(folder / "images", settings.num_classes, images=counts, size=settings.size)
     sources = {split: AnnotatedSource(folder / "images", source) for split, source in SPLITS.items()}
-    fitted = range(min(FITTED, settings.training))
+    indices = range(min(FIT_IMAGES, settings.training))
     tokenizer = PatchKMeans.fit(
-        torch.cat([_pixels(sources["train"], index, settings.size) for index in fitted]),
-        settings.size,
-        settings.patch,
-        settings.num_codes,
-        settings.code_dim,
+        torch.cat([_pixels(sources["train"], index, settings.size) for index in indices]),
+        image_size=settings.size,
+        patch=settings.patch,
+        num_codes=settings.num_codes,
+        code_dim=settings.code_dim,
     )
     tokenizer.save(folder / "tokenizer.safetensors")
     for split, source in sources.items():
@@ -82,17 +82,17 @@ def _make(settings: SceneSettings, folder: Path) -> None:
             split=split,
             class_names=source.class_names,
             tokenizer=tokenizer.description(),
-            columns={COLUMN: "binary"},
+            columns={ANNOTATION: "binary"},
         )
         with writer:
             for index in range(len(source)):
                 sample = source.read(index)
                 ids = tokenizer.encode(_pixels(source, index, settings.size))[0]
-                writer.add(ids.numpy(), sample.label, {COLUMN: smallest_png(sample.annotation)})
+                writer.add(ids.numpy(), sample.label, {ANNOTATION: smallest_png(sample.annotation)})
 
 
 def _pixels(source: AnnotatedSource, index: int, size: int) -> torch.Tensor:
-    """(1, 3, size, size) in [0, 1]."""
+    """Return image `index` as (1, 3, size, size) float32 in [0, 1]."""
     return torch.from_numpy(decode_image(source.read(index), (size, size))).unsqueeze(0).float() / 255
 
 

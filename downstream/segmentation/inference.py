@@ -1,6 +1,6 @@
-"""From tokens to the class of every pixel: windows of tokens whose logits are averaged as pixels.
+"""Prediction of the class of every pixel: sliding windows of tokens with logits averaged at pixel resolution.
 
-Published: windows of 64 tokens a stride of 43 apart, at 8 pixels a token those of 512 pixels 341 apart.
+Published: windows of 64 tokens with a stride of 43; at 8 pixels per token, 512 pixels with a stride of 341.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,82 +8,94 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 from downstream.segmentation.backbone import TokenViT
 from downstream.segmentation.model import TokenSegmenter
 from seitpp.codebook import embed
 
-WINDOWS = 4  # that go through the network at once, or one of each image
-CLASSES = 16  # whose logits are resized at once
+WINDOWS = 4  # windows per forward pass (for a batch of more than 4 images: one window of each)
+CLASSES = 16  # classes whose logits are resized together
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side of `size` >= `window`: every `stride`, the last at the end."""
+    """Return window positions along a side of `size` >= `window`: multiples of `stride`, the last at the end."""
     steps = -(-(size - window) // stride)
     return [min(step * stride, size - window) for step in range(steps + 1)]
 
 
 @torch.no_grad()
-def slide_logits(model: TokenSegmenter, inputs: Tensor, window: int, stride: int, patch: int) -> Tensor:
-    """The mean over all windows that see a pixel, of logits raised to pixels (bilinear): (B, classes, p H, p W).
+def slide_logits(
+    model: TokenSegmenter,
+    inputs: Shaped[Tensor, "batch *dim height width"],
+    *,
+    window: int,
+    stride: int,
+    pixels_per_token: int,
+) -> Float[Tensor, "batch classes image_height image_width"]:
+    """Compute logits at pixel resolution (float32), averaged over all windows that contain a pixel.
 
-    `model` is a segmenter in eval mode; `inputs` what its backbone takes: ids (B, H, W) or maps (B, D, H, W) of
-    images of one size; `window` and `stride` count their cells, `patch` the pixels p along one side of a cell
-    (for a backbone of pixels: 1). An image smaller than the window is continued by its border cells, and what
-    lies outside it is cut off. Float32; the largest tensor is the one returned.
+    `model` is a segmenter in eval mode. `inputs` are what its backbone takes: ids (B, H, W), maps (B, D, H, W), or
+    pixels (B, 3, h, w), all images of one size. `window` and `stride` are in cells of `inputs`, and
+    `pixels_per_token` is the number of pixels along one side of a cell (1 if the inputs are pixels). The logits of
+    a window are resized to pixels bilinearly. An image smaller than the window is padded by repeating its last row
+    and column, and the padding is cut off again. The largest tensor in memory is the result.
     """
     images, height, width = len(inputs), *inputs.shape[-2:]
-    inputs = _continued(inputs, window)
+    inputs = _padded(inputs, window)
     rows, columns = (window_starts(side, window, stride) for side in inputs.shape[-2:])
-    size = [patch * side for side in inputs.shape[-2:]]
+    size = [pixels_per_token * side for side in inputs.shape[-2:]]
     total = torch.zeros(images, model.num_classes, *size, device=inputs.device)
-    seen = torch.zeros(*size, device=inputs.device)
-    places = list(product(rows, columns))
-    together = max(1, WINDOWS // images)
-    for first in range(0, len(places), together):
-        chosen = places[first : first + together]
+    counts = torch.zeros(*size, device=inputs.device)
+    corners = list(product(rows, columns))
+    windows_at_once = max(1, WINDOWS // images)
+    for first in range(0, len(corners), windows_at_once):
+        chosen = corners[first : first + windows_at_once]
         windows = torch.cat([inputs[..., y : y + window, x : x + window] for y, x in chosen])
         parts = model(windows, mode="tensor").float().split(images)
         for (y, x), part in zip(chosen, parts, strict=True):
-            y, x, side = patch * y, patch * x, patch * window
+            y, x, side = pixels_per_token * y, pixels_per_token * x, pixels_per_token * window
             total[..., y : y + side, x : x + side] += _resized(part, (side, side))
-            seen[y : y + side, x : x + side] += 1
-    return total.div_(seen)[..., : patch * height, : patch * width]
+            counts[y : y + side, x : x + side] += 1
+    return total.div_(counts)[..., : pixels_per_token * height, : pixels_per_token * width]
 
 
 @torch.no_grad()
 def view_scores(
     model: TokenSegmenter,
-    ids: Tensor,
-    codebook: Tensor,
+    ids: Integer[Tensor, "batch height width"],
+    codebook: Float[Tensor, "codes dim"],
+    *,
     window: int,
     stride: int,
-    patch: int,
+    pixels_per_token: int,
     scales: Sequence[float] = (1.0,),
     mirror: Callable[[Tensor], Tensor] | None = None,
     lookup: str = "cosine",
-) -> Tensor:
-    """Probabilities, the mean over the views of an image (multi-scale and flip testing): (B, classes, p H, p W).
+) -> Float[Tensor, "batch classes image_height image_width"]:
+    """Compute class probabilities averaged over several views of an image (multi-scale and flip testing).
 
-    `ids` (B, H, W) of any integer dtype, `codebook` (K, D). A scale other than 1 resizes the map bicubically to
-    the nearest whole number of tokens. `mirror` gives the map (B, D, h, w) of the mirrored image for the map of
-    an image; mirrored tokens are other tokens, which is what TokenAdapt knows, so without it nothing is flipped.
-    `lookup` is the tokenizer's, as in `nearest`.
-    The other arguments are those of `slide_logits`, which is all that a test on one scale needs.
+    For a scale other than 1 the map of token vectors is resized bicubically to the nearest whole number of tokens.
+    `mirror` takes the map (B, D, h, w) of an image and returns the map of the mirrored image. Mirroring an image
+    changes its tokens, not only their order, so this needs a TokenAdapt; without `mirror` nothing is flipped.
+    `lookup` is that of the tokenizer, see `nearest`. The other arguments are those of `slide_logits`, which is
+    enough for a test on one scale.
     """
-    size, total, views = (patch * ids.shape[-2], patch * ids.shape[-1]), 0, 0
+    size, total, views = [pixels_per_token * side for side in ids.shape[-2:]], 0, 0
     for inputs, mirrored in _views(model.backbone, ids, codebook, scales, mirror, lookup):
-        logits = slide_logits(model, inputs, window, stride, patch)
+        logits = slide_logits(model, inputs, window=window, stride=stride, pixels_per_token=pixels_per_token)
         total += _resized(logits.flip(-1) if mirrored else logits, size).softmax(dim=1)
         views += 1
     return total.div_(views)
 
 
-def predict_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The likeliest class of every pixel of `size` (height, width): logits (B, classes, h, w) -> (B, *size) uint8.
+def predict_labels(
+    logits: Float[Tensor, "batch classes height width"], size: tuple[int, int]
+) -> UInt8[Tensor, "batch {size[0]} {size[1]}"]:
+    """Return the most likely class of every pixel of an image of `size` (height, width).
 
-    Logits, or probabilities, are resized (bilinear) a few classes at a time, so that a large annotation takes
+    Logits, or probabilities, are resized bilinearly for a few classes at a time, so that a large annotation needs
     little memory.
     """
     best = labels = None
@@ -97,8 +109,8 @@ def predict_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return labels.to(torch.uint8)
 
 
-def _continued(inputs: Tensor, window: int) -> Tensor:
-    """(..., H, W) with sides of at least `window`: below and to the right, the last row and column again."""
+def _padded(inputs: Tensor, window: int) -> Tensor:
+    """Repeat the last row and column of (..., H, W) until both sides are at least `window`."""
     for dim in (-2, -1):
         size = inputs.shape[dim]
         if size < window:
@@ -114,7 +126,7 @@ def _views(
     mirror: Callable | None,
     lookup: str,
 ) -> Iterator[tuple[Tensor, bool]]:
-    """What the backbone takes of each view, and whether it is mirrored."""
+    """Yield the backbone's inputs for each view, and whether the view is mirrored."""
     maps = embed(ids, codebook)
     for scale in scales:
         scaled = maps if scale == 1 else _scaled(maps, scale)
@@ -131,5 +143,5 @@ def _scaled(maps: Tensor, scale: float) -> Tensor:
     return F.interpolate(maps, size, mode="bicubic", align_corners=False)
 
 
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, list(size), mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""The door to mmsegmentation, which only the extra `segmentation` installs."""
+"""Import of mmsegmentation, which only the optional extra `segmentation` installs."""
 
 import contextlib
 import io
@@ -9,15 +9,15 @@ from seitpp.errors import UserError
 
 
 class ExtraError(UserError):
-    """mmsegmentation is not installed, or cannot be imported."""
+    """Raised when mmsegmentation is not installed or cannot be imported."""
 
 
 @cache
 def load_mmseg() -> None:
-    """Import mmsegmentation without what it prints, and let names in configs be its own.
+    """Import mmsegmentation without its console output, and make its registry the default one for configs.
 
-    A recipe calls this before it imports the modules beside this one that need mmsegmentation. It reaches no
-    network. Raises ExtraError if a package of the extra is missing or does not load.
+    A recipe calls this before it imports the modules of this package that import mmsegmentation. It does not
+    access the network. Raises ExtraError if a package of the extra is missing or fails to import.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The segmenter: mmsegmentation's UPerNet on a token backbone, its loss, its optimizer's groups, its file."""
+"""The segmenter: mmsegmentation's UPerNet on a token backbone, with its loss, parameter groups and model file."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT
+from downstream.segmentation.data import IGNORED
 from downstream.segmentation.mmseg import load_mmseg
 from seitpp.models.weights.classifiers import classifier_spec, read_model, write_model
 
-RESCALES = [4, 2, 1, 0.5]  # of the four levels, each of one cell a patch (Feature2Pyramid)
+RESCALES = [4, 2, 1, 0.5]  # Feature2Pyramid's factors for the four levels, which have one cell per ViT patch
 AUXILIARY_LEVEL, AUXILIARY_CHANNELS, AUXILIARY_WEIGHT = 2, 256, 0.4
 
 
 class PixelLoss:
-    """What both heads report of a batch: the loss as mmsegmentation has it, the accuracy of labelled pixels by
-    sums.
+    """Mixin of both heads: mmsegmentation's loss, and the pixel accuracy without a GPU synchronization.
 
-    mmsegmentation's own accuracy selects those pixels, for which a step would wait for the device four times.
+    mmsegmentation's own accuracy selects the labeled pixels by a mask, which makes the host wait for the device
+    four times per step. Here it is computed from sums.
     """
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list[SegDataSample]) -> dict[str, Tensor]:
@@ -34,50 +35,50 @@ class PixelLoss:
         logits = resize(seg_logits, labels.shape[2:], mode="bilinear", align_corners=self.align_corners)
         labels = labels.squeeze(1)
         loss = self.loss_decode(logits, labels, ignore_index=self.ignore_index)
-        known = labels != self.ignore_index
-        correct = (logits.argmax(dim=1) == labels) & known
-        return {self.loss_decode.loss_name: loss, "acc_seg": 100 * correct.sum() / known.sum().clamp(min=1)}
+        valid = labels != self.ignore_index
+        correct = (logits.argmax(dim=1) == labels) & valid
+        return {self.loss_decode.loss_name: loss, "acc_seg": 100 * correct.sum() / valid.sum().clamp(min=1)}
 
 
 @MODELS.register_module()
 class TokenUPerHead(PixelLoss, UPerHead):
-    """UPerHead that reports without waiting for the device."""
+    """UPerHead whose loss and accuracy do not wait for the device."""
 
 
 @MODELS.register_module()
 class TokenFCNHead(PixelLoss, FCNHead):
-    """FCNHead that reports without waiting for the device."""
+    """FCNHead whose loss and accuracy do not wait for the device."""
 
 
 @MODELS.register_module()
 class TokenSegmenter(EncoderDecoder):
-    """An EncoderDecoder whose `backbone` is a TokenViT, or the config of one, with the layers that timm groups."""
+    """An EncoderDecoder on a TokenViT (or its config) with timm's hooks for layer decay and weight decay."""
 
     def __init__(self, backbone: TokenViT | dict, **settings: Any):
         config = {"type": lambda: backbone} if isinstance(backbone, nn.Module) else backbone
         super().__init__(backbone=config, **settings)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """As timm's ViT has it; neck and heads lie above the last block."""
+        """Return the layer groups of timm's ViT; neck and heads belong to the group above the last block."""
         stem = r"^backbone\.vit\.(?:cls_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": r"^backbone\.vit\.blocks\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Besides one-dimensional parameters: the ViT's positions and cls token."""
+        """Return the parameters without weight decay besides one-dimensional ones: positions and cls token."""
         return {f"backbone.vit.{name}" for name in self.backbone.vit.no_weight_decay()}
 
 
 def build_segmenter(
-    backbone: TokenViT, num_classes: int, channels: int | None = None, sync_norm: bool = False
+    backbone: TokenViT, num_classes: int, *, channels: int | None = None, sync_norm: bool = False
 ) -> TokenSegmenter:
-    """UPerNet as MAE and BEiT use it: a feature pyramid, UPerHead, and an auxiliary FCNHead while it trains.
+    """Create UPerNet as MAE and BEiT use it: a feature pyramid, UPerHead, and an auxiliary FCNHead for training.
 
-    `channels` are those of UPerHead (None: the width of the ViT, 768 for ViT-B). `sync_norm`: batch norms that
-    share their statistics in a group of processes, which GPUs alone can. A backbone of pixels is given what
-    mmsegmentation loads, 8-bit BGR; one of tokens its tokens as they are.
+    `channels` is the width of UPerHead (None: the width of the ViT, 768 for ViT-B). `sync_norm` synchronizes the
+    batch norm statistics over the processes, which is possible on GPUs only. A pixel backbone gets a preprocessor
+    for mmsegmentation's 8-bit BGR images; a token backbone takes its inputs unchanged.
     """
     load_mmseg()
-    with warnings.catch_warnings():  # that ignored pixels count in the mean of its loss
+    with warnings.catch_warnings():  # mmsegmentation warns that its mean loss includes ignored pixels
         warnings.simplefilter("ignore")
         model = MODELS.build(_config(backbone, num_classes, channels or backbone.width, sync_norm))
     for head in (model.decode_head, model.auxiliary_head):
@@ -110,22 +111,23 @@ def _config(backbone: TokenViT, num_classes: int, channels: int, sync_norm: bool
             "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": AUXILIARY_WEIGHT},
             **head,
         },
-        "data_preprocessor": _pixels() if isinstance(backbone, PixelTokenViT) else None,
+        "data_preprocessor": _pixel_preprocessor() if isinstance(backbone, PixelTokenViT) else None,
     }
 
 
-def _pixels() -> dict:
-    """8-bit BGR, as mmsegmentation's pipeline loads it -> RGB in [0, 1]."""
+def _pixel_preprocessor() -> dict:
+    """Return the config that converts 8-bit BGR, as mmsegmentation's pipeline loads it, to RGB in [0, 1]."""
     scale = {"mean": [0.0] * 3, "std": [255.0] * 3, "bgr_to_rgb": True}
-    return {"type": "SegDataPreProcessor", **scale, "size_divisor": 1, "seg_pad_val": 255}
+    return {"type": "SegDataPreProcessor", **scale, "size_divisor": 1, "seg_pad_val": IGNORED}
 
 
 def segmentation_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of both heads, averaged over all pixels, ignored ones included, and mmsegmentation's figures.
+    """Compute the weighted sum of the cross-entropies of both heads, and mmsegmentation's log values.
 
-    `model` is the segmenter as Accelerate wraps it; `inputs` what its backbone takes; `labels` (B, h, w) int64 in
-    [0, num_classes), 255 where a pixel is ignored. Returns the loss () and its parts and accuracies in percent,
-    by name, each () and without gradient.
+    Ignored pixels add nothing to a cross-entropy, but count in the denominator of its mean. `model` is the
+    segmenter as Accelerate wraps it; `inputs` are what its backbone takes; `labels` (B, h, w) int64 are in [0,
+    num_classes), or 255 where a pixel is ignored. Returns the loss () and a dict with each head's loss and
+    accuracy in percent, each () and detached.
     """
     samples = [SegDataSample(gt_sem_seg=PixelData(data=label.unsqueeze(0))) for label in labels]
     losses = model(inputs, samples, mode="loss")
@@ -134,28 +136,35 @@ def segmentation_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple
 
 
 def broadcast_statistics(model: nn.Module) -> None:
-    """Give every process the running statistics of rank 0; without `sync_norm`, before every evaluation."""
+    """Copy the running batch norm statistics of rank 0 to all processes; without `sync_norm` they differ."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             broadcast(list(module.buffers()))
 
 
 class SavedSegmenter(NamedTuple):
-    """A segmenter of tokens in eval mode; the fingerprint of its codebook (None: not known), the names of its
-    classes, the pixels along one side of a token that its labels had, and the window (height, width) of tokens
-    that it was trained with."""
+    """A token segmenter loaded from a file, in eval mode, with its metadata.
+
+    `codebook` is the fingerprint of the codebook (None: unknown); `pixels_per_token` is the number of label pixels
+    along one side of a token; `window` is the training crop's (height, width) in tokens.
+    """
 
     model: TokenSegmenter
     codebook: str | None
     class_names: list[str]
-    patch: int
+    pixels_per_token: int
     window: tuple[int, int]
 
 
 def save_segmenter(
-    path: Path, model: TokenSegmenter, codebook: str | None, class_names: Sequence[str], patch: int
+    path: Path,
+    model: TokenSegmenter,
+    *,
+    codebook: str | None,
+    class_names: Sequence[str],
+    pixels_per_token: int,
 ) -> None:
-    """Write a segmenter as one safetensors file; of one that takes pixels, what takes the tokens."""
+    """Write a segmenter as one safetensors file; the tokenizer of one that takes pixels is not written."""
     spec = classifier_spec(model.backbone.vit)
     sizes = {key: value for key, value in spec.arguments.items() if key not in ("num_classes", "global_pool")}
     header = {
@@ -163,20 +172,20 @@ def save_segmenter(
         "channels": model.decode_head.channels,
         "codebook": codebook,
         "class_names": list(class_names),
-        "patch": patch,
+        "patch": pixels_per_token,
     }
     write_model(path, "segmenter", model, header)
 
 
 def load_segmenter(path: Path) -> SavedSegmenter:
-    """A segmenter that `save_segmenter` wrote, without drop-path and with batch norms of its own.
+    """Load a segmenter that `save_segmenter` wrote, without drop-path and without synchronized batch norms.
 
-    A folder is that of a run: its model.safetensors. Raises ModelError naming the file if it is missing, damaged
-    or of another kind.
+    For the folder of a run, its model.safetensors is loaded. Raises ModelError naming the file if it is missing,
+    damaged or of another kind.
     """
     path = path / "model.safetensors" if path.is_dir() else path
     header, tensors = read_model(path, "segmenter", "the model.safetensors of a segmentation run")
     backbone, names = TokenViT(**header["backbone"]), header["class_names"]
-    model = build_segmenter(backbone, len(names), header["channels"])
+    model = build_segmenter(backbone, len(names), channels=header["channels"])
     model.load_state_dict(tensors)
     return SavedSegmenter(model.eval(), header["codebook"], names, header["patch"], backbone.window)

@@ -1,45 +1,49 @@
-"""The second data source: images and label maps through mmsegmentation's own pipeline."""
+"""Training on pixels: images and label maps augmented by mmsegmentation's own pipeline."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from mmcv.transforms import Compose
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from downstream.segmentation.data import IGNORED
+from downstream.segmentation.data import IGNORED, decode_labels
 from downstream.segmentation.mmseg import load_mmseg
 from seitpp.data.dataset import MicroBatch
-from seitpp.images.annotated import AnnotatedSource, decode_annotation
+from seitpp.images.annotated import AnnotatedSource
 from seitpp.images.decode import open_image
 
-LONG_SIDE = 4  # times the short one: the largest an image is resized to (mmsegmentation: 2048 x 512)
+LONG_SIDE = 4  # the long side after the resize is at most 4 times the short side (mmsegmentation: 2048 x 512)
 
 
 class PixelBatch(NamedTuple):
-    """Augmented crops: `indices` (B,) int64 of the images, `images` (B, 3, h, w) uint8 BGR, `labels`
-    (B, h, w) uint8, 255 where a pixel is ignored."""
+    """A batch of augmented crops.
+
+    `indices` (B,) int64 are positions in the data set; `images` (B, 3, h, w) are uint8 BGR; `labels` (B, h, w)
+    uint8 hold classes, and 255 where a pixel is ignored.
+    """
 
     indices: Tensor
     images: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "PixelBatch":
-        """The same batch on another device; the copy does not wait for it."""
+        """Return the batch on `device`; the copy is asynchronous."""
         return PixelBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class PixelPipeline(Dataset):
-    """Images in the layout of ADE-20k as mmsegmentation's usual pipeline for it makes them: RandomResize of
-    (4 short_side, short_side) by `scale`, RandomCrop, RandomFlip, PhotoMetricDistortion, Pad.
+    """A data set of ADE20K images augmented by mmsegmentation's usual training pipeline: RandomResize of
+    (4 short_side, short_side) by a factor in `scale`, RandomCrop, RandomFlip, PhotoMetricDistortion, Pad.
 
-    `crop` and `short_side` count pixels. What is drawn for an image follows from seed, epoch and image.
+    `crop` and `short_side` are in pixels; `max_share` is RandomCrop's `cat_max_ratio`. The random numbers for an
+    image depend only on the seed, the epoch and the index of the image. Raises ExtraError without mmsegmentation.
     """
 
     def __init__(
         self,
         source: AnnotatedSource,
+        *,
         seed: int,
         crop: int,
         short_side: int,
@@ -47,6 +51,9 @@ class PixelPipeline(Dataset):
         max_share: float,
     ):
         load_mmseg()
+        # Imported here, since mmcv belongs to the optional extra and this module is imported without it, too.
+        from mmcv.transforms import Compose
+
         self.source, self.seed = source, seed
         size = LONG_SIDE * short_side, short_side
         self.pipeline = Compose(
@@ -62,17 +69,17 @@ class PixelPipeline(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, share: MicroBatch) -> PixelBatch:
-        crops = [self._augmented(share.epoch, index) for index in share]
+    def __getitems__(self, batch: MicroBatch) -> PixelBatch:
+        crops = [self._augmented(batch.epoch, index) for index in batch]
         images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*crops, strict=True))
-        return PixelBatch(torch.tensor(share), images.permute(0, 3, 1, 2), labels)
+        return PixelBatch(torch.tensor(batch), images.permute(0, 3, 1, 2), labels)
 
     def _augmented(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(crop, crop, 3) BGR and (crop, crop), both uint8."""
+        """Return a crop (crop, crop, 3) BGR and its labels (crop, crop), both uint8."""
         sample = self.source.read(index)
         with open_image(sample.data, sample.name) as image:
             pixels = np.asarray(image.convert("RGB"))[..., ::-1]
-        labels = decode_annotation(sample.annotation, sample.name).astype(np.uint8) - np.uint8(1)
+        labels = decode_labels(sample.annotation, sample.name)
         results = {"img": pixels, "img_shape": labels.shape, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}
         np.random.seed([self.seed, epoch, index])  # noqa: NPY002 (the pipeline draws from the global generator)
         results = self.pipeline(results)

@@ -1,35 +1,35 @@
-"""Where a run of segmentation takes its batches from, tokens of a store or pixels, and the backbone for them."""
+"""Data sources of a segmentation run: tokens of a store, or images that are tokenized inside the backbone."""
 
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from downstream.segmentation.backbone import PixelTokenViT, TokenViT, backbone_from
-from downstream.segmentation.data import Segmented, SegmentedTokens
-from downstream.segmentation.evaluation import WholeImage, WholePixels, WholeTokens
+from downstream.segmentation.data import Segmented, SegmentedTokens, WholeImage, WholePixels, WholeTokens
 from downstream.segmentation.pixel_pipeline import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
 from seitpp.data.dataset import BatchOrder
-from seitpp.engine.inputs import check_codes, image_facts, store_facts, train_subset
+from seitpp.engine.inputs import image_facts, store_facts, train_subset
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.images.decode import fit_short_side
-from seitpp.models import load_pretrained
 from seitpp.store import TokenStore
 from seitpp.tokenizers import Tokenizer
 
+if TYPE_CHECKING:  # the backbone needs the optional mmsegmentation, these classes do not
+    from downstream.segmentation.backbone import TokenViT
+
 
 class Source(Protocol):
-    """Training and validation images with label maps, and how they become what a backbone takes.
+    """Training and validation images with label maps, and their conversion to the inputs of a backbone.
 
-    `patch` is the pixels along one side of a token, `cells` how many cells the inputs have along it: one, or those
-    pixels. `tokenizer` is for inside the backbone. `name` and `fingerprint` are those of the data; str(source) is
-    what a run says of it.
+    `pixels_per_token` is the number of pixels along one side of a token. `cells` is the number of input cells
+    along it: 1 for tokens, `pixels_per_token` for pixels. `tokenizer` is the one inside a backbone that takes
+    pixels, else None. `name` and `fingerprint` identify the data; str(source) describes it for the log.
     """
 
     train: Dataset
@@ -38,39 +38,40 @@ class Source(Protocol):
     tokenizer: Tokenizer | None
     codebook: np.ndarray
     class_names: list[str]
-    patch: int
+    pixels_per_token: int
     cells: int
     name: str
     fingerprint: str
-    facts: dict[str, Any]  # for result.json
+    facts: dict[str, Any]  # written to result.json
 
-    def augmented(self, batch: Segmented | PixelBatch, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
-        """A batch of `train` -> the backbone's inputs, labels (B, h, w) int64."""
+    def augmented(self, batch: Segmented | PixelBatch, keys: Keys, backbone: "TokenViT") -> tuple[Tensor, Tensor]:
+        """Augment a batch of `train` and return the backbone's inputs and labels (B, h, w) int64."""
         ...
 
-    def inputs(self, image: WholeImage, backbone: TokenViT) -> Tensor:
-        """An image of `validation` -> the backbone's inputs."""
+    def inputs(self, image: WholeImage, backbone: "TokenViT") -> Tensor:
+        """Return the backbone's inputs for an image of `validation`."""
         ...
 
 
 class TokenSource:
-    """The splits of a store, through `view`."""
+    """Two splits of a token store, augmented by `view`."""
 
     tokenizer, cells = None, 1
 
-    def __init__(self, run: Run, train: TokenStore, validation: TokenStore, view: SegmentView):
-        self.store, self.train = train, train_subset(run.config, SegmentedTokens(train, view.patch))
-        self.validation = WholeTokens(SegmentedTokens(validation, view.patch))
+    def __init__(self, run: Run, *, train: TokenStore, validation: TokenStore, view: SegmentView):
+        self.pixels_per_token = view.pixels_per_token
+        self.store, self.train = train, train_subset(run.config, SegmentedTokens(train, self.pixels_per_token))
+        self.validation = WholeTokens(SegmentedTokens(validation, self.pixels_per_token))
         self.order = BatchOrder(len(self.train), run.config.batch_size, run.config.seed)
-        self.codebook, self.class_names, self.patch = train.codebook, train.class_names, view.patch
+        self.codebook, self.class_names = train.codebook, train.class_names
         self.name, self.fingerprint, self.lookup = str(train.path), train.fingerprint, train.lookup
         self.view, self.facts = view, store_facts(train, validation, run.config)
 
-    def augmented(self, batch: Segmented, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
+    def augmented(self, batch: Segmented, keys: Keys, backbone: "TokenViT") -> tuple[Tensor, Tensor]:
         maps, labels = self.view(batch, keys)
         return backbone.from_maps(maps, self.view.codebook, self.lookup), labels
 
-    def inputs(self, image: WholeImage, backbone: TokenViT) -> Tensor:
+    def inputs(self, image: WholeImage, backbone: "TokenViT") -> Tensor:
         return backbone.from_ids(image.inputs, self.view.codebook)
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class TokenSource:
         flip = (
             ""
             if self.view.mirror
-            else "no image is mirrored: that takes the weights of a TokenAdapt (--tokenadapt)\n"
+            else "no image is mirrored: mirroring tokens needs the weights of a TokenAdapt (--tokenadapt)\n"
         )
         return (
             f"{self.view}\n{flip}{len(self.train):,} images of {self.name}, "
@@ -88,9 +89,9 @@ class TokenSource:
 
 
 class PixelSource:
-    """Images and annotations in the layout of ADE-20k, through mmsegmentation's pipeline.
+    """Images and annotations in the layout of ADE20K, augmented by mmsegmentation's pipeline.
 
-    `crop` counts tokens, `short_side` pixels.
+    `crop` is in tokens, `short_side` in pixels.
     """
 
     def __init__(
@@ -105,9 +106,16 @@ class PixelSource:
         max_share: float,
     ):
         train, validation = (AnnotatedSource(data, split) for split in ("training", "validation"))
-        self.tokenizer, self.patch = tokenizer, tokenizer.spec.patch
-        self.cells, batch_size, seed = self.patch, run.config.batch_size, run.config.seed
-        self.pipeline = PixelPipeline(train, seed, self.patch * crop, short_side, scale, max_share)
+        self.tokenizer, self.pixels_per_token = tokenizer, tokenizer.spec.patch
+        self.cells, batch_size, seed = self.pixels_per_token, run.config.batch_size, run.config.seed
+        self.pipeline = PixelPipeline(
+            train,
+            seed=seed,
+            crop=self.pixels_per_token * crop,
+            short_side=short_side,
+            scale=scale,
+            max_share=max_share,
+        )
         self.train = train_subset(run.config, self.pipeline)
         size = partial(fit_short_side, short_side=short_side, multiple=tokenizer.side_multiple)
         self.validation = WholePixels(validation, size)
@@ -117,37 +125,25 @@ class PixelSource:
         classes = len(self.class_names)
         self.fingerprint = f"{len(self.train)} images of {classes} classes by {tokenizer.fingerprint}"
 
-    def augmented(self, batch: PixelBatch, keys: Keys, backbone: TokenViT) -> tuple[Tensor, Tensor]:
+    def augmented(self, batch: PixelBatch, keys: Keys, backbone: "TokenViT") -> tuple[Tensor, Tensor]:
         return batch.images.flip(1) / 255, batch.labels.long()
 
-    def inputs(self, image: WholeImage, backbone: TokenViT) -> Tensor:
+    def inputs(self, image: WholeImage, backbone: "TokenViT") -> Tensor:
         return image.inputs / 255
 
     def __str__(self) -> str:
         return f"{self.pipeline}\n{len(self.train):,} images of {self.name}"
 
 
-def open_backbone(checkpoint: str | None, model: str, source: Source, window: int, drop_path: float) -> TokenViT:
-    """The ViT of a checkpoint, or without one a new one of the name `model`, with positions for window x window
-    tokens. Raises UserError if the checkpoint is of another codebook, or no ViT of tokens.
-    """
-    if checkpoint:
-        saved = load_pretrained(checkpoint)
-        check_codes(source.codebook, source=source.name, saved=saved, checkpoint=checkpoint)
-        return backbone_from(saved.model, window, drop_path, source.tokenizer)
-    num_codes, dim = source.codebook.shape
-    sizes = {"img_size": window, "in_chans": dim, "drop_path_rate": drop_path}
-    if model.startswith("mtm_"):
-        sizes["num_codes"] = num_codes
-    return PixelTokenViT(source.tokenizer, model, **sizes) if source.tokenizer else TokenViT(model, **sizes)
-
-
 def pixels_a_token(store: TokenStore) -> int:
-    """Along one side, as the store's tokenizer says. Raises UserError if nothing is known of it."""
+    """Return the number of pixels along one side of a token, from the store's record of its tokenizer.
+
+    Raises UserError if the store has no such record.
+    """
     try:
         return store.tokenizer["spec"]["patch"]
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"{store.path}: says nothing of its tokenizer, so the pixels of a token are not known: make it with "
-            "recipes/tokenize_images.py"
+            f"{store.path}: got a store without a description of its tokenizer, expected one with the number of "
+            "pixels per token: write the store with recipes/tokenize_images.py"
         ) from error

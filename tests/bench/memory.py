@@ -75,7 +75,7 @@ def segmenter() -> tuple[Trial, nn.Module]:
     from downstream.segmentation.model import build_segmenter
 
     backbone = TokenViT("mtm_vit_base", img_size=64, in_chans=32, num_codes=391)
-    source = SimpleNamespace(cells=1, patch=8, tokenizer=None)
+    source = SimpleNamespace(cells=1, pixels_per_token=8, tokenizer=None)
     loss = zeros_loss("segment_ade20k")(source, 64)
     return loss, build_segmenter(backbone, 150)
 

@@ -147,7 +147,9 @@ def test_a_store_without_label_maps_or_names_is_refused(tmp_path: Path) -> None:
 
 
 def test_labels_follow_their_tokens_exactly_without_a_resize() -> None:
-    maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH, scale=(1.0, 1.0))(numbered(GRIDS), keys(64))
+    maps, labels = SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH, scale=(1.0, 1.0))(
+        numbered(GRIDS), keys(64)
+    )
     cells = labels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3)
     assert (cells == cells[..., :1]).all()
     inside = cells[..., 0] != 255
@@ -158,7 +160,7 @@ def test_labels_follow_their_tokens_exactly_without_a_resize() -> None:
 
 
 def test_labels_follow_their_tokens_within_half_a_cell_of_a_resize() -> None:
-    maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH)(numbered(GRIDS), keys(64))
+    maps, labels = SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH)(numbered(GRIDS), keys(64))
     centers = labels[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
     inside = centers != 255
     assert 0.5 < inside.float().mean() < 1
@@ -168,8 +170,13 @@ def test_labels_follow_their_tokens_within_half_a_cell_of_a_resize() -> None:
 
 
 def test_maps_and_labels_equal_interpolation_of_the_cut_box() -> None:
-    batch, view = numbered(GRIDS), SegmentView(torch.randn(240, 3, dtype=torch.float64), crop=CROP, patch=PATCH)
-    boxes = random_boxes(batch, keys(64), CROP, PATCH, view.scale, view.max_share)
+    batch, view = (
+        numbered(GRIDS),
+        SegmentView(torch.randn(240, 3, dtype=torch.float64), crop=CROP, pixels_per_token=PATCH),
+    )
+    boxes = random_boxes(
+        batch, keys(64), crop=CROP, pixels_per_token=PATCH, scale=view.scale, max_share=view.max_share
+    )
     maps, labels = view(batch, keys(64))
     beyond = 0
     for n, (top, left, height, width) in enumerate(boxes.tolist()):
@@ -196,7 +203,9 @@ def test_boxes_follow_their_laws() -> None:
         torch.tensor([grid] * n),
         torch.zeros(1, 200, 150).expand(n, -1, -1).byte(),
     )
-    top, left, height, width = random_boxes(blank, keys(n), 20, PATCH, (0.5, 2.0), 1.0).unbind(dim=1)
+    top, left, height, width = random_boxes(
+        blank, keys(n), crop=20, pixels_per_token=PATCH, scale=(0.5, 2.0), max_share=1.0
+    ).unbind(dim=1)
     assert torch.equal(height, width) and height.min() == 10 and height.max() == 40
     edges = (20 / (np.arange(10, 42) - 0.5)).clip(0.5, 2.0)  # s that rounds to sides of 10 .. 40
     expected = n * (edges[:-1] - edges[1:]) / 1.5
@@ -215,8 +224,10 @@ def test_boxes_avoid_one_class_when_they_can() -> None:
     batch = Segmented(torch.arange(n), torch.zeros(1), torch.tensor([[30, 30]] * n), labels)
 
     def boxes_and_largest_share(max_share: float) -> tuple[Tensor, Tensor]:
-        boxes = random_boxes(batch, keys(n), 12, PATCH, (1.0, 1.0), max_share)
-        pixels = crop_labels(batch, boxes.unsqueeze(1), PATCH, 12 * PATCH).flatten(1)
+        boxes = random_boxes(
+            batch, keys(n), crop=12, pixels_per_token=PATCH, scale=(1.0, 1.0), max_share=max_share
+        )
+        pixels = crop_labels(batch, boxes.unsqueeze(1), pixels_per_token=PATCH, size=12 * PATCH).flatten(1)
         counts = torch.stack([(pixels == 0).sum(dim=1), (pixels == 1).sum(dim=1)])
         return boxes, counts.amax(dim=0) / counts.sum(dim=0)
 
@@ -234,8 +245,8 @@ def test_a_box_without_labels_is_not_wanted() -> None:
     labels = torch.full((200, 100, 100), 255, dtype=torch.uint8)
     labels[:, :10, :10], labels[:, 10:40, :40] = 0, 1
     batch = Segmented(torch.arange(200), torch.zeros(1), torch.tensor([[20, 20]] * 200), labels)
-    boxes = random_boxes(batch, keys(200), 8, PATCH, (1.0, 1.0), 1.0)
-    found = crop_labels(batch, boxes.unsqueeze(1), PATCH, 8) != 255
+    boxes = random_boxes(batch, keys(200), crop=8, pixels_per_token=PATCH, scale=(1.0, 1.0), max_share=1.0)
+    found = crop_labels(batch, boxes.unsqueeze(1), pixels_per_token=PATCH, size=8) != 255
     assert found.flatten(1).any(dim=1).float().mean() > 0.97
 
 
@@ -257,10 +268,12 @@ def still_adapt(grid: int, crop: int, codes: int = 240) -> TokenAdapt:
 
 def test_every_second_image_is_mirrored_through_tokenadapt_with_its_labels() -> None:
     batch, codebook = numbered(GRIDS[:16]), torch.eye(240)
-    plain_maps, plain_labels = SegmentView(codebook, crop=CROP, patch=PATCH, scale=(1.0, 1.0))(batch, keys(16))
-    maps, labels = SegmentView(codebook, crop=CROP, patch=PATCH, scale=(1.0, 1.0), adapt=still_adapt(7, 6))(
+    plain_maps, plain_labels = SegmentView(codebook, crop=CROP, pixels_per_token=PATCH, scale=(1.0, 1.0))(
         batch, keys(16)
     )
+    maps, labels = SegmentView(
+        codebook, crop=CROP, pixels_per_token=PATCH, scale=(1.0, 1.0), adapt=still_adapt(7, 6)
+    )(batch, keys(16))
     assert torch.equal(maps[::2], plain_maps[::2]) and torch.equal(labels[::2], plain_labels[::2])
     assert torch.equal(maps[1::2], plain_maps[1::2].flip(3)) and torch.equal(
         labels[1::2], plain_labels[1::2].flip(2)
@@ -268,7 +281,7 @@ def test_every_second_image_is_mirrored_through_tokenadapt_with_its_labels() -> 
 
 
 def test_a_mirrored_resized_box_has_its_labels() -> None:
-    maps, labels = SegmentView(torch.eye(240), crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))(
+    maps, labels = SegmentView(torch.eye(240), crop=CROP, pixels_per_token=PATCH, adapt=still_adapt(7, 6))(
         numbered(GRIDS), keys(64)
     )
     centers, tokens = labels[1::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH], maps[1::2].argmax(dim=1)
@@ -283,7 +296,7 @@ def test_the_mirror_is_g_of_the_mirrored_f() -> None:
     adapt = TokenAdapt((8, 8), crop=(CROP, CROP), num_codes=240, code_dim=2, width=64, heads=1, mlp=64)
     torch.nn.init.normal_(adapt.head.weight)
     batch = numbered([(8, 8)] * 4)
-    maps, _ = SegmentView(PLACES, crop=CROP, patch=PATCH, scale=(1.0, 1.0), adapt=adapt)(batch, keys(4))
+    maps, _ = SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH, scale=(1.0, 1.0), adapt=adapt)(batch, keys(4))
     space = adapt.convert(embed(batch.ids[1::2], PLACES))
     assert torch.equal(maps[1::2], embed(adapt.invert(space.flip(3)).argmax(dim=1), PLACES))
     assert adapt.crop == (8, 8) and adapt.head.weight.requires_grad  # the caller's model stays as it is
@@ -300,7 +313,7 @@ def test_an_image_does_not_depend_on_its_batch(mirrored: bool) -> None:
     )
     if mirrored:
         torch.nn.init.normal_(adapt.head.weight)
-    batch, view = numbered(GRIDS[:16]), SegmentView(codebook, crop=CROP, patch=PATCH, adapt=adapt)
+    batch, view = numbered(GRIDS[:16]), SegmentView(codebook, crop=CROP, pixels_per_token=PATCH, adapt=adapt)
     maps, labels = view(batch, keys(16))
     assert maps.shape == (16, 240, CROP, CROP) and labels.shape == (16, PATCH * CROP, PATCH * CROP)
     assert all(torch.equal(a, b) for a, b in zip(view(batch, keys(16)), (maps, labels), strict=True))
@@ -314,18 +327,18 @@ def test_an_image_does_not_depend_on_its_batch(mirrored: bool) -> None:
 
 def test_color_comes_last() -> None:
     batch = numbered(GRIDS[:8])
-    maps, labels = SegmentView(PLACES, crop=CROP, patch=PATCH)(batch, keys(8))
-    colored, same = SegmentView(PLACES, crop=CROP, patch=PATCH, color="seitpp")(batch, keys(8))
+    maps, labels = SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH)(batch, keys(8))
+    colored, same = SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH, color="seitpp")(batch, keys(8))
     assert torch.equal(colored, ColorAugment("seitpp")(maps, keys(8))) and torch.equal(same, labels)
 
 
 def test_the_view_says_what_it_does_and_what_does_not_fit() -> None:
-    view = SegmentView(PLACES, crop=CROP, patch=PATCH, color="coloradapt")
-    for words in ("crop=8, patch=5, scale=(0.5, 2.0), max_share=0.75; no mirror", "color_adapt=0.5"):
+    view = SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH, color="coloradapt")
+    for words in ("crop=8, pixels_per_token=5, scale=(0.5, 2.0), max_share=0.75; no mirror", "color_adapt=0.5"):
         assert words in repr(view)
-    mirroring = SegmentView(torch.eye(240), crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))
+    mirroring = SegmentView(torch.eye(240), crop=CROP, pixels_per_token=PATCH, adapt=still_adapt(7, 6))
     assert "half of the images mirrored" in repr(mirroring)
     with pytest.raises(ViewError, match="a batch of 3 images on one process"):
         mirroring(numbered(GRIDS[:3]), keys(3))
-    with pytest.raises(ViewError, match=r"TokenAdapt for a codebook of \(240, 240\), the codebook is \(240, 2\)"):
-        SegmentView(PLACES, crop=CROP, patch=PATCH, adapt=still_adapt(7, 6))
+    with pytest.raises(ViewError, match=r"TokenAdapt for a codebook of \(240, 240\), expected one for \(240, 2\)"):
+        SegmentView(PLACES, crop=CROP, pixels_per_token=PATCH, adapt=still_adapt(7, 6))

@@ -227,7 +227,7 @@ def test_windows_equal_a_plain_loop(kind: str, grid: tuple[int, int]) -> None:
     inputs = model.backbone.from_ids(some_ids(2, *grid), CODEBOOK)
     sizes = []
     model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    found = slide_logits(model, inputs, 8, 5, PATCH)
+    found = slide_logits(model, inputs, window=8, stride=5, pixels_per_token=PATCH)
     assert max(sizes) <= WINDOWS and found.dtype == torch.float32
     expected = torch.cat([plain_slide(model, image.unsqueeze(0), 8, 5) for image in inputs])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -239,19 +239,19 @@ def test_windows_equal_a_plain_loop(kind: str, grid: tuple[int, int]) -> None:
 @torch.no_grad()
 def test_views_are_averaged_as_probabilities() -> None:
     model, ids = segmenter("ids"), some_ids(2, 8, 12)
-    settings = 8, 5, PATCH
-    one = view_scores(model, ids.to(torch.uint16), CODEBOOK, *settings)
-    torch.testing.assert_close(one, slide_logits(model, ids, *settings).softmax(dim=1))
+    settings = {"window": 8, "stride": 5, "pixels_per_token": PATCH}
+    one = view_scores(model, ids.to(torch.uint16), CODEBOOK, **settings)
+    torch.testing.assert_close(one, slide_logits(model, ids, **settings).softmax(dim=1))
     maps = embed(ids, CODEBOOK)
     smaller = F.interpolate(maps, (6, 9), mode="bicubic")
     views = []
     for view in (maps, smaller):
         for mirrored in (False, True):
             inputs = nearest(view.flip(-1) if mirrored else view, CODEBOOK)
-            logits = slide_logits(model, inputs, *settings)
+            logits = slide_logits(model, inputs, **settings)
             logits = logits.flip(-1) if mirrored else logits
             views.append(F.interpolate(logits, (32, 48), mode="bilinear").softmax(dim=1))
-    found = view_scores(model, ids, CODEBOOK, *settings, scales=(1.0, 0.75), mirror=lambda maps: maps.flip(-1))
+    found = view_scores(model, ids, CODEBOOK, **settings, scales=(1.0, 0.75), mirror=lambda maps: maps.flip(-1))
     torch.testing.assert_close(found, sum(views) / 4)
 
 
@@ -282,9 +282,18 @@ def test_pixels_with_the_tokenizer_inside(tokenizer: PatchKMeans, tmp_path: Path
     torch.testing.assert_close(pixels, image.unsqueeze(0) / 255)
     model.test_cfg = ConfigDict(mode="slide", crop_size=(32, 32), stride=(21, 21))
     torch.testing.assert_close(
-        slide_logits(model, pixels, 32, 21, patch=1), model.slide_inference(pixels, [{}]), atol=1e-6, rtol=1e-4
+        slide_logits(model, pixels, window=32, stride=21, pixels_per_token=1),
+        model.slide_inference(pixels, [{}]),
+        atol=1e-6,
+        rtol=1e-4,
     )
-    save_segmenter(tmp_path / "model", model, None, list(map(str, range(CLASSES))), PATCH)
+    save_segmenter(
+        tmp_path / "model",
+        model,
+        codebook=None,
+        class_names=list(map(str, range(CLASSES))),
+        pixels_per_token=PATCH,
+    )
     of_tokens = load_segmenter(tmp_path / "model").model
     tokenizer.set_image_size(32)
     inputs = of_tokens.backbone.from_ids(tokenizer.encode(pixels[..., :32]), tokenizer.codebook)
@@ -304,7 +313,9 @@ def test_a_saved_segmenter_gives_the_same_logits(tmp_path: Path, kind: str) -> N
     model, names = segmenter(kind, 12), [f"class {i}" for i in range(CLASSES)]
     for buffer in model.decode_head.buffers():
         buffer += 1
-    save_segmenter(tmp_path / "model.safetensors", model, "abc", names, PATCH)
+    save_segmenter(
+        tmp_path / "model.safetensors", model, codebook="abc", class_names=names, pixels_per_token=PATCH
+    )
     saved = load_segmenter(tmp_path)
     inputs = model.backbone.from_ids(some_ids(2, 12, 12), CODEBOOK)
     assert torch.equal(saved.model(inputs, mode="tensor"), model(inputs, mode="tensor"))

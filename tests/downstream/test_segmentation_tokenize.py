@@ -405,6 +405,6 @@ def test_2_to_169_classes_have_names_and_others_are_refused(tmp_path) -> None:
     forms, textures = zip(*(name.split(" of coarse ") for name in class_names(6)[1:]), strict=True)
     assert len(set(forms)) < 5 and len(set(textures)) < 5  # neither says alone which class it is
     for wrong in (1, 170):
-        with pytest.raises(UserError, match=f"num_classes {wrong}: expected 2 to 169"):
+        with pytest.raises(UserError, match=f"num_classes {wrong}, expected 2 to 169"):
             write_scenes(tmp_path, num_classes=wrong)
     assert scene(np.random.default_rng(0), 169, 64)[1].max() <= 169

@@ -172,7 +172,7 @@ def test_evaluation_repeats_the_figures_of_the_run(smoke: Path, scenes: Scenes, 
 
 def test_images_of_many_sizes_go_the_whole_way(scenes: Scenes, tmp_path: Path) -> None:
     """From a folder to a store, a run, and two evaluations: of the store and of the folder."""
-    write_scenes(tmp_path / "data", 6, {"training": 12, "validation": 5}, (70, 130), seed=3)
+    write_scenes(tmp_path / "data", 6, images={"training": 12, "validation": 5}, size=(70, 130), seed=3)
     settings = {"data": str(tmp_path / "data"), "tokenizer": str(scenes.tokenizer), "out": str(tmp_path / "store")}
     for source_split, split in (("training", "train"), ("validation", "validation")):
         sizes = {"short_side": 64, "workers": 0}
@@ -213,7 +213,7 @@ def test_a_whole_image_is_mirrored_window_by_window(size: tuple[int, int]) -> No
         filled = torch.nn.functional.pad(ids, (0, 8, 0, 8))
         return embed(filled[:, top : top + height, left : left + width].flip(2), codebook)
 
-    mirrored = mirror_whole(exact, codebook, 8, "cosine")(embed(ids, codebook))
+    mirrored = mirror_whole(exact, codebook=codebook, window=8, lookup="cosine")(embed(ids, codebook))
     assert torch.equal(mirrored, embed(ids.flip(2), codebook))
 
 
@@ -246,7 +246,7 @@ def test_an_evaluation_holds_one_image_at_a_time() -> None:
         held.append(len(dataset.alive))
         return found
 
-    score = count_pixels(predict, dataset, list("abc"), Accelerator(cpu=True))
+    score = count_pixels(predict, dataset, list("abc"), accelerator=Accelerator(cpu=True))
     assert score.images == 40 and score.counts.shape == (4, 3)
     assert int(score.counts[3].sum()) == sum(8 * (5 + index) for index in range(40))
     assert max(held) <= 6, "inputs, labels and prediction of this image and of the last one"
@@ -272,7 +272,14 @@ def test_the_scenes_are_the_same_wherever_they_are_made(tmp_path: Path, monkeypa
 
 
 def pipeline(scenes: Scenes, seed: int = 0) -> PixelPipeline:
-    return PixelPipeline(AnnotatedSource(scenes.images, "training"), seed, 32, 64, (0.25, 2.0), 0.75)
+    return PixelPipeline(
+        AnnotatedSource(scenes.images, "training"),
+        seed=seed,
+        crop=32,
+        short_side=64,
+        scale=(0.25, 2.0),
+        max_share=0.75,
+    )
 
 
 def test_the_pipeline_draws_by_seed_epoch_and_image(scenes: Scenes) -> None:
@@ -294,7 +301,7 @@ def test_pixels_train_and_are_judged_as_tokens(scenes: Scenes, tmp_path: Path) -
     assert lines_of(tmp_path / "run/metrics.jsonl")[-1]["lr"] > 0
     call(evaluate_segmentation, "smoke", "--checkpoint", tmp_path / "run", "--out", tmp_path / "tokens")
     assert counted(tmp_path / "tokens") == counted(tmp_path / "run")
-    assert load_segmenter(tmp_path / "run/model.safetensors").patch == 4
+    assert load_segmenter(tmp_path / "run/model.safetensors").pixels_per_token == 4
 
 
 # Bad input
