@@ -37,7 +37,10 @@ from seitpp.recipe import run_recipe
 
 def global_batches(order: BatchOrder, steps: range, ranks: int, accumulation: int) -> list[list[int]]:
     """The images of each step, put together from all ranks and micro-batches."""
-    shares = [list(order.micro_batches(steps, rank, ranks, accumulation)) for rank in range(ranks)]
+    shares = [
+        list(order.micro_batches(steps, rank=rank, ranks=ranks, accumulation=accumulation))
+        for rank in range(ranks)
+    ]
     in_turn = [shares[rank][turn] for turn in range(len(steps) * accumulation) for rank in range(ranks)]
     per_step = ranks * accumulation
     return [np.concatenate(in_turn[at : at + per_step]).tolist() for at in range(0, len(in_turn), per_step)]
@@ -72,7 +75,9 @@ def test_loader_gives_the_images_of_the_order(workers: int) -> None:
     loader = training_loader(
         TokenDataset(store), order, range(20, 25), rank=1, ranks=2, accumulation=1, workers=workers
     )
-    for batch, expected in zip(loader, order.micro_batches(range(20, 25), 1, 2, 1), strict=True):
+    for batch, expected in zip(
+        loader, order.micro_batches(range(20, 25), rank=1, ranks=2, accumulation=1), strict=True
+    ):
         assert batch.indices.tolist() == expected.tolist()
         assert batch.ids.dtype == torch.uint16
         assert np.array_equal(batch.ids.numpy(), store.ids(expected))
@@ -83,7 +88,7 @@ def test_evaluation_shows_every_image_once() -> None:
     """In the same batches on any number of processes, some of which may have none."""
     dataset = TokenDataset(TokenStore(digits().store, "validation"))
     for ranks in (1, 7, 13):
-        loaders = [evaluation_loader(dataset, 32, rank, ranks, 0) for rank in range(ranks)]
+        loaders = [evaluation_loader(dataset, 32, rank=rank, ranks=ranks, workers=0) for rank in range(ranks)]
         seen = sorted(batch.indices.tolist() for loader in loaders for batch in loader)
         assert seen == [list(range(start, min(start + 32, 360))) for start in range(0, 360, 32)]
 

@@ -101,8 +101,15 @@ class Training:
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         accumulation, self._dataset = self.accumulation, dataset
-        micro_batches = range(self.step, self._end), rank, ranks, accumulation
-        loader = training_loader(dataset, self.order, *micro_batches, self.config.workers)
+        loader = training_loader(
+            dataset,
+            self.order,
+            range(self.step, self._end),
+            rank=rank,
+            ranks=ranks,
+            accumulation=accumulation,
+            workers=self.config.workers,
+        )
         self.run.progress.speed = self._measured_speed()
         self._recorder.start(self.run.progress.speed, self._bar(), self.step)
         self.model.train()
@@ -232,7 +239,9 @@ class Training:
         indices, so that from a checkpoint before it the update can be repeated.
         """
         accumulation, ranks = self.accumulation, self.accelerator.num_processes
-        indices = np.concatenate(list(self.order.micro_batches(range(step, step + 1), rank, ranks, accumulation)))
+        steps = range(step, step + 1)
+        micro_batches = self.order.micro_batches(steps, rank=rank, ranks=ranks, accumulation=accumulation)
+        indices = np.concatenate(list(micro_batches))
         epoch = step // self.order.steps_per_epoch
         batch = self._dataset.__getitems__(MicroBatch(indices.tolist(), epoch))._asdict()
         facts = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}
