@@ -356,7 +356,7 @@ def test_no_payload_runs(release, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"codebook": torch.zeros(K, D)}, "holds a dict, expected a bare tensor"),
+        ({"codebook": torch.zeros(K, D)}, "holds a dict, expected a tensor"),
         ([torch.zeros(K, D)], "holds a list"),
         (torch.zeros(K), r"float32 \(391,\), expected a plain float32 tensor"),
         (torch.zeros(1, K, D), r"float32 \(1, 391, 32\)"),

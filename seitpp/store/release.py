@@ -36,6 +36,7 @@ from seitpp.store.writer import StoreWriter
 
 DATA, INDEX, LABELS = "-token.data.bin.gz", "-token.index.npy.gz", "-label.txt"
 CODEBOOK = "codebook.ckpt"
+ADVICE = f"use the {CODEBOOK} of the release"
 # Other files of the release, which are not imported: synonyms follow from the codebook, and the tokenizer is a
 # pickle that needs its source code.
 LEFT_OUT = ("synonyms.json", "tokenizer.ckpt")
@@ -112,13 +113,13 @@ def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -
 
 def _find(source: Source | Sequence[Source]) -> dict[str, Path]:
     """Return {split: data file}, the training split first, since the codec uses the counts of the first split."""
-    given = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
-    paths = [path for item in given for path in (sorted(item.glob(f"*{DATA}")) if item.is_dir() else [item])]
+    sources = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    paths = [path for item in sources for path in (sorted(item.glob(f"*{DATA}")) if item.is_dir() else [item])]
     for path in paths:
         if not path.name.endswith(DATA) or not path.is_file():
             raise ReleaseError(f"{path}: expected a file NAME{DATA}, or the folder of such files")
     if not paths:
-        raise ReleaseError(f"{given[0]}: no file NAME{DATA} there; name the folder of the release")
+        raise ReleaseError(f"{sources[0]}: no file NAME{DATA} there; name the folder of the release")
     releases: dict[str, Path] = {}
     for path in paths:
         split = _split_name(path.name.removesuffix(DATA))
@@ -297,14 +298,16 @@ def _read_tensor(path: Path) -> np.ndarray:
 
     from seitpp.tensors import load_checkpoint
 
-    tensor = load_checkpoint(path, ReleaseError, advice=f"take the {CODEBOOK} of the release")
+    tensor = load_checkpoint(path, ReleaseError, advice=ADVICE)
     if not isinstance(tensor, torch.Tensor):
-        raise ReleaseError(f"{path}: holds a {type(tensor).__name__}, expected a bare tensor (codes, dimension)")
+        raise ReleaseError(
+            f"{path}: holds a {type(tensor).__name__}, expected a tensor (codes, dimension); {ADVICE}"
+        )
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
     # A tensor with a stride of 0 may be larger than its storage.
     if not plain or tensor.ndim != 2 or tensor.numel() * 4 > tensor.untyped_storage().nbytes():
         got = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ReleaseError(f"{path}: holds {got}, expected a plain float32 tensor (codes, dimension)")
+        raise ReleaseError(f"{path}: holds {got}, expected a plain float32 tensor (codes, dimension); {ADVICE}")
     return tensor.detach().contiguous().numpy()
 
 

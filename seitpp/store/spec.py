@@ -1,4 +1,4 @@
-"""The properties of a split that all its images share, checked and compared with the target store."""
+"""The properties common to all images of a split, checked and compared with the target store."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ OWN_COLUMNS = ("tokens", "label", "height", "width")
 
 
 class SplitSpec:
-    """The path of a split and the properties that all its images share.
+    """The path of a split and the properties common to all its images.
 
     Attributes: path; split; codebook (K, D) float32; grid [H, W], or None if each image has its own; codec, its
     name; class_names (list or None); tokenizer (dict or None); columns {name: kind}; new_ids, None or (staged K,)
