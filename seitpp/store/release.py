@@ -75,8 +75,8 @@ def import_release(
     """Convert released files to the store `out`, a new folder, and return its absolute path.
 
     source: the folder of the files, or NAME-token.data.bin.gz files, each in one folder with its index and its
-    labels, the first also with codebook.ckpt. If NAME ends in "train" or "val", the split is "train" or
-    "validation", else NAME. grid: (height, width) in tokens; without it images are square.
+    labels, the first also with codebook.ckpt. If NAME ends in the word "train" or "val", the split is "train" or
+    "validation", else NAME with "_" for special characters. grid: (height, width) in tokens, square by default.
     Raises ReleaseError that names the file and the image; `out` is not created then.
     """
     releases = _find(source)
