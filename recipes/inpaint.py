@@ -179,7 +179,7 @@ def measure(fill: Callable[[Batch], Filled], store: TokenStore, count: int, run:
     chosen = Subset(TokenDataset(store), spread(store, count))
     codes = torch.zeros(store.num_codes, device=run.device)
     sums = torch.zeros(3, device=run.device)
-    for batch in evaluation_loader(chosen, BATCH_SIZE, rank, ranks, workers=0):
+    for batch in evaluation_loader(chosen, BATCH_SIZE, rank=rank, ranks=ranks, workers=0):
         filled = fill(batch)
         expected = filled.ids[filled.hidden]
         correct = [(ids[filled.hidden] == expected).sum() for ids in (filled.one_shot, filled.iterative)]

@@ -217,7 +217,7 @@ def judge(
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     laws = augmentations(config)
     sums = torch.zeros(len(laws), len(MEASURES), device=run.device)
-    for batch in evaluation_loader(validation, 64, rank, ranks, config.workers):
+    for batch in evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=config.workers):
         for row, law in zip(sums, laws.values(), strict=True):
             made = augmented(model, pair, batch.to(run.device), config, law)
             row += compare(made, pair.augmented).sum(dim=0)

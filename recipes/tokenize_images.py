@@ -288,7 +288,7 @@ def write_shard(
 ) -> None:
     """Write the images of a shard durably."""
     labels = np.array([image.label for image in kept], dtype=np.int64)
-    staging.write(shard, ids, labels, {name: [getattr(image, name) for image in kept] for name in columns})
+    staging.write(shard, ids, labels, columns={name: [getattr(image, name) for image in kept] for name in columns})
 
 
 def totals_of(kept: list[ImageRecord]) -> np.ndarray:

@@ -204,7 +204,7 @@ def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -
     dataset = run.eval_subset(ImageDataset(source, tokenizer.spec.image_size))
     counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
     sums = torch.zeros(2, device=run.device)
-    for batch in evaluation_loader(dataset, 64, rank, ranks, config.workers):
+    for batch in evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=config.workers):
         images = batch.to(run.device).images.float() / 255
         ids = tokenizer.encode(images)
         decoded = tokenizer.decode(ids)

@@ -35,7 +35,7 @@ def count_pixels(
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     score = SegmentationScore(class_names)
-    for image in evaluation_loader(dataset, batch_size=1, rank=rank, ranks=ranks, workers=workers):
+    for image in evaluation_loader(dataset, 1, rank=rank, ranks=ranks, workers=workers):
         image = image.to(accelerator.device)
         with accelerator.autocast():
             score.add(predict(image), image.labels)

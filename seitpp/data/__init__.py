@@ -1,1 +1,1 @@
-"""Ids become batches: datasets, the order of a training, and the embedded images."""
+"""Datasets and data loaders: batches of ids or pixels, the order of training images, and the embedded data."""

@@ -1,7 +1,7 @@
-"""From a store to batches: which images a step sees is a pure function of (seed, epoch, step).
+"""Batches of a store: the images of a training step depend only on (seed, epoch, step).
 
-Neither the number of processes, nor the accumulation, nor the loader's workers changes which images make up a
-global batch, or in which order.
+The images of a global batch and their order do not depend on the number of processes, on gradient accumulation, or
+on the workers of the data loader.
 """
 
 import signal
@@ -16,26 +16,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from seitpp.errors import UserError
 from seitpp.store import TokenStore
 
-FRACTION_KEY = 1 << 40  # no epoch has this number
+FRACTION_KEY = 1 << 40  # larger than any epoch, the other numbers used with the seed
 
 
 class Batch(NamedTuple):
-    """Some images of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64."""
+    """A batch of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64."""
 
     indices: Tensor
     ids: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; the copy does not wait for it."""
+        """Copy the batch to a device, without waiting for the copy if the memory is pinned."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class MicroBatch(list[int]):
-    """The images that one process reads together, by their indices, and the `epoch` that shows them.
+    """The indices of the images of one micro-batch, and the `epoch` to which it belongs.
 
-    A loader of training hands it to the dataset, whose workers live through many epochs: so what a dataset draws
-    for an image while it reads it can be keyed by the epoch.
+    A training loader passes it to the dataset. Since workers live for many epochs, a dataset needs the epoch to
+    draw new random numbers for an image in every epoch.
     """
 
     def __init__(self, indices: Iterable[int], epoch: int):
@@ -44,7 +44,7 @@ class MicroBatch(list[int]):
 
 
 class TokenDataset(Dataset):
-    """A store as a torch dataset that is asked for whole batches."""
+    """A torch dataset of the images of a store, read in whole batches."""
 
     def __init__(self, store: TokenStore):
         self.store = store
@@ -58,7 +58,7 @@ class TokenDataset(Dataset):
 
 
 class Chosen(Dataset):
-    """Some images of a dataset; batches keep the images' own numbers. `indices` (n,) int64 are increasing."""
+    """A subset of a dataset, with increasing `indices` (n,) int64; batches hold indices of the whole dataset."""
 
     def __init__(self, dataset: Dataset, indices: np.ndarray):
         self.dataset, self.indices = dataset, indices
@@ -74,52 +74,58 @@ class Chosen(Dataset):
 
 
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """The indices of `per_class` images of each class, chosen by `seed`; `labels` (N,) are those of all images.
+    """Choose `per_class` images of each class at random; return their increasing indices (n,) int64.
 
-    Raises UserError if a class has fewer images.
+    `labels` (N,) int64 are those of all images. Raises UserError if a class has fewer images.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
     chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
     if min(map(len, chosen)) < per_class:
-        raise UserError(f"{per_class} labels a class: one class has {min(map(len, chosen))} images")
+        raise UserError(
+            f"{per_class} labels per class: one class has {min(map(len, chosen))} images; use fewer labels"
+        )
     return np.sort(np.concatenate(chosen))
 
 
 def fraction_of(num_images: int, fraction: float, seed: int) -> np.ndarray:
-    """The indices of a share of the images, chosen by `seed` uniformly; a smaller share is a part of a larger one.
+    """Choose a fraction of the images uniformly at random; return their increasing indices (n,) int64.
 
-    Raises UserError unless 0 < `fraction` <= 1.
+    With the same seed, a smaller fraction is a subset of a larger one. At least one image is chosen. Raises
+    UserError unless 0 < `fraction` <= 1.
     """
     if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction:g}: expected a share of the images, more than 0 and at most 1")
+        raise UserError(f"--fraction {fraction:g}: expected a fraction of the images, more than 0 and at most 1")
     order = np.random.Generator(np.random.Philox(key=[seed, FRACTION_KEY])).permutation(num_images)
     return np.sort(order[: max(1, round(fraction * num_images))])
 
 
 class BatchOrder:
-    """The images of every global batch of a run. The remainder of an epoch that fills no batch is left out.
+    """The order of the training images: every epoch is a permutation, and its last incomplete batch is dropped.
 
-    `batch_size` is global. Raises UserError if the split has fewer images than one batch.
+    `batch_size` is that of the global batch. Raises UserError if the split has fewer images than one batch.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int):
         if not 1 <= batch_size <= num_images:
             raise UserError(
-                f"batch size {batch_size}: expected 1 to {num_images}, the images in the training split"
+                f"batch size {batch_size}: expected 1 to {num_images}, the number of images in the training split"
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.steps_per_epoch = num_images // batch_size
 
     def steps(self, epochs: float) -> int:
-        """The number of updates of so many epochs, rounded."""
+        """Return the number of training steps of `epochs` epochs, rounded."""
         return round(epochs * self.steps_per_epoch)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """The permutation (num_images,) int64 of an epoch."""
+        """Return the permutation (num_images,) int64 of the images in an epoch."""
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_images)
 
-    def micro_batches(self, steps: range, rank: int, ranks: int, accumulation: int) -> Iterator[np.ndarray]:
-        """This rank's indices for every micro-batch of `steps`, in order: batch / (ranks x accumulation) each."""
+    def micro_batches(self, steps: range, *, rank: int, ranks: int, accumulation: int) -> Iterator[np.ndarray]:
+        """Yield the image indices (n,) int64 of this rank for each micro-batch of `steps`.
+
+        A step has `accumulation` micro-batches of n = batch size / (ranks x accumulation) images per rank.
+        """
         size = self.batch_size // (ranks * accumulation)
         order, order_epoch = None, None
         for step in steps:
@@ -132,30 +138,41 @@ class BatchOrder:
 
 
 class _MicroBatches(Sampler):
-    def __init__(self, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int):
-        self.arguments = order, steps, rank, ranks, accumulation
+    def __init__(self, order: BatchOrder, steps: range, *, rank: int, ranks: int, accumulation: int):
+        self.order, self.steps = order, steps
+        self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        order, steps, *rest, accumulation = self.arguments
-        epochs = (step // order.steps_per_epoch for step in steps for _ in range(accumulation))
-        micro_batches = order.micro_batches(steps, *rest, accumulation)
+        epochs = (step // self.order.steps_per_epoch for step in self.steps for _ in range(self.accumulation))
+        micro_batches = self.order.micro_batches(
+            self.steps, rank=self.rank, ranks=self.ranks, accumulation=self.accumulation
+        )
         return (MicroBatch(one.tolist(), epoch) for one, epoch in zip(micro_batches, epochs, strict=True))
 
 
 def training_loader(
-    dataset: Dataset, order: BatchOrder, steps: range, rank: int, ranks: int, accumulation: int, workers: int
+    dataset: Dataset,
+    order: BatchOrder,
+    steps: range,
+    *,
+    rank: int,
+    ranks: int,
+    accumulation: int,
+    workers: int,
 ) -> DataLoader:
-    """A loader of this rank's micro-batches of `steps`, one after the other, across epochs.
+    """Return a data loader of the micro-batches of this rank for `steps`, which may span several epochs.
 
-    `dataset` makes a whole batch of a list of indices (`__getitems__`), which is a `MicroBatch`.
+    The loader passes a `MicroBatch` to `dataset.__getitems__`, which returns the whole batch.
     """
-    return _loader(dataset, _MicroBatches(order, steps, rank, ranks, accumulation), workers)
+    return _loader(
+        dataset, _MicroBatches(order, steps, rank=rank, ranks=ranks, accumulation=accumulation), workers
+    )
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, rank: int, ranks: int, workers: int) -> DataLoader:
-    """A loader of batches in the order of a dataset, every image once: rank r takes the batches r, r + ranks, ...
+def evaluation_loader(dataset: Dataset, batch_size: int, *, rank: int, ranks: int, workers: int) -> DataLoader:
+    """Return a data loader of every image once, in order: rank r loads the batches r, r + ranks, ...
 
-    So a batch holds the same images on any number of processes, and a model makes the same bits of it.
+    A batch thus holds the same images for any number of processes, and a model computes exactly the same outputs.
     """
     starts = range(rank * batch_size, len(dataset), ranks * batch_size)
     batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
@@ -167,7 +184,7 @@ def _already_a_batch(batch: Batch) -> Batch:
 
 
 def _leave_signals_to_the_run(_: int) -> None:
-    # A terminal or a scheduler sends them to the workers too, who must go on until the run has finished its step.
+    # Terminals and schedulers also signal the workers, which must continue until the run has finished its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -180,5 +197,5 @@ def _loader(dataset: Dataset, batches: Sampler | list[list[int]], workers: int) 
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(0),  # else each iterator draws from the global generator
+        generator=torch.Generator().manual_seed(0),  # else each iterator draws from the global one
     )

@@ -1,7 +1,7 @@
-"""The embedded data set: the real handwritten digits that ship inside scikit-learn, as a token store.
+"""The handwritten digits of scikit-learn as a token store and as images: 1,797 gray images in 10 classes.
 
-1,797 gray images of 8 x 8 pixels in 10 classes. They are enlarged to 32 x 32 pixels and tokenized 4 x 4
-pixels at a time, so that an image is an 8 x 8 grid with one token for each original pixel.
+An image of 8 x 8 pixels is resized to 32 x 32 pixels and tokenized in patches of 4 x 4 pixels, which gives a grid
+of 8 x 8 tokens, one per original pixel.
 """
 
 import hashlib
@@ -20,23 +20,23 @@ from seitpp.images.decode import Sample
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 
-# Everything that the tokens follow from: another value here is another cache folder.
+# The tokens depend only on these values, whose hash is in the name of the cache folder.
 SETTINGS = {"version": 2, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
 VALIDATION_PER_CLASS = 36
 
 
 class Digits(NamedTuple):
-    """Where the tokenized digits and their tokenizer lie."""
+    """The paths of the token store and of its tokenizer."""
 
     store: Path
     tokenizer: Path
 
 
 def digits_images(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 8, 8) float in [0, 1] and labels (N,) int64 of "train" (1,437) or "validation" (360).
+    """Return images (N, 3, 8, 8) float32 in [0, 1] and labels (N,) int64 of "train" (1,437) or "validation" (360).
 
-    Of each class, the 36 images whose pixels have the smallest SHA-256 are for validation: a split that
-    depends on nothing but the images.
+    The validation split has the 36 images of each class whose pixels have the smallest SHA-256, so that the split
+    depends only on the images.
     """
     data = load_digits()
     pixels, labels = data.images.astype("uint8"), torch.from_numpy(data.target).long()
@@ -52,7 +52,7 @@ def digits_images(split: str) -> tuple[Tensor, Tensor]:
 
 
 def digits() -> Digits:
-    """The tokenized digits in the user's cache folder; made on first use (seconds), reused afterwards."""
+    """Return the tokenized digits in the user's cache folder; they are created on first use, in seconds."""
     name = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:12]
     folder = files.make_once(f"digits-{name}", _tokenize)
     return Digits(folder / "store", folder / "tokenizer.safetensors")
@@ -79,7 +79,7 @@ def _tokenize(folder: Path) -> None:
 
 
 class DigitsSource:
-    """The digits as encoded images, like those of a folder (`seitpp.images.sources.ImageSource`)."""
+    """The digits as encoded images, with the interface of `seitpp.images.sources.ImageSource`."""
 
     class_names: ClassVar[list[str]] = [str(digit) for digit in range(10)]
 
@@ -90,7 +90,7 @@ class DigitsSource:
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """Image `index` as a PNG of 8 x 8 pixels."""
+        """Return image `index` as a gray PNG of 8 x 8 pixels."""
         pixels = self._images[index, 0].mul(255).round().byte().numpy()
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")

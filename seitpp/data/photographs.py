@@ -1,4 +1,4 @@
-"""The embedded photographs: china.jpg and flower.jpg of scikit-learn, 427 x 640 pixels each."""
+"""Windows of the photographs china.jpg and flower.jpg of scikit-learn, 427 x 640 pixels each."""
 
 from itertools import product
 
@@ -10,14 +10,14 @@ from torch.utils.data import Dataset
 from seitpp.images.batches import Pixels
 
 STRIDE = 16  # pixels from one window to the next
-HELD_OUT = range(256, 368)  # columns for validation: a band through the temple and the flower
+HELD_OUT = range(256, 368)  # validation columns: they cross the temple and the flower
 
 
 class PhotographWindows(Dataset):
-    """Windows of `side` x `side` pixels of both photographs as a dataset that makes whole batches.
+    """A torch dataset of the windows of `side` x `side` pixels of both photographs, read in whole batches.
 
-    `split` is "train" or "validation": windows without, or with only, held-out columns. A window's label is its
-    photograph.
+    The windows of the split "validation" have only held-out columns, those of "train" have none. The label of a
+    window is the index of its photograph.
     """
 
     def __init__(self, side: int, split: str):
@@ -26,12 +26,12 @@ class PhotographWindows(Dataset):
         bands = [HELD_OUT] if split == "validation" else [range(HELD_OUT.start), range(HELD_OUT.stop, width)]
         tops = range(0, height - side + 1, STRIDE)
         lefts = [left for band in bands for left in range(band.start, band.stop - side + 1, STRIDE)]
-        self.side, self.places = side, list(product(range(len(self.images)), tops, lefts))
+        self.side, self.positions = side, list(product(range(len(self.images)), tops, lefts))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def __getitems__(self, indices: list[int]) -> Pixels:
-        places = [self.places[index] for index in indices]
-        windows = [self.images[n, :, top : top + self.side, left : left + self.side] for n, top, left in places]
-        return Pixels(torch.tensor(indices), torch.stack(windows), torch.tensor([n for n, _, _ in places]))
+        positions = [self.positions[index] for index in indices]
+        windows = [self.images[n, :, top : top + self.side, left : left + self.side] for n, top, left in positions]
+        return Pixels(torch.tensor(indices), torch.stack(windows), torch.tensor([n for n, _, _ in positions]))

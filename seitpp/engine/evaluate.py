@@ -68,7 +68,8 @@ def predict(
     """
     device = accelerator.device
     model = model.to(device).eval()
-    loader = evaluation_loader(dataset, batch_size, accelerator.process_index, accelerator.num_processes, workers)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    loader = evaluation_loader(dataset, batch_size, rank=rank, ranks=ranks, workers=workers)
     empty = torch.empty(0, dtype=torch.long, device=device)
     ranked, labels = [empty.view(0, RANKED)], [empty]
     for batch in loader:

@@ -76,7 +76,8 @@ def extract_features(
     """
     device = accelerator.device
     encoder = encoder.to(device).eval()
-    loader = evaluation_loader(dataset, BLOCK, accelerator.process_index, accelerator.num_processes, workers)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    loader = evaluation_loader(dataset, BLOCK, rank=rank, ranks=ranks, workers=workers)
     indices = indices_of(loader).to(device)
     vectors = torch.empty(len(indices), 2 * encoder.num_features, dtype=torch.float16, device=device)
     labels = torch.empty_like(indices)

@@ -103,8 +103,15 @@ class Training:
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         accumulation, self._dataset = self.accumulation, dataset
-        micro_batches = range(self.step, self._end), rank, ranks, accumulation
-        loader = training_loader(dataset, self.order, *micro_batches, self.config.workers)
+        loader = training_loader(
+            dataset,
+            self.order,
+            range(self.step, self._end),
+            rank=rank,
+            ranks=ranks,
+            accumulation=accumulation,
+            workers=self.config.workers,
+        )
         self.run.progress.speed = self._measured_speed()
         self._recorder.start(self.run.progress.speed, self._bar(), self.step)
         self.model.train()
@@ -247,7 +254,9 @@ class Training:
         earlier checkpoint: its random numbers follow from seed, epoch and indices.
         """
         accumulation, ranks = self.accumulation, self.accelerator.num_processes
-        indices = np.concatenate(list(self.order.micro_batches(range(step, step + 1), rank, ranks, accumulation)))
+        steps = range(step, step + 1)
+        micro_batches = self.order.micro_batches(steps, rank=rank, ranks=ranks, accumulation=accumulation)
+        indices = np.concatenate(list(micro_batches))
         epoch = step // self.order.steps_per_epoch
         batch = self._dataset.__getitems__(MicroBatch(indices.tolist(), epoch))._asdict()
         origin = {"step": step, "epoch": epoch, "seed": self.config.seed, "rank": rank}

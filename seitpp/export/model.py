@@ -108,7 +108,9 @@ def push_model(folder: str | os.PathLike[str], repo_id: str, private: bool = Fal
     if WHOLE_MTM in present:
         load_mtm(root / WHOLE_MTM)
     message = f"{name}, exported by seitpp {__version__}"
-    return hub.upload(root, repo_id, "model", present, message, private, stale="*.safetensors")
+    return hub.upload(
+        root, repo_id, kind="model", names=present, message=message, private=private, stale="*.safetensors"
+    )
 
 
 def _read_json(path: Path, expected: str) -> dict[str, Any]:

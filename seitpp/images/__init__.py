@@ -1,1 +1,1 @@
-"""Where pictures come from: sources of encoded images, their annotations, decoding, batches of pixels."""
+"""Image input: sources of encoded images, their annotations, decoding, and batches of pixels."""

@@ -1,4 +1,4 @@
-"""Images with annotations (label maps) in the layout of ADE-20k, and annotations as small lossless PNG files."""
+"""Images with annotations (label maps) in the folder layout of ADE-20k, and compact PNG annotations."""
 
 import io
 from collections.abc import Iterable
@@ -11,17 +11,17 @@ from PIL import Image
 from seitpp.images.decode import ImageError, open_image
 
 JPEG, PNG = {".jpg", ".jpeg"}, {".png"}
-# Short side of the images in pixels where nothing is said: crops of 512 pixels are what ADE-20k is trained with.
+# Default short side of the images in pixels: training on ADE-20k usually takes crops of 512 pixels.
 SHORT_SIDE = 512
-# Values of an annotation are one byte, and one of them is for pixels that are ignored.
+# Annotation values are bytes, and one of them marks ignored pixels.
 MAX_CLASSES = 255
-# In the header of a PNG file: bits of a sample, and what it is.
+# Positions in a PNG file of the bit depth and of the color type, and two color types.
 DEPTH, COLOR = 24, 25
 GRAY, PALETTE = 0, 3
 
 
 class AnnotatedSample(NamedTuple):
-    """An image as any source has it, with the bytes of its annotation's file."""
+    """An encoded image, like `Sample`, with the bytes of its annotation file."""
 
     data: bytes
     name: str
@@ -30,7 +30,7 @@ class AnnotatedSample(NamedTuple):
 
 
 def has_annotations(folder: str | Path) -> bool:
-    """Whether `folder` has images/SPLIT/ and annotations/SPLIT/ for at least one split."""
+    """Return whether `folder` has images/SPLIT/ and annotations/SPLIT/ for at least one split."""
     images, annotations = (
         {path.name for path in Path(folder, name).glob("*") if path.is_dir()} for name in ("images", "annotations")
     )
@@ -38,12 +38,12 @@ def has_annotations(folder: str | Path) -> bool:
 
 
 class AnnotatedSource:
-    """FOLDER/images/SPLIT/NAME.jpg with FOLDER/annotations/SPLIT/NAME.png, in the order of their names.
+    """Images FOLDER/images/SPLIT/NAME.jpg with annotations FOLDER/annotations/SPLIT/NAME.png, sorted by name.
 
-    Of an annotation's values 0 is ignored and v is class v - 1 (what mmsegmentation calls reduce_zero_label). An
-    image's label is the class that covers most of it, 0 where all is ignored. Without `split`, the images of all.
-    An image without annotation and an annotation without image are errors when it is their turn to be read.
-    Raises ImageError if there are no images or no class names.
+    In an annotation, value 0 is ignored and value v is class v - 1 (reduce_zero_label of mmsegmentation). The
+    label of an image is its most frequent class, 0 if all pixels are ignored. Without `split`, it has all splits.
+    An image without annotation, or an annotation without image, is an error only when it is read. Raises
+    ImageError if there are no images or no class names.
     """
 
     def __init__(self, folder: str | Path, split: str | None):
@@ -52,26 +52,30 @@ class AnnotatedSource:
         self._images = _by_name(self._folders[0], JPEG)
         self._annotations = _by_name(self._folders[1], PNG)
         if not self._images:
-            raise ImageError(f"{self._folders[0]}: no images below it (.jpg)")
+            raise ImageError(f"{self._folders[0]}: no images below it, expected .jpg; check folder and split")
         self._names = sorted({*self._images, *self._annotations})
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> AnnotatedSample:
-        """Image `index`. Raises ImageError naming the file if it or its annotation is not as it should be."""
+        """Read image `index`. Raises ImageError that names the file if the image or its annotation is invalid."""
         name = self._names[index]
         image, annotation = self._images.get(name), self._annotations.get(name)
         if image is None:
-            raise ImageError(f"{annotation}: an annotation without image, expected {self._folders[0] / name}.jpg")
+            raise ImageError(
+                f"{annotation}: an annotation without image, expected {self._folders[0] / name}.jpg; add it"
+            )
         if annotation is None:
-            raise ImageError(f"{image}: an image without annotation, expected {self._folders[1] / name}.png")
+            raise ImageError(
+                f"{image}: an image without annotation, expected {self._folders[1] / name}.png; add it"
+            )
         data, annotated = _read(image), _read(annotation)
         label = self._label(annotated, annotation, _size(data, image))
         return AnnotatedSample(data, str(image.relative_to(self._folders[0])), label, annotated)
 
     def _label(self, annotated: bytes, path: Path, size: tuple[int, int]) -> int:
-        """The class that covers most pixels of an annotation, which is checked."""
+        """Check an annotation and return its most frequent class."""
         values, classes = decode_annotation(annotated, str(path)), len(self.class_names)
         if values.shape != size:
             raise ImageError(f"{path}: {_by(values.shape)} pixels, but its image has {_by(size)} (height x width)")
@@ -86,17 +90,17 @@ class AnnotatedSource:
 
 
 def read_class_names(folder: Path) -> list[str]:
-    """The names of the classes, synonyms included, from the objectInfo*.txt in the folder.
+    """Read the class names, including synonyms, from the file objectInfo*.txt in the folder.
 
-    Raises ImageError if there is not one such file, or if it is not as ADE-20k has it: separated by tabs, with a
-    header that has Idx and Name, and then the classes 1, 2, ..., each with another name.
+    Raises ImageError unless there is exactly one such file, in the format of ADE-20k: separated by tabs, with a
+    header that includes Idx and Name, followed by the classes 1, 2, ... with distinct names.
     """
     files = sorted(folder.glob("objectInfo*.txt"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "no objectInfo*.txt"
+        names = ", ".join(file.name for file in files) or "no objectInfo*.txt"
         raise ImageError(
-            f"{folder}: {found}, expected one objectInfo*.txt beside images/ and annotations/ with the classes, "
-            "as ADE-20k has it: between tabs, with the columns Idx (1, 2, ..) and Name"
+            f"{folder}: {names}, expected one objectInfo*.txt beside images/ and annotations/ with the classes, "
+            "as in ADE-20k: separated by tabs, with the columns Idx (1, 2, ..) and Name"
         )
     try:
         lines = files[0].read_text(encoding="utf-8").splitlines()
@@ -105,7 +109,7 @@ def read_class_names(folder: Path) -> list[str]:
             *((int(row[header.index("Idx")]), row[header.index("Name")]) for row in rows), strict=True
         )
     except (ValueError, IndexError) as error:
-        raise ImageError(f"{files[0]}: expected a header and rows with Idx and Name between tabs") from error
+        raise ImageError(f"{files[0]}: expected a header and rows with Idx and Name, separated by tabs") from error
     if numbers != tuple(range(1, len(rows) + 1)) or len(set(names)) != len(names) or len(names) > MAX_CLASSES:
         raise ImageError(
             f"{files[0]}: expected at most {MAX_CLASSES} classes, numbered 1, 2, .. in order, all names different"
@@ -114,30 +118,30 @@ def read_class_names(folder: Path) -> list[str]:
 
 
 def decode_annotation(data: bytes, name: str) -> np.ndarray:
-    """The values (h, w) of a PNG file: gray of 8 or 16 bits, or the numbers (not the colors) of a palette.
+    """Decode a PNG annotation to values (h, w): gray of 8 or 16 bits, or the indices (not colors) of a palette.
 
-    Raises ImageError naming the file for everything else, since its values would be a matter of interpretation.
+    Raises ImageError that names the file for all other formats, whose values would be ambiguous.
     """
     with open_image(data, name) as image:
         values, kind = np.asarray(image), image.format
     if kind != "PNG" or not (data[COLOR] == PALETTE or (data[COLOR] == GRAY and data[DEPTH] >= 8)):
-        found = f"PNG of {data[DEPTH]} bits with {len(image.getbands())} channels" if kind == "PNG" else kind
+        got = f"PNG of {data[DEPTH]} bits with {len(image.getbands())} channels" if kind == "PNG" else kind
         raise ImageError(
-            f"{name}: {found}, expected a PNG with one channel, 8-bit gray or a palette, whose values are classes"
+            f"{name}: {got}, expected a PNG with one channel, 8-bit gray or a palette, whose values are classes"
         )
     return values
 
 
 def smallest_png(data: bytes) -> bytes:
-    """A PNG annotation with values below 256 in the fewest bytes: as it is, as 8-bit gray, or with a palette.
+    """Return the smallest PNG of an annotation with values below 256: the original, 8-bit gray, or with a palette.
 
-    All three decode to the same values; in ours the palette's colors are the values, too.
+    All three decode to the same values. In the new palette, the gray level of each entry is its index.
     """
     values = decode_annotation(data, "annotation").astype(np.uint8)
     gray, palette = Image.fromarray(values), Image.fromarray(values)
     palette.putpalette(np.arange(int(values.max()) + 1, dtype=np.uint8).repeat(3).tobytes())
-    as_it_is = [data] if data[DEPTH] <= 8 else []
-    return min([*as_it_is, _png(palette), _png(gray)], key=len)
+    original = [data] if data[DEPTH] <= 8 else []
+    return min([*original, _png(palette), _png(gray)], key=len)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -147,12 +151,12 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _by_name(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """The files below a folder by their path in it, without suffix."""
+    """Return {name: path} of the files below a folder; a name is the relative path without suffix."""
     files: dict[str, Path] = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:
-            raise ImageError(f"{path}: has the name of {files[name].name}; remove one of the two")
+            raise ImageError(f"{path}: has the same name as {files[name].name}; remove one of the two")
         files[name] = path
     return files
 

@@ -1,4 +1,4 @@
-"""Batches of decoded images, made by a loader's workers: all of one size, or each of its own."""
+"""Batches of images that are decoded by the workers of a data loader, with one size or a size for each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,26 +14,26 @@ from seitpp.images.sources import ImageSource
 
 
 class Pixels(NamedTuple):
-    """Decoded images: `indices` (B,) int64 in the source, `images` (B, 3, height, width) uint8, `labels` (B,)."""
+    """A batch of images: `indices` (B,) int64 in the source, `images` (B, 3, H, W) uint8, `labels` (B,) int64."""
 
     indices: Tensor
     images: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "Pixels":
-        """The same batch on another device; the copy does not wait for it."""
+        """Copy the batch to a device, without waiting for the copy if the memory is pinned."""
         return Pixels(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-# The part of each image that is seen, of its index and its (height, width); the indices of a training loader are a
-# `MicroBatch`, which knows the epoch.
+# A function from the indices and the sizes (height, width) of images to the box to crop from each. A training
+# loader passes the indices as a `MicroBatch`, which has the epoch.
 Boxes = Callable[[list[int], list[tuple[int, int]]], list[Box]]
 
 
 class ImageDataset(Dataset):
-    """A source as a torch dataset that makes whole batches, every image resized to `size` (height, width).
+    """A torch dataset of the images of a source, read in whole batches and resized to `size` (height, width).
 
-    Of each image only the part that `boxes` names is resized, or all of it where there are none.
+    With `boxes`, each image is first cropped to the box that this function returns for it.
     """
 
     def __init__(self, source: ImageSource, size: tuple[int, int], boxes: Boxes | None = None):
@@ -51,7 +51,7 @@ class ImageDataset(Dataset):
 
 
 class ImageRecord(NamedTuple):
-    """What is kept of an image beside its tokens, and the bytes of its annotation's file."""
+    """What the store keeps of an image besides its tokens, and the size of its annotation file in bytes."""
 
     label: int
     file_name: str
@@ -61,16 +61,16 @@ class ImageRecord(NamedTuple):
 
 
 class DecodedBatch(NamedTuple):
-    """A batch of readable images; `errors` says which were not readable."""
+    """A batch of decoded images; `errors` has one message for each image that could not be read."""
 
-    pixels: torch.Tensor  # uint8, image after image; one tensor, which a worker hands over without a copy
+    pixels: torch.Tensor  # uint8, all images one after another; a worker sends one tensor without a copy
     sizes: list[tuple[int, int]]  # (height, width)
     kept: list[ImageRecord]
     errors: list[str]
 
 
 class DecodedImages(Dataset):
-    """Images of a source, decoded and resized; an unreadable one is reported, not raised, by a worker."""
+    """A torch dataset of decoded and resized images of a source; errors of images are returned, not raised."""
 
     def __init__(self, source: ImageSource, size: Size):
         self.source, self.size = source, size
@@ -84,14 +84,14 @@ class DecodedImages(Dataset):
             except ImageError as error:
                 errors.append(str(error))
             else:
-                kept.append(_keep(sample))
+                kept.append(_record(sample))
         pixels = np.concatenate([np.empty(0, np.uint8), *(image.ravel() for image in images)])
         return DecodedBatch(torch.from_numpy(pixels), [image.shape[1:] for image in images], kept, errors)
 
 
-def _keep(sample: Sample | AnnotatedSample) -> ImageRecord:
-    """What the store keeps of a sample, its annotation as small as it can be."""
-    kept = ImageRecord(sample.label, sample.name, len(sample.data))
+def _record(sample: Sample | AnnotatedSample) -> ImageRecord:
+    """Return the record of a sample, with its annotation as the smallest PNG."""
+    record = ImageRecord(sample.label, sample.name, len(sample.data))
     if isinstance(sample, AnnotatedSample):
-        return kept._replace(annotation=smallest_png(sample.annotation), annotation_bytes=len(sample.annotation))
-    return kept
+        return record._replace(annotation=smallest_png(sample.annotation), annotation_bytes=len(sample.annotation))
+    return record

@@ -1,7 +1,7 @@
-"""Encoded images from a folder, Parquet files, webdataset tars, or a named data set.
+"""Sources of encoded images: folders, Parquet files, WebDataset tar files, and data sets of the hub.
 
-Every source gives the bytes of image i, its name and its label, in a fixed order, without holding images in memory
-and without unpacking or converting anything on disk.
+A source reads image i, with its name and label, in a fixed order. It does not keep all images in memory, and it
+does not unpack or convert files on disk.
 """
 
 import json
@@ -21,35 +21,35 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
 class ImageSource(Protocol):
-    """Images in a fixed order. `class_names` is None where classes have no names."""
+    """Encoded images in a fixed order. `class_names` is None if the classes have no names."""
 
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Sample:
-        """Image `index` as it is stored."""
+        """Read image `index` as it is stored."""
         ...
 
 
 def open_source(source: str, split: str | None) -> ImageSource:
-    """Find out what `source` is and open it, or only the part of it that is named `split`.
+    """Detect the kind of `source` and open it, or only its split `split`.
 
-    A folder of Parquet files or webdataset tars (a split is the files whose names begin with it); one such file; a
-    folder of images, SOURCE/CLASS/NAME.jpg or flat (a split is a folder in it); or, if nothing has this path, the
-    name of a data set on the hub. Raises ImageError if there is nothing of the kind.
+    A source is a folder of Parquet or WebDataset tar files (a split is the files whose names begin with it); one
+    such file, whatever the split; a folder of images, SOURCE/CLASS/NAME.jpg or flat (a split is a subfolder);
+    or, if no such path exists, a data set of the hub (split "train" by default). Raises ImageError otherwise.
     """
     path = Path(source)
     if path.is_dir():
         for suffix, kind in ((".parquet", ParquetSource), (".tar", TarSource)):
-            if found := sorted(path.rglob(f"*{suffix}")):
-                return kind(_of_split(found, source, split))
+            if files := sorted(path.rglob(f"*{suffix}")):
+                return kind(_of_split(files, source, split))
         return FolderSource(path / (split or ""))
     if path.is_file() and path.suffix in (".parquet", ".tar"):
         return ParquetSource([path]) if path.suffix == ".parquet" else TarSource([path])
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/")):
         raise ImageError(
-            f"{source}: expected a folder of images, .parquet or .tar files, or the name of a data set"
+            f"{source}: expected a folder of images, .parquet or .tar files, or the name of a data set; check it"
         )
     return DatasetSource(datasets.load_dataset(source, split=split or "train"), source)
 
@@ -57,18 +57,22 @@ def open_source(source: str, split: str | None) -> ImageSource:
 def _of_split(files: list[Path], source: str, split: str | None) -> list[Path]:
     chosen = [file for file in files if file.name.startswith(split or "")]
     if not chosen:
-        raise ImageError(f"{source}: no file whose name begins with {split!r}, it has {files[0].name}, ...")
+        raise ImageError(
+            f"{source}: no file whose name begins with {split!r}, it has {files[0].name}, ...; check the split"
+        )
     return chosen
 
 
 class FolderSource:
-    """Image files below a folder, sorted by path; the first folder level names the class, if there is one."""
+    """Image files below a folder, sorted by path; the first level of subfolders, if any, names the classes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.files:
-            raise ImageError(f"{folder}: no images below it ({', '.join(sorted(SUFFIXES))})")
+            raise ImageError(
+                f"{folder}: no images below it, expected {', '.join(sorted(SUFFIXES))}; check the path"
+            )
         classes = sorted({self._class(path) for path in self.files} - {None})
         self.class_names = classes or None
         self._labels = {name: label for label, name in enumerate(classes)}
@@ -80,7 +84,7 @@ class FolderSource:
         path = self.files[index]
         label = self._class(path)
         if self.class_names and label is None:
-            raise ImageError(f"{path}: lies in no class folder, but other images do")
+            raise ImageError(f"{path}: not in a class folder, but other images are; move it into one")
         return Sample(path.read_bytes(), str(path.relative_to(self.folder)), self._labels.get(label, 0))
 
     def _class(self, path: Path) -> str | None:
@@ -89,14 +93,16 @@ class FolderSource:
 
 
 class ParquetSource:
-    """Parquet files as `datasets` writes them: an image column (binary, or {bytes, path}), maybe a `label`."""
+    """Parquet files as written by `datasets`: an image column (binary, or {bytes, path}) and perhaps `label`."""
 
     def __init__(self, paths: list[Path]):
         self._paths = paths
         schema = _open_parquet(paths[0]).schema_arrow
         names = [name for name in ("image", "jpg", "png", "img") if name in schema.names]
         if not names:
-            raise ImageError(f"{paths[0]}: columns {', '.join(schema.names)}, expected one called image")
+            raise ImageError(
+                f"{paths[0]}: columns {', '.join(schema.names)}, expected one called image; rename it"
+            )
         self._columns = [names[0], *(["label"] if "label" in schema.names else [])]
         self.class_names = _class_names(schema.metadata or {})
         self._groups: list[tuple[Path, int]] = []
@@ -106,7 +112,7 @@ class ParquetSource:
             self._groups += [(path, group) for group in range(metadata.num_row_groups)]
             rows += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum(rows).tolist()
-        self._held: tuple[int, list[dict]] = (-1, [])  # the row group read last: images are mostly read in turn
+        self._held: tuple[int, list[dict]] = (-1, [])  # the last row group, since images are mostly read in order
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -115,18 +121,18 @@ class ParquetSource:
         number = bisect_right(self._ends, index)
         path, group = self._groups[number]
         if self._held[0] != number:
-            # Opened anew and without threads: neither survives the fork of a loader's workers.
+            # Reopened, and read without threads: neither survives the fork of data loader workers.
             table = _open_parquet(path).read_row_group(group, columns=self._columns, use_threads=False)
             self._held = number, table.to_pylist()
         rows = self._held[1]
-        at = index - (self._ends[number] - len(rows))
-        image = rows[at][self._columns[0]]
+        row = rows[index - (self._ends[number] - len(rows))]
+        image = row[self._columns[0]]
         data, name = (image["bytes"], image.get("path")) if isinstance(image, dict) else (image, None)
-        return Sample(data, name or f"{path.name}#{index}", rows[at].get("label") or 0)
+        return Sample(data, name or f"{path.name}#{index}", row.get("label") or 0)
 
 
 class TarSource:
-    """Webdataset tars: files of one key (the name up to its first dot) are one sample; KEY.cls holds the label."""
+    """WebDataset tar files: files of one key (the name up to its first dot) are a sample; KEY.cls is its label."""
 
     def __init__(self, paths: list[Path]):
         self.class_names = None
@@ -134,7 +140,9 @@ class TarSource:
         for path in paths:
             self._images += _tar_images(path)
         if not self._images:
-            raise ImageError(f"{paths[0]}: no images in this tar ({', '.join(sorted(SUFFIXES))})")
+            raise ImageError(
+                f"{paths[0]}: no images in this tar, expected {', '.join(sorted(SUFFIXES))}; check the path"
+            )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -150,15 +158,17 @@ class TarSource:
 
 
 class DatasetSource:
-    """A split of the `datasets` library with an image column, bytes or paths to files, and maybe a class label.
+    """A split of a data set of the `datasets` library, with an image column and perhaps a class label.
 
-    Raises ImageError if the data set, called `name`, has no image column.
+    Raises ImageError if the data set, called `name` in messages, has no image column.
     """
 
     def __init__(self, data: datasets.Dataset, name: str):
         images = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if not images:
-            raise ImageError(f"{name}: columns {', '.join(data.column_names)}, none of them an image")
+            raise ImageError(
+                f"{name}: columns {', '.join(data.column_names)}, expected an image column; cast it to Image"
+            )
         labels = [column for column, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
         self._image, self._label = images[0], labels[0] if labels else None
         self.class_names = data.features[labels[0]].names if labels else None
@@ -168,7 +178,7 @@ class DatasetSource:
         return len(self._data)
 
     def read(self, index: int) -> Sample:
-        """Image `index`. Raises ImageError if its file cannot be read."""
+        """Read image `index`. Raises ImageError if its file cannot be read."""
         row = self._data[index]
         image = row[self._image]
         try:
@@ -179,7 +189,7 @@ class DatasetSource:
 
 
 class SourceSubset:
-    """Some images of a source, by their numbers."""
+    """A subset of a source, by image indices."""
 
     def __init__(self, source: ImageSource, indices: list[int]):
         self.source, self.indices, self.class_names = source, indices, source.class_names
@@ -188,14 +198,15 @@ class SourceSubset:
         return len(self.indices)
 
     def read(self, index: int) -> Sample:
-        """Image `index` of this part."""
+        """Read image `index` of the subset."""
         return self.source.read(self.indices[index])
 
 
 def hold_out(source: ImageSource, every: int, name: str) -> tuple[SourceSubset, SourceSubset]:
-    """(the other images, every n-th one): a sorted folder's last images would all be of one class.
+    """Split a source into (the other images, every `every`-th image).
 
-    Raises ImageError if the source, called `name`, has fewer than `every` images.
+    The last images of a sorted source could all be of one class. Raises ImageError if the source, called `name` in
+    the message, has fewer than `every` images.
     """
     if len(source) < every:
         raise ImageError(
@@ -206,7 +217,7 @@ def hold_out(source: ImageSource, every: int, name: str) -> tuple[SourceSubset, 
 
 
 def _tar_images(path: Path) -> list[tuple[Path, int, int, str, tuple[int, int] | None]]:
-    """(tar, offset, bytes, name, where its label is) of every image, from the headers alone."""
+    """List (tar, offset, size, name, (offset, size) of its label) of every image, from the tar headers only."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, tuple[int, int]] = {}
     try:
@@ -233,6 +244,6 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
-    """The names of `label` in the schema that `datasets` leaves in a Parquet file."""
+    """Return the class names of `label` from the schema metadata of `datasets` in a Parquet file."""
     info = json.loads(metadata.get(b"huggingface", b"{}"))
     return info.get("info", {}).get("features", {}).get("label", {}).get("names")

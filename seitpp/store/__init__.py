@@ -1,4 +1,4 @@
-"""Many encoded images in one folder, memory-mapped; docs/format.md gives every byte."""
+"""Token stores: folders of encoded images, memory-mapped; docs/format.md describes every byte."""
 
 from seitpp.store.layout import StoreError
 from seitpp.store.reader import TokenStore

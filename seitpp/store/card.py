@@ -1,4 +1,4 @@
-"""The dataset card, README.md, of a store."""
+"""The dataset card (README.md) of a store."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from seitpp.store.layout import entropy
 
 
 def card(document: dict[str, Any]) -> str:
-    """The text of README.md, made of nothing but tokens.json."""
+    """Return the text of README.md, which depends only on `document`, the content of tokens.json."""
     configs = "".join(f'  - split: "{name}"\n    path: "{name}/*.arrow"\n' for name in document["splits"])
     table = "".join(_row(name, **split) for name, split in document["splits"].items())
     return f"""---
@@ -52,7 +52,7 @@ def _usage(document: dict[str, Any]) -> str:
 
 
 def _tokenizer(tokenizer: dict[str, Any] | None) -> str:
-    """How the images were tokenized, word for word as the writer was told."""
+    """Return the description of the tokenizer exactly as it was given to the writer."""
     if tokenizer is None:
         return "What tokenizer made the ids is not recorded.\n"
     return f"\nThe tokenizer that made the ids:\n\n```json\n{json.dumps(tokenizer, indent=2)}\n```\n"

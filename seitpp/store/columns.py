@@ -1,52 +1,53 @@
-"""Columns beside the tokens and labels, read from disk where they are asked for."""
+"""Additional columns of a split, read from disk on access."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Integer
 
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES
 
 
 class Column:
-    """One column of a split as a sequence; `kind` is "string", "binary" or "int64". Nothing is held in memory."""
+    """One column of a split as a sequence; `kind` is "string", "binary" or "int64". It stays on disk."""
 
-    def __init__(self, name: str, kind: str, shards: Sequence[pa.RecordBatch], starts: list[int], folder: Path):
-        """starts: number of the first image of each shard. folder: for messages.
+    def __init__(self, name: str, kind: str, shards: Sequence[pa.RecordBatch], *, starts: list[int], folder: Path):
+        """Open a column. `starts` holds the index of the first image of each shard; `folder` is for messages.
 
-        Raises StoreError if a shard has nulls there or another kind.
+        Raises StoreError if the column of a shard is missing, has nulls, or is of another kind.
         """
         self.name, self.kind = name, kind
         self._folder, self._starts = folder, starts
         self._length = starts[-1] + len(shards[-1])
-        places = [shard.schema.get_field_index(name) for shard in shards]  # -1: none, or two
-        found = [shard.column(i) if i >= 0 else None for shard, i in zip(shards, places, strict=True)]
-        for number, array in enumerate(found):
+        fields = [shard.schema.get_field_index(name) for shard in shards]  # -1: none, or two
+        arrays = [shard.column(i) if i >= 0 else None for shard, i in zip(shards, fields, strict=True)]
+        for number, array in enumerate(arrays):
             if array is None or array.type != ARROW_TYPES[kind] or array.null_count:
                 raise StoreError(
                     f"{folder}: column {name!r} of shard {number}: expected {kind} values without nulls; "
                     "copy the shards again"
                 )
-        self._parts = [_Numbers(array) if kind == "int64" else _Bytes(array) for array in found]
+        self._parts = [_Numbers(array) if kind == "int64" else _Bytes(array) for array in arrays]
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int | Sequence[int] | np.ndarray) -> Any:
-        """A str, bytes or int for an index; for N indices a list of them, or (N,) int64.
+    def __getitem__(self, index: SupportsIndex | Sequence[int] | Integer[np.ndarray, " images"]) -> Any:
+        """Return a str, bytes or int for one index; for N indices a list of these, or (N,) int64.
 
-        Raises IndexError, and StoreError for a string that is damaged.
+        Raises IndexError, and StoreError for a string that is not valid UTF-8.
         """
         if not isinstance(index, Sequence | np.ndarray):
             return self._value(index)
         values = [self._value(i) for i in index]
         return np.array(values, np.int64) if self.kind == "int64" else values
 
-    def _value(self, index: int) -> str | bytes | int:
+    def _value(self, index: SupportsIndex) -> str | bytes | int:
         position = range(self._length)[index]
         shard = bisect_right(self._starts, position) - 1
         value = self._parts[shard][position - self._starts[shard]]
@@ -69,7 +70,7 @@ class _Numbers:
 
 
 class _Bytes:
-    """Sliced by us and not by Arrow, which trusts its offsets even when they are damaged."""
+    """Variable-length values, sliced here because Arrow does not check the bounds of damaged offsets."""
 
     def __init__(self, array: pa.Array):
         _, offsets, data = array.buffers()

@@ -1,4 +1,4 @@
-"""Stores on the Hugging Face hub, where a store is a dataset repository, file by file; uploads, of models too."""
+"""Upload and download of stores as dataset repositories of the Hugging Face hub, and upload of models."""
 
 import os
 from collections.abc import Callable
@@ -14,35 +14,44 @@ from seitpp.files import cache_root, remove_folder, sync
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 
-# What huggingface_hub leaves in a folder that it downloads to.
+# huggingface_hub leaves this folder in the target of a download.
 DOWNLOAD_CACHE = ".cache"
 
 Result = TypeVar("Result")
 
 
 class HubError(UserError):
-    """The hub cannot be reached, or does not give what it is asked for."""
+    """Raised if the hub cannot be reached or refuses a request."""
 
 
 def push(store: str | os.PathLike[str], repo_id: str, private: bool = False) -> str:
-    """Upload the folder `store` as the dataset `repo_id` ("owner/name"), made if there is none; its address.
+    """Upload the folder `store` as the dataset `repo_id` ("owner/name") and return its URL.
 
-    One commit, after which the repository has the shards of this store only. Every file is verified before.
-    Raises StoreError for a damaged store, HubError for what the hub refuses.
+    The repository is created if there is none. Every file is verified first; the upload is one commit, which also
+    removes the shards of earlier stores. Raises StoreError for a damaged store, HubError if the hub refuses.
     """
     root = Path(store).resolve()
     document = layout.read_document(root)
     layout.check_files(root, document["files"], document["files"], checksums=True)
     message = f"Token store {document['checksum'][:12]}"
-    # Shards of an earlier store would be read as images of this one by other programs.
-    return upload(root, repo_id, "dataset", _file_names(document), message, private, stale="*.arrow")
+    return upload(
+        root,
+        repo_id,
+        kind="dataset",
+        names=_file_names(document),
+        message=message,
+        private=private,
+        stale="*.arrow",  # other programs would read shards of an earlier store as images of this one
+    )
 
 
-def upload(root: Path, repo_id: str, kind: str, names: list[str], message: str, private: bool, stale: str) -> str:
-    """Put the files `names` of the folder `root` into the repository `repo_id`, in one commit; its address.
+def upload(
+    root: Path, repo_id: str, *, kind: str, names: list[str], message: str, private: bool, stale: str
+) -> str:
+    """Upload the files `names` of the folder `root` to the repository `repo_id` in one commit and return its URL.
 
-    `kind` is dataset or model. The repository is made if there is none, `private` or not; other files that match
-    `stale` are removed from it. Raises HubError for what the hub refuses.
+    `kind` is "dataset" or "model". The repository is created, `private` or not, if there is none; its other files
+    that match the pattern `stale` are removed. Raises HubError if the hub refuses.
     """
     api = HfApi()
     repository = _ask(repo_id, api.create_repo, repo_id, repo_type=kind, private=private, exist_ok=True)
@@ -60,11 +69,11 @@ def upload(root: Path, repo_id: str, kind: str, names: list[str], message: str, 
 
 
 def pull(repo_id: str, folder: str | os.PathLike[str] | None = None) -> Path:
-    """Download the store `repo_id` ("owner/name") into `folder`, verify every file, and return its path.
+    """Download the store `repo_id` ("owner/name") into the new `folder`, verify every file, and return its path.
 
-    Without a folder it goes into the user's cache, and one that is there is verified and used again, offline too.
-    An interrupted download is taken up again. Raises HubError for what the hub refuses, for a folder that exists,
-    and without a network; StoreError for a repository that is no store or a damaged one.
+    Without `folder` the store goes into the user's cache; a cached store is verified and reused, also offline. An
+    interrupted download is resumed. Raises HubError if the hub refuses or cannot be reached, or if `folder`
+    exists; StoreError if the repository holds no store or a damaged one.
     """
     _ask(repo_id, validate_repo_id, repo_id)
     target = (Path(folder) if folder is not None else cache_folder(repo_id)).resolve()
@@ -79,22 +88,22 @@ def pull(repo_id: str, folder: str | os.PathLike[str] | None = None) -> Path:
 
 
 def cache_folder(repo_id: str) -> Path:
-    """Where `pull` puts a store for which no folder is named."""
+    """Return the folder into which `pull` downloads a store if none is given."""
     return cache_root() / "hub" / repo_id.replace("/", "--")
 
 
 def _download(repo_id: str, staging: Path) -> None:
-    """tokens.json first, since it says which files there are; no other file of the repository is fetched."""
+    """Download tokens.json, and then only the files that it lists."""
     _fetch(repo_id, staging, [layout.DOCUMENT])
     if not (staging / layout.DOCUMENT).is_file():
-        raise StoreError(f"{repo_id} on the hub: no token store, it has no file {layout.DOCUMENT}")
+        raise StoreError(f"{repo_id} on the hub: no token store, it has no file {layout.DOCUMENT}; check the id")
     _fetch(repo_id, staging, _file_names(layout.read_document(staging)))
     remove_folder(staging / DOWNLOAD_CACHE)
     _verified(staging)
 
 
 def _fetch(repo_id: str, folder: Path, names: list[str]) -> None:
-    # With local_dir the files are there themselves, not links into a cache.
+    # local_dir: the files themselves instead of links into the cache of huggingface_hub.
     _ask(
         repo_id,
         huggingface_hub.snapshot_download,
@@ -118,7 +127,7 @@ def _verified(root: Path) -> Path:
 def _ask(repo_id: str, request: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
     try:
         return request(*args, **kwargs)
-    except Exception as error:  # besides its own, huggingface_hub passes on those of its HTTP library
+    except Exception as error:  # huggingface_hub also passes on errors of its HTTP library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HubError(
             f"{repo_id} on the hub: {reason}; check its name, the network and `hf auth login`"

@@ -1,4 +1,4 @@
-"""What lies where in a store: names, tokens.json, checksums. Normative: docs/format.md."""
+"""File names, `tokens.json` and checksums of a store; docs/format.md is the normative description."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import Float32, Integer
 
 from seitpp.codec import MAX_CODES, MAX_TOKENS
 from seitpp.errors import UserError
@@ -25,7 +26,7 @@ CARD = "README.md"
 DATASET_DICT = "dataset_dict.json"
 DATASET_INFO = "dataset_info.json"
 STATE = "state.json"
-# Written anew with every split that is added.
+# Rewritten whenever a split is added.
 DERIVED = (CARD, DATASET_DICT)
 
 MAX_CODE_DIM = 2**16
@@ -33,7 +34,7 @@ MAX_ROWS = 2**32
 MAX_DOCUMENT_BYTES = 2**26
 MAX_TABLE_BYTES = 2**28
 
-# In the order in which tokens.json holds them; its checksum comes last.
+# In the order of tokens.json, where the checksum follows them.
 KEYS = (
     "format",
     "version",
@@ -52,62 +53,66 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class StoreError(UserError):
-    """A folder that is no store, a damaged one, or one that does not go with what it is asked for."""
+    """Raised for a folder that is not a store, for a damaged store, and for data that do not fit the store."""
 
 
 def shard_name(split: str, index: int, total: int) -> str:
-    """Path of a shard in its store, as `datasets` names it."""
+    """Return the path of a shard relative to its store, named as `datasets` does."""
     return f"{split}/data-{index:05d}-of-{total:05d}.arrow"
 
 
 def shard_names(document: dict[str, Any], split: str) -> list[str]:
-    """All shards of a split, in order. Raises StoreError if their numbers have a gap."""
-    found = sorted(name for name in document["files"] if name.startswith(f"{split}/data-"))
-    expected = [shard_name(split, index, len(found)) for index in range(len(found))]
-    if found != expected or not found:
-        raise StoreError(f"{DOCUMENT}: the shards of split {split!r} have gaps: {found}")
-    return found
+    """List the shards of a split in order. Raises StoreError if a shard number is missing."""
+    names = sorted(name for name in document["files"] if name.startswith(f"{split}/data-"))
+    if not names or names != [shard_name(split, index, len(names)) for index in range(len(names))]:
+        raise StoreError(
+            f"{DOCUMENT}: the shards of split {split!r} have gaps: got {names}, expected all numbers from 0; "
+            "copy the store again"
+        )
+    return names
 
 
 def write_document(root: Path, document: dict[str, Any]) -> None:
-    """Put tokens.json into `root`, complete and under its checksum."""
+    """Write tokens.json with its checksum into the folder `root`."""
     lines = (f"{json.dumps(key)}: {json.dumps(document[key])},\n" for key in KEYS)
     write_file(root / DOCUMENT, _sealed(("{\n" + "".join(lines)).encode()))
 
 
 def read_document(root: Path) -> dict[str, Any]:
-    """tokens.json of the store `root`, every field checked, with "checksum".
+    """Read tokens.json of the store `root` and check every field; the result includes "checksum".
 
-    Raises StoreError if it is missing, of a newer version, damaged, or claims what no store has.
+    Raises StoreError if the file is missing, damaged, of a newer version, or has a value out of range.
     """
     path = root / DOCUMENT
     if not path.is_file() or path.is_symlink():
-        raise StoreError(f"{root}: no token store, it has no file {DOCUMENT}")
+        raise StoreError(f"{root}: no token store, it has no file {DOCUMENT}; give the folder of a store")
     if path.stat().st_size > MAX_DOCUMENT_BYTES:
-        raise StoreError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_DOCUMENT_BYTES}")
+        raise StoreError(
+            f"{path}: {path.stat().st_size} bytes, expected at most {MAX_DOCUMENT_BYTES}; copy it again"
+        )
     raw = path.read_bytes()
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: damaged, no JSON ({error}); copy the store again") from error
+        raise StoreError(f"{path}: damaged, no JSON ({error}); copy it again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise StoreError(f'{path}: no token store, expected "format": "{FORMAT}"')
+        raise StoreError(f'{path}: no token store, expected "format": "{FORMAT}"; give the folder of a store')
     if document.get("version") != VERSION:
         raise StoreError(f"{path}: version {document.get('version')}, expected {VERSION}; upgrade seitpp")
     if raw != _sealed(raw[: -len(_sealed(b""))]):
         raise StoreError(f"{path}: checksum does not match, the file is damaged or edited; copy it again")
     for problem in _problems(document):
-        raise StoreError(f"{path}: {problem}")
+        raise StoreError(f"{path}: {problem}; copy it again")
     return document
 
 
 def _sealed(body: bytes) -> bytes:
-    """tokens.json: everything before its checksum, then the checksum of these bytes."""
+    """Append to `body`, the bytes of tokens.json before its checksum, their checksum."""
     return body + b'"checksum": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode()
 
 
 def _problems(document: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with tokens.json, in the order in which later checks rely on earlier ones."""
+    """Describe what is wrong with tokens.json; later checks rely on earlier ones."""
     if set(document) != {*KEYS, "checksum"}:
         yield f"keys {sorted(document)}, expected {sorted([*KEYS, 'checksum'])}"
     if document["grid"] is not None and not is_grid(document["grid"]):
@@ -118,19 +123,19 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
         yield f"code_dim {document['code_dim']!r}, expected 1 .. {MAX_CODE_DIM}"
     codec = document["codec"]
     if not isinstance(codec, dict) or set(codec) != {"name", "counts"} or not isinstance(codec["name"], str):
-        yield "codec: expected its name and its counts"
+        yield f"codec: got {type(codec).__name__}, expected an object with a name and counts"
     names = document["class_names"]
     if names is not None and not is_class_names(names):
-        yield "class_names: expected distinct strings or null"
+        yield "class_names: expected a list of distinct strings, or null"
     if not isinstance(document["files"], dict) or not isinstance(document["splits"], dict):
         yield "files and splits: expected objects"
     if CODEBOOK not in document["files"]:
-        yield f"files: expected {CODEBOOK} among them"
+        yield f"files: no entry {CODEBOOK}, expected one"
     for name, entry in document["files"].items():
         if not FILE_NAME.fullmatch(name):
             yield f"file name {name!r}: expected NAME or SPLIT/NAME inside of the store"
         if not _is_file_entry(entry):
-            yield f"file {name!r}: expected its size in bytes and its SHA-256"
+            yield f"file {name!r}: expected its size in bytes and its SHA-256, got {entry!r}"
         if name == TABLE and entry["bytes"] > MAX_TABLE_BYTES:
             yield f"file {name!r}: {entry['bytes']} bytes, expected at most {MAX_TABLE_BYTES}"
     for split, entry in document["splits"].items():
@@ -143,14 +148,14 @@ def _is_int(value: Any, low: int, high: int) -> bool:
 
 
 def is_grid(value: Any) -> bool:
-    """Whether `value` is a list of two sides, 1 .. 2^24 tokens in all."""
+    """Return whether `value` is a list [height, width] with at most 2^24 tokens in total."""
     if not isinstance(value, list) or len(value) != 2:
         return False
     return all(_is_int(side, 1, MAX_TOKENS) for side in value) and value[0] * value[1] <= MAX_TOKENS
 
 
 def is_class_names(value: Any) -> bool:
-    """Whether `value` is a list of at least one string, none of them twice."""
+    """Return whether `value` is a list of one or more distinct strings."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         return False
     return len(set(value)) == len(value) > 0
@@ -171,12 +176,15 @@ def _is_split_entry(entry: Any) -> bool:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as tokens.json lists them."""
+    """Return the size and SHA-256 of a file as an entry of tokens.json."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def check_files(root: Path, files: dict[str, Any], names: Iterable[str], checksums: bool) -> None:
-    """Raises StoreError for the first of `names` that is missing, a link, or not as listed in `files`."""
+def check_files(root: Path, files: dict[str, Any], names: Iterable[str], *, checksums: bool) -> None:
+    """Compare the sizes of the files `names` in `root`, and their `checksums` if True, with the entries `files`.
+
+    Raises StoreError for the first file that is missing, a symbolic link, or different.
+    """
     for name in names:
         path = root / name
         if path.is_symlink() or path.parent.is_symlink():
@@ -194,8 +202,8 @@ def check_files(root: Path, files: dict[str, Any], names: Iterable[str], checksu
             )
 
 
-def read_codebook(root: Path, document: dict[str, Any]) -> np.ndarray:
-    """The (K, D) float32 codebook of the store `root`. Raises StoreError if the file holds anything else."""
+def read_codebook(root: Path, document: dict[str, Any]) -> Float32[np.ndarray, "codes dim"]:
+    """Read the codebook of the store `root`. Raises StoreError if its shape differs from tokens.json."""
     path, shape = root / CODEBOOK, (document["num_codes"], document["code_dim"])
     codebook = load_codebook(path)
     if codebook.shape != shape:
@@ -203,8 +211,8 @@ def read_codebook(root: Path, document: dict[str, Any]) -> np.ndarray:
     return codebook
 
 
-def load_codebook(path: Path) -> np.ndarray:
-    """The (K, D) float32 codebook of a store's file. Raises StoreError if the file holds anything else."""
+def load_codebook(path: Path) -> Float32[np.ndarray, "codes dim"]:
+    """Read a codebook from a store's file. Raises StoreError if the file holds anything else."""
     try:
         codebook = safetensors.numpy.load_file(path)["codebook"]
     except (safetensors.SafetensorError, KeyError) as error:
@@ -215,11 +223,11 @@ def load_codebook(path: Path) -> np.ndarray:
 
 
 def read_table(root: Path, document: dict[str, Any]) -> bytes | None:
-    """What the codec of the store `root` learned besides the counts, if it is one that learns."""
+    """Read the learned table of the codec of the store `root`; None if the codec has no such table."""
     return (root / TABLE).read_bytes() if TABLE in document["files"] else None
 
 
-def entropy(counts: np.ndarray) -> float:
-    """Bits a token of (K,) counts: what no code with one table can go below."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log2(share)).sum())
+def entropy(counts: Integer[np.ndarray, " codes"]) -> float:
+    """Return the entropy in bits per token, the lower bound of every code with one fixed table."""
+    probability = counts[counts > 0] / counts.sum()
+    return float(-(probability * np.log2(probability)).sum())

@@ -1,4 +1,4 @@
-"""From staged shards to a store: count codes, encode with the exact table, publish by renames."""
+"""Build a store from staged shards: count the codes, encode with the exact counts, publish by renames."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import safetensors.numpy
+from jaxtyping import Int32, Int64
 
 from seitpp import codec as codecs
 from seitpp.codec import Codec
@@ -23,99 +24,103 @@ from seitpp.store.layout import StoreError
 from seitpp.store.shards import column_array, read_shard, write_shard
 from seitpp.store.spec import SplitSpec, fingerprint
 
-# What was built waits in this folder of the staging folder.
-MADE = "store"
-# Enough for the tables of a codec that learns.
+# The folder inside the staging folder that holds the new files until they are published.
+BUILT = "store"
+# A codec with a learned table learns from at most so many images.
 LEARNED_IMAGES = 2**13
 
 
 class Survey(NamedTuple):
-    """What publishing must know of a staged shard before it is encoded."""
+    """Statistics of a staged shard that are needed before any shard is encoded."""
 
     rows: int
-    counts: np.ndarray
-    largest_label: int
+    counts: Int64[np.ndarray, " codes"]
+    largest_label: int  # -1 without images
 
 
 class Encoding(NamedTuple):
-    """One shard to be encoded, as it is handed to a process, to which no codec can be sent."""
+    """Arguments for the encoding of one shard in another process, which builds the codec itself."""
 
     staged: Path
     target: Path
     build_codec: Callable[[], Codec]
-    new_ids: np.ndarray | None
+    new_ids: Int32[np.ndarray, " codes"] | None
 
 
-def build(spec: SplitSpec, folder: Path, staged: list[Path], processes: int = 1) -> dict[str, Any] | None:
-    """Encode the `staged` shards into folder/MADE; returns tokens.json of the store that the split is added to.
+def build(spec: SplitSpec, folder: Path, staged: list[Path], *, processes: int = 1) -> dict[str, Any] | None:
+    """Encode the `staged` shards into folder/BUILT; return tokens.json of the existing store, None if it is new.
 
-    Shards without images are left out. The bytes depend neither on `processes`, nor on who staged what.
-    Raises StoreError if there are no images, or if something else has taken the place of the split.
+    Shards without images are left out. The bytes depend neither on `processes` nor on who staged a shard. Raises
+    StoreError if there are no images, or if the split cannot be added to the store any more.
     """
-    # Read again: another split may have been published since.
+    # Read again: another split may have been published in the meantime.
     store = spec.existing()
-    empty_folder(folder / MADE)
-    with _mapping(processes) as each:
-        _build(spec, folder / MADE, staged, store, each)
+    empty_folder(folder / BUILT)
+    with _parallel(processes) as parallel_map:
+        _build(spec, folder / BUILT, staged, store, parallel_map)
     return store
 
 
 def place(spec: SplitSpec, folder: Path, store: dict[str, Any] | None) -> None:
-    """Put what was built in `folder` in its place: as a new store, or as a split of `store`."""
-    made = folder / MADE
+    """Publish the files in folder/BUILT as a new store, or as a split of the one with the tokens.json `store`."""
+    built = folder / BUILT
     if store is None:
-        # Onto nothing or onto an empty folder: fails if somebody filled it meanwhile.
-        made.rename(spec.path)
+        # This fails unless the target is missing or an empty folder.
+        built.rename(spec.path)
         sync(spec.path.parent)
     else:
-        _add(spec, store, made)
+        _add(spec, store, built)
 
 
 @contextmanager
-def _mapping(processes: int) -> Iterator[Callable[..., Any]]:
-    """map, by this process or by several."""
+def _parallel(processes: int) -> Iterator[Callable[..., Any]]:
+    """Yield a `map` function that runs in this process or in several processes."""
     if processes == 1:
         yield map
     else:
-        # Not forked: this process may hold threads and a device.
+        # Spawned, since threads and CUDA contexts of this process do not survive a fork.
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             yield pool.map
 
 
 def _build(
-    spec: SplitSpec, made: Path, staged: list[Path], store: dict[str, Any] | None, each: Callable[..., Any]
+    spec: SplitSpec,
+    built: Path,
+    staged: list[Path],
+    store: dict[str, Any] | None,
+    parallel_map: Callable[..., Any],
 ) -> None:
-    """Put the new files, synced, into the folder `made`, and a tokens.json of the whole store."""
-    surveys = list(each(partial(survey, num_codes=len(spec.codebook), new_ids=spec.new_ids), staged))
+    """Write the new files and tokens.json of the whole store, synced, into the folder `built`."""
+    surveys = list(parallel_map(partial(survey, num_codes=len(spec.codebook), new_ids=spec.new_ids), staged))
     filled = [path for path, survey in zip(staged, surveys, strict=True) if survey.rows]
     if not filled:
         raise StoreError(f"{spec.path}: split {spec.split!r} has no images; add at least one")
     rows = sum(survey.rows for survey in surveys)
     document = store or _new_document(spec, sum(survey.counts for survey in surveys))
     table = layout.read_table(spec.path, document) if store else _learned(spec, filled, rows)
-    (made / spec.split).mkdir()
-    payload_bytes = _encode_all(spec, made, filled, document["codec"], table, each)
+    (built / spec.split).mkdir()
+    payload_bytes = _encode_all(spec, built, filled, document["codec"], table, parallel_map)
     classes = spec.class_names or range(1 + max(survey.largest_label for survey in surveys))
     split = {"rows": rows, "payload_bytes": payload_bytes, "num_classes": len(classes)}
     document = {**document, "splits": {**document["splits"], spec.split: split}}
     if store is None:
-        write_file(made / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
+        write_file(built / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
         if table is not None:
-            write_file(made / layout.TABLE, table)
-    _describe(made, document)
-    sync(made / spec.split)
-    sync(made)
+            write_file(built / layout.TABLE, table)
+    _describe(built, document)
+    sync(built / spec.split)
+    sync(built)
 
 
-def _describe(made: Path, document: dict[str, Any]) -> None:
-    """Write the derived files, and tokens.json with the checksums of all new ones."""
+def _describe(built: Path, document: dict[str, Any]) -> None:
+    """Write the derived files, and tokens.json with the checksums of all new files."""
     splits = json.dumps({"splits": list(document["splits"])})
-    write_file(made / layout.DATASET_DICT, splits.encode())
-    write_file(made / layout.CARD, card(document).encode())
-    files = (path for path in sorted(made.rglob("*")) if path.is_file())
-    entries = {path.relative_to(made).as_posix(): layout.file_entry(path) for path in files}
-    # By name, since the order must not tell in which steps the store was made.
-    layout.write_document(made, {**document, "files": dict(sorted({**document["files"], **entries}.items()))})
+    write_file(built / layout.DATASET_DICT, splits.encode())
+    write_file(built / layout.CARD, card(document).encode())
+    files = (path for path in sorted(built.rglob("*")) if path.is_file())
+    entries = {path.relative_to(built).as_posix(): layout.file_entry(path) for path in files}
+    # Sorted, so that the bytes do not depend on the order in which files were built.
+    layout.write_document(built, {**document, "files": dict(sorted({**document["files"], **entries}.items()))})
 
 
 def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
@@ -133,8 +138,8 @@ def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
     }
 
 
-def survey(staged: Path, num_codes: int, new_ids: np.ndarray | None = None) -> Survey:
-    """Rows, code counts (num_codes,) int64 and the largest label of a staged shard; `new_ids` as in SplitSpec."""
+def survey(staged: Path, num_codes: int, new_ids: Int32[np.ndarray, " codes"] | None = None) -> Survey:
+    """Count the rows and codes of a staged shard and find its largest label; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
     ids = _ids(b"".join(ids.as_buffer() for ids in batch.column("tokens")), new_ids)
     labels = batch.column("label").to_numpy()
@@ -147,7 +152,7 @@ def _ids(staged: pa.Buffer | bytes, new_ids: np.ndarray | None) -> np.ndarray:
 
 
 def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
-    """What the codec learns from the images besides the counts: from every n-th one, if they are very many."""
+    """Return the table that the codec learns from evenly spaced images; None for a codec without such a table."""
     if spec.codec != codecs.ContextCodec.name:
         return None
     tokens = (ids for path in staged for ids in read_shard(path).column("tokens"))
@@ -158,20 +163,20 @@ def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
 
 def _encode_all(
     spec: SplitSpec,
-    made: Path,
+    built: Path,
     staged: list[Path],
     codec: dict[str, Any],
     table: bytes | None,
-    each: Callable[..., Any],
+    parallel_map: Callable[..., Any],
 ) -> int:
-    """Write the shards of the split and what `datasets` wants beside them; the number of payload bytes."""
+    """Write the shards of the split and the files `datasets` needs; return the number of payload bytes."""
     build_codec = partial(codecs.build, codec["name"], len(spec.codebook), codec["counts"], spec.grid, table)
     names = (layout.shard_name(spec.split, index, len(staged)) for index in range(len(staged)))
     tasks = [
-        Encoding(path, made / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)
+        Encoding(path, built / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)
     ]
-    size = sum(each(_encode, tasks))
-    folder = made / spec.split
+    size = sum(parallel_map(_encode, tasks))
+    folder = built / spec.split
     info = {"features": spec.features().to_dict()}
     write_file(folder / layout.DATASET_INFO, json.dumps(info).encode())
     write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder)).encode())
@@ -179,7 +184,7 @@ def _encode_all(
 
 
 def _encode(task: Encoding) -> int:
-    """Write the shard of a staged one; the number of its payload bytes."""
+    """Encode one staged shard and return the number of its payload bytes."""
     batch, codec = read_shard(task.staged), task.build_codec()
     payloads = [codec.encode(_ids(ids.as_buffer(), task.new_ids)) for ids in batch.column("tokens")]
     columns = [column_array(payloads, pa.binary(), "tokens"), *batch.columns[1:]]
@@ -189,7 +194,7 @@ def _encode(task: Encoding) -> int:
 
 
 def _state(split: str, folder: Path) -> dict[str, Any]:
-    """state.json of `datasets`; its fingerprint is made of the shards, so that caches know them apart."""
+    """Return state.json for `datasets`, with a fingerprint of the shards, which identifies them in caches."""
     shards = sorted(folder.glob("*.arrow"))
     hashes = "".join(layout.file_entry(shard)["sha256"] for shard in shards)
     return {
@@ -203,17 +208,17 @@ def _state(split: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _add(spec: SplitSpec, store: dict[str, Any], made: Path) -> None:
-    """Publish into an existing store such that it can be read after every single rename."""
+def _add(spec: SplitSpec, store: dict[str, Any], built: Path) -> None:
+    """Add the split to an existing store, which can be read after every single rename."""
     kept = {name: entry for name, entry in store["files"].items() if name not in layout.DERIVED}
-    withdrawn = made / "withdrawn"
+    withdrawn = built / "withdrawn"
     withdrawn.mkdir()
     layout.write_document(withdrawn, {**store, "files": kept})
     (withdrawn / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
     sync(spec.path)
-    (made / spec.split).rename(spec.path / spec.split)
+    (built / spec.split).rename(spec.path / spec.split)
     for name in layout.DERIVED:
-        (made / name).replace(spec.path / name)
+        (built / name).replace(spec.path / name)
     sync(spec.path)
-    (made / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
+    (built / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
     sync(spec.path)

@@ -1,4 +1,4 @@
-"""Read a split of a store: memory-mapped shards, ids decoded on demand."""
+"""Read one split of a store: its shards are memory-mapped, its ids decoded on demand."""
 
 import os
 from bisect import bisect_right
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int32, Int64, Integer, UInt16
 
 from seitpp import codec as codecs
 from seitpp.codec.base import check_counts
@@ -19,44 +20,45 @@ from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES, read_shard
 from seitpp.store.spec import OWN_COLUMNS
 
-# What a hub id begins with, so that a mistyped path never reaches the network.
+# Prefix of a hub id: without it, a mistyped path never reaches the network.
 HUB = "hf://"
 
 
 class Shard(NamedTuple):
-    """The buffers of one shard as they lie on disk: payload i is data[offsets[i] : offsets[i + 1]]."""
+    """The buffers of one memory-mapped shard: the payload of image i is data[offsets[i] : offsets[i + 1]]."""
 
     name: str
     batch: pa.RecordBatch
-    offsets: np.ndarray
+    offsets: Int32[np.ndarray, " offsets"]
     data: memoryview
-    labels: np.ndarray
-    sides: tuple[np.ndarray, np.ndarray] | None  # height and width of each image, where they have their own
+    labels: Int64[np.ndarray, " images"]
+    # Height and width of each image, if each has its own grid.
+    sides: tuple[Int32[np.ndarray, " images"], Int32[np.ndarray, " images"]] | None
 
 
 class TokenStore:
     """One split of a store, as a sequence of (ids, label).
 
-    Attributes: path; split; splits (names of all); grid (H, W), or None where every image has its own;
+    Attributes: path; split; splits, the names of all splits; grid (H, W), or None if every image has its own;
     num_codes K; codebook (K, D) float32; counts (K,) int64, how often each code occurs in the split that was
     written first; codec; class_names (list or None); num_classes; labels (N,) int64; grids (N, 2) int64;
-    columns {name: kind} of the other columns; payload_bytes of the split; tokenizer (dict or None), what made
-    the ids; fingerprint (64 hex digits), the same for the same content.
+    columns {name: kind} of the additional columns; payload_bytes of the split; tokenizer (dict or None), the
+    description of the tokenizer; fingerprint, 64 hex digits, equal for equal content.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
-        """Open the store in folder `path`, or "hf://owner/name" of the Hugging Face hub, which is pulled into the
-        user's cache first. Nothing is decoded, and the shards stay on disk.
+        """Open the store in the folder `path`, or "hf://owner/name" from the Hugging Face hub.
 
-        verify: compare the SHA-256 of every file but the shards of other splits. Without it, sizes and structure
-        only; a damaged image is then found when it is read.
-        Raises StoreError if this is no store, has no such split, or is damaged.
+        A store of the hub is downloaded into the user's cache first. Nothing is decoded, and the shards stay on
+        disk. With `verify`, the SHA-256 of every file is compared, except for the shards of other splits; without
+        it, only sizes and structure are checked, and a damaged image is detected when it is read.
+        Raises StoreError if this is not a store, has no such split, or is damaged.
         """
         remote = str(path).startswith(HUB)
         self.path = (pull(str(path).removeprefix(HUB)) if remote else Path(path)).resolve()
         self.split = split
         if not self.path.is_dir():
-            raise StoreError(f"{self.path}: no such folder")
+            raise StoreError(f"{self.path}: no such folder; give the folder of a store, or hf://owner/name")
         self._document = document = layout.read_document(self.path)
         self.splits = list(document["splits"])
         if split not in self.splits:
@@ -65,29 +67,31 @@ class TokenStore:
         layout.check_files(self.path, document["files"], self._own_files(), checksums=verify)
         self._set_fields(document)
         self._shards = [_open_shard(self.path, name, self.grid) for name in shards]
-        # First image of each shard.
+        # Index of the first image of each shard.
         self._starts = np.cumsum([0, *(len(shard.labels) for shard in self._shards[:-1])]).tolist()
         self._length = self._starts[-1] + len(self._shards[-1].labels)
         self.columns = _other_columns(self._shards[0].batch.schema)
         self._check_split(document["splits"][split])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker opens the same folder again: the maps are shared, and what was verified stays so.
+        # A worker maps the same files again; they have been verified.
         return TokenStore, (self.path, self.split, False)
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Image `index`: ids (H, W) uint16, label. Raises IndexError, and StoreError if it is damaged."""
+    def __getitem__(self, index: int) -> tuple[UInt16[np.ndarray, "height width"], int]:
+        """Return the ids and the label of image `index`. Raises IndexError, and StoreError if it is damaged."""
         position = range(self._length)[index]
         shard, row = self._locate(position)
         return self._decode(position).reshape(self.grid or _sides(shard, row)), int(shard.labels[row])
 
-    def ids(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """(N, H, W) uint16 ids of N images of the same grid.
+    def ids(
+        self, indices: Sequence[int] | Integer[np.ndarray, " images"]
+    ) -> UInt16[np.ndarray, "images height width"]:
+        """Return the ids of images with the same grid.
 
-        Raises IndexError, and StoreError if one of them is damaged or their grids differ.
+        Raises IndexError, and StoreError if an image is damaged or the grids differ.
         """
         positions = range(self._length)
         height, width = self.grid or self._common_grid([positions[index] for index in indices])
@@ -97,34 +101,35 @@ class TokenStore:
         return ids.reshape(len(ids), height, width)
 
     @cached_property
-    def labels(self) -> np.ndarray:
-        """(N,) int64, read when they are first asked for."""
+    def labels(self) -> Int64[np.ndarray, " images"]:
+        """The labels of all images, read on first access."""
         return np.concatenate([shard.labels for shard in self._shards])
 
     @property
-    def payload_sizes(self) -> np.ndarray:
-        """(N,) int64, the bytes of every image's ids as they lie on disk."""
+    def payload_sizes(self) -> Int64[np.ndarray, " images"]:
+        """The number of bytes of each image's encoded ids."""
         return np.concatenate([np.diff(shard.offsets.astype(np.int64)) for shard in self._shards])
 
     @cached_property
-    def grids(self) -> np.ndarray:
-        """(N, 2) int64, height and width of every image, read when they are first asked for."""
+    def grids(self) -> Int64[np.ndarray, "images 2"]:
+        """The height and width of each image in tokens, read on first access."""
         if self.grid is not None:
             return np.broadcast_to(np.array(self.grid), (self._length, 2))
         return np.concatenate([np.stack(shard.sides, axis=1) for shard in self._shards]).astype(np.int64)
 
     def column(self, name: str) -> Column:
-        """One of `columns`: column(name)[index or indices]. Raises StoreError without one, or if it is damaged."""
+        """Return the column `name` of `columns`. Raises StoreError if there is none, or if it is damaged."""
         if name not in self.columns:
             names = ", ".join(self.columns) or "none"
             raise StoreError(f"{self.path}: split {self.split!r} has no column {name!r}, it has {names}")
         batches = [shard.batch for shard in self._shards]
-        return Column(name, self.columns[name], batches, self._starts, self.path / self.split)
+        return Column(name, self.columns[name], batches, starts=self._starts, folder=self.path / self.split)
 
     @property
     def lookup(self) -> str:
-        """How the tokenizer chose the nearest code, "cosine" or "euclidean"; "cosine", as in the released sets,
-        where nothing is known of the tokenizer.
+        """The distance by which the tokenizer finds the nearest code: "cosine" or "euclidean".
+
+        It is "cosine", as in the released data sets, if the store does not describe its tokenizer.
         """
         return ((self.tokenizer or {}).get("spec") or {}).get("lookup", "cosine")
 
@@ -159,7 +164,7 @@ class TokenStore:
         self.codebook = layout.read_codebook(self.path, document)
 
     def _own_files(self) -> list[str]:
-        """Every listed file but those of other splits."""
+        """List the files of the store without those of other splits."""
         others = tuple(f"{split}/" for split in self.splits if split != self.split)
         return [name for name in self._document["files"] if not name.startswith(others)]
 
@@ -214,11 +219,11 @@ def _open_shard(root: Path, name: str, grid: tuple[int, int] | None) -> Shard:
     if grid is None:
         expected |= {"height": pa.int32(), "width": pa.int32()}
     for column, kind in expected.items():
-        found = batch.schema.get_all_field_indices(column)
-        if len(found) != 1 or batch.schema.field(found[0]).type != kind or batch.column(found[0]).null_count:
+        fields = batch.schema.get_all_field_indices(column)
+        if len(fields) != 1 or batch.schema.field(fields[0]).type != kind or batch.column(fields[0]).null_count:
             raise StoreError(f"{root / name}: expected a column {column!r} of {kind} without nulls; copy it again")
     sides = None if grid else (batch.column("height").to_numpy(), batch.column("width").to_numpy())
-    if sides and not _possible(*sides):
+    if sides and not _valid_grids(*sides):
         raise StoreError(f"{root / name}: a grid outside 1 .. {codecs.MAX_TOKENS} tokens; copy it again")
     if not len(batch):
         raise StoreError(f"{root / name}: no images; copy it again")
@@ -227,8 +232,8 @@ def _open_shard(root: Path, name: str, grid: tuple[int, int] | None) -> Shard:
     return Shard(name, batch, offsets, memoryview(data or b""), batch.column("label").to_numpy(), sides)
 
 
-def _possible(heights: np.ndarray, widths: np.ndarray) -> bool:
-    """Whether every height and width is that of a grid, before anything of that size is allocated."""
+def _valid_grids(heights: np.ndarray, widths: np.ndarray) -> bool:
+    """Return whether all grids are within limits, before anything of their size is allocated."""
     tokens = heights.astype(np.int64) * widths
     return bool((heights >= 1).all() and (widths >= 1).all() and (tokens <= codecs.MAX_TOKENS).all())
 

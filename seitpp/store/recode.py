@@ -1,4 +1,4 @@
-"""The same images in the same order with another codec."""
+"""Convert a store to another codec; images and their order stay the same."""
 
 import os
 from pathlib import Path
@@ -18,26 +18,26 @@ BATCH = 1024
 
 
 def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: str) -> None:
-    """Write all splits of `store` into the new store `out` with the codec of that name.
+    """Write all splits of `store` into the new store `out` with the codec named `codec`.
 
-    Ids, labels, class names, tokenizer and other columns stay exactly as they are. Raises StoreError for a damaged
-    store and for columns that would be lost, UserError if `out` exists.
+    Ids, labels, class names, tokenizer and additional columns stay exactly the same. Raises StoreError for a
+    damaged store and for columns that would be lost, UserError if `out` exists.
     """
     root = Path(store)
     splits = [TokenStore(root, split) for split in layout.read_document(root)["splits"]]
-    with new_folder(out) as made:
+    with new_folder(out) as folder:
         for source in splits:
-            _recode_split(source, made, codec)
+            _recode_split(source, folder, codec)
 
 
 def _check_columns(source: TokenStore) -> None:
-    """Raises StoreError for a column that another program added and that a store is not written with."""
+    """Raise StoreError for a column of a kind that StoreWriter does not write: another program has added it."""
     present = datasets.load_from_disk(str(source.path / source.split)).column_names
     foreign = sorted(set(present) - {*OWN_COLUMNS, *source.columns})
     if foreign:
         raise StoreError(
-            f"{source.path}: split {source.split!r} has columns that would be lost, of other kinds than "
-            f"{', '.join(ARROW_TYPES)}: {', '.join(foreign)}; remove them with `datasets` first"
+            f"{source.path}: split {source.split!r} has columns that would be lost: {', '.join(foreign)}; "
+            f"expected the kinds {', '.join(ARROW_TYPES)}; remove them with `datasets` first"
         )
 
 

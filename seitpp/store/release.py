@@ -1,12 +1,12 @@
-"""SeiT's released token files, in and out.
+"""Import and export of the released token files of SeiT.
 
 NAME-token.data.bin.gz    gzip of one byte stream: the escape-coded images, one after the other
-NAME-token.index.npy.gz   gzip of an .npy file: (N + 1,) integers, where each image begins and the last one ends
+NAME-token.index.npy.gz   gzip of an .npy file: (N + 1,) integers, the start of each image and the end of the last
 NAME-label.txt            a class id on each line
-codebook.ckpt             torch.save of a bare (K, D) float32 tensor
+codebook.ckpt             torch.save of a plain (K, D) float32 tensor
 
-Files of others are hostile until shown otherwise: nothing is unpickled but a tensor, what is decompressed is
-bounded by what the other files say (labels -> index -> stream), and only an image at a time is held of the stream.
+The files are not trusted: nothing but a tensor is unpickled, the labels bound the size of the index and the index
+that of the stream before these are decompressed, and only one image of the stream is in memory at a time.
 """
 
 import gzip
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
 from seitpp import codec as codecs
@@ -35,31 +36,33 @@ from seitpp.store.writer import StoreWriter
 
 DATA, INDEX, LABELS = "-token.data.bin.gz", "-token.index.npy.gz", "-label.txt"
 CODEBOOK = "codebook.ckpt"
-# Beside them in the release. Synonyms follow from the codebook; the tokenizer is a pickle that needs its source.
+ADVICE = f"use the {CODEBOOK} of the release"
+# Other files of the release, which are not imported: synonyms follow from the codebook, and the tokenizer is a
+# pickle that needs its source code.
 LEFT_OUT = ("synonyms.json", "tokenizer.ckpt")
-# Last word of NAME -> split.
+# Last word of NAME: name of the split.
 SPLITS = {"train": "train", "val": "validation"}
 
 ESCAPE = 255
 BATCH_TOKENS = 2**21
-LINE = 64  # longer than any label
+LINE = 64  # bytes; longer than any label
 NPY_HEADER = 2**14
 
 
 class Plan(NamedTuple):
-    """Image i of a split is bytes offsets[i] .. offsets[i + 1] of the stream in `data`: an H x W `grid` of ids."""
+    """The files of a split; image i is the bytes offsets[i] : offsets[i + 1] of the decompressed file `data`."""
 
     data: Path
     grid: tuple[int, int]
-    offsets: np.ndarray
-    labels: np.ndarray
+    offsets: Int64[np.ndarray, " offsets"]
+    labels: Int64[np.ndarray, " images"]
 
 
 Source = str | os.PathLike[str]
 
 
 class ReleaseError(UserError):
-    """Released files that are missing, damaged, or do not go together; a store that they cannot hold."""
+    """Raised for missing, damaged or inconsistent released files, and for a store that they cannot represent."""
 
 
 def import_release(
@@ -69,59 +72,61 @@ def import_release(
     grid: tuple[int, int] | None = None,
     codec: str = "ans",
 ) -> Path:
-    """Make the store `out`, a new folder, of released files; its absolute path.
+    """Convert released files to the store `out`, a new folder, and return its absolute path.
 
-    source: the folder of the files, or the NAME-token.data.bin.gz files, each with its index and labels beside it
-    and codebook.ckpt beside the first. NAME is or ends in "train" or "val", else the split is called NAME.
-    grid: (height, width); without it images are square.
-    Raises ReleaseError naming file and image; nothing of `out` is left then.
+    source: the folder of the files, or NAME-token.data.bin.gz files, each in one folder with its index and its
+    labels, the first also with codebook.ckpt. If NAME ends in the word "train" or "val", the split is "train" or
+    "validation", else NAME with "_" for special characters. grid: (height, width) in tokens, square by default.
+    Raises ReleaseError that names the file and the image; `out` is not created then.
     """
     releases = _find(source)
     codebook = read_codebook(next(iter(releases.values())).parent / CODEBOOK)
-    # All that is cheap to check comes before the first image.
+    # All cheap checks come before the first image.
     plans = {split: _plan(data, grid, len(codebook)) for split, data in releases.items()}
-    with new_folder(out) as made:
+    with new_folder(out) as folder:
         for split, plan in plans.items():
-            with StoreWriter(made, codebook=codebook, grid=plan.grid, codec=codec, split=split) as writer:
+            with StoreWriter(folder, codebook=codebook, grid=plan.grid, codec=codec, split=split) as writer:
                 for ids, labels in _batches(plan, len(codebook), split):
                     writer.add_batch(ids, labels)
     return Path(out).resolve()
 
 
 def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """Write every split of the folder `store` as released files into `out`, a new folder; its absolute path.
+    """Write every split of `store` as released files into `out`, a new folder, and return its absolute path.
 
-    Class names, tokenizer and other columns have no place in these files.
-    Raises ReleaseError for images of different grids, StoreError for a damaged store; `out` is not made then.
+    The released format cannot represent class names, tokenizer and additional columns: they are omitted.
+    Raises ReleaseError if images have different grids, StoreError for a damaged store; `out` is not created then.
     """
     import torch
 
     document = layout.read_document(Path(store))
     if document["grid"] is None:
-        raise ReleaseError(f"{store}: its images have different grids, released files hold one for all")
-    with new_folder(out) as made:
-        made.mkdir()
+        raise ReleaseError(f"{store}: got images of different grids, expected one grid; tokenize them at one size")
+    with new_folder(out) as folder:
+        folder.mkdir()
         for split in document["splits"]:
-            _write_split(TokenStore(store, split), made)
+            _write_split(TokenStore(store, split), folder)
         codebook = layout.read_codebook(Path(store), document)
-        torch.save(torch.from_numpy(codebook.copy()), made / CODEBOOK)
+        torch.save(torch.from_numpy(codebook.copy()), folder / CODEBOOK)
     return Path(out).resolve()
 
 
 def _find(source: Source | Sequence[Source]) -> dict[str, Path]:
-    """Split -> its data file, the training split first, since the codec's table is made of the first."""
-    given = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
-    found = [path for item in given for path in (sorted(item.glob(f"*{DATA}")) if item.is_dir() else [item])]
-    for path in found:
+    """Return {split: data file}, the training split first, since the codec uses the counts of the first split."""
+    sources = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    paths = [path for item in sources for path in (sorted(item.glob(f"*{DATA}")) if item.is_dir() else [item])]
+    for path in paths:
         if not path.name.endswith(DATA) or not path.is_file():
             raise ReleaseError(f"{path}: expected a file NAME{DATA}, or the folder of such files")
-    if not found:
-        raise ReleaseError(f"{given[0]}: no file NAME{DATA} there; name the folder of the release")
+    if not paths:
+        raise ReleaseError(f"{sources[0]}: no file NAME{DATA} there; name the folder of the release")
     releases: dict[str, Path] = {}
-    for path in found:
+    for path in paths:
         split = _split_name(path.name.removesuffix(DATA))
         if split in releases:
-            raise ReleaseError(f"{releases[split]} and {path}: both are the split {split!r}; import them apart")
+            raise ReleaseError(
+                f"{releases[split]} and {path}: both are the split {split!r}; import them separately"
+            )
         releases[split] = path
     return dict(sorted(releases.items(), key=lambda item: item[0] != "train"))
 
@@ -133,12 +138,12 @@ def _split_name(name: str) -> str:
 def _beside(data: Path, suffix: str) -> Path:
     path = data.with_name(data.name.removesuffix(DATA) + suffix)
     if not path.is_file():
-        raise ReleaseError(f"{path}: missing, expected beside {data.name}")
+        raise ReleaseError(f"{path}: missing, expected beside {data.name}; download it")
     return path
 
 
 def _plan(data: Path, grid: tuple[int, int] | None, num_codes: int) -> Plan:
-    """Labels, then the index, whose length they bound, then the lengths of the images, which the index bounds."""
+    """Read the labels, then the index, whose length they determine, and check the lengths of all images."""
     labels = _read_labels(_beside(data, LABELS))
     offsets = _read_index(_beside(data, INDEX), len(labels))
     grid = grid or _square(data, offsets, num_codes)
@@ -147,9 +152,9 @@ def _plan(data: Path, grid: tuple[int, int] | None, num_codes: int) -> Plan:
 
 
 def _batches(plan: Plan, num_codes: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids (n, H, W) uint16 and labels (n,), with a progress bar; at the end the stream's checksum is compared."""
+    """Yield ids (n, H, W) uint16 and labels (n,) with a progress bar; the end of the stream is checked last."""
     rows = max(1, BATCH_TOKENS // math.prod(plan.grid))
-    # One iterator, since each further one would close the bar.
+    # A second iterator over tqdm would close the progress bar.
     images = iter(tqdm(_images(plan, num_codes), title, len(plan.labels), unit=" images", disable=None))
     for start in range(0, len(plan.labels), rows):
         ids = np.stack(list(islice(images, rows)))
@@ -158,7 +163,7 @@ def _batches(plan: Plan, num_codes: int, title: str) -> Iterator[tuple[np.ndarra
 
 
 def _read_labels(path: Path) -> np.ndarray:
-    """(N,) int64 class ids. Raises ReleaseError naming the line that is none."""
+    """Read class ids, (N,) int64. Raises ReleaseError that names the first invalid line."""
     labels = array("q")
     with path.open("rb") as file:
         for number, line in enumerate(iter(partial(file.readline, LINE), b""), 1):
@@ -172,7 +177,7 @@ def _read_labels(path: Path) -> np.ndarray:
 
 
 def _read_index(path: Path, images: int) -> np.ndarray:
-    """(images + 1,) int64 offsets, from 0, strictly increasing. Raises ReleaseError for anything else."""
+    """Read (images + 1,) int64 offsets, from 0, strictly increasing. Raises ReleaseError for anything else."""
     limit = NPY_HEADER + 8 * (images + 1)
     try:
         with gzip.open(path) as stream:
@@ -187,21 +192,22 @@ def _read_index(path: Path, images: int) -> np.ndarray:
             f"{path}: {shape[0] - 1} images, but the labels are {images}; take files of the same release"
         )
     if len(raw) != start + shape[0] * dtype.itemsize:
-        raise ReleaseError(f"{path}: not as long as its {shape[0]} offsets; download it again")
+        raise ReleaseError(f"{path}: shorter or longer than its {shape[0]} offsets; download it again")
     offsets = np.frombuffer(raw, dtype, offset=start).astype(np.int64)
     if offsets[0] != 0:
         raise ReleaseError(f"{path}: starts at {offsets[0]}, expected 0; download it again")
-    falling = np.flatnonzero(offsets[1:] <= offsets[:-1])
-    if falling.size:
-        at = falling[0]
+    wrong = np.flatnonzero(offsets[1:] <= offsets[:-1])
+    if wrong.size:
+        image = wrong[0]
         raise ReleaseError(
-            f"{path}, image {at}: bytes {offsets[at]} to {offsets[at + 1]}, expected a later end; download it"
+            f"{path}, image {image}: bytes {offsets[image]} to {offsets[image + 1]}, expected a later end; "
+            "download it again"
         )
     return offsets
 
 
 def _npy_header(path: Path, raw: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and length of the header of an .npy file. Nothing is allocated, and no object is made."""
+    """Parse the header of an .npy file: shape, dtype and length of the header. The array is not read."""
     stream = io.BytesIO(raw)
     try:
         version = np.lib.format.read_magic(stream)
@@ -214,7 +220,7 @@ def _npy_header(path: Path, raw: bytes) -> tuple[tuple[int, ...], np.dtype, int]
 
 
 def _square(data: Path, offsets: np.ndarray, num_codes: int) -> tuple[int, int]:
-    """The grid of square images with as many tokens as the first has: all bytes but the escapes end a token."""
+    """Infer the grid of square images from the first image: every byte but an escape ends a token."""
     longest = codecs.MAX_TOKENS * _longest_token(num_codes)
     if offsets[1] > longest:
         raise ReleaseError(f"{data}, image 0: {offsets[1]} bytes by its index, expected at most {longest}")
@@ -235,13 +241,13 @@ def _longest_token(num_codes: int) -> int:
 
 
 def _check_lengths(data: Path, offsets: np.ndarray, tokens: int, num_codes: int) -> None:
-    """Before anything is decompressed: no image may claim more or fewer bytes than its tokens can take."""
+    """Check, before anything is decompressed, that the bytes of each image can hold its tokens."""
     lengths, longest = np.diff(offsets), tokens * _longest_token(num_codes)
     wrong = np.flatnonzero((lengths < tokens) | (lengths > longest))
     if wrong.size:
-        at = wrong[0]
+        image = wrong[0]
         raise ReleaseError(
-            f"{_beside(data, INDEX)}, image {at}: {lengths[at]} bytes, expected {tokens} .. {longest} for "
+            f"{_beside(data, INDEX)}, image {image}: {lengths[image]} bytes, expected {tokens} .. {longest} for "
             f"{tokens} tokens of {num_codes} codes; take files of the same release"
         )
 
@@ -255,7 +261,7 @@ def _unpacking(data: Path, where: str) -> Iterator[None]:
 
 
 def _images(plan: Plan, num_codes: int) -> Iterator[np.ndarray]:
-    """The (H * W,) uint16 ids of each image. Raises ReleaseError naming the image where the stream is damaged."""
+    """Yield the (H * W,) uint16 ids of each image. Raises ReleaseError that names a damaged image."""
     codec, tokens = codecs.build("escape", num_codes), math.prod(plan.grid)
     data, _, offsets, _ = plan
     with gzip.open(data) as stream:
@@ -277,13 +283,13 @@ def _images(plan: Plan, num_codes: int) -> Iterator[np.ndarray]:
             )
 
 
-def read_codebook(path: Path) -> np.ndarray:
-    """(K, D) float32, of the release's codebook.ckpt or of a store's codebook.safetensors.
+def read_codebook(path: Path) -> Float32[np.ndarray, "codes dim"]:
+    """Read a codebook from the codebook.ckpt of a release or the codebook.safetensors of a store.
 
-    Raises ReleaseError or StoreError unless the file is one of these; nothing is unpickled but a bare tensor.
+    Raises ReleaseError or StoreError unless the file is one of these; nothing but a plain tensor is unpickled.
     """
     if not path.is_file():
-        raise ReleaseError(f"{path}: missing, expected a released {CODEBOOK} or a store's {layout.CODEBOOK}")
+        raise ReleaseError(f"{path}: missing, expected a {CODEBOOK} or a {layout.CODEBOOK}; download it")
     return layout.load_codebook(path) if path.suffix == ".safetensors" else _read_tensor(path)
 
 
@@ -292,14 +298,16 @@ def _read_tensor(path: Path) -> np.ndarray:
 
     from seitpp.tensors import load_checkpoint
 
-    tensor = load_checkpoint(path, ReleaseError, advice=f"take the {CODEBOOK} of the release")
+    tensor = load_checkpoint(path, ReleaseError, advice=ADVICE)
     if not isinstance(tensor, torch.Tensor):
-        raise ReleaseError(f"{path}: holds a {type(tensor).__name__}, expected a bare tensor (codes, dimension)")
+        raise ReleaseError(
+            f"{path}: holds a {type(tensor).__name__}, expected a tensor (codes, dimension); {ADVICE}"
+        )
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
-    # A tensor with a stride of 0 claims more than the file holds.
+    # A tensor with a stride of 0 may be larger than its storage.
     if not plain or tensor.ndim != 2 or tensor.numel() * 4 > tensor.untyped_storage().nbytes():
         got = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ReleaseError(f"{path}: holds {got}, expected a plain float32 tensor (codes, dimension)")
+        raise ReleaseError(f"{path}: holds {got}, expected a plain float32 tensor (codes, dimension); {ADVICE}")
     return tensor.detach().contiguous().numpy()
 
 

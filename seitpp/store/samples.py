@@ -1,24 +1,25 @@
-"""Samples on their way into a split: checked, collected, and put into the columns of a shard."""
+"""Samples to be written: they are checked, collected, and converted to the columns of a shard."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Integer
 
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES, column_array
 from seitpp.store.spec import SplitSpec
 
-# One sequence a column, each with a value for every image.
+# {name: values} with one value per image.
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
 
 
 class Samples(NamedTuple):
-    """Checked images: ids, each (h, w) little-endian uint16; labels; other columns, a list each."""
+    """Checked images: their ids as little-endian uint16, labels, and additional columns."""
 
-    ids: list[np.ndarray]
+    ids: list[Integer[np.ndarray, "height width"]]
     labels: list[int]
     columns: dict[str, list[Any]]
 
@@ -38,21 +39,22 @@ class Samples(NamedTuple):
 
 
 def no_samples(spec: SplitSpec) -> Samples:
-    """To be extended."""
+    """Return an empty collection of samples."""
     return Samples([], [], {name: [] for name in spec.columns})
 
 
 def check_samples(
     spec: SplitSpec,
-    ids: np.ndarray | Sequence[np.ndarray],
-    labels: np.ndarray | Sequence[int],
+    ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
+    labels: Integer[np.ndarray, " images"] | Sequence[int],
+    *,
     columns: Columns | None,
     first: int,
 ) -> Samples:
-    """N images as `spec` wants them, copied. first: number of the first one in its split, for messages.
+    """Copy the images and check them against `spec`. `first` is the index of the first image, for messages.
 
-    ids: (N, H, W) integers; where each image has its own grid, also N arrays (h, w). labels: (N,) integers.
-    Raises StoreError for anything else, and for ids without a code and labels without a class.
+    A sequence of ids holds one array per image, if each image has its own grid. Raises StoreError for other shapes
+    and dtypes, and for ids or labels out of range.
     """
     if spec.grid is None:
         chosen = [_check_ids(spec, np.asarray(image)[None], first + i)[0] for i, image in enumerate(ids)]
@@ -66,7 +68,7 @@ def check_samples(
 
 
 def make_batch(spec: SplitSpec, images: Samples) -> pa.RecordBatch:
-    """The columns of a shard, the tokens as they are, two bytes each. Raises StoreError if they are too long."""
+    """Convert images to the columns of a staged shard, with two bytes per token. Raises StoreError if too long."""
     schema = spec.features().arrow_schema
     sides = {"height": [image.shape[0] for image in images.ids], "width": [image.shape[1] for image in images.ids]}
     values = {
@@ -79,10 +81,10 @@ def make_batch(spec: SplitSpec, images: Samples) -> pa.RecordBatch:
 
 
 def _check_ids(spec: SplitSpec, ids: np.ndarray, first: int) -> np.ndarray:
-    """(N, h, w) ids of the same grid as little-endian uint16."""
+    """Check ids (N, h, w) of one grid and return them as little-endian uint16."""
     sides, expected = ids.shape[1:], tuple(spec.grid or ("height", "width"))
-    right = layout.is_grid(list(sides)) if spec.grid is None else list(sides) == spec.grid
-    if ids.ndim != 3 or not right or ids.dtype.kind not in "iu":
+    valid = layout.is_grid(list(sides)) if spec.grid is None else list(sides) == spec.grid
+    if ids.ndim != 3 or not valid or ids.dtype.kind not in "iu":
         expected = str(expected).replace("'", "")
         raise StoreError(f"ids from image {first}: got {ids.dtype} {sides}, expected integers {expected}")
     num_codes = len(spec.codebook)

@@ -1,4 +1,4 @@
-"""One shard: an Arrow IPC stream of a single record batch, written durably, read memory-mapped."""
+"""Read and write one shard: an Arrow IPC stream with a single record batch."""
 
 import os
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from seitpp.store.layout import StoreError
 
-# Other columns that a split may have: what each kind is in Arrow and in Python.
+# The kinds of additional columns and their Arrow types.
 ARROW_TYPES = {"string": pa.string(), "binary": pa.binary(), "int64": pa.int64()}
 
 
 def write_shard(file: BinaryIO, batch: pa.RecordBatch) -> None:
-    """Write `batch` into an open new file and sync it."""
+    """Write `batch` into an open new file and sync the file."""
     with pa.ipc.new_stream(file, batch.schema) as stream:
         stream.write_batch(batch)
     file.flush()
@@ -23,7 +23,7 @@ def write_shard(file: BinaryIO, batch: pa.RecordBatch) -> None:
 
 
 def read_shard(path: Path) -> pa.RecordBatch:
-    """The batch of a shard as it lies on disk, its buffers within the file. Raises StoreError for another file."""
+    """Memory-map a shard and return its record batch. Raises StoreError if the file is not a valid shard."""
     try:
         (batch,) = pa.ipc.open_stream(pa.memory_map(str(path)))
         batch.validate()
@@ -33,7 +33,7 @@ def read_shard(path: Path) -> pa.RecordBatch:
 
 
 def column_array(values: Sequence[Any] | np.ndarray, kind: pa.DataType, name: str) -> pa.Array:
-    """An Arrow array. Raises StoreError if the `values`, those of column `name`, are too long for one shard."""
+    """Convert the values of column `name` to an Arrow array. Raises StoreError if they exceed one shard."""
     array = pa.array(values, kind)
     if isinstance(array, pa.ChunkedArray):
         raise StoreError(

@@ -1,4 +1,4 @@
-"""What a split is made of, apart from its images: checked, and compared with the store that it goes to."""
+"""The properties common to all images of a split, checked and compared with the target store."""
 
 import hashlib
 import json
@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Features, Value
+from jaxtyping import Float, Float32, Int32, Integer
 
 from seitpp import codec as codecs
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES
 
-# A shard is what one process makes at a time and what is lost when it is killed.
+# Upper limits of a shard: a process writes one at a time and loses at most this one when it is killed.
 SHARD_TOKENS = 2**22
 SHARD_IMAGES = 2**12
 
@@ -24,18 +25,18 @@ OWN_COLUMNS = ("tokens", "label", "height", "width")
 
 
 class SplitSpec:
-    """Where a split goes and what all of its images have in common.
+    """The path of a split and the properties common to all its images.
 
-    Attributes: path; split; codebook (K, D) float32; grid [H, W], or None where each image has its own; codec
-    (name); class_names (list or None); tokenizer (dict or None); columns {name: kind}; new_ids, where codes were
-    left out after the images had been staged: (K before,) int32, the id that each code has now, -1 for none.
+    Attributes: path; split; codebook (K, D) float32; grid [H, W], or None if each image has its own; codec, its
+    name; class_names (list or None); tokenizer (dict or None); columns {name: kind}; new_ids, None or (staged K,)
+    int32: if codes were removed after staging, the new id of each staged one, -1 for a removed code.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        codebook: np.ndarray,
+        codebook: Float[np.ndarray, "codes dim"],
         grid: tuple[int, int] | None,
         codec: str,
         split: str,
@@ -43,43 +44,43 @@ class SplitSpec:
         tokenizer: Mapping[str, Any] | None,
         columns: Mapping[str, str] | None,
     ) -> None:
-        """As StoreWriter. Raises StoreError if it is out of bounds or does not agree with the existing store."""
+        """The arguments are those of StoreWriter. Raises StoreError if one is invalid."""
         self.path = Path(path).resolve()
         self.split = split
         self.codebook = np.asarray(codebook, dtype=np.float32)
         self.grid = None if grid is None else list(map(int, grid))
         self.codec = codec
         self.class_names = None if class_names is None else list(class_names)
-        # Through JSON and back, so that it equals what a later split reads.
+        # Converted to JSON and back, so that it equals what a later split reads.
         self.tokenizer = json.loads(json.dumps(tokenizer, allow_nan=False))
         self.columns = dict(columns or {})
-        self.new_ids: np.ndarray | None = None
+        self.new_ids: Int32[np.ndarray, " codes"] | None = None
         self._check()
 
     @property
     def shard_images(self) -> int:
-        """Images in every shard but the last; the same however many processes there are."""
+        """The number of images in every shard but the last; it does not depend on the number of processes."""
         if self.grid is None:
             return SHARD_IMAGES
         return min(SHARD_IMAGES, max(1, SHARD_TOKENS // (self.grid[0] * self.grid[1])))
 
-    def keep(self, codes: np.ndarray, tokenizer: Mapping[str, Any] | None) -> "SplitSpec":
-        """The spec of the same staged images with `codes` (K',) of the codebook only, in this order."""
+    def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> "SplitSpec":
+        """Return the spec of the same staged images with only the codes with ids `codes`, in this order."""
         kept = copy(self)
         kept.codebook, kept.tokenizer = self.codebook[codes], json.loads(json.dumps(tokenizer, allow_nan=False))
-        kept.new_ids = np.full(len(self.codebook), -1, np.int32)  # which no codec takes
+        kept.new_ids = np.full(len(self.codebook), -1, np.int32)  # every codec refuses -1
         kept.new_ids[codes] = np.arange(len(codes))
         return kept
 
     def features(self) -> Features:
-        """The columns of a shard, as `datasets` describes them."""
+        """Return the columns of a shard as features of the `datasets` library."""
         label = ClassLabel(names=self.class_names) if self.class_names else Value("int64")
         sides = {} if self.grid else {"height": Value("int32"), "width": Value("int32")}
         others = {name: Value(kind) for name, kind in self.columns.items()}
         return Features({"tokens": Value("binary"), "label": label, **sides, **others})
 
     def identity(self) -> dict[str, Any]:
-        """What makes two splits different before they have images, as JSON holds it."""
+        """Return what must be equal when an interrupted split is continued, as JSON values."""
         return {
             "grid": self.grid,
             "codec": self.codec,
@@ -90,10 +91,10 @@ class SplitSpec:
         }
 
     def existing(self, replace_left: bool = False) -> dict[str, Any] | None:
-        """tokens.json of the store that the split goes to, if there is one.
+        """Read tokens.json of the target store; None if there is no store yet.
 
-        replace_left: an unlisted folder of the split is our own, and will be replaced.
-        Raises StoreError if the split cannot go there.
+        With `replace_left`, a folder of the split that tokens.json does not list is no error: the caller replaces
+        it. Raises StoreError if the split cannot be added.
         """
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
@@ -101,14 +102,16 @@ class SplitSpec:
             raise StoreError(f"{self.path}: not empty and no token store; choose another folder")
         store = layout.read_document(self.path)
         if self.split in store["splits"]:
-            raise StoreError(f"{self.path}: has a split {self.split!r} already; nothing is overwritten")
+            raise StoreError(
+                f"{self.path}: has a split {self.split!r} already; nothing is overwritten, choose another"
+            )
         if (self.path / self.split).exists() and not replace_left:
             raise StoreError(f"{self.path / self.split}: left by an interrupted writer; remove it to go on")
         self._check_agreement(store)
         return store
 
     def adopt(self, store: dict[str, Any] | None) -> None:
-        """Take the class names and the tokenizer of an existing store where none were given."""
+        """Copy class names and tokenizer from tokens.json of a `store`, if they were not given and it exists."""
         if store is not None:
             self.class_names = self.class_names or store["class_names"]
             self.tokenizer = self.tokenizer or store["tokenizer"]
@@ -147,24 +150,24 @@ class SplitSpec:
             "codec": self.codec,
             "codebook": describe(self.codebook),
         }
-        there = {
+        stored = {
             "grid": store["grid"],
             "codec": store["codec"]["name"],
             "codebook": describe(layout.read_codebook(self.path, store)),
         }
         for key, value in (("class_names", self.class_names), ("tokenizer", self.tokenizer)):
             if value is not None:
-                given[key], there[key] = value, store[key]
+                given[key], stored[key] = value, store[key]
         for key, value in given.items():
-            if value != there[key]:
-                raise StoreError(f"{self.path}: its {key} is {there[key]}, got {value}; a store has one {key}")
+            if value != stored[key]:
+                raise StoreError(f"{self.path}: its {key} is {stored[key]}, got {value}; choose another store")
 
 
-def describe(codebook: np.ndarray) -> str:
-    """Shape and fingerprint, short enough for a message."""
+def describe(codebook: Float32[np.ndarray, "codes dim"]) -> str:
+    """Return the shape and fingerprint of a codebook, short enough for a message."""
     return f"{codebook.shape} {fingerprint(codebook.tobytes())}"
 
 
 def fingerprint(data: bytes) -> str:
-    """The first 12 hex digits of a SHA-256."""
+    """Return the first 12 hex digits of the SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()[:12]

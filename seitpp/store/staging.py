@@ -1,4 +1,4 @@
-"""Write a split from several processes or over several runs: finished shards wait in a folder beside it."""
+"""Write a split with several processes or in several runs: finished shards are staged in a hidden folder."""
 
 import json
 import os
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int64, Integer
 
 from seitpp.files import lock, new_file, remove_folder, sync, unlock, write_file
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import MADE, build, place, survey
+from seitpp.store.publish import BUILT, build, place, survey
 from seitpp.store.samples import Columns, Samples, check_samples, make_batch
 from seitpp.store.shards import write_shard
 from seitpp.store.spec import SplitSpec
@@ -23,13 +24,13 @@ RECORD, LOCK = "staging.json", "publishing.lock"
 
 
 class SplitStaging:
-    """A split that is made shard by shard, in any order, by any number of processes, in one run or in several.
+    """A split that is written shard by shard, in any order, by any number of processes, in one or several runs.
 
-    Which images are in which shard does not depend on the processes. Each makes its own SplitStaging with the same
-    arguments and writes some shards; when all are there, one process publishes. What was written stays when a
-    process is killed: the next run asks for the finished shards and writes the others. The store has the bytes
-    that one uninterrupted StoreWriter would give it. A run that was killed when its split was in the store already
-    is continued too: all shards are finished then, and `publish` only removes what was left.
+    The images of a shard do not depend on the number of processes. Each process creates a SplitStaging with the
+    same arguments and writes some shards; when all are finished, one process publishes the split. Finished shards
+    survive a killed process: the next run writes only the others. The bytes of the store are those of one
+    uninterrupted StoreWriter. A run that was killed after publishing can be continued as well: all shards count as
+    finished, and `publish` only removes the staging folder.
 
         staging = SplitStaging("tokens", codebook=codebook, grid=(32, 32), num_images=len(images))
         for shard in range(rank, staging.num_shards, ranks):
@@ -44,7 +45,7 @@ class SplitStaging:
         self,
         path: str | os.PathLike[str],
         *,
-        codebook: np.ndarray,
+        codebook: Float[np.ndarray, "codes dim"],
         grid: tuple[int, int] | None,
         num_images: int,
         codec: str = "ans",
@@ -53,9 +54,9 @@ class SplitStaging:
         tokenizer: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        """As StoreWriter; num_images: images of the split, at least 1.
+        """The arguments are those of StoreWriter; `num_images` is the number of images of the split, at least 1.
 
-        Raises StoreError also if the staging folder belongs to a split that was begun with something else.
+        Raises StoreError also if the staging folder was begun with other arguments.
         """
         self._spec = SplitSpec(
             path,
@@ -71,117 +72,123 @@ class SplitStaging:
             raise StoreError(f"num_images: got {num_images}, expected 1 .. {layout.MAX_ROWS}")
         self.num_images = num_images
         self.folder = self._spec.path.parent / f".{self._spec.path.name}-{split}.staging"
-        # Beside the folder, since it must outlive every file of it.
+        # Beside the folder, which is removed first.
         self._receipt = self.folder.with_suffix(".published")
         self.published = self._receipt.exists() and self._in_store()
         if not self.published:
-            self._spec.adopt(self._spec.existing(self._left_by_us()))
+            self._spec.adopt(self._spec.existing(self._was_interrupted()))
             self._begin()
 
     @property
     def num_shards(self) -> int:
-        """Shards of the whole split."""
+        """The number of shards of the whole split."""
         return -(-self.num_images // self._spec.shard_images)
 
     def images(self, shard: int) -> range:
-        """Numbers of the images of a shard. Raises StoreError if there is no such shard."""
+        """Return the indices of the images of a shard. Raises StoreError if there is no such shard."""
         if not 0 <= shard < self.num_shards:
-            raise StoreError(f"shard {shard}: expected 0 .. {self.num_shards - 1}")
+            raise StoreError(f"shard {shard}: expected 0 .. {self.num_shards - 1}; write the shards of this split")
         size = self._spec.shard_images
         return range(shard * size, min((shard + 1) * size, self.num_images))
 
     def finished(self) -> set[int]:
-        """The shards that some process, of this run or of an earlier one, has written."""
+        """Return the shards that any process of this or an earlier run has written."""
         return set(range(self.num_shards) if self.published else staged_shards(self.folder))
 
     def write(
         self,
         shard: int,
-        ids: np.ndarray | Sequence[np.ndarray],
-        labels: np.ndarray | Sequence[int],
+        ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
+        labels: Integer[np.ndarray, " images"] | Sequence[int],
+        *,
         columns: Columns | None = None,
     ) -> None:
-        """Write a whole shard, durably: afterwards it is finished, before that it is not there.
+        """Write a whole shard durably and in one step.
 
-        ids, labels, columns: as StoreWriter.add_batch, of the images `images(shard)` in their order; those that
-        could not be read are left out. Raises StoreError for anything else, also for too many images.
+        The arguments are those of StoreWriter.add_batch, for the images `images(shard)` in this order; images that
+        could not be read are left out. Raises StoreError for invalid values and for too many images.
         """
-        numbers = self.images(shard)
-        images = check_samples(self._spec, ids, labels, columns, first=numbers.start)
-        if len(images.ids) > len(numbers):
-            raise StoreError(f"shard {shard}: got {len(images.ids)} images, expected at most {len(numbers)}")
-        write_staged(self._spec, self.folder, shard, images)
+        indices = self.images(shard)
+        samples = check_samples(self._spec, ids, labels, columns=columns, first=indices.start)
+        if len(samples.ids) > len(indices):
+            raise StoreError(
+                f"shard {shard}: got {len(samples.ids)} images, expected at most {len(indices)}; "
+                "write the images of this shard only"
+            )
+        write_staged(self._spec, self.folder, shard=shard, samples=samples)
 
-    def counts(self) -> np.ndarray:
-        """How often each code is in the finished shards, (K,) int64."""
+    def counts(self) -> Int64[np.ndarray, " codes"]:
+        """Count how often each code occurs in the finished shards."""
         num_codes = len(self._spec.codebook)
         staged = staged_shards(self.folder).values()
         return sum((survey(path, num_codes).counts for path in staged), np.zeros(num_codes, np.int64))
 
-    def keep(self, codes: np.ndarray, tokenizer: Mapping[str, Any] | None) -> None:
-        """Publish the split with `codes` (K',) of the codebook only, re-numbered in this order: those it uses.
+    def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> None:
+        """Restrict the codebook to the codes with ids `codes`, which get the ids 0, 1, ... in this order.
 
-        For a store that is not there yet; `tokenizer` is what makes these ids.
-
-        To be called between the last `write` and `publish`. Killed after it has published, such a split is
-        continued with the codebook and the tokenizer of its store.
+        `codes` must include all codes that occur, and the store must not exist yet; `tokenizer` describes the
+        tokenizer of the new ids. Call it between the last `write` and `publish`. If the run is killed after
+        publishing, continue it with the codebook and the tokenizer of the store.
         """
         self._spec = self._spec.keep(codes, tokenizer)
 
     def publish(self, processes: int = 1) -> None:
-        """Encode all shards, make the store or add the split to it, and remove the staging folder.
+        """Encode all shards, create the store or add the split to it, and remove the staging folder.
 
-        To be called by one process, which starts as many for the encoding. With several, the calling script needs
-        `if __name__ == "__main__"`.
-        Raises StoreError if shards are missing, or if another process publishes already.
+        Only one process calls this; it starts `processes` processes for the encoding. If these are several, the
+        calling script needs `if __name__ == "__main__"`. Raises StoreError if shards are missing, or if another
+        process is publishing the split.
         """
         missing = sorted(set(range(self.num_shards)) - self.finished())
         if missing:
-            raise StoreError(f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}")
+            raise StoreError(
+                f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}; write them"
+            )
         if not self.published:
-            with _only_one(self.folder / LOCK):
+            with _exclusive(self.folder / LOCK):
                 self._publish(processes)
         remove_folder(self.folder)
         self._receipt.unlink(missing_ok=True)
 
     def _publish(self, processes: int) -> None:
-        if self._left_by_us():
-            # Raises if somebody else has published the split by now: then the folder is theirs.
+        if self._was_interrupted():
+            # Raises if another process has published the split by now: then its folder is not ours to remove.
             self._spec.existing(replace_left=True)
             remove_folder(self._spec.path / self._spec.split)
-        store = build(self._spec, self.folder, list(staged_shards(self.folder).values()), processes)
+        staged = list(staged_shards(self.folder).values())
+        store = build(self._spec, self.folder, staged, processes=processes)
         receipt = self.folder / self._receipt.name
-        write_file(receipt, self._receipt_of(layout.read_document(self.folder / MADE)))
+        write_file(receipt, self._receipt_of(layout.read_document(self.folder / BUILT)))
         receipt.replace(self._receipt)
         sync(self.folder.parent)
         place(self._spec, self.folder, store)
         self.published = True
 
     def _receipt_of(self, document: dict[str, Any]) -> bytes:
-        """What was begun, and the files of the split in a store."""
+        """Return the content of the receipt: the record of the split and the entries of its files."""
         prefix = f"{self._spec.split}/"
         files = {name: entry for name, entry in document["files"].items() if name.startswith(prefix)}
         return json.dumps({**self._record(), "files": files}).encode()
 
     def _in_store(self) -> bool:
-        """Whether an earlier run has published exactly this split, and was killed before it had tidied up."""
+        """Return whether an earlier run published exactly this split and was killed before it cleaned up."""
         if not (self._spec.path / layout.DOCUMENT).exists():
             return False
         store = layout.read_document(self._spec.path)
         self._spec.adopt(store)
         return self._receipt.read_bytes() == self._receipt_of(store)
 
-    def _left_by_us(self) -> bool:
-        """Whether an earlier run was killed between the renames that add a split to a store."""
-        made = self.folder / MADE
-        return (made / layout.DOCUMENT).exists() and not (made / self._spec.split).exists()
+    def _was_interrupted(self) -> bool:
+        """Return whether an earlier run was killed between the renames that add a split to a store."""
+        built = self.folder / BUILT
+        return (built / layout.DOCUMENT).exists() and not (built / self._spec.split).exists()
 
     def _record(self) -> dict[str, Any]:
-        """What the folder belongs to."""
+        """Return the properties that identify the split of the staging folder."""
         return {**self._spec.identity(), "num_images": self.num_images, "shard_images": self._spec.shard_images}
 
     def _begin(self) -> None:
-        """Record what the folder belongs to, or refuse to continue with something else."""
+        """Write the record of the staging folder, or raise StoreError if it has a different one."""
         path, record = self.folder / RECORD, self._record()
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -195,28 +202,28 @@ class SplitStaging:
             if begun.get(key) != value:
                 raise StoreError(
                     f"{self.folder}: begun with {key} {begun.get(key)}, got {value}; "
-                    "go on as it was begun, or remove the folder to begin anew"
+                    "use the same arguments, or remove the folder to begin anew"
                 )
 
 
 def staged_shards(folder: Path) -> dict[int, Path]:
-    """The finished shards in a staging folder, in order."""
-    found = ((STAGED_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    """Return the finished shards of a staging folder, {index: path} in order."""
+    matches = ((STAGED_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
-def write_staged(spec: SplitSpec, folder: Path, shard: int, images: Samples) -> None:
-    """Write one staged shard, durably and in one step."""
+def write_staged(spec: SplitSpec, folder: Path, *, shard: int, samples: Samples) -> None:
+    """Write one staged shard durably and in one step."""
     with new_file(folder / f"shard-{shard:05d}.arrow") as file:
-        write_shard(file, make_batch(spec, images))
+        write_shard(file, make_batch(spec, samples))
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Raises StoreError if another process is in such a block for the same file."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block. Raises StoreError if another process holds it."""
     descriptor = lock(path)
     if descriptor is None:
-        raise StoreError(f"{path.parent}: another process publishes it; wait for it")
+        raise StoreError(f"{path.parent}: another process publishes this split; wait until it is done")
     try:
         yield
     finally:

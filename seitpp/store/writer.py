@@ -1,4 +1,4 @@
-"""Write a split from one process: images are staged shard by shard, and published when all of them are there."""
+"""Write a split with one process: images are staged shard by shard and published together at the end."""
 
 import os
 import tempfile
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Integer
 
 from seitpp.files import remove_folder
 from seitpp.store.layout import StoreError
@@ -17,17 +18,17 @@ from seitpp.store.staging import staged_shards, write_staged
 
 
 class StoreWriter:
-    """Writes one split; nothing is visible before the with-block ends, and nothing remains if it fails.
+    """A context manager that writes one split, published when the with-block ends and discarded if it fails.
 
-    Into an existing store it adds a split, encoded with the table that the store has. For several processes, or
-    to continue after an interruption, see SplitStaging; the bytes are the same.
+    A split of an existing store is encoded with the code table of this store. For several processes, or to
+    continue after an interruption, see SplitStaging, which writes the same bytes.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        codebook: np.ndarray,
+        codebook: Float[np.ndarray, "codes dim"],
         grid: tuple[int, int] | None,
         codec: str = "ans",
         split: str = "train",
@@ -35,13 +36,13 @@ class StoreWriter:
         tokenizer: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        """path: folder of the store, new, empty, or a store without this split.
+        """Prepare to write the split `split` into the folder `path`: new, empty, or a store without this split.
 
-        codebook: (K, D) floats. grid: (height, width), or None where every image has its own.
-        class_names: one distinct string a class. tokenizer: what made the ids, any mapping that JSON can hold,
-        kept verbatim. columns: what else each image has, {name: "string", "binary" or "int64"}.
-        Without class_names or tokenizer, those of an existing store are taken.
-        Raises StoreError if these are out of bounds or do not agree with the existing store.
+        codebook: finite. grid: (height, width) in tokens, or None if every image has its own. class_names: one
+        distinct string per class. tokenizer: a description of the tokenizer, any mapping that JSON can represent,
+        stored verbatim. columns: additional columns, {name: "string", "binary" or "int64"}.
+        If class_names or tokenizer are not given, those of an existing store are used.
+        Raises StoreError for invalid arguments and for arguments that differ from the existing store.
         """
         self._spec = SplitSpec(
             path,
@@ -74,33 +75,35 @@ class StoreWriter:
         finally:
             remove_folder(self._folder)
 
-    def add(self, ids: np.ndarray, label: int, columns: Mapping[str, Any] | None = None) -> None:
-        """Append one image. ids: (H, W) integers in 0 .. K - 1. columns: a value for each that was declared.
+    def add(
+        self, ids: Integer[np.ndarray, "height width"], label: int, columns: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append one image with ids in 0 .. K - 1 and one value for each declared column.
 
-        Raises StoreError for anything else; the image is then not taken, and the with-block can go on.
+        Raises StoreError for invalid values; the image is then not added, and the with-block can continue.
         """
-        others = {name: [value] for name, value in (columns or {}).items()}
-        self.add_batch(np.asarray(ids)[None], np.asarray(label)[None], others)
+        batches = {name: [value] for name, value in (columns or {}).items()}
+        self.add_batch(np.asarray(ids)[None], np.asarray(label)[None], batches)
 
     def add_batch(
         self,
-        ids: np.ndarray | Sequence[np.ndarray],
-        labels: np.ndarray | Sequence[int],
+        ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
+        labels: Integer[np.ndarray, " images"] | Sequence[int],
         columns: Columns | None = None,
     ) -> None:
-        """Append N images. ids: (N, H, W) integers in 0 .. K - 1. labels: (N,) integers, each of a class.
+        """Append images with ids in 0 .. K - 1, one label each, and one value each for every declared column.
 
-        Where every image has its own grid, ids may also be N arrays (h, w). columns: N values for each that was
-        declared. Raises StoreError for anything else; the batch is then not taken, and the with-block can go on.
+        If every image has its own grid, ids may be a sequence with one array per image. Raises StoreError for
+        invalid values; the batch is then not added, and the with-block can continue.
         """
         if self._folder is None:
             raise StoreError('not open: use the writer as "with StoreWriter(...) as writer:"')
-        images = check_samples(self._spec, ids, labels, columns, first=self._rows)
-        self._rows += len(images.ids)
-        self._waiting.extend(images)
+        samples = check_samples(self._spec, ids, labels, columns=columns, first=self._rows)
+        self._rows += len(samples.ids)
+        self._waiting.extend(samples)
         while len(self._waiting.ids) >= self._spec.shard_images:
             self._stage(self._spec.shard_images)
 
     def _stage(self, n: int) -> None:
-        write_staged(self._spec, self._folder, self._shards, self._waiting.take(n))
+        write_staged(self._spec, self._folder, shard=self._shards, samples=self._waiting.take(n))
         self._shards += 1

@@ -113,7 +113,9 @@ def test_the_pixels_of_an_image_depend_on_seed_epoch_and_index_alone() -> None:
     found: dict[tuple[int, int], list[Tensor]] = {}
     for steps, ranks, accumulation, workers in ((range(9), 1, 1, 0), (range(9), 2, 2, 0), (range(2, 9), 1, 2, 2)):
         for rank in range(ranks):
-            loader = training_loader(dataset, order, steps, rank, ranks, accumulation, workers)
+            loader = training_loader(
+                dataset, order, steps, rank=rank, ranks=ranks, accumulation=accumulation, workers=workers
+            )
             for turn, batch in enumerate(loader):
                 epoch = (steps[0] + turn // accumulation) // order.steps_per_epoch
                 for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
@@ -127,7 +129,9 @@ def test_the_pixels_of_an_image_depend_on_seed_epoch_and_index_alone() -> None:
         assert all(torch.equal(image, expected) for image in images)
     assert not torch.equal(found[0, 0][0], found[1, 0][0])
     some = Chosen(dataset, np.arange(0, 12, 3))  # as --fraction chooses
-    for epoch, batch in enumerate(training_loader(some, BatchOrder(4, 4, seed=5), range(3), 0, 1, 1, 0)):
+    for epoch, batch in enumerate(
+        training_loader(some, BatchOrder(4, 4, seed=5), range(3), rank=0, ranks=1, accumulation=1, workers=0)
+    ):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             assert torch.equal(image, found[epoch, index][0])
 

@@ -40,7 +40,9 @@ def test_loader_gives_the_images_of_the_order(workers: int) -> None:
     loader = training_loader(
         TokenDataset(store), order, range(20, 25), rank=1, ranks=2, accumulation=1, workers=workers
     )
-    for batch, expected in zip(loader, order.micro_batches(range(20, 25), 1, 2, 1), strict=True):
+    for batch, expected in zip(
+        loader, order.micro_batches(range(20, 25), rank=1, ranks=2, accumulation=1), strict=True
+    ):
         assert batch.indices.tolist() == expected.tolist()
         assert batch.ids.dtype == torch.uint16
         assert np.array_equal(batch.ids.numpy(), store.ids(expected))
@@ -51,7 +53,7 @@ def test_evaluation_shows_every_image_once() -> None:
     """In the same batches on any number of processes, some of which may have none."""
     dataset = TokenDataset(TokenStore(digits().store, "validation"))
     for ranks in (1, 7, 13):
-        loaders = [evaluation_loader(dataset, 32, rank, ranks, 0) for rank in range(ranks)]
+        loaders = [evaluation_loader(dataset, 32, rank=rank, ranks=ranks, workers=0) for rank in range(ranks)]
         seen = sorted(batch.indices.tolist() for loader in loaders for batch in loader)
         assert seen == [list(range(start, min(start + 32, 360))) for start in range(0, 360, 32)]
 

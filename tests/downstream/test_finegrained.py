@@ -77,7 +77,7 @@ def test_a_missing_image_is_an_image_error(tmp_path: Path) -> None:
 
 
 def test_a_data_set_without_images_is_refused() -> None:
-    with pytest.raises(ImageError, match="letters: columns text, none of them an image"):
+    with pytest.raises(ImageError, match="letters: columns text, expected an image column"):
         DatasetSource(datasets.Dataset.from_dict({"text": ["a"]}), "letters")
 
 

@@ -107,7 +107,7 @@ def test_the_loader_gives_batches_and_workers_get_a_store_by_its_path(tmp_path: 
     assert len(pickle.dumps(dataset)) < 500
     order = BatchOrder(len(dataset), 2, 0)
     for loaded in (dataset, pickle.loads(pickle.dumps(dataset))):
-        batches = list(training_loader(loaded, order, range(2), 0, 1, 1, 0))
+        batches = list(training_loader(loaded, order, range(2), rank=0, ranks=1, accumulation=1, workers=0))
         assert torch.equal(torch.cat([batch.indices for batch in batches]), torch.from_numpy(order.epoch_order(0)))
         for batch in batches:
             assert torch.equal((batch.labels == 0).sum(dim=(1, 2)), 16 * batch.grids.prod(dim=1))

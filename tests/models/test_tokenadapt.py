@@ -169,5 +169,5 @@ def test_photographs_are_held_out_by_place() -> None:
     images, labels = validation.__getitems__([0, 83])[1:]
     assert images.shape == (2, 3, 96, 96) and images.dtype == torch.uint8 and labels.tolist() == [0, 1]
     assert torch.equal(images[0], train.images[0, :, :96, 256:352])
-    assert all(left + 96 <= 256 or left >= 368 for _, _, left in train.places)
-    assert all(left >= 256 and left + 96 <= 368 for _, _, left in validation.places)
+    assert all(left + 96 <= 256 or left >= 368 for _, _, left in train.positions)
+    assert all(left >= 256 and left + 96 <= 368 for _, _, left in validation.positions)

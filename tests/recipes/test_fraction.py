@@ -30,7 +30,7 @@ def test_a_share_is_of_its_size_chosen_by_the_seed_and_a_part_of_a_larger_one() 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(fraction: float) -> None:
     with pytest.raises(
-        UserError, match=r"--fraction .*: expected a share of the images, more than 0 and at most 1"
+        UserError, match=r"--fraction .*: expected a fraction of the images, more than 0 and at most 1"
     ):
         fraction_of(10, fraction, seed=0)
 
@@ -41,7 +41,10 @@ def test_batches_keep_the_images_own_numbers_on_any_number_of_processes() -> Non
     some = Chosen(TokenDataset(store), indices)
     order = BatchOrder(len(some), 64, seed=0)
     for ranks in (1, 2):
-        loaders = [training_loader(some, order, range(3), rank, ranks, 1, 0) for rank in range(ranks)]
+        loaders = [
+            training_loader(some, order, range(3), rank=rank, ranks=ranks, accumulation=1, workers=0)
+            for rank in range(ranks)
+        ]
         steps = [list(batches) for batches in zip(*loaders, strict=True)]
         seen = [np.concatenate([batch.indices.numpy() for batch in batches]) for batches in steps]
         expected = [indices[positions] for positions in global_batches(order, range(3), 1, 1)]
@@ -55,14 +58,14 @@ def test_few_labels_are_so_many_of_each_class() -> None:
     labels = TokenStore(digits().store, "train").labels
     indices = few_labels(labels, 5, seed=2)
     assert np.bincount(labels[indices]).tolist() == [5] * 10 and len(set(indices)) == 50
-    with pytest.raises(UserError, match="200 labels a class: one class has"):
+    with pytest.raises(UserError, match="200 labels per class: one class has"):
         few_labels(labels, 200, seed=2)
 
 
 @pytest.mark.parametrize("name", TRAINING_RECIPES)
 def test_every_recipe_that_trains_takes_a_share(name: str, tmp_path: Path) -> None:
     config = replace(smoke_config(name, tmp_path), fraction=1.5)
-    with pytest.raises(UserError, match=r"--fraction 1\.5: expected a share"):
+    with pytest.raises(UserError, match=r"--fraction 1\.5: expected a fraction"):
         recipe(name).main(config)
     assert not (tmp_path / "run").exists()
 

@@ -250,10 +250,10 @@ def test_what_cannot_be_cut_is_one_line(release, pictures, checkpoint, tmp_path,
         (["--codebook", other], [other, *missing], "train"),
         (
             ["--codebook", tmp_path / "none.ckpt"],
-            ["none.ckpt: missing, expected a released codebook.ckpt"],
+            ["none.ckpt: missing, expected a codebook.ckpt"],
             "train",
         ),
-        (["--codebook", checkpoint], ["holds a dict, expected a bare tensor"], "train"),
+        (["--codebook", checkpoint], ["holds a dict, expected a tensor"], "train"),
         (["--codebook", release / "codebook.ckpt", "--compact"], ["leave one of them out"], "train"),
         (["--compact"], ["--compact counts the codes of the split train"], "validation"),
     ):

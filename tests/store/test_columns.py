@@ -222,6 +222,7 @@ def test_one_grid_is_the_grid_of_every_image(tmp_path):
 @pytest.mark.parametrize(
     "ids", [np.zeros((2, 0), int), np.zeros(3, int), np.zeros((2, 2)), np.full((1, 2), 20), np.array([["a"]])]
 )
+@pytest.mark.usefixtures("unchecked")
 def test_images_that_are_no_grids_are_refused(tmp_path, ids):
     with StoreWriter(tmp_path / "s", codebook=CODEBOOK, grid=None) as out:
         out.add(IMAGES[0], 0)

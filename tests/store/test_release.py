@@ -356,7 +356,7 @@ def test_no_payload_runs(release, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"codebook": torch.zeros(K, D)}, "holds a dict, expected a bare tensor"),
+        ({"codebook": torch.zeros(K, D)}, "holds a dict, expected a tensor"),
         ([torch.zeros(K, D)], "holds a list"),
         (torch.zeros(K), r"float32 \(391,\), expected a plain float32 tensor"),
         (torch.zeros(1, K, D), r"float32 \(1, 391, 32\)"),
@@ -407,7 +407,7 @@ def test_bombs_are_refused_in_bounded_memory(release):
         117
     )
     index.write_bytes(gzip.compress(header + b"\n" + bytes(13 * 8)) + zeros)
-    refused(release, "train-token.index.npy.gz: not as long as its 13 offsets")
+    refused(release, "train-token.index.npy.gz: shorter or longer than its 13 offsets")
     index.write_bytes(good[index])
     deflate(ckpt, good[ckpt])
     refused(release, r"codebook.ckpt cannot be read as plain tensors.*compressed entries")

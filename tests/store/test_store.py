@@ -332,6 +332,7 @@ def test_a_split_published_meanwhile_is_kept(store):
         ({"tokenizer": {"scale": float("nan")}}, "JSON"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_arguments_out_of_bounds_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "store", **changes)
@@ -350,6 +351,7 @@ def test_arguments_out_of_bounds_are_refused(tmp_path, changes, message):
         (np.zeros((4, 6), int), 0.5, "got float64"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_images_out_of_bounds_are_refused_and_the_writer_goes_on(tmp_path, ids, label, message):
     with StoreWriter(tmp_path / "s", codebook=codebook(), grid=(4, 6), class_names=CLASSES) as out:
         out.add_batch(*sample(2))
