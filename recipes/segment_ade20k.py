@@ -181,8 +181,8 @@ def main(config: Config) -> None:
         save_segmenter(run.out / "model.safetensors", model, fingerprint, source.class_names, source.patch)
         score.write_csv(run.out / "per_class.csv")
         evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
-        shown = ["loss", "decode.acc_seg", "lr"], evaluations, ["mIoU", "aAcc", "mAcc"]
-        plots.training_curves(run.out, run.log.read(), *shown)
+        shown = {"names": ["loss", "decode.acc_seg", "lr"], "scores": ["mIoU", "aAcc", "mAcc"]}
+        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(score.summary(), source.facts)
 
 
