@@ -68,10 +68,10 @@ def _make(settings: SceneSettings, folder: Path) -> None:
     fitted = range(min(FITTED, settings.training))
     tokenizer = PatchKMeans.fit(
         torch.cat([_pixels(sources["train"], index, settings.size) for index in fitted]),
-        settings.size,
-        settings.patch,
-        settings.num_codes,
-        settings.code_dim,
+        image_size=settings.size,
+        patch=settings.patch,
+        num_codes=settings.num_codes,
+        code_dim=settings.code_dim,
     )
     tokenizer.save(folder / "tokenizer.safetensors")
     for split, source in sources.items():
