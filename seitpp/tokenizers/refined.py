@@ -115,7 +115,7 @@ def _require_windows(spec: TokenizerSpec) -> None:
         side = WINDOW * spec.patch
         raise TokenizerError(
             f"image_size {spec.image_size} for a refined tokenizer: expected multiples of {side} pixels, "
-            f"the side of a window of {WINDOW} x {WINDOW} tokens"
+            f"since it works in windows of {WINDOW} x {WINDOW} tokens"
         )
 
 
