@@ -120,7 +120,13 @@ def main(config: Config) -> None:
     if run.is_main:
         score.write_csv(run.out / "per_class.csv")
         pictures = pictures_of(data, predict, num_classes=len(saved.class_names), device=run.device)
-        plots.write_segmentation_report(run.out, result, saved.class_names, score.per_class(), pictures)
+        plots.write_segmentation_report(
+            run.out,
+            result=result,
+            class_names=saved.class_names,
+            per_class=score.per_class(),
+            pictures=pictures,
+        )
     run.finish(result)
 
 

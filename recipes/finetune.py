@@ -224,8 +224,9 @@ def main(config: Config) -> None:
     if run.is_main:
         unfreeze(model)
         save_classifier(run.out / "model.safetensors", model, *task.header)
-        shown = ["loss", "accuracy", "lr"], [*run.evaluations.read(), {"step": training.step, **result}]
-        plots.training_curves(run.out, run.log.read(), *shown, ["top1", "top5"])
+        evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
+        shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top5"]}
+        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, task.facts)
 
 

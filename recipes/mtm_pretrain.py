@@ -194,9 +194,18 @@ def write_report(run: Run, model: MTM, validation: TokenStore, grid: tuple[int, 
     config, on_digits = run.config, run.config.store is None
     decode = plots.picture_decoder(digits().tokenizer if on_digits else config.tokenizer, validation.codebook)
     originals = digits_images("validation")[0] if on_digits else None
-    pictures = plots.reconstructions(model, validation, grid, config.seed, decode, originals)
-    logs = run.log.read(), run.evaluations.read()
-    plots.write_report(run.out, "Masked token modeling", result, *logs, validation.num_codes, pictures)
+    pictures = plots.reconstructions(
+        model, validation, grid=grid, seed=config.seed, decode=decode, originals=originals
+    )
+    plots.write_report(
+        run.out,
+        title="Masked token modeling",
+        result=result,
+        records=run.log.read(),
+        evaluations=run.evaluations.read(),
+        num_codes=validation.num_codes,
+        pictures=pictures,
+    )
 
 
 def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:

@@ -186,8 +186,8 @@ def main(config: Config) -> None:
         save_segmenter(path, model, codebook=fingerprint, class_names=names, pixels_per_token=pixels_per_token)
         score.write_csv(run.out / "per_class.csv")
         evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
-        curves = ["loss", "decode.acc_seg", "lr"], evaluations, ["mIoU", "aAcc", "mAcc"]
-        plots.training_curves(run.out, run.log.read(), *curves)
+        shown = {"names": ["loss", "decode.acc_seg", "lr"], "scores": ["mIoU", "aAcc", "mAcc"]}
+        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(score.summary(), source.facts)
 
 

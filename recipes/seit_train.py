@@ -207,8 +207,8 @@ def main(config: Config) -> None:
         save_classifier(run.out / "model.safetensors", model, *header)
         save_classifier(run.out / "model_ema.safetensors", average, *header)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
-        shown = ["loss", "accuracy", "lr"], evaluations, ["top1", "top1_ema"]
-        plots.training_curves(run.out, run.log.read(), *shown)
+        shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top1_ema"]}
+        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, store_facts(train, validation, config))
 
 

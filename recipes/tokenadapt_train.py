@@ -269,7 +269,8 @@ def open_tokenizer(config: Config, run: Run, train: Dataset) -> Tokenizer:
         return tokenizers.load(config.tokenizer)
     if config.preset == "photos":
         chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[:FIT_IMAGES].tolist()
-        return PatchKMeans.fit(train.__getitems__(chosen).images / 255, config.load_size, 8, 391, 32)
+        images = train.__getitems__(chosen).images / 255
+        return PatchKMeans.fit(images, image_size=config.load_size, patch=8, num_codes=391, code_dim=32)
     if config.data is not None:
         raise UserError(f"preset {config.preset} with --data needs --tokenizer, the file of one for such images")
     return tokenizers.load(embedded(run, digits).tokenizer)

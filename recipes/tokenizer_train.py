@@ -138,9 +138,15 @@ def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
     """PCA and k-means on the patches of some images; refined on request. Every process does the same."""
     chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
     images = train.__getitems__(chosen).images.float() / 255
-    tokenizer = PatchKMeans.fit(images, config.image_size, config.patch, config.num_codes, config.code_dim)
+    tokenizer = PatchKMeans.fit(
+        images,
+        image_size=config.image_size,
+        patch=config.patch,
+        num_codes=config.num_codes,
+        code_dim=config.code_dim,
+    )
     if config.refine_steps:
-        tokenizer = refine(tokenizer.to(run.device), images, config.refine_steps, seed=config.seed)
+        tokenizer = refine(tokenizer.to(run.device), images, steps=config.refine_steps, seed=config.seed)
     run.start()
     return tokenizer.to(run.device)
 
@@ -156,7 +162,7 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
     # 1. Model.
     order = BatchOrder(len(images), config.batch_size, config.seed)
     size = config.image_size, config.image_size
-    spec = TokenizerSpec("vit_vqgan", size, config.patch, config.num_codes, config.code_dim)
+    spec = TokenizerSpec("vit_vqgan", size, config.patch, num_codes=config.num_codes, code_dim=config.code_dim)
     shape = TransformerShape(config.width, config.depth, config.heads, 4 * config.width)
     discriminator = Discriminator(config.image_size) if config.adversarial else None
     model = VQTraining(ViTVQGAN(spec, shape, shape), discriminator).to(run.device)

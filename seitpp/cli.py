@@ -1,4 +1,4 @@
-"""`seitpp`: look into stores, check them, change their codec; take stores and models from and to other places."""
+"""Inspect, verify, recode and convert token stores, and share stores and models on the Hugging Face hub."""
 
 import argparse
 import math
@@ -22,18 +22,18 @@ from seitpp.store.recode import recode as recode_store
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Images that `info` decodes of a split: all of a small one; of a large one as many as give its figures in seconds.
+# Images of a split that `info` decodes at most, so that it takes seconds.
 SAMPLE = 10_000
-SOURCE_BYTES = "source_bytes"
-SHOWN_CLASSES = 10
+SOURCE_BYTES = "source_bytes"  # column with the size of the image file that the tokens come from
+SHOWN_CLASSES = 10  # class names that `info` prints at most
 
 
 class CliError(UserError):
-    """A command, a flag or a combination of files that makes no sense."""
+    """Raised for a command line that cannot be run."""
 
 
 class Figures(NamedTuple):
-    """What was measured on some images of a split. counts: (K,) int64, how often each code occurs among them."""
+    """Figures of some images of a split. `counts` (K,) int64 says how often each code occurs in them."""
 
     images: int
     tokens: int
@@ -41,7 +41,7 @@ class Figures(NamedTuple):
 
 
 def info(store: Path) -> None:
-    """What a store holds, and how close its bytes are to the entropy of its ids."""
+    """Print what a store holds, and how close its size is to the entropy of its ids."""
     document = layout.read_document(store)
     splits = [TokenStore(store, split) for split in document["splits"]]
     print(store)
@@ -49,7 +49,7 @@ def info(store: Path) -> None:
     figures = [_measure(split, _spread(len(split), SAMPLE)) for split in splits]
     _print_splits(splits, figures)
     if any(measured.images < len(split) for split, measured in zip(splits, figures, strict=True)):
-        print(f"\ncodes used and entropy: of {SAMPLE:,} images spread over each larger split")
+        print(f"\ncodes used and entropy: estimated from {SAMPLE:,} images spread over each larger split")
 
 
 def verify(store: Path) -> None:
@@ -65,10 +65,10 @@ def verify(store: Path) -> None:
     _print_splits(splits, figures)
 
 
-def show(store: Path, tokenizer: Path | None, out: Path, count: int, split: str | None) -> None:
-    """Draw images of a split, spread evenly over it, decoded by their tokenizer or painted code by code."""
+def show(store: Path, *, tokenizer: Path | None, out: Path, count: int, split: str | None) -> None:
+    """Draw images of a split, spread evenly over it, decoded by their tokenizer or with one color per code."""
     if out.exists() or out.suffix != ".png":
-        raise CliError(f"--out {out}: expected the name of a new file that ends in .png; nothing is overwritten")
+        raise CliError(f"--out {out}: expected a new file whose name ends in .png, since nothing is overwritten")
     if count < 1:
         raise CliError(f"--count {count}: expected 1 or more")
     source = _open(store, split)
@@ -82,11 +82,11 @@ def show(store: Path, tokenizer: Path | None, out: Path, count: int, split: str 
     replace_file(out, partial(_draw, images, titles))
     print(f"{out}: {len(images)} of {len(source):,} images of split {source.split!r}")
     if tokenizer is None:
-        print("painted, each code in a color of its own; --tokenizer FILE decodes them")
+        print("each code is drawn in its own color; --tokenizer FILE decodes the images")
 
 
 def recode(store: Path, out: Path, codec: str) -> None:
-    """Write the same images, in the same order, with another codec, as a new store."""
+    """Write a new store with the same images in the same order, encoded by another codec."""
     recode_store(store, out, codec)
     splits = [TokenStore(store, split, verify=False) for split in layout.read_document(store)["splits"]]
     rows = []
@@ -94,39 +94,37 @@ def recode(store: Path, out: Path, codec: str) -> None:
         written = TokenStore(out, source.split, verify=False)
         sizes = [source.payload_bytes, written.payload_bytes]
         rows.append([source.split, f"{len(source):,}", *(f"{size / len(source):.1f}" for size in sizes)])
-    _print_table(["bytes an image", "images", splits[0].codec.name, codec], rows)
-    print(f"\non disk, tables and all: {_disk_bytes(store):,} bytes before, {_disk_bytes(out):,} after")
+    _print_table(["bytes per image", "images", splits[0].codec.name, codec], rows)
+    print(f"\non disk, with all tables: {_disk_bytes(store):,} bytes before, {_disk_bytes(out):,} after")
 
 
-def import_release(sources: list[Path], out: Path, grid: list[int] | None, codec: str) -> None:
-    """Make a store of SeiT's released files."""
+def import_release(sources: list[Path], *, out: Path, grid: list[int] | None, codec: str) -> None:
+    """Create a store from SeiT's released files."""
     release.import_release(sources, out, grid=tuple(grid) if grid else None, codec=codec)
     folder = sources[0] if sources[0].is_dir() else sources[0].parent
     for name in release.LEFT_OUT:
         if (folder / name).exists():
-            print(f"{folder / name}: not read, a store has no place for it")
+            print(f"{folder / name}: not read, since a store does not hold it")
     print(f"{out}: {_sizes(out)}")
 
 
 def export_release(store: Path, out: Path) -> None:
-    """Write a store as SeiT's released files; class names, tokenizer and other columns stay behind."""
+    """Write a store in the format of SeiT's released files, without class names, tokenizer and other columns."""
     release.export_release(store, out)
     print(f"{out}: {_sizes(store)}")
 
 
 def export_model(folder: Path, out: Path, ema: bool) -> None:
-    """Write the model of a finished run for others: weights and configuration for timm, and a model card."""
+    """Write the model of a finished run for publication: weights and configuration for timm, and a model card."""
     from seitpp import export
 
     root = export.export_model(folder, out, ema)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    print(
-        f"{out}: {', '.join(names)}\nREADME.md names no license yet: the line that begins with # license is yours"
-    )
+    print(f"{out}: {', '.join(names)}\nREADME.md names no license yet: edit the line that begins with # license")
 
 
 def push(folder: Path, repo_id: str, private: bool) -> None:
-    """Upload a store, as a dataset, or an exported model to the Hugging Face hub."""
+    """Upload a store (as a dataset) or an exported model to the Hugging Face hub."""
     if (folder / layout.DOCUMENT).is_file():
         print(hub.push(folder, repo_id, private=private))
     elif (folder / "config.json").is_file():
@@ -134,20 +132,20 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
 
         print(export.push_model(folder, repo_id, private=private))
     else:
-        raise CliError(f"{folder}: neither a token store nor a folder of export-model")
+        raise CliError(f"{folder}: neither a token store nor a folder of export-model; name one of them")
 
 
 def pull(repo_id: str, folder: Path | None) -> None:
     """Download a store from the Hugging Face hub and verify it."""
     if folder is None and hub.cache_folder(repo_id).exists():
-        print(f"used again from an earlier pull; remove {hub.cache_folder(repo_id)} to fetch it anew")
+        print(f"already downloaded: remove {hub.cache_folder(repo_id)} to download it again")
     root = hub.pull(repo_id, folder)
     print(f"{root}: {_sizes(root)}")
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on stderr and exit status 2."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `seitpp info STORE | head` expects
+    """Run the command line. An error of the user is printed as one line on stderr, with exit status 2."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `seitpp info STORE | head`
     try:
         options = vars(_parse(sys.argv[1:]))
         options.pop("run")(**options)
@@ -163,7 +161,7 @@ def _open(store: Path, split: str | None) -> TokenStore:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """At most `count` of `total` positions, evenly spread from the first to the last."""
+    """Return at most `count` of `total` positions, evenly spread from the first to the last."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
@@ -182,14 +180,17 @@ def _disk_bytes(store: Path) -> int:
 
 
 def _source_bytes(store: TokenStore) -> int | None:
-    """Bytes of the files that the images of a split were made of, where a column says so."""
+    """Return the total size of the image files of a split, or None if the store does not record it."""
     if store.columns.get(SOURCE_BYTES) != "int64":
         return None
     return int(store.column(SOURCE_BYTES)[range(len(store))].sum())
 
 
 def _decoder(store: TokenStore, path: Path | None) -> Callable[[np.ndarray], "Tensor"]:
-    """What turns ids (H, W) into an image (3, h, w) in [0, 1]. Raises CliError for another store's tokenizer."""
+    """Return a function from ids (H, W) to an image (3, height, width) in [0, 1], by the tokenizer file `path`.
+
+    Without a file each code has its own color. Raises CliError if the tokenizer is not that of the store.
+    """
     import torch
 
     from seitpp import plots, tokenizers
@@ -201,11 +202,11 @@ def _decoder(store: TokenStore, path: Path | None) -> Callable[[np.ndarray], "Te
         recorded = (store.tokenizer or {}).get("fingerprint", tokenizer.fingerprint)
         if recorded != tokenizer.fingerprint:
             raise CliError(
-                f"{path}: tokenizer {tokenizer.fingerprint[:16]}, but {store.path} was made by {recorded[:16]}; "
-                "name the tokenizer of this store"
+                f"{path}: got tokenizer {tokenizer.fingerprint[:16]}, expected {recorded[:16]}, with which "
+                f"{store.path} was tokenized: name the tokenizer of this store"
             )
         if not np.array_equal(tokenizer.codebook.detach().numpy(), store.codebook):
-            raise CliError(f"{path}: has another codebook than {store.path}; name the tokenizer of this store")
+            raise CliError(f"{path}: has another codebook than {store.path}: name the tokenizer of this store")
         decode = tokenizer.decode
     return lambda ids: decode(torch.from_numpy(ids[None].astype(np.int64)))[0]
 
@@ -217,7 +218,7 @@ def _print_store(store: TokenStore, document: dict) -> None:
     print(f"codebook     {store.num_codes} codes of dimension {store.codebook.shape[1]}")
     print(f"codec        {store.codec.name}")
     size, images = _disk_bytes(store.path), sum(split["rows"] for split in document["splits"].values())
-    print(f"on disk      {size:,} bytes, {size / images:.1f} an image")
+    print(f"on disk      {size:,} bytes, {size / images:.1f} per image")
     spec = (store.tokenizer or {}).get("spec") or {}
     fingerprint = (store.tokenizer or {}).get("fingerprint", "not recorded")
     print(f"tokenizer    {' '.join([*([spec['kind']] if 'kind' in spec else []), fingerprint[:16]])}")
@@ -231,30 +232,30 @@ def _print_splits(splits: Iterable[TokenStore], figures: Iterable[Figures]) -> N
         "split",
         "images",
         "codes used",
-        "entropy, bits a token",
-        "bytes an image",
+        "entropy, bits per token",
+        "bytes per image",
         "at the entropy",
         "ratio",
     ]
     rows, sources = [], []
     for store, measured in zip(splits, figures, strict=True):
-        bits = layout.entropy(measured.counts) + 0.0  # of a lone code it is -0.0
+        bits = layout.entropy(measured.counts) + 0.0  # turns the -0.0 of a single code into 0.0
         bound, size = bits * measured.tokens / measured.images / 8, store.payload_bytes / len(store)
         used = f"{np.count_nonzero(measured.counts)} of {store.num_codes}"
         numbers = [f"{bits:.3f}", f"{size:.1f}", f"{bound:.1f}", f"{size / bound:.3f}" if bound else "-"]
         rows.append([store.split, f"{len(store):,}", used, *numbers])
-        source = _source_bytes(store)
-        if source is not None:
-            average = source / len(store)
-            sources.append(f"{store.split}: {average:,.1f} bytes an image, {average / size:.1f} times as many")
+        source_bytes = _source_bytes(store)
+        if source_bytes is not None:
+            average = source_bytes / len(store)
+            sources.append(f"{store.split}: {average:,.1f} bytes per image, {average / size:.1f} times as many")
     _print_table(header, rows)
     if sources:
-        print("\nimage files that the tokens were made of")
+        print("\nimage files that the tokens come from")
         print("\n".join(sources))
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Names to the left, numbers to the right."""
+    """Print a table with its first column aligned to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for first, *rest in [header, *rows]:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
@@ -267,7 +268,7 @@ def _sizes(store: Path) -> str:
 
 
 def _draw(images: "list[Tensor]", titles: list[str], path: Path) -> None:
-    """Pictures (3, h, w) in [0, 1] under their titles, in a square."""
+    """Draw images (3, height, width) in [0, 1] with their titles on a square grid."""
     from matplotlib import pyplot as plt
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -288,7 +289,7 @@ def _draw(images: "list[Tensor]", titles: list[str], path: Path) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise CliError(f"{message}; {self.prog} --help says more")
+        raise CliError(f"{message}; {self.prog} --help explains the arguments")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -296,18 +297,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in commands:
         raise CliError(f"unknown command {name!r}, expected one of {', '.join(commands)}{suggest(name, commands)}")
-    known = set(re.findall(r"--[a-z-]+", commands.get(name, parser).format_help()))
+    flags = set(re.findall(r"--[a-z-]+", commands.get(name, parser).format_help()))
     for argument in arguments:
         flag = argument.split("=", 1)[0]
-        if flag.startswith("--") and flag not in known:
+        if flag.startswith("--") and flag not in flags:
             raise CliError(
-                f"unknown flag {flag}{suggest(flag, known)}; {commands.get(name, parser).prog} --help lists them"
+                f"unknown flag {flag}{suggest(flag, flags)}; {commands.get(name, parser).prog} --help lists them"
             )
     return parser.parse_args(arguments or ["--help"])
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """The whole parser, and that of each command."""
+    """Return the parser, and the parser of each command by its name."""
     parser = _Parser("seitpp", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -320,26 +321,26 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         return command
 
     store = ("store", "folder of the store", {"type": Path})
-    out = ("out", "folder to make; one that exists is refused", {"type": Path})
+    out = ("out", "folder to create; it must not exist yet", {"type": Path})
     repo_id = ("repo_id", "OWNER/NAME on the hub", {})
     codec = {"choices": list(CODECS), "metavar": "NAME", "help": f"codec to write with: {', '.join(CODECS)}"}
     add(info, store)
     add(verify, store)
     command = add(show, store)
-    command.add_argument("--tokenizer", type=Path, metavar="FILE", help="decodes the ids; else they are painted")
+    command.add_argument("--tokenizer", type=Path, metavar="FILE", help="decodes the ids (default: draw colors)")
     command.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="a new file")
-    command.add_argument("--count", type=int, default=25, metavar="N", help="how many images (default: 25)")
-    command.add_argument("--split", metavar="NAME", help="split to take them from (default: the first)")
+    command.add_argument("--count", type=int, default=25, metavar="N", help="number of images (default: 25)")
+    command.add_argument("--split", metavar="NAME", help="split to show (default: the first)")
     add(recode, store, out).add_argument("--codec", required=True, **codec)
-    files = "folder of the released files, or their NAME-token.data.bin.gz"
+    files = "folder of the released files, or single NAME-token.data.bin.gz files"
     command = add(import_release, ("sources", files, {"type": Path, "nargs": "+"}), out)
-    command.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="default: images are square")
+    command.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="token grid (default: square)")
     command.add_argument("--codec", default="ans", **codec)
     add(export_release, store, out)
     run_folder = ("folder", "folder of a run of seit_train, finetune or mtm_pretrain", {"type": Path})
-    average = "not the moving average of the weights, where the run has one"
+    average = "export the trained weights even if the run has their moving average"
     add(export_model, run_folder, out).add_argument("--no-ema", dest="ema", action="store_false", help=average)
-    pushed = ("folder", "a store, or a folder of export-model", {"type": Path})
-    add(push, pushed, repo_id).add_argument("--private", action="store_true", help="if the repository is made now")
-    add(pull, repo_id, ("folder", "folder to make (default: in the user's cache)", {"type": Path, "nargs": "?"}))
+    pushed = ("folder", "a store, or a folder that export-model wrote", {"type": Path})
+    add(push, pushed, repo_id).add_argument("--private", action="store_true", help="make a new repository private")
+    add(pull, repo_id, ("folder", "folder to create (default: in the user's cache)", {"type": Path, "nargs": "?"}))
     return parser, dict(commands.choices)

@@ -125,20 +125,20 @@ def test_the_figures_agree_with_a_second_count(store, monkeypatch, capsys, comma
         expected = [str(n), *used, f"{bits:.3f}", f"{size:.1f}", f"{bound:.1f}", f"{size / bound:.3f}"]
         assert rows(out)[split] == expected
         source = SOURCE_BYTES + (n // 2) / n
-        assert f"{split}: {source:,.1f} bytes an image, {source / size:.1f} times as many" in out
+        assert f"{split}: {source:,.1f} bytes per image, {source / size:.1f} times as many" in out
     if command == "info":
         facts = {name: " ".join(words) for name, words in rows(out).items()}
         assert (facts["grid"], facts["codebook"]) == ("4 x 6", "20 codes of dimension 3")
         assert (facts["classes"], facts["codec"]) == ("3: digit, letter, other", "ans")
         assert facts["tokenizer"] == "patch_kmeans 0123abcd0123abcd"
         size = sum(map(len, contents(store).values()))
-        assert facts["on"] == f"disk {size:,} bytes, {size / sum(SIZES.values()):.1f} an image"
+        assert facts["on"] == f"disk {size:,} bytes, {size / sum(SIZES.values()):.1f} per image"
 
 
 def test_of_a_large_split_info_says_that_it_sampled(store, monkeypatch, capsys):
     monkeypatch.setattr(cli, "SAMPLE", 10)
     run(monkeypatch, "info", store)
-    assert "of 10 images spread over each larger split" in capsys.readouterr().out
+    assert "from 10 images spread over each larger split" in capsys.readouterr().out
     monkeypatch.setattr(cli, "SAMPLE", 50)
     run(monkeypatch, "info", store)
     assert "spread" not in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_show_refuses_a_tokenizer_of_another_store(store, two, tmp_path, monkeyp
     out = tmp_path / "picture.png"
     tokenizer = digits().tokenizer
     message = fails(monkeypatch, capsys, "show", store, "--tokenizer", tokenizer, "--out", out)
-    assert re.search(r"tokenizer [0-9a-f]{16}, but .* was made by 0123abcd0123abcd", message)
+    assert re.search(r"got tokenizer [0-9a-f]{16}, expected 0123abcd0123abcd, ", message)
     message = fails(monkeypatch, capsys, "show", two, "--tokenizer", tokenizer, "--out", out)
     assert "another codebook" in message and not out.exists()
 

@@ -80,7 +80,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder, generator = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
     shape = TransformerShape(64, 1, 1, 256)
-    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, 391, 32), shape, shape)
+    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, num_codes=391, code_dim=32), shape, shape)
     tokenizer.save(folder / "tokenizer.safetensors")
     codebook = tokenizer.codebook.detach().numpy()
     fingerprint = codebook_fingerprint(codebook)

@@ -43,7 +43,7 @@ def test_loss_by_ratio_shows_the_last_third_and_its_means(drawn, tmp_path: Path)
 
 
 def test_probe_curve_goes_from_untrained_to_trained(drawn, tmp_path: Path) -> None:
-    plots.probe_curve(EVALUATIONS, RESULT, 18, tmp_path / "x.png")
+    plots.probe_curve(EVALUATIONS, RESULT, steps=18, path=tmp_path / "x.png")
     linear, neighbors = (line.get_xydata().tolist() for line in drawn[0].lines)
     assert linear == [[0, 50], [5, 70], [18, 90]] and neighbors == [[0, 40], [5, 60], [18, 80]]
 
@@ -51,7 +51,8 @@ def test_probe_curve_goes_from_untrained_to_trained(drawn, tmp_path: Path) -> No
 @pytest.mark.parametrize("evaluations", [[], EVALUATIONS])
 def test_report_shows_every_picture(evaluations, tmp_path: Path) -> None:
     pictures = {"original": torch.rand(2, 3, 8, 8)}
-    plots.write_report(tmp_path, "A <title>", RESULT, RECORDS, evaluations, 64, pictures)
+    logs = {"records": RECORDS, "evaluations": evaluations}
+    plots.write_report(tmp_path, title="A <title>", result=RESULT, **logs, num_codes=64, pictures=pictures)
     page = (tmp_path / "report.html").read_text()
     assert "<h1>A &lt;title&gt;</h1>" in page and "<td>linear_probe_top1</td><td>90</td>" in page
     shown = re.findall(r'<img src="([^"]+)"', page)

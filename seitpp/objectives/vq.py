@@ -81,7 +81,9 @@ class VQTraining(nn.Module):
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         candidates = vectors.permute(0, 2, 3, 1).flatten(0, 2)
         codebook = self.tokenizer.codebook
-        self.restarted += restart_dead_codes(codebook, self.counts, candidates, generator, optimizer)
+        self.restarted += restart_dead_codes(
+            codebook, self.counts, candidates, generator=generator, optimizer=optimizer
+        )
         self.counts.zero_()
 
 

@@ -1,4 +1,4 @@
-"""Images <-> ids: vector-quantizing tokenizers behind one protocol."""
+"""Vector-quantizing tokenizers, from images to ids and back, with one interface."""
 
 from seitpp.tokenizers import adapters
 from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, by_frequency

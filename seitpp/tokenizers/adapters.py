@@ -1,4 +1,4 @@
-"""Tokenizers that users already have, behind our protocol: give the library's own object, get a `Tokenizer`.
+"""Adapters that turn a tokenizer of another library, passed as the library's own object, into a `Tokenizer`.
 
 | class or function | for | codebook (K, D) | decodes |
 |---|---|---|---|
@@ -10,7 +10,7 @@
 | `TorchScriptVQ` | an encoder and a decoder in TorchScript (Cosmos DI8x8, DI16x16) | `fsq_codebook` | yes |
 | `from_functions` | anything else | given | if given |
 
-No library is imported: its classes come with the object. Images are in [0, 1]; the adapter converts them.
+None of these libraries is imported here. Images are in [0, 1]; the adapter converts them to the network's range.
 """
 
 import math
@@ -27,16 +27,16 @@ from seitpp.codebook import nearest
 from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, check_ids
 
 HALF = (0.5, 0.5, 0.5)  # as mean and std: [0, 1] -> [-1, 1]
-# Chameleon's own preprocessing is 0.0078 * byte - 1, not quite [-1, 1].
+# Chameleon's own preprocessing is 0.0078 * byte - 1, not exactly [-1, 1].
 CHAMELEON = (1 / (0.0078 * 255),) * 3
 COSMOS_LEVELS = (8, 8, 8, 5, 5, 5)
 
 
 class Adapter(Tokenizer):
-    """A tokenizer with somebody else's network, `model`, and the network's whole codebook, `table` (K, D).
+    """A tokenizer with the network of another library, `model`, and that network's whole codebook, `table` (K, D).
 
-    `kept` (K',) are the codes in use, all of them until `compact`. A subclass gives `_images` where its
-    library decodes.
+    `kept` (K',) holds the codes in use: all of them until `compact` or `select`. A subclass implements `_images`
+    if its library has a decoder.
     """
 
     def __init__(self, spec: TokenizerSpec, table: Tensor, model: nn.Module | None):
@@ -48,12 +48,12 @@ class Adapter(Tokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """(K', D) float."""
+        """The codes in use, (K', D) float."""
         return self.table[self.kept]
 
     def _images(self, ids: Tensor) -> Tensor:
-        """Ids of the network (B, H, W) -> what it decodes (B, 3, height, width), in its own range."""
-        raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it only makes ids")
+        """Decode ids of the network (B, H, W) to images (B, 3, height, width) in the network's own range."""
+        raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it can only encode")
 
     def _pixels(self, ids: Tensor) -> Tensor:
         decoded = self._images(self.kept[ids]).float()
@@ -67,7 +67,7 @@ class Adapter(Tokenizer):
         if tuple(maps.shape[2:]) != self.spec.grid or maps.shape[1] != self.spec.code_dim:
             raise TokenizerError(
                 f"the {self.spec.kind} network gave a map of {tuple(maps.shape)}, expected {self.spec.code_dim} "
-                f"channels on a grid of {self.spec.grid}: is its patch not {self.spec.patch}?"
+                f"channels on a grid of {self.spec.grid}: check that its patch is {self.spec.patch}"
             )
         return maps
 
@@ -77,21 +77,21 @@ class Adapter(Tokenizer):
 
 
 class MapAdapter(Adapter):
-    """An adapter of a network that shows its features. A subclass gives `_maps`."""
+    """An adapter for a network that gives access to its features. A subclass implements `_maps`."""
 
     def features(self, images: Tensor) -> Tensor:
-        """Preprocessed images -> map (B, D, H, W), unquantized."""
+        """Compute the unquantized feature map (B, D, H, W) of preprocessed images."""
         return self._require_grid(self._maps(self.model_input(images)))
 
     @abstractmethod
     def _maps(self, inputs: Tensor) -> Tensor:
-        """What the network is given (B, 3, height, width) -> its map (B, D, H, W)."""
+        """Compute the feature map (B, D, H, W) of normalized images (B, 3, height, width)."""
 
 
 class IdAdapter(Adapter):
-    """An adapter of a network that gives ids and hides its features. A subclass gives `_network_ids`.
+    """An adapter for a network that returns ids but not its features. A subclass implements `_network_ids`.
 
-    After `compact`, an id that was not kept becomes the kept one with the nearest row.
+    After `compact` or `select`, an id that was not kept is replaced by the kept id with the nearest row.
     """
 
     def __init__(self, spec: TokenizerSpec, table: Tensor, model: nn.Module | None):
@@ -99,12 +99,12 @@ class IdAdapter(Adapter):
         self.register_buffer("renumber", self.kept.clone())
 
     def features(self, images: Tensor) -> Tensor:
-        """Preprocessed images -> map (B, D, H, W) of the rows that the network chose: quantized already."""
+        """Return the codebook rows (B, D, H, W) that the network chose for preprocessed images."""
         return F.embedding(self._checked(self.model_input(images)), self.table).permute(0, 3, 1, 2)
 
     @abstractmethod
     def _network_ids(self, inputs: Tensor) -> Tensor:
-        """What the network is given -> its ids, in any shape that holds B grids row by row."""
+        """Compute the ids of normalized images, in any shape that holds B grids row by row."""
 
     def _checked(self, inputs: Tensor) -> Tensor:
         ids = check_ids(self._network_ids(inputs), len(self.table), f"the {self.spec.kind} network")
@@ -112,7 +112,7 @@ class IdAdapter(Adapter):
         if ids.numel() != len(inputs) * height * width:
             raise TokenizerError(
                 f"the {self.spec.kind} network gave ids of shape {tuple(ids.shape)} for {len(inputs)} images, "
-                f"expected {height} x {width} each: is its patch not {self.spec.patch}?"
+                f"expected {height} x {width} each: check that its patch is {self.spec.patch}"
             )
         return ids.reshape(len(inputs), height, width)
 
@@ -123,11 +123,12 @@ class IdAdapter(Adapter):
         super()._keep(ids, rows)
         all_rows = self.table.T[None, :, :, None]
         self.renumber = nearest(all_rows, self.codebook, self.spec.lookup).flatten()
-        self.renumber[self.kept] = torch.arange(len(self.kept), device=self.kept.device)  # also among equal rows
+        # A kept code keeps its own id even if another row is equal.
+        self.renumber[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
 
 
 class DiffusersVQ(MapAdapter):
-    """diffusers `VQModel`; patch from its config."""
+    """An adapter for the diffusers `VQModel`; the patch is read from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
         patch = 2 ** (len(model.config.block_out_channels) - 1)
@@ -140,13 +141,13 @@ class DiffusersVQ(MapAdapter):
     def _images(self, ids: Tensor) -> Tensor:
         if not self.model.config.lookup_from_codebook:
             return self.model.decode(self._rows(ids), force_not_quantize=True).sample
-        # With this setting (aMUSEd has it) the same method wants ids, and the shape of their rows.
+        # With this setting (as in aMUSEd) `decode` expects ids, and the shape of the map of their rows.
         shape = (*ids.shape, self.spec.code_dim)
         return self.model.decode(ids, force_not_quantize=True, shape=shape).sample
 
 
 class ChameleonVQ(MapAdapter):
-    """transformers `ChameleonVQVAE`; patch from its config. The library has no decoder."""
+    """An adapter for the transformers `ChameleonVQVAE`, which cannot decode; the patch is read from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
         table = model.quantize.embedding.weight
@@ -158,14 +159,14 @@ class ChameleonVQ(MapAdapter):
 
 
 class Emu3VQ(MapAdapter):
-    """transformers `Emu3VQVAE`, on still images; patch from its config."""
+    """An adapter for the transformers `Emu3VQVAE`, for still images; the patch is read from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
         table = model.quantize.embedding.weight
         super().__init__(_spec("emu3_vq", image_size, _multiplier_patch(model), table, "euclidean"), table, model)
 
     def _maps(self, inputs: Tensor) -> Tensor:
-        # A still image is a clip of equal frames, as long as one token is in time.
+        # The network encodes clips: repeat the image over the frames that one token covers.
         frames = inputs.unsqueeze(1).repeat(1, self.model.config.temporal_downsample_factor, 1, 1, 1)
         maps = self.model.quant_conv(self.model.encoder(frames).transpose(1, 2))
         return maps.squeeze(2)
@@ -175,10 +176,10 @@ class Emu3VQ(MapAdapter):
 
 
 class JanusVQ(MapAdapter):
-    """transformers `JanusVQVAE`; patch from its config; the default image size is its own.
+    """An adapter for the transformers `JanusVQVAE`; the patch and the default image size are read from its config.
 
-    The library's `encode` takes the nearest row by raw distance, while its `decode` uses normalized rows, as
-    the network was trained. Here both are normalized, so ids can differ from `encode`.
+    The library's `encode` finds the nearest row without normalization, but its `decode` uses normalized rows, as
+    in training. Here both normalize, so ids can differ from those of `encode`.
     """
 
     def __init__(self, model: nn.Module, image_size: int | None = None):
@@ -191,18 +192,19 @@ class JanusVQ(MapAdapter):
         return self.model.quant_conv(self.model.encoder(inputs))
 
     def _images(self, ids: Tensor) -> Tensor:
-        # The library's decode(ids) is this, for the grid of its config only.
+        # The library's decode(ids) does the same, but only for the grid of its config.
         return self.model.decoder(self.model.post_quant_conv(self._rows(ids)))
 
 
 class TamingVQ(IdAdapter):
-    """A module as in taming-transformers: `encode(x)[2][2]` are ids, `decode(map)` decodes a map of rows.
+    """An adapter for modules like those of taming-transformers.
 
-    `lookup` is "cosine" for networks that normalize features and rows (LlamaGen). Raises TokenizerError for a
-    network in half precision, since the lookup is inside it.
+    `model.encode(images)[2][2]` returns ids, and `model.decode(map)` decodes a map of codebook rows. `lookup` is
+    "cosine" for networks that normalize features and rows (LlamaGen). `encode` raises TokenizerError if the
+    network is in half precision, because the lookup happens inside it.
     """
 
-    def __init__(self, model: nn.Module, patch: int, image_size: int = 256, lookup: str = "euclidean"):
+    def __init__(self, model: nn.Module, *, patch: int, image_size: int = 256, lookup: str = "euclidean"):
         table = model.quantize.embedding.weight
         table = F.normalize(table.detach().float(), dim=1) if lookup == "cosine" else table
         super().__init__(_spec("taming_vq", image_size, patch, table, lookup), table, model)
@@ -217,23 +219,25 @@ class TamingVQ(IdAdapter):
 
 
 class TorchScriptVQ(IdAdapter):
-    """Two modules, scripted or not: encoder(images in [-1, 1]) -> ids, or a tuple that begins with them;
-    decoder(ids (B, H, W) int32) -> images in [-1, 1]. The defaults are Cosmos' discrete image tokenizers.
+    """An adapter for an encoder and a decoder that are separate modules, in TorchScript or not.
 
-    `codebook` (K, D) are the rows behind the ids, by default those of Cosmos (64000, 6).
+    The encoder maps images in [-1, 1] to ids, or to a tuple that begins with them; the decoder maps ids (B, H, W)
+    int32 to images in [-1, 1]. `codebook` (K, D) holds the vectors of the ids, by default those of the discrete
+    image tokenizers of Cosmos (64000, 6).
     """
 
     def __init__(
         self,
         encoder: nn.Module,
         decoder: nn.Module,
+        *,
         patch: int,
         image_size: int = 256,
         codebook: Tensor | None = None,
     ):
         table = fsq_codebook(COSMOS_LEVELS) if codebook is None else codebook
         model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-        # Rows of FSQ differ in length, not only in direction, and one is zero.
+        # Euclidean, since FSQ rows also differ in length, and one of them is zero.
         super().__init__(_spec("torchscript_vq", image_size, patch, table, "euclidean"), table, model)
 
     def _network_ids(self, inputs: Tensor) -> Tensor:
@@ -245,12 +249,13 @@ class TorchScriptVQ(IdAdapter):
 
 
 class FunctionsVQ(IdAdapter):
-    """See `from_functions`."""
+    """The adapter that `from_functions` returns."""
 
     def __init__(
         self,
         encode: Callable[[Tensor], Tensor],
         codebook: Tensor,
+        *,
         decode: Callable[[Tensor], Tensor] | None,
         spec: TokenizerSpec,
     ):
@@ -271,26 +276,26 @@ def from_functions(
     *,
     spec: TokenizerSpec,
 ) -> Tokenizer:
-    """A tokenizer of two functions and a table.
+    """Create a tokenizer from two functions and a codebook (K, D) float.
 
-    `encode` takes images normalized by the spec's mean and std and gives ids in any shape that holds B grids
-    row by row; `codebook` (K, D) float; `decode` takes ids (B, H, W) int64 and gives images in the same range
-    as `encode` takes. Without it the tokenizer only encodes. The fingerprint covers spec and codebook, not the
-    functions: name them in `spec.kind`. Raises TokenizerError if spec and codebook disagree.
+    `encode` receives images normalized by the spec's mean and std and returns ids in any shape that holds B grids
+    row by row. `decode` receives ids (B, H, W) int64 and returns images in the range that `encode` receives;
+    without it the tokenizer can only encode. The fingerprint covers the spec and the codebook, not the functions:
+    identify them by `spec.kind`. Raises TokenizerError if spec and codebook disagree.
     """
     if tuple(codebook.shape) != (spec.num_codes, spec.code_dim):
         raise TokenizerError(
-            f"codebook of shape {tuple(codebook.shape)} for the spec of {spec.kind}, which says "
-            f"({spec.num_codes}, {spec.code_dim})"
+            f"{spec.kind} tokenizer: got a codebook of shape {tuple(codebook.shape)}, expected "
+            f"({spec.num_codes}, {spec.code_dim}) as in its spec"
         )
-    return FunctionsVQ(encode, codebook, decode, spec)
+    return FunctionsVQ(encode, codebook, decode=decode, spec=spec)
 
 
 def fsq_codebook(levels: Sequence[int]) -> Tensor:
-    """The rows of finite scalar quantization (arXiv 2309.15505): (product of levels, len(levels)) float32.
+    """Return the codebook of finite scalar quantization (arXiv 2309.15505): (prod(levels), len(levels)) float32.
 
-    The first level varies fastest with the id; a level of n has the values (i - n // 2) / (n // 2)
-    for i from 0 to n - 1.
+    The first dimension varies fastest with the id; a dimension of n levels has the values
+    (i - n // 2) / (n // 2) for i from 0 to n - 1.
     """
     ids, columns = torch.arange(math.prod(levels)), []
     for level in levels:
@@ -300,7 +305,11 @@ def fsq_codebook(levels: Sequence[int]) -> Tensor:
 
 
 def _spec(kind: str, image_size: int, patch: int, table: Tensor, lookup: str) -> TokenizerSpec:
-    return TokenizerSpec(kind, (image_size, image_size), patch, *table.shape, lookup=lookup, mean=HALF, std=HALF)
+    num_codes, code_dim = table.shape
+    size = image_size, image_size
+    return TokenizerSpec(
+        kind, size, patch, num_codes=num_codes, code_dim=code_dim, lookup=lookup, mean=HALF, std=HALF
+    )
 
 
 def _multiplier_patch(model: Any) -> int:

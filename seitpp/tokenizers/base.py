@@ -1,4 +1,4 @@
-"""What every tokenizer is: a spec, features, a nearest-code lookup and a decoder."""
+"""The interface of all tokenizers: a specification, features, a nearest-code lookup and a decoder."""
 
 import hashlib
 import json
@@ -6,38 +6,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, fields, replace
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor, nn
 
 from seitpp.codebook import LOOKUP_CELLS, LOOKUPS, full_precision, nearest
 from seitpp.errors import UserError
 
-# Up to this distance two rows are the same code, rounded in two ways.
+# Codebook rows at most this far apart are the same code, rounded differently.
 SAME_ROW = 1e-5
-HEADER = "tokenizer"  # the key of the spec in the header of a tokenizer file
+HEADER = "tokenizer"  # key of the spec in the header of a tokenizer file
 
 
 class TokenizerError(UserError):
-    """A tokenizer file, an image or ids that a tokenizer cannot work with."""
+    """Raised for a tokenizer file, images or ids that a tokenizer cannot use."""
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """The facts of a tokenizer that travel with the tokens (as JSON in `tokens.json`).
+    """The specification of a tokenizer, stored with the tokens (as JSON in `tokens.json`).
 
-    Images are resized to exactly `image_size` = (height, width) pixels with the `resize` filter, antialiased,
-    aspect ratio not kept; the network is given (image - mean) / std for an image in [0, 1], one number a
-    channel. One token covers `patch` x `patch` pixels and is the id of the nearest of `num_codes` codes with
-    `code_dim` numbers each, by `lookup`: "cosine" (both sides L2-normalized) or "euclidean".
+    Images are resized to exactly `image_size` = (height, width) in pixels with the `resize` filter, antialiased,
+    without keeping the aspect ratio. The network receives (image - mean) / std of an image in [0, 1], per
+    channel. One token covers `patch` x `patch` pixels and is the id of the nearest of `num_codes` codes of
+    dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes L2-normalized) or "euclidean".
+    Raises TokenizerError for an unknown lookup, or sizes that are not positive or do not fit the patch.
     """
 
     kind: str
     image_size: tuple[int, int]
     patch: int
+    _: KW_ONLY
     num_codes: int
     code_dim: int
     lookup: str = "cosine"
@@ -47,36 +50,42 @@ class TokenizerSpec:
 
     def __post_init__(self):
         if self.lookup not in LOOKUPS:
-            raise TokenizerError(f"lookup {self.lookup!r} of the {self.kind} tokenizer: expected one of {LOOKUPS}")
+            raise TokenizerError(f"{self.kind} tokenizer: got lookup {self.lookup!r}, expected one of {LOOKUPS}")
         sizes = (*self.image_size, self.patch, self.num_codes, self.code_dim)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise TokenizerError(f"sizes of the {self.kind} tokenizer are {sizes}: expected positive integers")
+            raise TokenizerError(
+                f"{self.kind} tokenizer: got image_size, patch, num_codes and code_dim {sizes}, "
+                "expected positive integers"
+            )
         if any(side % self.patch for side in self.image_size):
             raise TokenizerError(
-                f"image_size {self.image_size} of the {self.kind} tokenizer is not a multiple of patch "
-                f"{self.patch}"
+                f"{self.kind} tokenizer: image_size {self.image_size} is not a multiple of patch {self.patch}: "
+                "change one of them"
             )
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) tokens of an image."""
+        """The token grid of an image: (rows, columns)."""
         return self.image_size[0] // self.patch, self.image_size[1] // self.patch
 
     @classmethod
     def from_json(cls, values: Mapping) -> "TokenizerSpec":
-        """The spec that `asdict` and JSON made `values` of. Raises TokenizerError for other values."""
+        """Create a spec from its fields, as read from JSON. Raises TokenizerError for any other value."""
         if not isinstance(values, Mapping):
-            raise TokenizerError(f"not the spec of a tokenizer: {values!r}")
+            raise TokenizerError(f"not the spec of a tokenizer: got {values!r}, expected a mapping")
         try:
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
         except TypeError as error:
-            raise TokenizerError(f"not the spec of a tokenizer: {dict(values)} ({error})") from error
+            raise TokenizerError(
+                f"not the spec of a tokenizer: got {dict(values)}, expected the fields of TokenizerSpec ({error})"
+            ) from error
 
 
 class Tokenizer(nn.Module, ABC):
-    """Base of all tokenizers. A subclass has `codebook` (K, D) float and gives `features`, `_pixels`, `_keep`.
+    """The base class of all tokenizers.
 
-    Images are (B, 3, height, width) float in [0, 1]; ids are (B, H, W) int64 in [0, K).
+    A subclass has a `codebook` (K, D) float and implements `features`, `_pixels` and `_keep`. Images are
+    (B, 3, height, width) float in [0, 1]; ids are (B, H, W) int64 in [0, K).
     """
 
     codebook: Tensor
@@ -87,16 +96,18 @@ class Tokenizer(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in; the lookup is fp32 all the same."""
+        """The dtype in which the network computes. `quantize` uses fp32 all the same."""
         return next(t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, any, any) in [0, 1] -> (B, 3, *image_size) in [0, 1], resized and antialiased."""
+    def preprocess(
+        self, images: Float[Tensor, "batch 3 any_height any_width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Resize images in [0, 1] to the image size of the spec, antialiased, and clamp them to [0, 1]."""
         resized = F.interpolate(images, self.spec.image_size, mode=self.spec.resize, antialias=True)
         return resized.clamp(0, 1)
 
     def set_image_size(self, size: int | tuple[int, int]) -> None:
-        """Tokenize images of another size, an int or (height, width), from now on.
+        """Set the size of the images to tokenize: an int for squares, or (height, width), in pixels.
 
         Raises TokenizerError unless it is a multiple of the patch.
         """
@@ -105,12 +116,12 @@ class Tokenizer(nn.Module, ABC):
 
     @property
     def side_multiple(self) -> int:
-        """Pixels of which both sides of every image size are multiples."""
+        """The number of pixels of which both sides of an image must be multiples."""
         return self.spec.patch
 
     @contextmanager
     def at_size(self, size: tuple[int, int]) -> Iterator[None]:
-        """Tokenize images of another (height, width) within the block. Raises TokenizerError as set_image_size."""
+        """Set the image size to (height, width) within the block. Raises TokenizerError like `set_image_size`."""
         before = self.spec.image_size
         self.set_image_size(size)
         try:
@@ -118,34 +129,36 @@ class Tokenizer(nn.Module, ABC):
         finally:
             self.set_image_size(before)
 
-    def model_input(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] -> what the network is given: (images - mean) / std, in its dtype."""
-        # Number by number: to copy three numbers to a device, the host would wait for it.
+    def model_input(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """Normalize images in [0, 1] to the input of the network: (images - mean) / std, in its dtype."""
+        # With Python numbers, since copying `mean` and `std` to a device would make the host wait.
         channels = zip(images.unbind(dim=1), self.spec.mean, self.spec.std, strict=True)
         return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(self.dtype)
 
     @abstractmethod
-    def features(self, images: Tensor) -> Tensor:
-        """Preprocessed images -> unquantized map (B, D, H, W)."""
+    def features(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch code_dim rows columns"]:
+        """Compute the unquantized feature map of preprocessed images."""
 
     @abstractmethod
     def _pixels(self, ids: Tensor) -> Tensor:
-        """Ids (B, H, W) int64 in [0, K) -> images (B, 3, height, width) around [0, 1]."""
+        """Decode ids (B, H, W) int64 in [0, K) to images (B, 3, height, width), not yet clamped to [0, 1]."""
 
     @abstractmethod
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
-        """Keep the codes `ids` (K',) int64 only, in this order, with `rows` (K', D) as their vectors."""
+        """Keep only the codes `ids` (K',) int64, in this order, with `rows` (K', D) as their vectors."""
 
-    def quantize(self, maps: Tensor) -> Tensor:
-        """Map (B, D, H, W) -> ids (B, H, W) int64."""
+    def quantize(self, maps: Float[Tensor, "batch code_dim rows columns"]) -> Int64[Tensor, "batch rows columns"]:
+        """Return the id of the code nearest to each vector of a feature map."""
         return nearest(maps, self.codebook, self.spec.lookup)
 
     def _ids(self, images: Tensor) -> Tensor:
         return self.quantize(self.features(images))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Preprocessed images -> ids (B, H, W) int64. Raises TokenizerError for another image size."""
+    def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Int64[Tensor, "batch rows columns"]:
+        """Tokenize preprocessed images. Raises TokenizerError unless they have the image size of the spec."""
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.spec.image_size):
             height, width = self.spec.image_size
             raise TokenizerError(
@@ -156,23 +169,26 @@ class Tokenizer(nn.Module, ABC):
             return self._ids(images)
 
     @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """Ids (B, H, W) of any integer dtype -> images (B, 3, height, width) float32 in [0, 1].
+    def decode(self, ids: Integer[Tensor, "batch rows columns"]) -> Float32[Tensor, "batch 3 height width"]:
+        """Decode ids to images in [0, 1].
 
-        Raises TokenizerError for ids of another shape or dtype, or outside [0, K).
+        Raises TokenizerError if the ids have another number of dimensions, are not integers or are outside [0, K).
         """
         checked = check_ids(ids, self.spec.num_codes, f"the {self.spec.kind} tokenizer")
         if ids.ndim != 3:
-            raise TokenizerError(f"ids of shape {tuple(ids.shape)} to decode, expected (B, H, W)")
+            raise TokenizerError(
+                f"{self.spec.kind} tokenizer: got ids of shape {tuple(ids.shape)}, expected (B, H, W)"
+            )
         with full_precision(ids.device):
             return self._pixels(checked).float().clamp(0, 1)
 
     def compact(self, counts: Tensor) -> "Tokenizer":
-        """A copy with the used codes only, re-numbered by frequency: 0 the most frequent, among equals the
-        smaller old id. `counts` (K,) says how often each code was seen (`seitpp.tokenizers.code_counts`).
+        """Return a copy that has only the used codes, renumbered by frequency: 0 is the most frequent code.
 
-        Ids of images that use kept codes only are the old ids re-numbered; elsewhere the nearest kept code is
-        taken. Raises TokenizerError for counts of another shape or without a used code.
+        `counts` (K,) says how often each code occurs (`seitpp.tokenizers.code_counts`); codes with equal counts
+        keep their order. Where a kept code was the nearest one, its id is renumbered; elsewhere the nearest kept
+        code replaces it. Raises TokenizerError if `counts` has another shape or a negative entry, or if no code is
+        used.
         """
         if tuple(counts.shape) != (self.spec.num_codes,) or not (counts > 0).any() or (counts < 0).any():
             raise TokenizerError(
@@ -183,89 +199,91 @@ class Tokenizer(nn.Module, ABC):
         return self._cut(kept, self.codebook.detach()[kept])
 
     def select(self, rows: Tensor) -> "Tokenizer":
-        """A copy with the codes whose vectors are `rows` (K', D) only, in this order: so its ids are those of
-        whoever else has this codebook, and its `codebook` is exactly `rows`.
+        """Return a copy that has only the codes with the vectors `rows` (K', D), in this order.
 
-        A row is the code nearest to it, at most 1e-5 away, and each a code of its own; with the cosine lookup both
-        are L2-normalized before. Raises TokenizerError saying how many rows are not found and how far they are.
+        Its `codebook` equals `rows` exactly, so its ids agree with those of other users of this codebook. Each
+        row must be at most 1e-5 from its nearest code, and no two rows may have the same one; with the cosine
+        lookup, rows and codes are L2-normalized first. Raises TokenizerError otherwise, with the number of rows
+        that were not found and the largest distance.
         """
         rows = rows.detach().to(self.codebook, copy=True)
         if rows.ndim != 2 or rows.shape[1] != self.spec.code_dim or len(rows) == 0:
             raise TokenizerError(
                 f"rows of shape {tuple(rows.shape)} for the {self.spec.kind} tokenizer, whose codes have "
-                f"{self.spec.code_dim} dimensions: take the tokenizer that the codebook belongs to"
+                f"{self.spec.code_dim} dimensions: use the tokenizer that the codebook belongs to"
             )
         distances, ids = self._nearest_codes(rows)
-        missing = int((~(distances <= SAME_ROW)).sum())  # a row that is not finite has no distance
+        missing = int((~(distances <= SAME_ROW)).sum())  # also counts rows at a distance of nan
         if missing:
             raise TokenizerError(
                 f"{missing} of {len(rows)} rows are not among the {self.spec.num_codes} codes of the "
                 f"{self.spec.kind} tokenizer, the farthest {distances.max().item():.2g} away, expected at most "
-                f"{SAME_ROW:.0e}: take the tokenizer that the codebook belongs to"
+                f"{SAME_ROW:.0e}: use the tokenizer that the codebook belongs to"
             )
         if repeated := len(rows) - len(ids.unique()):
             raise TokenizerError(
-                f"{repeated} of {len(rows)} rows repeat the code of another row: expected each code once"
+                f"{self.spec.kind} tokenizer: {repeated} of {len(rows)} rows repeat the code of another row, "
+                "expected each code once"
             )
         return self._cut(ids, rows)
 
     def _nearest_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each row (K', D) the distance to the nearest code (-1 to an equal one), and its id."""
-        table, found = self.codebook.detach(), []
+        """Return the distance of each row (K', D) to the nearest code (-1 to an equal one), and its id."""
+        table, minima = self.codebook.detach(), []
         for chunk in rows.split(max(1, LOOKUP_CELLS // len(table))):
             distances = raw = _distances(chunk, table)
             if self.spec.lookup == "cosine":
                 distances = _distances(F.normalize(chunk, dim=1), F.normalize(table, dim=1))
-            # Equal rows come first, since another code can have the same direction.
-            found.append(distances.masked_fill(raw == 0, -1).min(dim=1))
-        return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+            # An equal code wins by -1, since another code can have the same direction.
+            minima.append(distances.masked_fill(raw == 0, -1).min(dim=1))
+        return torch.cat([part.values for part in minima]), torch.cat([part.indices for part in minima])
 
     def _cut(self, ids: Tensor, rows: Tensor) -> "Tokenizer":
-        other = deepcopy(self)
-        other.spec = replace(self.spec, num_codes=len(ids))
-        other._keep(ids, rows)
-        return other
+        copy = deepcopy(self)
+        copy.spec = replace(self.spec, num_codes=len(ids))
+        copy._keep(ids, rows)
+        return copy
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the spec and every tensor, as hex: equal exactly when the tokens are.
+        """The SHA-256 of the spec and every tensor, as hex.
 
-        Facts at their default are left out, so that a fact added to the spec changes no older fingerprint.
+        Fields of the spec at their default are left out, so that a new field does not change older fingerprints.
         """
-        facts = {
+        settings = {
             field.name: value
             for field in fields(self.spec)
             if (value := getattr(self.spec, field.name)) != field.default or field.default is MISSING
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(name.encode() + data.numpy().tobytes())
         return digest.hexdigest()
 
     def description(self) -> dict:
-        """What a store keeps about its tokenizer: fingerprint and spec, JSON-able."""
+        """Return what a store records about its tokenizer: fingerprint and spec, ready for JSON."""
         return {"fingerprint": self.fingerprint, "spec": asdict(self.spec)}
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    # Not by a matrix product, whose rounding is larger than the distances that matter.
+    # Without a matrix product, whose rounding errors exceed the distances that matter here.
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def by_frequency(counts: Tensor) -> Tensor:
-    """The used codes (K',) int64 of counts (K,), the most frequent first, among equals the smaller id."""
+def by_frequency(counts: Integer[Tensor, " codes"]) -> Int64[Tensor, " used_codes"]:
+    """Return the ids of the used codes, the most frequent first; codes with equal counts stay in order."""
     return counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
 
 
-def check_ids(ids: Tensor, num_codes: int, whose: str) -> Tensor:
-    """Ids of any shape as int64. Raises TokenizerError naming `whose` unless they are integers in [0, K)."""
+def check_ids(ids: Integer[Tensor, "*shape"], num_codes: int, owner: str) -> Int64[Tensor, "*shape"]:
+    """Return ids as int64. Raises TokenizerError naming their `owner` unless they are integers in [0, K)."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TokenizerError(f"ids of dtype {ids.dtype} of {whose}: expected integers")
+        raise TokenizerError(f"ids of dtype {ids.dtype} of {owner}: expected integers")
     ids = ids.long()
     low, high = (ids.min().item(), ids.max().item()) if ids.numel() else (0, 0)
     if low < 0 or high >= num_codes:
         raise TokenizerError(
-            f"ids {low} to {high} of {whose}, expected 0 to {num_codes - 1}: are they of another tokenizer?"
+            f"ids {low} to {high} of {owner}, expected 0 to {num_codes - 1}: use the tokenizer they belong to"
         )
     return ids

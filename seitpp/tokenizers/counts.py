@@ -1,23 +1,24 @@
-"""How well a codebook is used, and what to do about codes that nobody uses."""
+"""Statistics of how a codebook is used, and the restart of dead codes."""
 
 import warnings
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from seitpp.tokenizers.base import check_ids
 
-# Below this share of used codes a tokenizer is likely to have collapsed.
+# Below this fraction of used codes the codebook has probably collapsed.
 ENOUGH_USED = 0.5
-# A code that is used less often than this part of the mean is dead, and is put elsewhere.
+# A code that is used less often than this fraction of the mean is dead and is restarted.
 DEAD_BELOW = 0.02
-MOMENTS = {"exp_avg", "exp_avg_sq"}  # of Adam, a row for each code
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # state of Adam, one row per code
 
 
 class Usage(NamedTuple):
-    """Of `num_codes` codes `used` were seen; `perplexity` = how many equally frequent codes are as diverse."""
+    """How many of `num_codes` codes are `used`, and the `perplexity`, exp(entropy), of their frequencies."""
 
     used: int
     num_codes: int
@@ -25,49 +26,54 @@ class Usage(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The part of the codes that was seen, in [0, 1]."""
+        """The fraction of the codes that is used, in [0, 1]."""
         return self.used / self.num_codes
 
     def __str__(self) -> str:
         return f"{self.used} of {self.num_codes} codes used ({self.share:.0%}), perplexity {self.perplexity:.1f}"
 
 
-def code_counts(ids: Tensor, num_codes: int) -> Tensor:
-    """How often each code is seen in ids of any shape: (K,) int64. Raises TokenizerError for ids beyond K."""
+def code_counts(ids: Integer[Tensor, "*shape"], num_codes: int) -> Int64[Tensor, " codes"]:
+    """Count how often each code occurs. Raises TokenizerError for ids outside [0, num_codes)."""
     return tally(check_ids(ids, num_codes, "code_counts"), num_codes)
 
 
-def tally(ids: Tensor, num_codes: int) -> Tensor:
-    """The counts (K,) int64 of ids (int64, any shape) in [0, K), not checked: the host waits for nothing."""
+def tally(ids: Int64[Tensor, "*shape"], num_codes: int) -> Int64[Tensor, " codes"]:
+    """Count how often each code occurs, without a check of the ids that would make the host wait."""
     ids = ids.flatten()
     return torch.zeros(num_codes, dtype=torch.long, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
 
 
-def usage(counts: Tensor) -> Usage:
-    """The usage that counts (K,) show. Warns where under half of the codes are used."""
-    counts = counts.cpu()  # in float64, which not every device has
-    shares = counts.double() / counts.sum().clamp(min=1)
-    report = Usage(int((counts > 0).sum()), len(counts), torch.special.entr(shares).sum().exp().item())
+def usage(counts: Integer[Tensor, " codes"]) -> Usage:
+    """Compute the usage of a codebook from its counts. Warns if fewer than half of the codes are used."""
+    counts = counts.cpu()  # not every device has float64
+    frequencies = counts.double() / counts.sum().clamp(min=1)
+    report = Usage(int((counts > 0).sum()), len(counts), torch.special.entr(frequencies).sum().exp().item())
     if report.share < ENOUGH_USED:
         warnings.warn(
-            f"{report}: more images, fewer codes, or compact() to keep the used ones", UserWarning, stacklevel=2
+            f"{report}: use more images or fewer codes, or drop the rest by compact()", UserWarning, stacklevel=2
         )
     return report
 
 
 @torch.no_grad()
 def restart_dead_codes(
-    codebook: Tensor, counts: Tensor, vectors: Tensor, generator: torch.Generator, optimizer: Optimizer
+    codebook: Float[Tensor, "codes dim"],
+    counts: Integer[Tensor, " codes"],
+    vectors: Float[Tensor, "vectors dim"],
+    *,
+    generator: torch.Generator,
+    optimizer: Optimizer,
 ) -> int:
-    """Move codes with a count under 2 % of the mean onto random `vectors` (N, D), in place; how many they were.
+    """Replace each code with a count under 2 % of the mean by a random vector, in place; return their number.
 
-    `codebook` (K, D) and `counts` (K,) since the last restart; `generator` is a CPU one. The moments of these
-    codes in `optimizer`, an Adam, become 0: those of the old places would move the codes away from the new ones.
+    `counts` are those since the last restart; `generator` is on the CPU. The moments of these codes in
+    `optimizer`, an Adam, are set to 0, since the old ones would move the codes away from their new positions.
     """
-    counts = counts.cpu()  # a restart is rare: it may wait for the device, which may have no float64
+    counts = counts.cpu()  # not every device has float64; a restart is rare, so it may wait for the device
     dead = (counts < DEAD_BELOW * counts.double().mean()).nonzero().flatten().to(codebook.device)
     chosen = torch.randint(len(vectors), (len(dead),), generator=generator)
     codebook[dead] = vectors[chosen.to(vectors.device)].to(codebook.dtype)
-    for name in MOMENTS & optimizer.state.get(codebook, {}).keys():  # there are none before the first update
+    for name in MOMENTS & optimizer.state.get(codebook, {}).keys():  # empty before the first update
         optimizer.state[codebook][name][dead] = 0
     return len(dead)

@@ -1,4 +1,4 @@
-"""From decoded images of any sizes to ids."""
+"""Tokenize batches of decoded images that differ in size."""
 
 import numpy as np
 import torch
@@ -8,13 +8,13 @@ from seitpp.tokenizers.base import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, decoded: DecodedBatch, device: torch.device) -> list[np.ndarray]:
-    """Ids (h, w) uint16 of every image; images of the same size go through the tokenizer together."""
+    """Return the ids (H, W) uint16 of each image. Images of equal size are encoded together."""
     parts = decoded.pixels.split([3 * height * width for height, width in decoded.sizes])
     ids = {}
     for size in dict.fromkeys(decoded.sizes):
-        same = [number for number, other in enumerate(decoded.sizes) if other == size]
-        images = torch.stack([parts[number].view(3, *size) for number in same]).to(device, non_blocking=True)
+        indices = [index for index, other in enumerate(decoded.sizes) if other == size]
+        images = torch.stack([parts[index].view(3, *size) for index in indices]).to(device, non_blocking=True)
         with tokenizer.at_size(size):
             encoded = tokenizer.encode(images.float() / 255).cpu().numpy().astype(np.uint16)
-        ids.update(zip(same, encoded, strict=True))
-    return [ids[number] for number in range(len(parts))]
+        ids.update(zip(indices, encoded, strict=True))
+    return [ids[index] for index in range(len(parts))]

@@ -1,8 +1,8 @@
-"""The offline tokenizer refined by a little training: what k-means on single patches cannot see.
+"""The offline tokenizer with learned corrections, which use the neighborhood that k-means on patches ignores.
 
-A transformer on windows of 8 x 8 tokens corrects the features, another one the decoded pixels. Both start at
-zero, so that training starts from PCA and k-means as they are. Windows let one train on small crops and
-tokenize any image that is a multiple of a window; attention over 1,024 tokens is what costs on a CPU.
+One transformer on windows of 8 x 8 tokens corrects the features, another one the decoded pixels. Both corrections
+start at zero, so training starts from PCA and k-means. With windows one can train on small crops and tokenize any
+image whose sides are multiples of a window; attention over 1,024 tokens would dominate the time on a CPU.
 """
 
 import math
@@ -22,14 +22,17 @@ KIND = "patch_kmeans_refined"
 WINDOW = 8  # tokens along one side of a window
 SHAPE = TransformerShape(64, 2, 1, 128)
 BETA = 0.25  # weight of the commitment loss
-# Tokens a code on average before dead codes are looked for: at 2 % of them a code is used 4 times, so that one
-# which is merely rare is seldom taken for a dead one.
+# Mean number of tokens per code between searches for dead codes. 2 % of it, the limit for a dead code, is 4
+# tokens, so that a code which is merely rare is seldom restarted.
 TOKENS_PER_CODE = 200
-RESTART_UNTIL = 0.8  # of the training; the rest lets the last restarted codes settle
+RESTART_UNTIL = 0.8  # fraction of the training; in the rest the last restarted codes settle
 
 
 class WindowCorrection(nn.Module):
-    """(B, H, W, inputs) -> (B, H, W, outputs), zero before training; each window of 8 x 8 tokens for itself."""
+    """A transformer within each window of 8 x 8 tokens: (B, H, W, inputs) -> (B, H, W, outputs).
+
+    Its output is zero before training.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -48,9 +51,9 @@ class WindowCorrection(nn.Module):
 
 
 class RefinedPatchKMeans(PatchKMeans):
-    """PatchKMeans with a correction either side and a trained codebook. The constant channel stays constant.
+    """PatchKMeans with corrections of the features and of the decoded pixels, and a trained codebook.
 
-    Raises TokenizerError unless the image size is a multiple of the window.
+    The constant channel is not corrected. Raises TokenizerError unless the image size is a multiple of the window.
     """
 
     def __init__(self, spec: TokenizerSpec):
@@ -63,7 +66,7 @@ class RefinedPatchKMeans(PatchKMeans):
         self.decoder = WindowCorrection(spec.code_dim, pixels)
 
     def set_image_size(self, size: int | tuple[int, int]) -> None:
-        """Tokenize images of another size from now on. Raises TokenizerError unless windows fill it."""
+        """Set the size of the images to tokenize. Raises TokenizerError unless it is a multiple of the window."""
         before = self.spec
         super().set_image_size(size)
         try:
@@ -74,11 +77,11 @@ class RefinedPatchKMeans(PatchKMeans):
 
     @property
     def side_multiple(self) -> int:
-        """Pixels of a window."""
+        """The number of pixels along a side of a window."""
         return WINDOW * self.spec.patch
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> map (B, D, H, W); the last channel is constant."""
+        """Compute the feature map (B, D, H, W) of images (B, 3, height, width); the last channel is constant."""
         patches = (self._patches(self.model_input(images)) - self.mean) / self.scale
         correction = self.encoder(patches).permute(0, 3, 1, 2)
         return super().features(images) + F.pad(correction, (0, 0, 0, 0, 0, 1))
@@ -87,19 +90,20 @@ class RefinedPatchKMeans(PatchKMeans):
         return super()._patches_of(rows) + self.decoder(rows) * self.scale
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training: images (B, 3, height, width) -> loss (), ids (B, H, W) and features (B, H, W, D).
+        """Compute the training loss () of images (B, 3, height, width), ids (B, H, W) and features (B, H, W, D).
 
-        Codebook loss, commitment loss, and the squared error of the pixels in units of the features' mean
-        square; straight-through. With the same weight as the commitment its gradient cancels, for a linear
-        decoder, that of the commitment; with more it pushes features away from their codes (lost 0.2 dB).
+        The loss is the codebook loss plus 0.25 times the sum of the commitment loss and the squared error of the
+        pixels, in units of the features' mean square, with straight-through gradients. With this equal weight, the
+        gradients of the pixel error and the commitment loss cancel for a linear decoder; a larger weight of the
+        pixels pushes features away from their codes (0.2 dB worse).
         """
         maps = self.features(images)
         ids = self.quantize(maps)
         vectors, rows = maps.permute(0, 2, 3, 1), self._scaled_rows(ids)
         codebook, commitment = F.mse_loss(rows, vectors.detach()), F.mse_loss(vectors, rows.detach())
         decoded = self._images(self._patches_of(vectors + (rows - vectors).detach()))
-        share = 3 * self.spec.patch**2 / (self.spec.code_dim - 1)
-        pixels = F.mse_loss(decoded, images) / self.scale.square() * share
+        values_per_feature = 3 * self.spec.patch**2 / (self.spec.code_dim - 1)
+        pixels = F.mse_loss(decoded, images) / self.scale.square() * values_per_feature
         return codebook + BETA * (commitment + pixels), ids, vectors.detach()
 
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
@@ -111,13 +115,14 @@ def _require_windows(spec: TokenizerSpec) -> None:
         side = WINDOW * spec.patch
         raise TokenizerError(
             f"image_size {spec.image_size} for a refined tokenizer: expected multiples of {side} pixels, "
-            f"its windows of {WINDOW} x {WINDOW} tokens"
+            f"since it works in windows of {WINDOW} x {WINDOW} tokens"
         )
 
 
 def refine(
     tokenizer: PatchKMeans,
     images: Tensor,
+    *,
     steps: int,
     batch_size: int = 8,
     learning_rate: float = 2e-3,
@@ -125,14 +130,15 @@ def refine(
 ) -> RefinedPatchKMeans:
     """Train corrections on images (N, 3, any, any) in [0, 1], which are resized to the tokenizer's image size.
 
-    For images of 256 pixels it is cheap to refine on 64-pixel crops, with `set_image_size(64)` before and
-    `set_image_size(256)` after. At zero steps the result tokenizes as `tokenizer` does. Codes are re-numbered
-    by their frequency in `images`. Raises TokenizerError unless the image size is a multiple of the window.
+    For images of 256 pixels it is cheap to train on 64-pixel crops: call `set_image_size(64)` before and
+    `set_image_size(256)` after. With `steps=0` the result tokenizes as `tokenizer` does; else its codes are
+    renumbered by their frequency in `images`. Raises TokenizerError unless the image size is a multiple of the
+    window.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         refined = RefinedPatchKMeans(replace(tokenizer.spec, kind=KIND))
-    refined.load_state_dict(tokenizer.state_dict(), strict=False)  # the corrections are not in it
+    refined.load_state_dict(tokenizer.state_dict(), strict=False)  # the state of `tokenizer` has no corrections
     refined.to(tokenizer.codebook.device)
     if steps:
         prepared = refined.preprocess(images)
@@ -157,7 +163,8 @@ def _train(
         optimizer.step()
         counts += tally(ids, len(counts))
         if counts.sum() >= TOKENS_PER_CODE * len(counts) and step < RESTART_UNTIL * steps:
-            restart_dead_codes(refined.codebook, counts, vectors.flatten(0, 2), generator, optimizer)
+            candidates = vectors.flatten(0, 2)
+            restart_dead_codes(refined.codebook, counts, candidates, generator=generator, optimizer=optimizer)
             counts.zero_()
 
 

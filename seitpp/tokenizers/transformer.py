@@ -1,7 +1,6 @@
-"""The transformer of ViT-VQGAN: pre-norm blocks, heads of 64, a tanh MLP.
+"""The transformer of ViT-VQGAN: pre-norm blocks, attention heads of 64 channels, an MLP with tanh.
 
-Parameter names are those of public checkpoints (`layers.0.0.fn.to_qkv.weight`), so containers are nested as
-they are there.
+The modules are nested so that parameter names match public checkpoints (`layers.0.0.fn.to_qkv.weight`).
 """
 
 from typing import NamedTuple
@@ -15,7 +14,7 @@ HEAD = 64  # channels of one attention head
 
 
 class TransformerShape(NamedTuple):
-    """Width, number of blocks, heads of 64 channels, and width of the MLP."""
+    """The sizes of a transformer: width, number of blocks, number of heads (64 channels each), MLP width."""
 
     width: int
     depth: int
@@ -38,7 +37,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh, linear."""
+    """The MLP of a block: linear, tanh, linear."""
 
     def __init__(self, shape: TransformerShape):
         super().__init__()
@@ -49,7 +48,7 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + fn(LN(x))."""
+    """A pre-norm residual branch: x + fn(LN(x))."""
 
     def __init__(self, width: int, fn: nn.Module):
         super().__init__()
@@ -61,7 +60,7 @@ class Residual(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks of attention and MLP, then one LayerNorm: (B, N, width) -> (B, N, width)."""
+    """A stack of blocks of attention and MLP, then one LayerNorm: (B, N, width) -> (B, N, width)."""
 
     def __init__(self, shape: TransformerShape):
         super().__init__()
@@ -78,10 +77,10 @@ class Transformer(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D positions of a grid (H, W), row by row: (H W, width) float32.
+    """Return fixed 2-D sin-cos position embeddings of a grid (H, W), row by row: (H W, width) float32.
 
-    The first half of the channels encodes the column, the second the row; in each half sines, then cosines,
-    base 10000. `width` is a multiple of 4.
+    The first half of the channels encodes the column, the second half the row; each half holds sines, then
+    cosines, with base 10000. `width` must be a multiple of 4.
     """
     bands = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(side, dtype=torch.float64).outer(bands) for side in grid)

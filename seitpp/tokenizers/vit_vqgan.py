@@ -1,6 +1,6 @@
-"""ViT-VQGAN, the tokenizer of SeiT: a plain transformer either side of a cosine codebook.
+"""ViT-VQGAN, the tokenizer of SeiT: a transformer encoder, a codebook with cosine lookup, a transformer decoder.
 
-Parameter names are those of the public enhancing-transformers checkpoints, so that these load as they are.
+Parameter names match the public enhancing-transformers checkpoints, so these load without conversion.
 
 | size  | width | blocks | heads | parameters at 256 pixels, 8192 codes |
 |-------|-------|--------|-------|--------------------------------------|
@@ -25,17 +25,20 @@ from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, s
 
 KIND = "vit_vqgan"
 PREFIXES = ("encoder.", "decoder.", "quantizer.", "pre_quant.", "post_quant.")
-BETA = 0.25  # weight of the commitment loss (checkpoint fact)
+BETA = 0.25  # weight of the commitment loss, as in the public checkpoints
 SIZES = {"small": TransformerShape(512, 8, 8, 2048), "base": TransformerShape(768, 12, 12, 3072)}
-# Tensors that the configuration is read from; {} is the side, en or de.
+# Names of the tensors whose shapes give the configuration; {} is encoder or decoder.
 POSITIONS = {"encoder": "encoder.en_pos_embedding", "decoder": "decoder.de_pos_embedding"}
 PATCHES, CODEBOOK = "encoder.to_patch_embedding.0.weight", "quantizer.embedding.weight"
 QKV, MLP = "{}.transformer.layers.0.0.fn.to_qkv.weight", "{}.transformer.layers.0.1.fn.net.0.weight"
 
 
 class Reconstruction(NamedTuple):
-    """What training sees: `images` (B, 3, height, width), not clamped; `loss` () of the codebook, commitment
-    included; `ids` (B, H, W); `vectors` (B, D, H, W), the L2-normalized features (to restart dead codes on)."""
+    """The output of `ViTVQGAN.forward`, for training.
+
+    `images` (B, 3, height, width) are not clamped; `loss` () is the codebook loss and the weighted commitment
+    loss; `ids` are (B, H, W); `vectors` (B, D, H, W) are the L2-normalized features, to restart dead codes.
+    """
 
     images: Tensor
     loss: Tensor
@@ -44,7 +47,7 @@ class Reconstruction(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, height, width) -> (B, H W, width): patches, positions, transformer."""
+    """Patch embedding, position embeddings, transformer: images (B, 3, height, width) -> (B, H W, width)."""
 
     def __init__(self, shape: TransformerShape, grid: tuple[int, int], patch: int):
         super().__init__()
@@ -58,13 +61,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, H W, width) -> images (B, 3, height, width): positions, transformer, one patch of pixels a token."""
+    """Position embeddings, transformer, one patch per token: (B, H W, width) -> images (B, 3, height, width)."""
 
     def __init__(self, shape: TransformerShape, grid: tuple[int, int], patch: int):
         super().__init__()
         self.register_buffer("de_pos_embedding", sincos_positions(grid, shape.width).unsqueeze(0))
         self.transformer = Transformer(shape)
-        # Public checkpoints call it to_pixel.1.
+        # The Identity gives the layer its name in public checkpoints, to_pixel.1.
         self.to_pixel = nn.Sequential(nn.Identity(), nn.ConvTranspose2d(shape.width, 3, patch, patch))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -73,7 +76,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook (K, D); only the direction of a row counts."""
+    """The codebook (K, D), of whose rows only the direction matters."""
 
     def __init__(self, num_codes: int, code_dim: int):
         super().__init__()
@@ -81,8 +84,9 @@ class Quantizer(nn.Module):
 
 
 class ViTVQGAN(Tokenizer):
-    """Built with random weights from a spec and the shapes of both transformers; see also `new` and
-    `from_checkpoint`. Positions are fixed 2-D sin-cos, kept in the state dict.
+    """The ViT-VQGAN tokenizer with random weights; see also `new` and `from_checkpoint`.
+
+    The position embeddings are fixed 2-D sin-cos and part of the state dict.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: TransformerShape, decoder: TransformerShape):
@@ -92,23 +96,25 @@ class ViTVQGAN(Tokenizer):
         self.quantizer = Quantizer(spec.num_codes, spec.code_dim)
         self.pre_quant = nn.Linear(encoder.width, spec.code_dim)
         self.post_quant = nn.Linear(spec.code_dim, decoder.width)
-        self._trained: tuple[tuple[int, int], Tensor, Tensor] | None = None  # grid and positions, once changed
+        # Grid and position embeddings before the first change of the image size.
+        self._trained: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self.apply(_initialize)
 
     @classmethod
     def new(
-        cls, size: str, image_size: int = 256, patch: int = 8, num_codes: int = 8192, code_dim: int = 32
+        cls, size: str, *, image_size: int = 256, patch: int = 8, num_codes: int = 8192, code_dim: int = 32
     ) -> "ViTVQGAN":
-        """An untrained "small" or "base" one; the defaults are the published sizes."""
-        spec = TokenizerSpec(KIND, (image_size, image_size), patch, num_codes, code_dim)
+        """Create an untrained "small" or "base" tokenizer; the defaults are the published ones."""
+        spec = TokenizerSpec(KIND, (image_size, image_size), patch, num_codes=num_codes, code_dim=code_dim)
         return cls(spec, SIZES[size], SIZES[size])
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "ViTVQGAN":
-        """Open a Lightning checkpoint, a bare state dict or a safetensors file, in eval mode, as fp32.
+        """Load a Lightning checkpoint, a plain state dict or a safetensors file, in eval mode and fp32.
 
-        The configuration is read from the shapes. Tensors of the training losses and of the optimizer are
-        left out; every other one must fit. Nothing is unpickled. Raises TokenizerError naming the file.
+        The configuration is read from the tensor shapes. Tensors outside the tokenizer (losses, optimizer) are
+        ignored; all others must match. No code in the file is run. Raises TokenizerError naming the file if it is
+        missing, damaged or does not match.
         """
         path = Path(path)
         if not path.is_file():
@@ -122,7 +128,7 @@ class ViTVQGAN(Tokenizer):
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], spec: TokenizerSpec | None, path: Path) -> "ViTVQGAN":
         read_spec, encoder, decoder = _configuration(tensors, path)
-        if spec is not None:  # that of our own file: only it knows a grid that is not square
+        if spec is not None:  # from the header that `save` writes: shapes do not tell a grid that is not square
             read_spec = replace(spec, num_codes=read_spec.num_codes, code_dim=read_spec.code_dim)
         with torch.device("meta"):
             tokenizer = cls(read_spec, encoder, decoder)
@@ -133,21 +139,21 @@ class ViTVQGAN(Tokenizer):
         return tokenizer.requires_grad_().eval()
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file that `from_checkpoint` and `tokenizers.load` open."""
+        """Write one safetensors file, which `from_checkpoint` and `tokenizers.load` read."""
         save_tensors(Path(path), self.state_dict(), HEADER, asdict(self.spec))
 
     @property
     def codebook(self) -> Tensor:
-        """(K, D), as trained: not normalized."""
+        """The codes (K, D) as trained, not normalized."""
         return self.quantizer.embedding.weight
 
     def set_image_size(self, size: int | tuple[int, int]) -> None:
-        """Tokenize images of another size from now on: positions are interpolated bicubically.
+        """Set the size of the images to tokenize; position embeddings are interpolated bicubically.
 
-        Not what the checkpoint was trained for: look at reconstructions. For smaller images, positions cut out of
-        the trained ones were worse (tests/bench/positions.py). Always from the positions that it came with, so
-        sizes in between leave no trace, and its own size has its own positions again, bit for bit. Raises
-        TokenizerError unless `size` is a multiple of the patch.
+        The checkpoint was not trained for other sizes: look at reconstructions. For smaller images, cropping the
+        position embeddings instead was worse (tests/bench/positions.py). Interpolation always starts from the
+        original embeddings, so intermediate sizes do not matter, and the original size restores them bit for bit.
+        Raises TokenizerError unless `size` is a multiple of the patch.
         """
         encoder, decoder = self.encoder.en_pos_embedding, self.decoder.de_pos_embedding
         trained = self._trained or (self.spec.grid, encoder, decoder)
@@ -157,20 +163,20 @@ class ViTVQGAN(Tokenizer):
         self.decoder.de_pos_embedding = _interpolated(trained[2].to(decoder), trained[0], self.spec.grid)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1] -> map (B, D, H, W), not normalized."""
+        """Compute the feature map (B, D, H, W), not normalized, of images (B, 3, height, width) in [0, 1]."""
         tokens = self.pre_quant(self.encoder(self.model_input(images)))
         return rearrange(tokens, "b (h w) d -> b d h w", h=self.spec.grid[0])
 
     def reconstruct(self, maps: Tensor) -> Tensor:
-        """Map of L2-normalized rows (B, D, H, W) -> images (B, 3, height, width), not clamped."""
+        """Decode a map of L2-normalized rows (B, D, H, W) to images (B, 3, height, width), not clamped."""
         tokens = self.post_quant(maps.flatten(2).transpose(1, 2))
         return self.decoder(tokens, self.spec.grid)
 
     def _pixels(self, ids: Tensor) -> Tensor:
         if tuple(ids.shape[1:]) != self.spec.grid:
             raise TokenizerError(
-                f"ids of shape {tuple(ids.shape)} to decode, expected (B, {self.spec.grid[0]}, "
-                f"{self.spec.grid[1]}): set_image_size() changes it"
+                f"vit_vqgan tokenizer: got ids of shape {tuple(ids.shape)}, expected (B, {self.spec.grid[0]}, "
+                f"{self.spec.grid[1]}): set_image_size() changes the grid"
             )
         return self.reconstruct(self._rows(ids))
 
@@ -178,10 +184,10 @@ class ViTVQGAN(Tokenizer):
         return F.normalize(self.codebook[ids], dim=-1).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Training: images (B, 3, height, width) in [0, 1] -> reconstruction, losses and ids.
+        """Compute the reconstruction, loss and ids of images (B, 3, height, width) in [0, 1] for training.
 
-        Straight-through: the decoder's gradient reaches the encoder as if nothing were quantized. The loss
-        moves rows to features and, with weight 0.25, features to rows, both L2-normalized.
+        With the straight-through estimator, the decoder's gradient reaches the encoder as if nothing were
+        quantized. The loss moves rows to features and, with weight 0.25, features to rows, both L2-normalized.
         """
         vectors = F.normalize(self.features(images), dim=1)
         ids = self.quantize(vectors)
@@ -200,9 +206,9 @@ def _initialize(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))  # as the linear map of a patch that it is
+        nn.init.xavier_uniform_(module.weight.flatten(1))  # the convolution is a linear map of each patch
         nn.init.zeros_(module.bias)
-    # The codebook keeps nn.Embedding's normal law: its directions are uniform on the sphere.
+    # The codebook keeps nn.Embedding's normal distribution, whose directions are uniform on the sphere.
 
 
 def _wanted(name: str) -> bool:
@@ -219,7 +225,7 @@ def _configuration(
         raise TokenizerError(f"{path} holds no ViT-VQGAN: missing or of another rank: {', '.join(wrong)}")
     patch, side = tensors[PATCHES].shape[-1], math.isqrt(tensors[POSITIONS["encoder"]].shape[1])
     num_codes, code_dim = tensors[CODEBOOK].shape
-    spec = TokenizerSpec(KIND, (side * patch, side * patch), patch, num_codes, code_dim)
+    spec = TokenizerSpec(KIND, (side * patch, side * patch), patch, num_codes=num_codes, code_dim=code_dim)
     return spec, *(_shape(tensors, side) for side in POSITIONS)
 
 
@@ -242,7 +248,7 @@ def _require_equal_shapes(expected: dict[str, Tensor], got: dict[str, Tensor], p
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise TokenizerError(f"{path} is no whole ViT-VQGAN: {'; '.join(problems[:5])}{more}")
+        raise TokenizerError(f"{path} is not a complete ViT-VQGAN: {'; '.join(problems[:5])}{more}")
 
 
 def _interpolated(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -166,7 +166,9 @@ def others(at: Bench) -> Lines:
 def tokenize(at: Bench) -> Lines:
     """ViT-VQGAN base: decoded images alone, then the recipe, from JPEG to a store."""
     recipe, accelerator = open_recipe("tokenize_images"), Accelerator()
-    tokenizer = ViTVQGAN.new(*at.of(("base",), ("small", 64))).to(accelerator.device).eval()
+    tokenizer = (
+        ViTVQGAN.new(**at.of({"size": "base"}, {"size": "small", "image_size": 64})).to(accelerator.device).eval()
+    )
     source, batch = open_source(str(at.folder / "photographs"), None), at.of(256, 4)
     decoded = DecodedImages(source, tokenizer.spec.image_size).__getitems__(list(range(batch)))
 

@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
     yield Case("finetune pixels, ViT-B/16", loss, timm.create_model("vit_base_patch16_224", global_pool="avg"))
     yield Case("segment_ade20k, mtm_vit_base", *segmenter())
     shape = TransformerShape(768, 12, 12, 3072)
-    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, 8192, 32), shape, shape)
+    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (256, 256), 8, num_codes=8192, code_dim=32), shape, shape)
     pair = tokenizer_pair(tokenizer.eval(), 256, 28)
     yield Case("tokenadapt_train", adapt, TokenAdapt(num_codes=8192), tuple(pair))
     yield Case("tokenizer_train, ViT-VQGAN base", vqgan, VQTraining(tokenizer))

@@ -326,7 +326,7 @@ def test_a_split_without_images_and_two_images_of_one_name_are_refused(ade, tmp_
 def test_a_vit_vqgan_forgets_the_sizes_in_between() -> None:
     torch.manual_seed(0)
     shape = TransformerShape(width=64, depth=1, heads=1, mlp=128)
-    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (32, 32), 8, 64, 16), shape, shape).eval()
+    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (32, 32), 8, num_codes=64, code_dim=16), shape, shape).eval()
     before, own = tokenizer.fingerprint, torch.rand(1, 3, 32, 32)
     wide = torch.rand(1, 3, 32, 48)
     ids = tokenizer.encode(own)

@@ -118,7 +118,7 @@ def test_save_and_load(tmp_path) -> None:
 
 def exact_tokenizer() -> PatchKMeans:
     """Codes are the eight colors with channels 0 or 1, in patches of 6 x 6 pixels."""
-    tokenizer = PatchKMeans(TokenizerSpec("patch_kmeans", (24, 24), 6, 8, 4))
+    tokenizer = PatchKMeans(TokenizerSpec("patch_kmeans", (24, 24), 6, num_codes=8, code_dim=4))
     colors = torch.tensor([[n >> 2 & 1, n >> 1 & 1, n & 1] for n in range(8)]).float()
     tokenizer.components.copy_(torch.eye(3).repeat_interleave(36, dim=1) / 36)
     tokenizer.mean.fill_(0.5)

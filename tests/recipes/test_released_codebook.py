@@ -34,7 +34,8 @@ from seitpp.tokenizers.transformer import TransformerShape
 
 K, SIDE, SHARD = 8192, 64, 20
 IMAGES = {"train": 48, "validation": 12}
-SPEC, SHAPE = TokenizerSpec("vit_vqgan", (SIDE, SIDE), 8, K, 32), TransformerShape(64, 1, 1, 128)
+SPEC = TokenizerSpec("vit_vqgan", (SIDE, SIDE), 8, num_codes=K, code_dim=32)
+SHAPE = TransformerShape(64, 1, 1, 128)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -245,7 +246,7 @@ def test_rows_are_found_in_any_order_and_none_in_vain(full) -> None:
 def test_what_cannot_be_cut_is_one_line(release, pictures, checkpoint, tmp_path, capfd, monkeypatch) -> None:
     other = tmp_path / "other.ckpt"
     torch.save(torch.randn(391, 32, generator=torch.Generator().manual_seed(3)), other)
-    missing = ["391 of 391 rows are not among the 8192 codes", "take the tokenizer that the codebook belongs to"]
+    missing = ["391 of 391 rows are not among the 8192 codes", "use the tokenizer that the codebook belongs to"]
     for flags, words, split in (
         (["--codebook", other], [other, *missing], "train"),
         (

@@ -386,7 +386,8 @@ def test_classes_and_errors_are_painted_exactly() -> None:
 def test_the_table_of_a_report_leaves_out_what_is_no_number(tmp_path: Path) -> None:
     columns = {"IoU": np.array([50.0, np.nan]), "Acc": np.array([75.0, np.nan])}
     images = {"truth": [torch.zeros(3, 4, 6), torch.zeros(3, 5, 4)]}
-    plots.write_segmentation_report(tmp_path, {"mIoU": 50.0}, ["a < b", "c"], columns, images)
+    shown = {"class_names": ["a < b", "c"], "per_class": columns, "pictures": images}
+    plots.write_segmentation_report(tmp_path, result={"mIoU": 50.0}, **shown)
     page = (tmp_path / "report.html").read_text()
     assert "a &lt; b</td><td>50.00</td><td>75.00</td>" in page and "c</td><td></td><td></td>" in page
     assert json.dumps("nan") not in page and "nan" not in page

@@ -130,7 +130,7 @@ def test_evaluation_does_one_thing_to_every_image(name: str, changed: tuple[bool
     ],
 )
 def test_bad_settings_are_refused(folder, tmp_path, preset: str, changes: dict, message: str) -> None:
-    spec = TokenizerSpec("patch_kmeans_refined", (32, 32), 4, 8, 4)
+    spec = TokenizerSpec("patch_kmeans_refined", (32, 32), 4, num_codes=8, code_dim=4)
     RefinedPatchKMeans(spec).save(tmp_path / "refined.safetensors")
     if "data" in changes:
         changes = {**changes, "data": str(folder)}
@@ -146,7 +146,9 @@ def test_a_folder_and_a_tokenizer_of_the_users(folder, tmp_path) -> None:
     train, held_out = tokenadapt_train.open_data(replace(TINY, data=str(folder)))
     assert (len(train), len(held_out)) == (38, 2)
     images = train.__getitems__(list(range(38))).images / 255
-    PatchKMeans.fit(images, 32, 8, 20, 6).save(tmp_path / "tokenizer.safetensors")
+    PatchKMeans.fit(images, image_size=32, patch=8, num_codes=20, code_dim=6).save(
+        tmp_path / "tokenizer.safetensors"
+    )
     settings = {"data": str(folder), "tokenizer": str(tmp_path / "tokenizer.safetensors"), "crop_size": 3}
     tokenadapt_train.main(replace(TINY, out=str(tmp_path / "run"), **settings))
     model, *_ = load_tokenadapt(tmp_path / "run" / "model.safetensors")

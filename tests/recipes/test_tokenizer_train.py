@@ -41,7 +41,7 @@ TINY = replace(
 def small_model(discriminator: bool = True) -> VQTraining:
     torch.manual_seed(0)
     shape = TransformerShape(64, 1, 1, 64)
-    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (16, 16), 4, 12, 6), shape, shape)
+    tokenizer = ViTVQGAN(TokenizerSpec("vit_vqgan", (16, 16), 4, num_codes=12, code_dim=6), shape, shape)
     return VQTraining(tokenizer, Discriminator(16, widest=8) if discriminator else None)
 
 

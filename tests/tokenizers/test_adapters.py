@@ -256,7 +256,9 @@ def test_functions_and_their_compact_copy() -> None:
 
 def test_functions_get_the_range_that_the_spec_says() -> None:
     seen = []
-    spec = TokenizerSpec("seen", (SIZE, SIZE), 4, 5, 1, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
+    spec = TokenizerSpec(
+        "seen", (SIZE, SIZE), 4, num_codes=5, code_dim=1, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0)
+    )
 
     def encode(inputs: Tensor) -> Tensor:
         seen.append(inputs)
@@ -277,7 +279,7 @@ def test_a_network_that_does_not_fit_is_named(images) -> None:
     def ids_of(result: Tensor) -> Tokenizer:
         return adapters.from_functions(lambda _: result, BRIGHTNESS, spec=GRAY)
 
-    with pytest.raises(TokenizerError, match=r"expected 8 x 8 each: is its patch not 4"):
+    with pytest.raises(TokenizerError, match=r"expected 8 x 8 each: check that its patch is 4"):
         ids_of(torch.zeros(2, 16, 16, dtype=torch.long)).encode(images)
     with pytest.raises(TokenizerError, match="ids 0 to 5 of the gray network, expected 0 to 4"):
         ids_of(torch.arange(128).clamp(max=5)).encode(images)
@@ -285,12 +287,12 @@ def test_a_network_that_does_not_fit_is_named(images) -> None:
         ids_of(torch.zeros(2, 64)).encode(images)
     with pytest.raises(TokenizerError, match="gray tokenizer has no decoder"):
         ids_of(torch.zeros(2, 64)).decode(torch.zeros(2, 8, 8, dtype=torch.long))
-    with pytest.raises(TokenizerError, match=r"codebook of shape \(4, 1\).*which says \(5, 1\)"):
+    with pytest.raises(TokenizerError, match=r"codebook of shape \(4, 1\).*expected \(5, 1\)"):
         adapters.from_functions(gray_ids, BRIGHTNESS[:4], spec=GRAY)
     model = diffusers_model(images)
     model.config["block_out_channels"] = (16,)
     model.register_to_config(block_out_channels=(16,))
-    with pytest.raises(TokenizerError, match=r"4 channels on a grid of \(32, 32\): is its patch not 1"):
+    with pytest.raises(TokenizerError, match=r"4 channels on a grid of \(32, 32\): check that its patch is 1"):
         DiffusersVQ(model, SIZE).encode(images)
 
 

@@ -109,12 +109,12 @@ def test_bad_input_is_named(tokenizer, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"num_codes": 2**40}, r"header wants codebook of \(1099511627776, 32\)"),
-        ({"patch": 2**20, "image_size": [2**20, 2**20]}, r"header wants mean of \(3298534883328,\)"),
+        ({"num_codes": 2**40}, r"expected codebook of shape \(1099511627776, 32\) by its header"),
+        ({"patch": 2**20, "image_size": [2**20, 2**20]}, r"expected mean of shape \(3298534883328,\)"),
         ({"patch": 0}, "expected positive integers"),
         ({"code_dim": 32.0}, "expected positive integers"),
         ({"image_size": "64"}, "expected positive integers"),
-        ({"kind": "other"}, "holds no tokenizer that we know"),
+        ({"kind": "other"}, "holds no known tokenizer"),
         ({"color": 1}, "not the spec of a tokenizer"),
         (None, "its header says None"),
     ],
@@ -214,6 +214,6 @@ def test_only_dead_codes_are_restarted() -> None:
     codebook, vectors = torch.zeros(4, 2), torch.arange(20.0).view(10, 2) + 1
     counts = torch.tensor([1000, 1000, 10, 9])  # the mean is 504.75, 2 % of it 10.1
     generator, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW([codebook])
-    assert tokenizers.restart_dead_codes(codebook, counts, vectors, generator, optimizer) == 2
+    assert tokenizers.restart_dead_codes(codebook, counts, vectors, generator=generator, optimizer=optimizer) == 2
     assert (codebook[:2] == 0).all()
     assert all((vectors == row).all(dim=1).any() for row in codebook[2:])

@@ -73,7 +73,7 @@ def test_save_keeps_it_and_damage_is_named(refined, crops, tmp_path) -> None:
     assert torch.equal(compact.encode(crops), ids)  # it was numbered by frequency on these crops
     del loaded.encoder.out
     loaded.save(path)
-    with pytest.raises(TokenizerError, match=r"tokenizer.safetensors is no whole .*encoder.out.weight"):
+    with pytest.raises(TokenizerError, match=r"tokenizer.safetensors is not a complete .*encoder.out.weight"):
         tokenizers.load(path)
 
 
