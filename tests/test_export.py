@@ -97,7 +97,9 @@ def trained(folder: Path, kind: str, **result: object) -> Path:
     """A run of seit_train, or of finetune where the model takes ids."""
     module = finetune if kind == "ids" else seit_train
     finished(folder, module, {"top1": 12.5, "top5": 50.0, **result})
-    save_classifier(folder / "model.safetensors", classifier(kind), "cb" * 32, NAMES, MODELS[kind][2])
+    save_classifier(
+        folder / "model.safetensors", classifier(kind), "cb" * 32, class_names=NAMES, window=MODELS[kind][2]
+    )
     return folder
 
 
@@ -163,9 +165,9 @@ def test_timm_makes_the_same_model(tmp_path: Path, kind: str) -> None:
 def test_a_model_of_pixels_and_its_transform(tmp_path: Path) -> None:
     """Fine-tuned to pixels: the card's example gives the logits of the recipe's own view."""
     torch.manual_seed(0)
-    model = with_noise(pixel_classifier_from(classifier("maps"), 10, 32))
+    model = with_noise(pixel_classifier_from(classifier("maps"), 10, img_size=32))
     run = finished(tmp_path / "run", finetune, {"top1": 12.5}, data="photos", checkpoint="runs/tokens")
-    save_classifier(run / "model.safetensors", model, None, NAMES)
+    save_classifier(run / "model.safetensors", model, None, class_names=NAMES)
     out = export_model(run, tmp_path / "out")
     picture = tmp_path / "pictures/picture.png"
     picture.parent.mkdir()
@@ -270,7 +272,7 @@ def test_the_card_says_less_where_the_run_knew_less(tmp_path: Path) -> None:
 def test_the_moving_average_and_its_figures(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", "maps", top1_ema=75.25)
     average = with_noise(classifier("maps"))
-    save_classifier(run / "model_ema.safetensors", average, None, NAMES, (8, 8))
+    save_classifier(run / "model_ema.safetensors", average, None, class_names=NAMES, window=(8, 8))
     maps = torch.randn(2, 32, 8, 8)
     for ema, model, top1 in ((True, average, "75.25"), (False, classifier("maps"), "12.5")):
         out = export_model(run, tmp_path / f"out-{ema}", ema)
@@ -283,7 +285,7 @@ def test_the_command_of_the_card_has_the_settings_of_the_run(tmp_path: Path) -> 
     """And shows no folder of the user's."""
     folder, secret = tmp_path / "run", tmp_path / "secret"
     finished(folder, seit_train, {"top1": 1.0}, store=str(secret / "imagenet-tokens"), seed=7, overwrite=True)
-    save_classifier(folder / "model.safetensors", classifier("maps"), None, None, (8, 8))
+    save_classifier(folder / "model.safetensors", classifier("maps"), None, class_names=None, window=(8, 8))
     out = export_model(folder, tmp_path / "out")
     card = (out / "README.md").read_text()
     (line,) = re.findall(r"```sh\n(.*?)\n```", card, flags=re.DOTALL)
@@ -379,7 +381,9 @@ def test_what_is_no_finished_run_is_one_line(tmp_path: Path, monkeypatch, capsys
 
 def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     run = trained(tmp_path / "run", "maps", top1_ema=75.25)
-    save_classifier(run / "model_ema.safetensors", with_noise(classifier("maps")), None, NAMES, (8, 8))
+    save_classifier(
+        run / "model_ema.safetensors", with_noise(classifier("maps")), None, class_names=NAMES, window=(8, 8)
+    )
     monkeypatch.setattr(sys, "argv", ["seitpp", "export-model", str(run), str(tmp_path / "out"), "--no-ema"])
     cli.main()
     said = capsys.readouterr().out

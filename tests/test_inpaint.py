@@ -292,7 +292,7 @@ def test_bad_settings_make_no_folder(changes, words, checkpoint: Path, tmp_path:
 def test_other_models_and_codebooks_are_refused(tmp_path: Path) -> None:
     store = TokenStore(digits().store)
     classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=CODES, num_classes=10)
-    save_classifier(tmp_path / "classifier", classifier, None, None)
+    save_classifier(tmp_path / "classifier", classifier, None, class_names=None)
     save_pretrained(tmp_path / "other", MODEL, "0" * 64)
     larger = MTM(
         "mtm_vit_nano",
