@@ -180,7 +180,7 @@ def test_a_model_of_pixels_and_its_transform(tmp_path: Path) -> None:
     # Pillow takes a box in single precision: of some pixels the last bit differs.
     torch.testing.assert_close(found["logits"], expected, atol=1e-3, rtol=0)
     assert "images of 32 x 32 pixels" in card and "codebook" not in card and "seitpp.models" not in example(card)
-    assert (rows(card)["data"], rows(card)["begun from"]) == ("photos", "runs/tokens")
+    assert (rows(card)["data"], rows(card)["initialized from"]) == ("photos", "runs/tokens")
     assert ModelCard(card).data.pipeline_tag == "image-classification"
 
 
@@ -198,7 +198,7 @@ def test_of_a_masked_token_model_the_encoder_and_all_of_it(tmp_path: Path) -> No
     card = (out / "README.md").read_text()
     assert "# mtm_vit_nano, pre-trained on the embedded digits" in card and "features = model(" in card
     assert rows(card)["linear probe of the frozen encoder, top-1, %"] == "68.25"
-    assert rows(card)["loss of the last update, nats a hidden token"] == "4.159"
+    assert rows(card)["loss of the last update, nats per hidden token"] == "4.159"
     assert "classes" not in rows(card)
 
 
@@ -236,7 +236,7 @@ def test_the_card_says_what_the_run_knew(tmp_path: Path) -> None:
     assert ModelCard(card).data.to_dict() == {"library_name": "timm", "tags": ["timm", "seitpp", "image-tokens"]}
     assert "\n# license: " in card.split("---")[1]
     facts = rows(card)
-    assert facts["images"] == "train 1,437, validation 360" and facts["bytes an image"] == "44.1"
+    assert facts["images"] == "train 1,437, validation 360" and facts["bytes per image"] == "44.1"
     assert facts["grid"] == "8 x 8 tokens" and facts["codes"] == "64 of dimension 32"
     assert (facts["codec"], facts["fingerprint of the store"]) == ("ans", "0f" * 8)
     assert facts["tokenizer"] == f"patch_kmeans {'e1' * 8}" and facts["classes"] == "10"
@@ -263,7 +263,7 @@ def test_the_card_says_less_where_the_run_knew_less(tmp_path: Path) -> None:
     facts = rows(card)
     assert set(facts) == {
         *("fact", "metric", "---", "data", "fingerprint of the codebook", "classes", "top-1, %"),
-        *("updates", "seconds in all", "processes", "seitpp"),
+        *("updates", "total seconds", "processes", "seitpp"),
     }
     assert facts["seitpp"] == result["seitpp"] and "None" not in card.split("```json")[0]
     assert "accelerate launch" not in card
