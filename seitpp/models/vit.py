@@ -50,7 +50,7 @@ class TokenEmbed(PatchEmbed):
 
     def forward(
         self, ids: Int64[Tensor, "batch *channel height width"]
-    ) -> Float[Tensor, "batch patches channels"]:
+    ) -> Float[Tensor, "batch *patches channels"]:
         ids = ids.squeeze(1) if ids.ndim == 4 else ids
         vectors = self.token_drop(self.token_norm(self.token_emb(ids)))
         return super().forward(vectors.permute(0, 3, 1, 2))
