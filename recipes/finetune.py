@@ -223,7 +223,7 @@ def main(config: Config) -> None:
     run.print("\n".join(f"{name} {value:6.2f} % of {len(judged):,} images" for name, value in result.items()))
     if run.is_main:
         unfreeze(model)
-        save_classifier(run.out / "model.safetensors", model, *task.header)
+        save_classifier(run.out / "model.safetensors", model, **task.header)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
         shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top5"]}
         plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
@@ -240,7 +240,7 @@ class Task(NamedTuple):
     center_view: nn.Module
     model: nn.Module
     fingerprint: str  # of the data
-    header: tuple  # codebook, class names and window, for save_classifier
+    header: dict[str, Any]  # codebook, class names and window, for save_classifier
     zeros: Tensor  # one image as the model takes it
     facts: dict[str, Any]  # of the data, for result.json
     adapt: TokenAdapt | None = None
@@ -267,7 +267,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         window = source.window or size
     if size[0] != size[1]:
         raise UserError(f"a grid of {size}: the views cut squares, name a side of at most {min(size)} with --size")
-    model = classifier_from(source.model, train.num_classes, size, config.drop_path)
+    model = classifier_from(source.model, train.num_classes, img_size=size, drop_path_rate=config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
     adapt = None
     if kind == "ids":
@@ -299,7 +299,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         center_view,
         model,
         train.fingerprint,
-        (codebook_fingerprint(train.codebook), train.class_names, window),
+        {"codebook": codebook_fingerprint(train.codebook), "class_names": train.class_names, "window": window},
         torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
         store_facts(train, validation, config),
         adapt,
@@ -318,7 +318,7 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         raise UserError(f"{config.data}: expected classes with the same names in both splits")
     size = config.size or 224
     boxes = RandomBoxes(config.seed, config.crop_scale)
-    model = pixel_classifier_from(source.model, len(names), size, config.drop_path)
+    model = pixel_classifier_from(source.model, len(names), img_size=size, drop_path_rate=config.drop_path)
     images = train_subset(config, ImageDataset(train, (size, size), boxes))
     return Task(
         images,
@@ -328,7 +328,7 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         EvalPixelView(),
         model,
         f"{len(train)} images of {len(names)} classes",
-        (None, names, None),
+        {"codebook": None, "class_names": names},
         torch.zeros(3, size, size),
         image_facts(images, train, validation),
     )

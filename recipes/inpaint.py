@@ -156,11 +156,12 @@ def fill_region(model: MTM, batch: Batch, region: Tensor, config: Config, run: R
     keys = Keys(config.seed, 0, batch.indices)
     hidden = region.expand_as(ids)
     patches, num_hidden = hidden_patches(hidden, model.encoder.patch_embed.grid_size)
-    plan = decoding_plan(patches, num_hidden, keys, turn=0)
+    plan = decoding_plan(patches, num_hidden, keys=keys, turn=0)
     with run.accelerator.autocast():
         loss, _ = model(ids, plan, targets=ids)
-        one_shot = fill_iteratively(model, ids, hidden, keys, rounds=1)
-        iterative = fill_iteratively(model, ids, hidden, keys, config.rounds, config.temperature)
+        one_shot = fill_iteratively(model, ids, hidden, keys=keys, rounds=1)
+        settings = {"rounds": config.rounds, "temperature": config.temperature}
+        iterative = fill_iteratively(model, ids, hidden, keys=keys, **settings)
     return Filled(ids, hidden, one_shot, iterative, loss)
 
 

@@ -203,9 +203,10 @@ def main(config: Config) -> None:
     for name, value in result.items():
         run.print(f"{name:12} {value:6.2f} % of {len(judged):,} images")
     if run.is_main:
-        header = codebook_fingerprint(train.codebook), train.class_names, window
-        save_classifier(run.out / "model.safetensors", model, *header)
-        save_classifier(run.out / "model_ema.safetensors", average, *header)
+        codebook = codebook_fingerprint(train.codebook)
+        header = {"class_names": train.class_names, "window": window}
+        save_classifier(run.out / "model.safetensors", model, codebook, **header)
+        save_classifier(run.out / "model_ema.safetensors", average, codebook, **header)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
         shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top1_ema"]}
         plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)

@@ -184,8 +184,11 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
         with run.accelerator.autocast():
             losses = vq_losses(output, pixels, perceptual)
         perplexity = model.count(run.accelerator.reduce(tally(output.ids, config.num_codes)))
-        if run.accelerator.sync_gradients and restart_due(step, schedule.steps, tokens, config.num_codes):
-            model.restart(run.accelerator.gather(output.vectors), config.seed, step, optimizer)
+        if run.accelerator.sync_gradients and restart_due(
+            step, steps=schedule.steps, tokens=tokens, num_codes=config.num_codes
+        ):
+            vectors = run.accelerator.gather(output.vectors)
+            model.restart(vectors, seed=config.seed, step=step, optimizer=optimizer)
         terms = {name: loss.detach() for name, loss in losses.items()}
         training.update(weighted_sum(losses), **terms, perplexity=perplexity)
     run.print(f"{model.restarted} times a dead code was restarted")

@@ -1,4 +1,4 @@
-"""How a recipe is started, rehearsed (`--dry-run`), and how it fails: one line on stderr that says what to do."""
+"""Run a recipe from the command line: parse flags, rehearse with `--dry-run`, and print errors as one line."""
 
 import dataclasses
 import json
@@ -17,15 +17,15 @@ from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError, fail
 from seitpp.export import EXPORTED, export_model
 
-CPU_SHARE = 8  # images of a process at a time in a dry run, where no device says how many fit
-MORE_ACCUMULATION = 4  # so many ways out of a full memory are named
+CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
+SUGGESTIONS = 4  # the most settings that an out-of-memory error suggests
 
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], default: str) -> None:
     """Parse the command line and call `main`.
 
-    What the user can mend is one line on stderr and exit status 2; a run that a signal stopped exits with 128 +
-    the number of the signal.
+    An error that the user can fix is printed as one line on stderr, with exit status 2. A run that was stopped by
+    a signal exits with 128 plus the number of the signal.
     """
     config = None
     try:
@@ -42,47 +42,47 @@ def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], de
     except (RuntimeError, MemoryError) as error:
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise
-        fail(f"out of memory: {_smaller_shares(config)}")
+        fail(f"out of memory: {_fewer_images(config)}")
 
 
 def rehearse(main: Callable[[Config], None], config: Config) -> None:
-    """Train one step, save it, evaluate, write model and report; resume for a second step, and all of that again;
-    then export the model.
+    """Try all parts of a run: train one step, save, evaluate and report; resume for a second step; export.
 
-    In a temporary folder, of which nothing is kept. `Run` trains one step at a time and judges few images then.
+    The files are in a temporary folder, which is deleted. In a dry run, `Run` trains one step per call of `main`
+    and evaluates on few images.
     """
     started = time.perf_counter()
     if not torch.cuda.is_available():
-        share = CPU_SHARE * launched_processes() * (config.accumulation or 1)
-        config = dataclasses.replace(config, batch_size=min(config.batch_size, share))
+        images = CPU_IMAGES * launched_processes() * (config.accumulation or 1)
+        config = dataclasses.replace(config, batch_size=min(config.batch_size, images))
     with tempfile.TemporaryDirectory(prefix="seitpp-dry-run-") as folder:
         out = Path(folder) / "run"
         for resume in (False, True):
             main(dataclasses.replace(config, out=str(out), resume=resume))
         if os.environ.get("RANK", "0") != "0":
             return
-        parts = ["begun", "saved", "resumed", "evaluated", "reported"]
+        parts = ["started", "saved", "resumed", "evaluated", "reported"]
         if json.loads((out / "result.json").read_text())["recipe"] in EXPORTED:
             export_model(out, Path(folder) / "exported")
             parts.append("exported")
-    print(f"dry run: {', '.join(parts)} in {time.perf_counter() - started:.0f} s; nothing is kept")
+    print(f"dry run: {', '.join(parts)} in {time.perf_counter() - started:.0f} s; no files are kept")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a type of its own for devices only.
+    # torch.OutOfMemoryError is for devices only; on a CPU torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _smaller_shares(config: TrainConfig) -> str:
-    """Ways to the same global batch with fewer images at a time."""
+def _fewer_images(config: TrainConfig) -> str:
+    """Suggest settings for the same global batch with fewer images at a time."""
     if config.accumulation is None and torch.cuda.is_available():
-        return "the images at a time that were chosen do not fit: pass a larger --accumulation than that"
+        return "the chosen number of images at a time does not fit: pass --accumulation larger than the chosen one"
     processes, accumulation = launched_processes(), config.accumulation or 1
-    share = config.batch_size // (processes * accumulation)
-    fewer = [size for size in range(share - 1, 0, -1) if share % size == 0][:MORE_ACCUMULATION]
-    pairs = ", ".join(
-        f"--batch-size {config.batch_size} --accumulation {accumulation * share // size} ({size})"
+    images = config.batch_size // (processes * accumulation)
+    fewer = [size for size in range(images - 1, 0, -1) if images % size == 0][:SUGGESTIONS]
+    flags = ", ".join(
+        f"--batch-size {config.batch_size} --accumulation {accumulation * images // size} ({size})"
         for size in fewer
     )
-    at_a_time = f"{share} images at a time on each of {processes} process(es)"
-    return f"{at_a_time}; the same steps with fewer: {pairs}" if pairs else f"{at_a_time}: take a smaller model"
+    got = f"got {images} images at a time on each of {processes} process(es)"
+    return f"{got}: for the same updates with fewer, pass {flags}" if flags else f"{got}: use a smaller model"

@@ -87,7 +87,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pretrained(folder / "adapt.safetensors", TokenAdapt(), fingerprint)
     save_pretrained(folder / "mtm.safetensors", MTM(), fingerprint)
     model = timm.create_model("seit_vit_base", num_classes=8)
-    save_classifier(folder / "seit.safetensors", model, fingerprint, None)
+    save_classifier(folder / "seit.safetensors", model, fingerprint, class_names=None)
     png = io.BytesIO()
     Image.fromarray(generator.integers(9, size=(512, 512), dtype=np.uint8)).save(png, "png")
     for name, side in (("tokens", 32), ("ade20k", 64)):

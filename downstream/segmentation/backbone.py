@@ -114,9 +114,7 @@ def backbone_from(
     trainable. With a `tokenizer` the backbone takes pixels. Raises ModelError if `source` is not a token ViT.
     """
     _of_tokens(source.encoder if isinstance(source, MTM) else source)
-    vit = classifier_from(
-        source, num_classes=1, img_size=window, drop_path_rate=drop_path_rate, dynamic_img_size=True
-    )
+    vit = classifier_from(source, 1, img_size=window, drop_path_rate=drop_path_rate, dynamic_img_size=True)
     return PixelTokenViT(tokenizer, vit) if tokenizer else TokenViT(vit)
 
 

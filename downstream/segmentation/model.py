@@ -174,7 +174,7 @@ def save_segmenter(
         "class_names": list(class_names),
         "patch": pixels_per_token,
     }
-    write_model(path, "segmenter", model, header)
+    write_model(path, model, kind="segmenter", header=header)
 
 
 def load_segmenter(path: Path) -> SavedSegmenter:

@@ -1,4 +1,4 @@
-"""A finished run as a folder for others: weights and configuration for timm and the hub, with a model card."""
+"""Export a finished run to a folder for timm and the Hugging Face hub: weights, configuration and a model card."""
 
 from seitpp.export.model import EXPORTED, export_model, push_model
 

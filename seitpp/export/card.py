@@ -1,4 +1,4 @@
-"""The model card, README.md, of an exported model."""
+"""Write the model card, README.md, of an exported model."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,18 +15,18 @@ METRICS = {
     "linear_probe_top1_untrained": "the same before training, top-1, %",
     "knn_top1": "k-NN by the features of the frozen encoder, top-1, %",
     "knn_top1_untrained": "the same before training, top-1, %",
-    "loss": "loss of the last update, nats a hidden token",
+    "loss": "loss of the last update, nats per hidden token",
 }
 LOADING = 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
-FROM_THE_HUB = '`"hf-hub:OWNER/NAME"` in the place of `"local-dir:FOLDER"` takes the model from the hub.'
-PATHS = ("checkpoint", "store", "data", "tokenizer", "tokenadapt")  # settings that name files of the user's
+FROM_THE_HUB = 'To load the model from the hub, pass `"hf-hub:OWNER/NAME"` instead of `"local-dir:FOLDER"`.'
+PATHS = ("checkpoint", "store", "data", "tokenizer", "tokenadapt")  # settings that are paths of the user
 
 
-def model_card(saved: Loaded, settings: Mapping[str, Any], result: Mapping[str, Any], averaged: bool) -> str:
-    """The text of README.md: what the model is, how to load it, its data, results and training.
+def model_card(saved: Loaded, *, settings: Mapping[str, Any], result: Mapping[str, Any], averaged: bool) -> str:
+    """Return the text of README.md: what the model is, how to load it, its data, results and training.
 
-    `saved` is the exported model, not an MTM; `settings` and `result` are config.json and result.json of the run;
-    `averaged` says that the weights are the moving average. What `result` does not know is left out.
+    `saved` is the exported model, for an MTM its encoder. `settings` and `result` are config.json and result.json
+    of the run. `averaged` is true if the weights are the moving average. Facts missing in `result` are left out.
     """
     name, data = classifier_spec(saved.model).name, _data_name(settings)
     parts = [
@@ -37,10 +37,10 @@ def model_card(saved: Loaded, settings: Mapping[str, Any], result: Mapping[str, 
         f"{FROM_THE_HUB}{_codes(saved)}",
         f"## Data\n\n{_table(_data_facts(saved, data, result))}",
         f"## Results\n\n{_table(_metrics(result, averaged), ('metric', 'value'))}",
-        f"Accuracies are those of the validation images{_judged(saved)}.",
+        f"Accuracies are on the validation images{_evaluated(saved)}.",
         f"## Training\n\n{_table(_training_facts(settings, result))}",
-        *_repeat(settings, result),
-        f"The settings, which are also in recipe.json:\n\n```json\n{json.dumps(settings, indent=2)}\n```",
+        *_command(settings, result),
+        f"The settings, also in recipe.json:\n\n```json\n{json.dumps(settings, indent=2)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -48,7 +48,7 @@ def model_card(saved: Loaded, settings: Mapping[str, Any], result: Mapping[str, 
 def _front_matter(saved: Loaded) -> str:
     tags = ["timm", "seitpp", *([] if input_kind(saved.model) == "pixels" else ["image-tokens"])]
     lines = ["library_name: timm", "tags:", *(f"- {tag}" for tag in tags)]
-    if input_kind(saved.model) == "pixels":  # the hub would feed images to any model of this task
+    if input_kind(saved.model) == "pixels":  # models on tokens have none: the hub would feed them images
         lines.append("pipeline_tag: image-classification")
     return "\n".join(["---", *lines, "# license: name one here, for example apache-2.0", "---"])
 
@@ -57,7 +57,7 @@ def _what(saved: Loaded, averaged: bool) -> str:
     model, spec = saved.model, classifier_spec(saved.model).arguments
     size = input_size(model) or saved.window
     sides = f"{size[0]} x {size[1]}"
-    takes = {
+    inputs = {
         "pixels": f"images of {sides} pixels",
         "maps": f"images as tokens: maps of {sides} code vectors of dimension {spec['in_chans']}",
         "ids": f"images as tokens: {sides} ids of a codebook with {spec.get('num_codes')} codes",
@@ -65,32 +65,32 @@ def _what(saved: Loaded, averaged: bool) -> str:
     what = f"A classifier of {model.num_classes:,} classes" if model.num_classes else "The encoder of an MTM"
     weights = "; the weights are the moving average of those of the run" if averaged else ""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return f"{what} with {parameters:.1f} M parameters{weights}. It takes {takes}."
+    return f"{what} with {parameters:.1f} M parameters{weights}. It takes {inputs}."
 
 
 def _example(saved: Loaded, name: str) -> str:
     kind, size = input_kind(saved.model), input_size(saved.model)
-    given = "logits" if saved.model.num_classes else "features"
+    output = "logits" if saved.model.num_classes else "features"
     if kind == "pixels":
         return f"""import timm
 from PIL import Image
 
 {LOADING}
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-{given} = model(transform(Image.open("PICTURE").convert("RGB"))[None])
+{output} = model(transform(Image.open("PICTURE").convert("RGB"))[None])
 """
     codebook = ", torch.from_numpy(store.codebook)" if kind == "maps" else ""
     resized = f", {size[0]}" if kind == "maps" and size else ""
     return f"""import timm
 import torch
-import seitpp.models  # makes timm know {name}
+import seitpp.models  # registers {name} with timm
 from seitpp import TokenStore
 from seitpp.augment import EvalView
 
 {LOADING}
 store = TokenStore("STORE", "validation")
 view = EvalView({saved.window or size}{codebook}{resized})
-{given} = model(view(torch.from_numpy(store.ids(range(8)))))
+{output} = model(view(torch.from_numpy(store.ids(range(8)))))
 """
 
 
@@ -110,7 +110,7 @@ def _data_facts(saved: Loaded, name: str, result: Mapping[str, Any]) -> Iterable
     if "images" in data:
         yield "images", ", ".join(f"{split} {images:,}" for split, images in data["images"].items())
     if size:
-        yield "bytes an image", f"{size:.1f}"
+        yield "bytes per image", f"{size:.1f}"
     if "grid" in data:
         yield "grid", f"{data['grid'][0]} x {data['grid'][1]} tokens"
         yield "codes", f"{data['num_codes']} of dimension {data['code_dim']}"
@@ -135,31 +135,31 @@ def _metrics(result: Mapping[str, Any], averaged: bool) -> Iterable[tuple[str, s
             yield text, f"{value:.4g}"
 
 
-def _judged(saved: Loaded) -> str:
-    return f", of each the central {saved.window[0]} x {saved.window[1]} tokens" if saved.window else ""
+def _evaluated(saved: Loaded) -> str:
+    return f", cropped to the central {saved.window[0]} x {saved.window[1]} tokens" if saved.window else ""
 
 
 def _training_facts(settings: Mapping[str, Any], result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if "recipe" in result:
         yield "recipe", f"recipes/{result['recipe']}.py, preset {settings['preset']}"
     if settings.get("checkpoint"):
-        yield "begun from", settings["checkpoint"]
+        yield "initialized from", settings["checkpoint"]
     yield "updates", f"{result['steps']:,} of {settings['batch_size']:,} images"
     if "images_per_second" in result:
         yield "throughput", f"{result['images_per_second']:,.0f} images/s"
-    yield "seconds in all", f"{result['seconds']:,.0f}"
+    yield "total seconds", f"{result['seconds']:,.0f}"
     yield "processes", f"{result['processes']}, {result['device']}"
     commit = f", commit {result['git_commit']}" if result["git_commit"] else ""
     yield "seitpp", f"{result['seitpp']}{commit}"
 
 
-def _repeat(settings: Mapping[str, Any], result: Mapping[str, Any]) -> Iterable[str]:
-    """The command that trains again; files of the user's are named by flags."""
+def _command(settings: Mapping[str, Any], result: Mapping[str, Any]) -> Iterable[str]:
+    """The command that repeats the training, in which flags name the files of the user."""
     if "recipe" not in result:
         return
-    named = "".join(f" \\\n    --{name} {settings[name]}" for name in PATHS if settings.get(name))
-    command = f"accelerate launch recipes/{result['recipe']}.py --config recipe.json --out RUN{named}"
-    yield f"The same training again:\n\n```sh\n{command}\n```"
+    flags = "".join(f" \\\n    --{name} {settings[name]}" for name in PATHS if settings.get(name))
+    command = f"accelerate launch recipes/{result['recipe']}.py --config recipe.json --out RUN{flags}"
+    yield f"To repeat the training:\n\n```sh\n{command}\n```"
 
 
 def _table(rows: Iterable[tuple[str, str]], header: tuple[str, str] = ("fact", "value")) -> str:
@@ -167,7 +167,7 @@ def _table(rows: Iterable[tuple[str, str]], header: tuple[str, str] = ("fact", "
 
 
 def published(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they may be shown to others: of an absolute path the last name, no folder of the run."""
+    """Return the settings for publication: absolute paths are cut to their last name, `out` is None."""
     names = {
         name: Path(settings[name]).name
         for name in PATHS

@@ -1,15 +1,15 @@
-"""From a run's folder to a folder for others: what timm and the Hugging Face hub take.
+"""Export a run to a folder that timm and the Hugging Face hub can load, and push the folder to the hub.
 
-| file                  | what                                                                       |
-|-----------------------|----------------------------------------------------------------------------|
-| model.safetensors     | the plain state dict, by timm's names; of a masked token model the encoder |
-| config.json           | in timm's layout: how `timm.create_model` makes the model again            |
-| recipe.json           | the settings of the run, for `--config` of its recipe                      |
-| README.md             | the model card                                                             |
-| mtm/model.safetensors | of a masked token model: all of it, for `load_mtm`                         |
+| file                  | content                                                                        |
+|-----------------------|--------------------------------------------------------------------------------|
+| model.safetensors     | the state dict with the names of timm; of a masked token model only the encoder |
+| config.json           | the arguments of `timm.create_model`, in the format of timm                    |
+| recipe.json           | the settings of the run, for `--config` of its recipe                          |
+| README.md             | the model card                                                                 |
+| mtm/model.safetensors | only for a masked token model: the whole model, for `load_mtm`                 |
 
-After `import seitpp.models`, `timm.create_model("local-dir:FOLDER", pretrained=True)` is the model, and so is
-"hf-hub:OWNER/NAME" after a push. `load_pretrained` takes the folder, too.
+After `import seitpp.models`, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the model; after a
+push, "hf-hub:OWNER/NAME" does so too. `load_pretrained` accepts the folder as well.
 """
 
 import json
@@ -39,19 +39,19 @@ MODEL, CONFIG, RECIPE, CARD, WHOLE_MTM = FILES = (
     "config.json",
     "recipe.json",
     "README.md",
-    "mtm/model.safetensors",  # timm 1.0.22 wants a folder to have one file of this kind only
+    "mtm/model.safetensors",  # in a subfolder, since timm 1.0.22 accepts only one safetensors file per folder
 )
-EXPORTED = ("seit_train", "finetune", "mtm_pretrain")  # the recipes whose models are
-# How recipes/finetune.py judges a model of pixels, in timm's words.
+EXPORTED = ("seit_train", "finetune", "mtm_pretrain")  # the recipes whose models can be exported
+# The evaluation transform of recipes/finetune.py for pixels, as timm describes it.
 PIXELS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 
 
 def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], ema: bool = True) -> Path:
-    """Write the model of a finished run of seit_train, finetune or mtm_pretrain as the new folder `out`; its path.
+    """Export the model of a finished seit_train, finetune or mtm_pretrain run; return the path of the new folder.
 
-    `ema`: the moving average of the weights, where the run has one. Of the user's files the settings keep the
-    names without their folders. Raises ModelError for a folder that is no such run, that is not finished or is
-    damaged; UserError if `out` exists.
+    `ema` exports the moving average of the weights if the run has one. The exported settings contain the names of
+    the user's files without their folders. Raises ModelError if `run` is not such a run, is not finished, or is
+    damaged, and UserError if `out` exists.
     """
     run = Path(run)
     settings = published(_read_json(run / "config.json", "expected the folder of a run"))
@@ -63,20 +63,23 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], ema: 
     saved = whole._replace(model=whole.model.encoder) if isinstance(whole.model, MTM) else whole
     with files.new_folder(out) as folder:
         folder.mkdir()
-        save_classifier(folder / MODEL, saved.model, saved.codebook, saved.class_names, saved.window)
+        header = {"class_names": saved.class_names, "window": saved.window}
+        save_classifier(folder / MODEL, saved.model, saved.codebook, **header)
         if isinstance(whole.model, MTM):
             (folder / WHOLE_MTM).parent.mkdir()
             save_pretrained(folder / WHOLE_MTM, whole.model, whole.codebook)
         files.replace_json(folder / CONFIG, timm_config(saved))
         files.replace_json(folder / RECIPE, settings)
-        files.replace_text(folder / CARD, model_card(saved, settings, result, weights.name == AVERAGED))
+        card = model_card(saved, settings=settings, result=result, averaged=weights.name == AVERAGED)
+        files.replace_text(folder / CARD, card)
     return Path(out).resolve()
 
 
 def timm_config(saved: Loaded) -> dict[str, Any]:
-    """What timm reads from config.json. `in_chans` of a model of ids is the width of its code embedding."""
+    """Return the content of config.json, which timm reads; `in_chans` of a model on ids is its embedding width."""
     model, spec, size = saved.model, classifier_spec(saved.model), input_size(saved.model)
-    # At first_conv timm makes weights fit other numbers of channels; 1.0.22 takes all weights for those of 3.
+    # timm adapts the weights of first_conv to other in_chans, and 1.0.22 assumes that they are for 3 channels. So
+    # only models for pixels name first_conv.
     pixels = {**PIXELS, "first_conv": model.pretrained_cfg["first_conv"]}
     return {
         "architecture": spec.name,
@@ -95,14 +98,15 @@ def timm_config(saved: Loaded) -> dict[str, Any]:
 
 
 def push_model(folder: str | os.PathLike[str], repo_id: str, private: bool = False) -> str:
-    """Upload a folder of `export_model` as the model `repo_id` ("owner/name"), made if there is none; its address.
+    """Upload a folder of `export_model` as the model `repo_id` ("owner/name") and return its URL.
 
-    Raises ModelError for another folder or damaged weights, HubError for what the hub refuses.
+    The repository is created if it does not exist. Raises ModelError for another folder or damaged weights, and
+    HubError if the hub refuses the upload.
     """
     root = Path(folder).resolve()
     name = _read_json(root / CONFIG, "expected a folder of `seitpp export-model`").get("architecture")
     if name is None:
-        raise ModelError(f"{root}: a run, not an exported model, which `seitpp export-model` makes of it")
+        raise ModelError(f"{root}: got a run, expected an exported model: export it with `seitpp export-model`")
     present = [file for file in FILES if (root / file).is_file()]
     load_classifier(root / MODEL)
     if WHOLE_MTM in present:

@@ -1,6 +1,6 @@
-"""Token models as timm citizens: `timm.create_model("seit_vit_base", ...)` works after importing this package."""
+"""Models of image tokens, which this package registers with timm: `timm.create_model("seit_vit_base", ...)`."""
 
-from seitpp.models import resnet as resnet  # timm learns of them by the import
+from seitpp.models import resnet as resnet  # the import registers the models with timm
 from seitpp.models.masking import MaskPlan
 from seitpp.models.mtm import MTM, MaskedTokens
 from seitpp.models.stem import ModelError, StemAdapter

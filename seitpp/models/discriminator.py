@@ -3,11 +3,12 @@
 import math
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
 class Downsample(nn.Module):
-    """A residual block that halves the sides: (B, inputs, s, s) -> (B, outputs, s / 2, s / 2)."""
+    """A residual block that halves height and width."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -15,18 +16,21 @@ class Downsample(nn.Module):
         self.second = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1, bias=False)
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(
+        self, maps: Float[Tensor, "batch inputs height width"]
+    ) -> Float[Tensor, "batch outputs height//2 width//2"]:
         changed = F.leaky_relu(self.second(F.leaky_relu(self.first(maps), 0.2)), 0.2)
-        # Means of 2 x 2 stand in for StyleGAN2's wider blur; the factor keeps the variance of the sum.
+        # A 2 x 2 average replaces the wider blur of StyleGAN2. The sum of two terms is divided by sqrt(2) to keep
+        # the variance.
         return F.avg_pool2d(changed + self.skip(maps), 2) / math.sqrt(2)
 
 
 class Discriminator(nn.Module):
-    """One opinion (B, 1) of images (B, 3, side, side): large where they look real.
+    """The residual discriminator of StyleGAN2 (arXiv 1912.04958): one score per image, high for real images.
 
-    The residual discriminator of StyleGAN2 (arXiv 1912.04958) without its minibatch statistic, which would make
-    an opinion depend on the other images of a process, and without its penalty on gradients. A stage of s x s
-    pixels has 16384 / s channels, at most `widest`; `side` is halved while it is above 4.
+    It has no minibatch statistic, which would make a score depend on the other images of the process, and no
+    gradient penalty. The images are `side` x `side` pixels in [0, 1]; each stage halves the side, until it is at
+    most 4. A stage of s x s pixels has 16384 / s channels, at most `widest`.
     """
 
     def __init__(self, side: int, widest: int = 512):
@@ -41,7 +45,7 @@ class Discriminator(nn.Module):
         self.hidden = nn.Linear(widths[-1] * sides[-1] ** 2, widths[-1])
         self.opinion = nn.Linear(widths[-1], 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1"]:
         maps = self.stages(F.leaky_relu(self.colors(images * 2 - 1), 0.2))
         maps = F.leaky_relu(self.mix(maps), 0.2)
         return self.opinion(F.leaky_relu(self.hidden(maps.flatten(1)), 0.2))

@@ -1,11 +1,11 @@
-"""Filling a region with a masked token model, round by round (MaskGIT, Chang et al., arXiv 2202.04200).
+"""Inpainting with a masked token model by iterative decoding (MaskGIT, Chang et al., arXiv 2202.04200).
 
-Each round predicts every hidden token, keeps the patches that the model is surest of and hides the others
-again, so that later patches are predicted with earlier ones in view. A round looks to the model as a step of
-its training did: the share that SeiT++ always drops from the encoder is dropped here too, of hidden patches
-only, and hidden ones beyond it enter as mask tokens. Where fewer are hidden, all of them are dropped, and the
-encoder sees more patches than in training, all of them with content. On the digits it matters little: to drop
-none, some or all hidden patches moved the loss by less than 0.01 nats.
+Each round predicts all hidden tokens, keeps the patches with the highest confidence and hides the others again,
+so that later patches are predicted from earlier ones. The input of a round resembles that of a training step:
+as many patches as SeiT++ always drops from the encoder are dropped here too, but only hidden ones; the other
+hidden patches enter as mask tokens. If fewer patches are hidden, all of them are dropped, and the encoder sees
+more visible patches than in training. On the digits this matters little: dropping none, some or all of the hidden
+patches changed the loss by less than 0.01 nats.
 """
 
 import math
@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from einops import rearrange, reduce
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
@@ -20,42 +21,49 @@ from seitpp.errors import UserError
 from seitpp.models.masking import MASK_RATIOS, MaskPlan, hidden_tokens, mask_plan
 from seitpp.models.mtm import MTM
 
-LOGIT_CELLS = 1 << 26  # as many logits as are there at once, but those of one image always
+LOGIT_CELLS = 1 << 26  # the most logits in memory at once, unless a single image has more
 
 
 class DecodingError(UserError):
-    """A region that cannot be filled, or settings of the filling that mean nothing."""
+    """Raised when the hidden region or the settings of the decoding are invalid."""
 
 
 @torch.no_grad()
 def fill_iteratively(
-    model: MTM, ids: Tensor, hidden: Tensor, keys: Keys, rounds: int = 8, temperature: float = 0.0
-) -> Tensor:
-    """Ids (B, H, W) int64 with all that is `hidden` (B, H, W) bool replaced by the model's own codes.
+    model: MTM,
+    ids: Int64[Tensor, "batch height width"],
+    hidden: Bool[Tensor, "batch height width"],
+    *,
+    keys: Keys,
+    rounds: int = 8,
+    temperature: float = 0.0,
+) -> Int64[Tensor, "batch height width"]:
+    """Replace the hidden tokens of `ids` by codes that `model` predicts in several rounds.
 
-    `model` in eval mode; `keys` of the same B images. What the ids hold in hidden places is never seen.
-    `temperature` 0 takes the likeliest codes and keeps the surest patches. Above 0, codes are drawn from
-    softmax(logits / temperature), and the confidence of a patch, the mean log-probability of its tokens, gets
-    Gumbel noise, whose scale falls from `temperature` to 0 in the last round. Raises DecodingError as
-    `hidden_patches` does, for less than one round, or for a negative temperature.
+    `model` is in eval mode and never sees the ids of hidden tokens. `keys` identify the images of the batch. At
+    `temperature` 0, the most likely codes and the patches of highest confidence are taken. Above 0, codes are
+    sampled from softmax(logits / temperature), and Gumbel noise is added to the confidence of a patch, which is
+    the mean log-probability of its tokens; the scale of the noise falls from `temperature` to 0 in the last round.
+    Raises DecodingError if there is less than one round, if the temperature is negative, or as `hidden_patches`.
     """
     if rounds < 1 or temperature < 0:
         raise DecodingError(
-            f"{rounds} rounds at temperature {temperature}: expected 1 round or more, and a temperature >= 0"
+            f"iterative decoding: got {rounds} rounds at temperature {temperature}, expected 1 round or more, and "
+            "a temperature >= 0"
         )
     patches, num_hidden = hidden_patches(hidden, model.encoder.patch_embed.grid_size)
     counts = cosine_counts(num_hidden, rounds)
     images = max(1, LOGIT_CELLS // (hidden[0].numel() * model.settings["num_codes"]))
-    parts = torch.arange(len(ids), device=ids.device).split(images)
-    return torch.cat([_fill(model, ids[at], patches[at], keys.of(at), counts, temperature) for at in parts])
+    chunks = torch.arange(len(ids), device=ids.device).split(images)
+    return torch.cat([_fill(model, ids[at], patches[at], keys.of(at), counts, temperature) for at in chunks])
 
 
 def _fill(model: MTM, ids: Tensor, patches: Tensor, keys: Keys, counts: list[int], temperature: float) -> Tensor:
-    """What `fill_iteratively` does, for a few images; `counts` of hidden patches before and after each round."""
+    """`fill_iteratively` for one chunk of images; `counts` are those of `cosine_counts`."""
     patch_grid = model.encoder.patch_embed.grid_size
     for turn, (before, after) in enumerate(pairwise(counts)):
-        plan = decoding_plan(patches, before, keys, turn)
-        logits = model(ids, plan).float().permute(0, 2, 3, 1)  # codes last, as they lie in memory
+        plan = decoding_plan(patches, before, keys=keys, turn=turn)
+        logits = model(ids, plan).float().permute(0, 2, 3, 1)  # codes last, their order in memory
         codes = _choose(logits, keys, turn, temperature)
         ids = torch.where(hidden_tokens(plan, ids.shape[-2:]), codes, ids)
         scale = temperature * (1 - (turn + 1) / (len(counts) - 1))
@@ -65,44 +73,49 @@ def _fill(model: MTM, ids: Tensor, patches: Tensor, keys: Keys, counts: list[int
 
 
 def cosine_counts(hidden: int, rounds: int) -> list[int]:
-    """Patches that are hidden before the first round and after each: from `hidden` down to 0, by a cosine.
+    """Return the number of hidden patches before the first round and after each round, from `hidden` down to 0.
 
-    The share after round t of T is cos(pi t / 2 T), rounded down, but every round shows at least one patch:
-    with fewer patches than rounds there is one round for each.
+    After round t of T it is hidden * cos(pi t / 2 T), rounded down, but at least one patch is filled per round.
+    With fewer patches than rounds there are as many rounds as patches.
     """
     rounds = min(rounds, hidden)
     counts = [hidden]
     for turn in range(1, rounds + 1):
-        wanted = math.floor(hidden * math.cos(math.pi * turn / (2 * rounds)))
-        counts.append(max(rounds - turn, min(counts[-1] - 1, wanted)))
+        scheduled = math.floor(hidden * math.cos(math.pi * turn / (2 * rounds)))
+        counts.append(max(rounds - turn, min(counts[-1] - 1, scheduled)))
     return counts
 
 
-def hidden_patches(hidden: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, int]:
-    """A token mask (B, H, W) bool as patches (B, L), the inverse of `hidden_tokens`, and how many.
+def hidden_patches(
+    hidden: Bool[Tensor, "batch height width"], patch_grid: tuple[int, int]
+) -> tuple[Bool[Tensor, "batch patches"], int]:
+    """Return the patch mask of a token mask, and the number of hidden patches per image.
 
-    Raises DecodingError unless it covers whole patches, as many in each image and at least one.
+    It is the inverse of `hidden_tokens`. Raises DecodingError unless the mask covers whole patches, the same
+    number in each image, and at least one.
     """
     rows, columns = patch_grid
     tokens = rearrange(hidden, "b (h p) (w q) -> b (h w) (p q)", h=rows, w=columns)
     patches = tokens.any(dim=2)
     if not torch.equal(patches, tokens.all(dim=2)):
         raise DecodingError(
-            f"a region with parts of patches: expected whole ones, of {hidden.shape[1] // rows} x "
-            f"{hidden.shape[2] // columns} tokens"
+            "hidden region: got parts of patches, expected whole patches of "
+            f"{hidden.shape[1] // rows} x {hidden.shape[2] // columns} tokens: align the region with the patches"
         )
     counts = patches.sum(dim=1).unique().tolist()
     if len(counts) != 1 or counts == [0]:
         raise DecodingError(
-            f"{counts} hidden patches an image: expected one number for the whole batch, at least 1"
+            f"hidden region: got {counts} hidden patches per image, expected the same number in each image of a "
+            "batch, and at least 1"
         )
     return patches, counts[0]
 
 
-def decoding_plan(patches: Tensor, num_hidden: int, keys: Keys, turn: int) -> MaskPlan:
-    """The plan of a round for hidden `patches` (B, L) bool, `num_hidden` an image.
+def decoding_plan(patches: Bool[Tensor, "batch patches"], num_hidden: int, *, keys: Keys, turn: int) -> MaskPlan:
+    """Build the mask plan of round `turn`, where `patches` is true for the `num_hidden` hidden patches per image.
 
-    The number dropped from the encoder is that of training, or all where fewer are hidden; which, is drawn.
+    As many patches as in training are dropped from the encoder, or all hidden ones if fewer are hidden. Which
+    of the hidden patches are dropped is random.
     """
     num_patches = patches.shape[1]
     dropped, _ = MASK_RATIOS["seitpp"].counts(num_patches, 1.0)
@@ -111,20 +124,20 @@ def decoding_plan(patches: Tensor, num_hidden: int, keys: Keys, turn: int) -> Ma
 
 
 def _choose(logits: Tensor, keys: Keys, turn: int, temperature: float) -> Tensor:
-    """Logits (B, H, W, K) -> codes (B, H, W): the likeliest, or drawn by the inverse of their sums."""
+    """Logits (B, H, W, K) -> codes (B, H, W): the most likely, or sampled by the inverse CDF."""
     if temperature == 0:
         return logits.argmax(dim=3)
     height, width = logits.shape[1:3]
     u = keys.uniform(f"decode_code_{turn}", height * width).view(-1, height, width, 1)
     cumulative = (logits / temperature).softmax(dim=3).cumsum(dim=3)
-    # A sum may end below 1 by rounding.
+    # Rounding may leave the last cumulative sum below 1.
     return (cumulative <= u).sum(dim=3).clamp(max=logits.shape[3] - 1)
 
 
 def _confidence(logits: Tensor, codes: Tensor, patch_grid: tuple[int, int]) -> Tensor:
-    """Mean log-probability of a patch's codes (B, H, W) -> (B, L)."""
-    scores = logits.log_softmax(dim=3).gather(3, codes.unsqueeze(3)).squeeze(3)
-    return reduce(scores, "b (h p) (w q) -> b (h w)", "mean", h=patch_grid[0], w=patch_grid[1])
+    """The mean log-probability of the `codes` (B, H, W) of each patch: (B, L)."""
+    log_probabilities = logits.log_softmax(dim=3).gather(3, codes.unsqueeze(3)).squeeze(3)
+    return reduce(log_probabilities, "b (h p) (w q) -> b (h w)", "mean", h=patch_grid[0], w=patch_grid[1])
 
 
 def _gumbel(keys: Keys, turn: int, num_patches: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which patches are hidden in a step, and which of those the encoder never sees."""
+"""Random masks for masked token modeling: which patches are hidden, and which of those the encoder never sees."""
 
 import math
 from dataclasses import dataclass
@@ -6,26 +6,29 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
 
 
 class MaskPlan(NamedTuple):
-    """`kept` (B, L - dropped) int64: the patches that enter the encoder; `hidden` (B, L) bool: those masked, and
-    `predicted` (B, masked) int64: the same as indices, equally many in each image.
+    """The masks of a batch.
+
+    `kept` are the indices of the patches that enter the encoder, `hidden` is true for each masked patch, and
+    `predicted` are the indices of the masked patches, equally many in each image.
     """
 
-    kept: Tensor
-    hidden: Tensor
-    predicted: Tensor
+    kept: Int64[Tensor, "batch kept"]
+    hidden: Bool[Tensor, "batch patches"]
+    predicted: Int64[Tensor, "batch masked"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskRatio:
-    """The law of the share of patches that are hidden: a normal distribution cut to [`lowest`, `highest`].
+    """The distribution of the mask ratio: a normal distribution truncated to [`lowest`, `highest`].
 
-    The share `lowest` is dropped from the encoder, whatever the draw.
+    The fraction `lowest` of the patches is always dropped from the encoder, whatever ratio is drawn.
     """
 
     mean: float
@@ -34,14 +37,14 @@ class MaskRatio:
     highest: float
 
     def ratio(self, seed: int, step: int) -> float:
-        """The share hidden in a step, one for the whole batch, by the inverse CDF."""
+        """Draw the mask ratio of a step, one for the whole batch, by the inverse CDF."""
         normal = NormalDist(self.mean, self.deviation)
         low, high = normal.cdf(self.lowest), normal.cdf(self.highest)
         u = Keys(seed, 0, torch.tensor([step])).uniform("mask_ratio", 1).item()
         return min(max(normal.inv_cdf(low + (high - low) * u), self.lowest), self.highest)
 
     def counts(self, num_patches: int, ratio: float) -> tuple[int, int]:
-        """(dropped, masked) patches of an image: ceil(L * lowest), always the same, and ceil(L * ratio)."""
+        """Return how many patches of an image are dropped, ceil(L * lowest), and masked, ceil(L * ratio)."""
         return math.ceil(num_patches * self.lowest), math.ceil(num_patches * ratio)
 
 
@@ -52,15 +55,17 @@ MASK_RATIOS = {
 }
 
 
-def mask_plan(noise: Tensor, num_dropped: int, num_masked: int) -> MaskPlan:
-    """Order each image's patches by `noise` (B, L): the first `num_dropped` never enter the encoder, the first
-    `num_masked` are hidden (SeiT++ release). Raises ValueError unless 0 <= dropped <= masked <= L.
+def mask_plan(noise: Float[Tensor, "batch patches"], num_dropped: int, num_masked: int) -> MaskPlan:
+    """Build the masks of a batch from random `noise`, as the SeiT++ release does.
+
+    The patches of each image are sorted by noise. The first `num_dropped` do not enter the encoder, the first
+    `num_masked` are hidden. Raises ValueError unless 0 <= dropped <= masked <= patches.
     """
     patches = noise.shape[1]
     if not 0 <= num_dropped <= num_masked <= patches:
         raise ValueError(
-            f"{num_dropped} dropped and {num_masked} masked of {patches} patches: "
-            "expected 0 <= dropped <= masked <= L"
+            f"mask plan: got {num_dropped} dropped and {num_masked} masked of {patches} patches, "
+            "expected 0 <= dropped <= masked <= patches"
         )
     order = noise.argsort(dim=1, stable=True)
     predicted = order[:, :num_masked].contiguous()
@@ -68,14 +73,16 @@ def mask_plan(noise: Tensor, num_dropped: int, num_masked: int) -> MaskPlan:
     return MaskPlan(kept=order[:, num_dropped:], hidden=hidden, predicted=predicted)
 
 
-def hidden_tokens(plan: MaskPlan, grid: tuple[int, int]) -> Tensor:
-    """The hidden patches of a plan as a token mask: (B, L) -> (B, H, W) bool."""
+def hidden_tokens(plan: MaskPlan, grid: tuple[int, int]) -> Bool[Tensor, "batch {grid[0]} {grid[1]}"]:
+    """Return the mask of hidden tokens, which are all tokens of the hidden patches; `grid` is (H, W) in tokens."""
     height, width = grid
     side = round((height * width / plan.hidden.shape[1]) ** 0.5)
     patches = plan.hidden.view(-1, height // side, width // side)
     return patches.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
 
 
-def fill_hidden(logits: Tensor, ids: Tensor, plan: MaskPlan) -> Tensor:
-    """Ids (B, H, W) with the model's most likely code in every hidden place."""
+def fill_hidden(
+    logits: Float[Tensor, "batch codes height width"], ids: Int64[Tensor, "batch height width"], plan: MaskPlan
+) -> Int64[Tensor, "batch height width"]:
+    """Replace each hidden token of `ids` by the model's most likely code."""
     return torch.where(hidden_tokens(plan, ids.shape[-2:]), logits.argmax(dim=1), ids)

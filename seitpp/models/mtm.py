@@ -2,7 +2,7 @@
 
 Initial values, all in `MTM.init_weights`:
 
-| parameter                      | law                  | reason                                            |
+| parameter                      | distribution         | reason                                            |
 |--------------------------------|----------------------|---------------------------------------------------|
 | linear and stem weights        | Xavier uniform       | as in MAE; the stem is a linear map of a patch    |
 | biases, the bias of each code  | 0                    | the first prediction is uniform: loss ln K        |
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import timm
 import torch
 from einops import rearrange
+from jaxtyping import Float, Float32, Int64
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -30,23 +31,24 @@ from seitpp.models.cross_entropy import linear_cross_entropy
 from seitpp.models.masking import MaskPlan
 from seitpp.models.stem import ModelError
 from seitpp.models.vit import PATCH, NormLayer
-from seitpp.tokenizers.transformer import sincos_positions
+from seitpp.tokenizers.transformer import init_xavier, sincos_positions
 
 
 class MaskedTokens(NamedTuple):
-    """How well hidden tokens are predicted: `loss`, their mean cross-entropy in nats, and `accuracy`, the share
-    whose most likely code is the true one, both () float32.
+    """How well the hidden tokens are predicted.
+
+    `loss` is their mean cross-entropy in nats, `accuracy` the fraction whose most likely code is the true one.
     """
 
-    loss: Tensor
-    accuracy: Tensor
+    loss: Float32[Tensor, ""]
+    accuracy: Float32[Tensor, ""]
 
 
 class MTM(nn.Module):
-    """Masked token model. The defaults are the published ViT-B on the published tokens (98.3 M trained).
+    """The masked token model of SeiT++. The defaults are the published ViT-B (98.3 M trained parameters).
 
-    `encoder` names a `mtm_vit_*`, `encoder_size` its sizes where they are not those of the name (`embed_dim`,
-    `depth`, `num_heads`); `grid` is (H, W) tokens, `num_codes` K, `code_dim` the width of the learned code
+    `encoder` is the timm name of a `mtm_vit_*`; `encoder_size` overrides its `embed_dim`, `depth` or `num_heads`.
+    `grid` is (H, W) in tokens, `num_codes` the size of the codebook, `code_dim` the width of the learned code
     embedding. Raises ModelError if the grid does not divide into patches.
     """
 
@@ -64,10 +66,12 @@ class MTM(nn.Module):
         encoder_size: dict[str, int] | None = None,
     ):
         super().__init__()
-        given = locals()
-        self.settings = {name: given[name] for name in inspect.signature(MTM).parameters}
+        arguments = locals()
+        self.settings = {name: arguments[name] for name in inspect.signature(MTM).parameters}
         if grid[0] % PATCH or grid[1] % PATCH:
-            raise ModelError(f"grid {grid[0]} x {grid[1]}: expected sides that are multiples of {PATCH} tokens")
+            raise ModelError(
+                f"masked token model: got a grid of {grid[0]} x {grid[1]} tokens, expected multiples of {PATCH}"
+            )
         self.encoder = timm.create_model(
             encoder,
             img_size=grid,
@@ -84,7 +88,7 @@ class MTM(nn.Module):
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + patches, decoder_width))
         self.decoder_blocks = nn.Sequential(
             *(
-                kind(
+                block(
                     decoder_width,
                     decoder_heads,
                     qkv_bias=True,
@@ -92,7 +96,7 @@ class MTM(nn.Module):
                     attn_drop=dropout,
                     norm_layer=NormLayer,
                 )
-                for kind in [Block] * (decoder_depth - 1) + [LastBlock]
+                for block in [Block] * (decoder_depth - 1) + [LastBlock]
             )
         )
         self.decoder_norm = NormLayer(decoder_width)
@@ -100,41 +104,53 @@ class MTM(nn.Module):
         self.grad_checkpointing = False
         self.init_weights()
 
-    def forward(self, ids: Tensor, plan: MaskPlan, targets: Tensor | None = None) -> Tensor | MaskedTokens:
-        """Ids (B, H, W) int64 and a plan for their L patches -> logits (B, K, H, W).
+    def forward(
+        self,
+        ids: Int64[Tensor, "batch height width"],
+        plan: MaskPlan,
+        targets: Int64[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch codes height width"] | MaskedTokens:
+        """Predict the logits of all tokens, or with `targets` the loss and accuracy of the hidden tokens.
 
-        With `targets` (B, H, W) int64, the true ids: `objectives.masked_token_loss` and `masked_token_accuracy` of
-        those logits, which are made of hidden tokens only and never all at once. So a model is trained.
+        Training passes `targets`, the true ids. The loss and accuracy are those of `objectives.masked_token_loss`
+        and `masked_token_accuracy`, but only the logits of hidden tokens are computed, and never all at once.
         """
         encoded = self.encode(ids, plan)
         table, bias = self.encoder.patch_embed.token_emb.weight.detach(), self.head.bias
         if targets is not None:
             vectors = self.decode(encoded, plan, plan.predicted)
             targets = rearrange(targets, "b (h p) (w q) -> b (h w) (p q)", p=PATCH, q=PATCH)
-            targets = _take(targets, plan.predicted)
-            return MaskedTokens(*linear_cross_entropy(vectors.flatten(0, 2), table, bias, targets.flatten()))
-        everywhere = torch.arange(plan.hidden.shape[1], device=ids.device).expand_as(plan.hidden)
+            targets = _gather(targets, plan.predicted).flatten()
+            return MaskedTokens(*linear_cross_entropy(vectors.flatten(0, 2), table, bias, targets=targets))
+        all_patches = torch.arange(plan.hidden.shape[1], device=ids.device).expand_as(plan.hidden)
         rows = self.encoder.patch_embed.grid_size[0]
-        vectors = self.decode(encoded, plan, everywhere)
+        vectors = self.decode(encoded, plan, all_patches)
         vectors = rearrange(vectors, "b (h w) (p q) d -> b (h p) (w q) d", h=rows, p=PATCH)
         return (vectors @ table.T + bias).permute(0, 3, 1, 2)
 
-    def encode(self, ids: Tensor, plan: MaskPlan) -> Tensor:
-        """Only the kept patches go through the blocks: (B, H, W) -> (B, 1 + kept, C), cls first.
+    def encode(
+        self, ids: Int64[Tensor, "batch height width"], plan: MaskPlan
+    ) -> Float[Tensor, "batch cls_and_kept channels"]:
+        """Encode the kept patches, with the cls token first.
 
-        A kept patch that is hidden enters as mask token + position: its content is never seen.
+        A kept patch that is hidden enters as the mask token plus its position, so its content is never seen.
         """
         encoder = self.encoder
         patches = encoder.patch_embed(ids)
         patches = torch.where(plan.hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        patches = _take(patches + encoder.pos_embed[:, 1:], plan.kept)
+        patches = _gather(patches + encoder.pos_embed[:, 1:], plan.kept)
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        return encoder.norm(self._through(encoder.blocks, torch.cat([cls, patches], dim=1)))
+        return encoder.norm(self._run(encoder.blocks, torch.cat([cls, patches], dim=1)))
 
-    def decode(self, encoded: Tensor, plan: MaskPlan, places: Tensor) -> Tensor:
-        """(B, 1 + kept, C) and the patches asked for (B, n) int64 -> a vector for each token (B, n, 4, D).
+    def decode(
+        self,
+        encoded: Float[Tensor, "batch cls_and_kept channels"],
+        plan: MaskPlan,
+        indices: Int64[Tensor, "batch predicted"],
+    ) -> Float[Tensor, "batch predicted tokens dim"]:
+        """Decode the output of `encode` to a vector for each of the 4 tokens of the patches `indices`.
 
-        Every hidden place holds the projected cls output.
+        The input of the decoder at a hidden patch is the projected cls output.
         """
         encoded = self.decoder_embed(encoded)
         cls, kept = encoded[:, :1], encoded[:, 1:]
@@ -142,15 +158,15 @@ class MTM(nn.Module):
         patches = patches.scatter(1, plan.kept.unsqueeze(-1).expand_as(kept), kept)
         patches = torch.where(plan.hidden.unsqueeze(-1), cls, patches)
         *blocks, last = self.decoder_blocks
-        blocks = [*blocks, partial(last, places=1 + places)]
-        decoded = self._through(blocks, torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
+        blocks = [*blocks, partial(last, indices=1 + indices)]
+        decoded = self._run(blocks, torch.cat([cls, patches], dim=1) + self.decoder_pos_embed)
         return self.head(self.decoder_norm(decoded))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep the input of each block only, and compute the rest again in the backward pass (as in timm)."""
+        """Store only the input of each block and recompute the rest in the backward pass, as in timm."""
         self.grad_checkpointing = enable
 
-    def _through(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
+    def _run(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
         if self.grad_checkpointing:
             return checkpoint_seq(list(blocks), tokens)
         for block in blocks:
@@ -159,7 +175,7 @@ class MTM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """See the table at the top of this file."""
+        """Set the initial values of the table at the top of this file."""
         self.apply(_init_module)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         for learned in (self.mask_token, self.decoder_pos_embed):
@@ -171,16 +187,21 @@ class MTM(nn.Module):
 
 
 class LastBlock(Block):
-    """A block that all tokens enter and some leave: past its attention nothing is computed for the others."""
+    """A transformer block that returns some of its tokens; after the attention the others are not computed."""
 
-    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """(B, N, C), places (B, n) int64 -> (B, n, C)."""
-        tokens = _take(tokens + self.attn(self.norm1(tokens)), places)
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens channels"], indices: Int64[Tensor, "batch chosen"]
+    ) -> Float[Tensor, "batch chosen channels"]:
+        """Return the outputs of the tokens `indices`; all tokens take part in the attention."""
+        tokens = _gather(tokens + self.attn(self.norm1(tokens)), indices)
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class TokenHead(nn.Module):
-    """Patches -> a vector for each of their tokens; `bias` is that of their logits against the embedding table."""
+    """The head that maps each patch to one vector per token, tokens row by row.
+
+    `bias` is that of the logits, which MTM computes as products of these vectors with the embedding table.
+    """
 
     def __init__(self, width: int, dim: int, codes: int):
         super().__init__()
@@ -189,23 +210,17 @@ class TokenHead(nn.Module):
         self.norm = NormLayer(dim)
         self.bias = nn.Parameter(torch.zeros(codes))
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(B, L, width) -> (B, L, 4, dim), tokens row by row."""
+    def forward(self, patches: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches tokens dim"]:
         return self.norm(self.act(self.fc(patches).unflatten(2, (PATCH * PATCH, -1))))
 
 
-def _take(patches: Tensor, indices: Tensor) -> Tensor:
+def _gather(patches: Tensor, indices: Tensor) -> Tensor:
     return patches.gather(1, indices.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
 def _init_module(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
+    init_xavier(module)
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, TokenHead):
         nn.init.zeros_(module.bias)

@@ -1,33 +1,34 @@
-"""How different two images look to a network that was trained to classify them."""
+"""The perceptual distance: how much two images differ in the features of a trained classifier."""
 
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from seitpp.models.stem import ModelError
 
-VGG_BLOCKS = (4, 9, 16, 23, 30)  # of torchvision's vgg16().features: the end of each block, before it is pooled
+VGG_BLOCKS = (4, 9, 16, 23, 30)  # where the blocks of torchvision's vgg16().features end, before their pooling
 
 
 class VGGDistance(nn.Module):
-    """Distance of VGG16 features (LPIPS with all its linear weights equal, arXiv 1801.03924); not trained.
+    """The distance of VGG16 features: LPIPS (arXiv 1801.03924) with all linear weights equal, not trained.
 
-    At the end of each of the five blocks features are normalized over channels; squared differences are summed
-    over channels, averaged over places, images and blocks. `state` holds the tensors features.* of torchvision's
-    VGG16. Raises ModelError if it does not.
+    The features at the end of each of the five blocks are normalized over channels; their squared differences are
+    summed over channels and averaged over positions, images and blocks. `state` holds the tensors features.* of
+    torchvision's VGG16; otherwise ModelError is raised.
     """
 
     def __init__(self, state: Mapping[str, Tensor]):
         super().__init__()
-        with torch.device("meta"):  # the layers without numbers: these are `state`'s
+        with torch.device("meta"):  # without values: those of `state` are assigned
             features = vgg16(weights=None).features
-        named = {name.removeprefix("features."): tensor.float().clone() for name, tensor in state.items()}
+        tensors = {name.removeprefix("features."): tensor.float().clone() for name, tensor in state.items()}
         try:
-            features.load_state_dict(named, assign=True)
+            features.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"no VGG16 weights of torchvision: {reason}") from error
@@ -38,8 +39,10 @@ class VGGDistance(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(-1, 1, 1))
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Two batches (B, 3, h, w) around [0, 1], at least 16 pixels a side -> ()."""
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], targets: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, ""]:
+        """Return the mean distance of two batches with values around [0, 1], height and width at least 16."""
         a, b = ((batch - self.mean) / self.std for batch in (images, targets))
         distance = a.new_zeros(())
         for block in self.blocks:

@@ -1,8 +1,8 @@
-"""ResNets on maps of code vectors (SeiT): timm's own behind a Stem-Adapter.
+"""ResNets on maps of code vectors (SeiT): timm's ResNets with a Stem-Adapter.
 
-`timm.create_model("seit_resnet50", in_chans=D, num_classes=...)`: a transposed convolution brings
-D x 28 x 28 to 64 x 56 x 56, the size after a ResNet's own stem, and nothing is pooled before the stages. Maps of
-every size work, so `img_size` is taken, as by the other models here, and changes nothing; `stem` is deconv.
+`timm.create_model("seit_resnet50", in_chans=D, num_classes=...)` builds one. A transposed convolution maps
+D x 28 x 28 to 64 x 56 x 56, the size after the stem of a ResNet for pixels, and there is no pooling before the
+stages. Maps of every size work, so `img_size`, which the other models need, is ignored; `stem` is deconv.
 """
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -13,17 +13,17 @@ from seitpp.models.stem import DECONV, ModelError
 
 
 class TokenResNet(ResNet):
-    """timm's ResNet with the transposed convolution as `conv1`: map (B, D, H, W) -> logits (B, classes).
+    """timm's ResNet with a transposed convolution as `conv1`: map (B, D, H, W) -> logits (B, classes).
 
-    `feature_info` counts pixels of the tokenized image, 8 to a token.
+    The reductions in `feature_info` are in pixels of the tokenized image, 8 per token.
     """
 
     def __init__(self, *args, in_chans: int = 32, **kwargs):
         super().__init__(*args, in_chans=in_chans, **kwargs)
-        like = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
-        self.conv1 = nn.ConvTranspose2d(in_chans, self.conv1.out_channels, *DECONV, bias=False, **like)
+        factory = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
+        self.conv1 = nn.ConvTranspose2d(in_chans, self.conv1.out_channels, *DECONV, bias=False, **factory)
         self.maxpool = nn.Identity()
-        self.feature_info[0]["reduction"] = 4  # two pixels in a ResNet of its own stem, here half a token
+        self.feature_info[0]["reduction"] = 4  # half a token; 2 in a ResNet for pixels
 
 
 default_cfgs = generate_default_cfgs(
@@ -36,17 +36,17 @@ default_cfgs = generate_default_cfgs(
 
 def _seit_resnet(variant: str, pretrained: bool, stem: str = "deconv", **kwargs) -> TokenResNet:
     if stem != "deconv":
-        raise ModelError(f"stem {stem!r} of a ResNet: expected deconv (the others are those of ViTs)")
+        raise ModelError(f"got stem {stem!r} of a ResNet: expected deconv, the others are for ViTs")
     return build_model_with_cfg(TokenResNet, variant, pretrained, kwargs_filter=("img_size",), **kwargs)
 
 
 @register_model
 def seit_resnet18(pretrained: bool = False, **kwargs) -> TokenResNet:
-    """ResNet-18, published: two basic blocks a stage."""
+    """ResNet-18 (published) on maps: two basic blocks per stage."""
     return _seit_resnet("seit_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
 
 
 @register_model
 def seit_resnet50(pretrained: bool = False, **kwargs) -> TokenResNet:
-    """ResNet-50, published: 3, 4, 6 and 3 bottleneck blocks a stage."""
+    """ResNet-50 (published) on maps: stages of 3, 4, 6 and 3 bottleneck blocks."""
     return _seit_resnet("seit_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs)

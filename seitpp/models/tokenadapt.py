@@ -1,11 +1,11 @@
-"""TokenAdapt (SeiT++): f takes token vectors to a space where pixel augmentations hold, g takes it back to tokens.
+"""TokenAdapt (SeiT++): f maps token vectors to a space where pixel augmentations apply, g maps back to tokens.
 
-f: linear D -> C on every token, fixed positions, one transformer block, LayerNorm, transposed conv 2x2 -> D.
-g: conv 2x2 D -> C, fixed positions, one block, LayerNorm, linear C -> K.
+f: linear D -> C per token, fixed positions, one transformer block, LayerNorm, transposed convolution 2 x 2 to D.
+g: convolution 2 x 2 from D to C, fixed positions, one block, LayerNorm, linear C -> K.
 
 Initial values, all in `TokenAdapt.init_weights`; the published ones are not known:
 
-| parameter                | law                  | reason                                      |
+| parameter                | distribution         | reason                                      |
 |--------------------------|----------------------|---------------------------------------------|
 | linear and conv weights  | Xavier uniform       | a 2x2 conv is the linear map of its patch   |
 | the last layer, C -> K   | 0                    | the first prediction is uniform: loss ln K  |
@@ -18,19 +18,20 @@ import inspect
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from seitpp.augment.geometry import Geometry, apply_geometry
-from seitpp.tokenizers.transformer import Transformer, TransformerShape, sincos_positions
+from seitpp.tokenizers.transformer import Transformer, TransformerShape, init_xavier, sincos_positions
 
-CELLS = 2  # cells of f's space along one side of a token (SeiT++ release: 32 -> 64)
+CELLS = 2  # cells of the space of f along one side of a token (SeiT++ release: 32 -> 64)
 
 
 class TokenAdapt(nn.Module):
-    """f and g. The defaults are the published sizes (3.81 M trained).
+    """The networks f and g of TokenAdapt. The defaults are the published sizes (3.81 M trained parameters).
 
-    `grid` is (H, W) tokens of a whole image, `crop` (H', W') of an augmented one; `num_codes` K, `code_dim` D;
-    `width` C, `heads` of 64 channels and `mlp` are those of the blocks.
+    `grid` is the size (H, W) of a whole image in tokens, `crop` (H', W') that of an augmented image. `num_codes`
+    is K, `code_dim` D. The blocks have `width` C, `heads` of 64 channels, and an MLP of `mlp` channels.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class TokenAdapt(nn.Module):
         mlp: int = 1536,
     ):
         super().__init__()
-        given = locals()
-        self.settings = {name: given[name] for name in inspect.signature(TokenAdapt).parameters}
-        self.grid, self.crop = tuple(grid), tuple(crop)  # a file has lists
+        arguments = locals()
+        self.settings = {name: arguments[name] for name in inspect.signature(TokenAdapt).parameters}
+        self.grid, self.crop = tuple(grid), tuple(crop)  # lists if read from a file
         shape = TransformerShape(width, 1, heads, mlp)
         self.embed = nn.Linear(code_dim, width)
         self.register_buffer("convert_positions", sincos_positions(grid, width).unsqueeze(0))
@@ -59,34 +60,33 @@ class TokenAdapt(nn.Module):
         self.head = nn.Linear(width, num_codes)
         self.init_weights()
 
-    def forward(self, maps: Tensor, geometry: Geometry) -> Tensor:
-        """Vectors (B, D, H, W) of whole images, A -> logits (B, K, H', W') of the tokens of A(x): g(A(f(Z)))."""
+    def forward(
+        self, maps: Float[Tensor, "batch dim height width"], geometry: Geometry
+    ) -> Float[Tensor, "batch codes {self.crop[0]} {self.crop[1]}"]:
+        """Predict the tokens of augmented images: logits g(A(f(Z))) from the vectors Z of the whole images.
+
+        A is the augmentation `geometry`.
+        """
         return self.invert(apply_geometry(self.convert(maps), geometry))
 
-    def convert(self, maps: Tensor) -> Tensor:
-        """f: vectors (B, D, H, W) -> (B, D, 2 H, 2 W), where pixel augmentations hold."""
+    def convert(
+        self, maps: Float[Tensor, "batch dim height width"]
+    ) -> Float[Tensor, "batch dim 2*height 2*width"]:
+        """f: map the vectors of whole images to the space in which pixel augmentations apply."""
         tokens = self.embed(maps.flatten(2).transpose(1, 2))
         tokens = self.convert_blocks(tokens + self.convert_positions)
         return self.to_space(rearrange(tokens, "b (h w) c -> b c h w", h=self.grid[0]))
 
-    def invert(self, maps: Tensor) -> Tensor:
-        """g: augmented (B, D, 2 H', 2 W') -> logits (B, K, H', W')."""
+    def invert(
+        self, maps: Float[Tensor, "batch dim {2*self.crop[0]} {2*self.crop[1]}"]
+    ) -> Float[Tensor, "batch codes {self.crop[0]} {self.crop[1]}"]:
+        """g: map the augmented space back to logits of tokens."""
         tokens = self.from_space(maps).flatten(2).transpose(1, 2)
         logits = self.head(self.invert_blocks(tokens + self.invert_positions))
         return rearrange(logits, "b (h w) k -> b k h w", h=self.crop[0])
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """See the table at the top of this file."""
-        self.apply(_init_module)
+        """Set the initial values of the table at the top of this file."""
+        self.apply(init_xavier)
         nn.init.zeros_(self.head.weight)
-
-
-def _init_module(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -2,9 +2,9 @@
 
 `timm.create_model("seit_vit_base", img_size=28, in_chans=D, stem="conv4", num_classes=...)` and
 `timm.create_model("mtm_vit_base", img_size=28, in_chans=D, num_codes=K, num_classes=...)` build them; `img_size`
-is the token grid (H, W). `mtm_vit_*` is the encoder of masked token modeling, later fine-tuned as it is; D is
-then the width of its learned embedding. Both have learned positions and a cls token, and classify by the mean
-over the patches, LayerNorm (eps 1e-6), head. The sizes:
+is the token grid (H, W). `mtm_vit_*` is the encoder of masked token modeling, which is later fine-tuned; its D is
+the width of the learned code embedding. Both have learned positions and a cls token; the classifier is the mean
+over the patches, LayerNorm (eps 1e-6) and a linear head. The sizes:
 
 | name  | width | depth | heads |
 |-------|-------|-------|-------|
@@ -16,6 +16,7 @@ over the patches, LayerNorm (eps 1e-6), head. The sizes:
 
 from functools import partial
 
+from jaxtyping import Float, Int64
 from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -35,10 +36,10 @@ SIZES = {
 
 
 class TokenEmbed(PatchEmbed):
-    """The stem of a token-id model: ids -> learned embedding, LayerNorm, dropout -> conv 2x2 -> patches.
+    """The stem of a model on ids: learned code embedding, LayerNorm, dropout, then a 2 x 2 convolution to patches.
 
-    Ids (B, H, W) int64 in [0, K), or (B, 1, H, W) for timm functions that need the shape of an image ->
-    patches (B, L, C). `drop_rate` is the dropout of the embedding (SeiT++ release: 0.1).
+    Ids are in [0, num_codes); they may have a channel axis of size 1, for functions of timm that need the shape of
+    an image. `drop_rate` is the dropout of the embedding (SeiT++ release: 0.1).
     """
 
     def __init__(self, *args, in_chans: int, num_codes: int, drop_rate: float, **kwargs):
@@ -47,7 +48,9 @@ class TokenEmbed(PatchEmbed):
         self.token_norm = NormLayer(in_chans)
         self.token_drop = nn.Dropout(drop_rate)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(
+        self, ids: Int64[Tensor, "batch *channel height width"]
+    ) -> Float[Tensor, "batch *patches channels"]:
         ids = ids.squeeze(1) if ids.ndim == 4 else ids
         vectors = self.token_drop(self.token_norm(self.token_emb(ids)))
         return super().forward(vectors.permute(0, 3, 1, 2))
@@ -63,7 +66,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _seit_vit(size: str, pretrained: bool, stem: str = "conv4", **kwargs) -> VisionTransformer:
-    # The sizes of the published tokens are the defaults; a recipe reads its own from the store.
+    # The defaults are the sizes of the published tokens; recipes pass the sizes of their store.
     stride = stem_geometry(stem).stride
     embed = partial(StemAdapter, stem=stem)
     return _vit(f"seit_vit_{size}", size, pretrained, embed, stride, **{"img_size": 14 * stride, **kwargs})
@@ -92,47 +95,47 @@ def _vit(name: str, size: str, pretrained: bool, embed: partial, stride: int, **
 
 @register_model
 def seit_vit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Maps, for thumbnails and tests: width 96, depth 3, 3 heads."""
+    """A small ViT on maps, for thumbnails and tests: width 96, depth 3, 3 heads."""
     return _seit_vit("nano", pretrained, **kwargs)
 
 
 @register_model
 def seit_vit_tiny(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Maps, ViT-Ti: width 192, depth 12, 3 heads."""
+    """ViT-Ti on maps: width 192, depth 12, 3 heads."""
     return _seit_vit("tiny", pretrained, **kwargs)
 
 
 @register_model
 def seit_vit_small(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Maps, ViT-S, published: width 384, depth 12, 6 heads."""
+    """ViT-S on maps (published): width 384, depth 12, 6 heads."""
     return _seit_vit("small", pretrained, **kwargs)
 
 
 @register_model
 def seit_vit_base(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Maps, ViT-B, published: width 768, depth 12, 12 heads."""
+    """ViT-B on maps (published): width 768, depth 12, 12 heads."""
     return _seit_vit("base", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Ids, for thumbnails and tests: width 96, depth 3, 3 heads."""
+    """A small ViT on ids, for thumbnails and tests: width 96, depth 3, 3 heads."""
     return _mtm_vit("nano", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_tiny(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Ids, ViT-Ti: width 192, depth 12, 3 heads."""
+    """ViT-Ti on ids: width 192, depth 12, 3 heads."""
     return _mtm_vit("tiny", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_small(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Ids, ViT-S: width 384, depth 12, 6 heads."""
+    """ViT-S on ids: width 384, depth 12, 6 heads."""
     return _mtm_vit("small", pretrained, **kwargs)
 
 
 @register_model
 def mtm_vit_base(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Ids, ViT-B, published: width 768, depth 12, 12 heads."""
+    """ViT-B on ids (published): width 768, depth 12, 12 heads."""
     return _mtm_vit("base", pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""What one training step minimizes."""
+"""Training losses, and the metrics computed with them."""
 
 from seitpp.models.masking import MASK_RATIOS, MaskRatio, mask_plan
 from seitpp.objectives.adapt import adapt_loss

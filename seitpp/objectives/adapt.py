@@ -1,9 +1,10 @@
-"""Training and judging TokenAdapt: g(A(f(Z(x)))) is to give the tokens of A(x)."""
+"""The loss of TokenAdapt: from the vectors Z(x) of an image, g(A(f(Z(x)))) predicts the tokens of A(x)."""
 
 from copy import deepcopy
 from typing import NamedTuple
 
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from seitpp.errors import UserError
@@ -11,21 +12,22 @@ from seitpp.tokenizers import Tokenizer
 
 
 class TokenizerPair(NamedTuple):
-    """One tokenizer at two sizes: of whole images (S x S pixels) and of augmented ones (S' x S')."""
+    """One tokenizer at two image sizes: `whole` images (S x S pixels) and `augmented` ones (S' x S')."""
 
     whole: Tokenizer
     augmented: Tokenizer
 
 
 def tokenizer_pair(tokenizer: Tokenizer, image_size: int, crop: int) -> TokenizerPair:
-    """Copies of `tokenizer` for images of `image_size` pixels and for grids of `crop` tokens a side.
+    """Copy `tokenizer` for images of `image_size` pixels, and for augmented images of `crop` x `crop` tokens.
 
-    Raises UserError if the crop is larger than the image, TokenizerError if the tokenizer cannot take a size.
+    Raises UserError if the crop is larger than the image, TokenizerError if the tokenizer does not support a size.
     """
     sizes = image_size, crop * tokenizer.spec.patch
     if sizes[1] > sizes[0]:
         raise UserError(
-            f"a crop of {crop} tokens is {sizes[1]} pixels of images of {sizes[0]}: expected at most as many"
+            f"got a crop of {crop} tokens, which is {sizes[1]} pixels, expected at most the {sizes[0]} pixels of "
+            "an image: pass a smaller crop or larger images"
         )
     pair = TokenizerPair(deepcopy(tokenizer), deepcopy(tokenizer))
     for copy, size in zip(pair, sizes, strict=True):
@@ -33,6 +35,8 @@ def tokenizer_pair(tokenizer: Tokenizer, image_size: int, crop: int) -> Tokenize
     return pair
 
 
-def adapt_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy over tokens, in nats: `logits` (B, K, H', W'), `ids` (B, H', W') int64 of A(x) -> ()."""
+def adapt_loss(
+    logits: Float[Tensor, "batch codes height width"], ids: Int64[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy over all tokens, in nats; `ids` are the tokens of A(x)."""
     return F.cross_entropy(logits.float(), ids)

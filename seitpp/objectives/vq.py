@@ -1,15 +1,15 @@
-"""Training a ViT-VQGAN: its losses, the networks that two of them need, and the restart of dead codes.
+"""Training of a ViT-VQGAN: its losses, and the restart of dead codes.
 
-| term | weight | what |
+| term | weight | meaning |
 |---|---|---|
 | pixels | 1 | mean squared error |
-| codebook | 1 | rows to features; with 0.25 features to rows (`ViTVQGAN.forward`) |
+| codebook | 1 | moves codes to features and, with weight 0.25, features to codes (`ViTVQGAN.forward`) |
 | perceptual | 0.1 | distance of VGG16 features; only with a file of VGG16 weights |
-| adversarial | 0.1 | the discriminator's opinion of the reconstruction; only with a discriminator |
-| discriminator | 1 | the discriminator's own hinge loss; it moves nothing but the discriminator |
+| adversarial | 0.1 | minus the discriminator's score of the reconstruction; only with a discriminator |
+| discriminator | 1 | hinge loss of the discriminator; its gradients reach only the discriminator |
 
-The discriminator shares AdamW with the tokenizer. AdamW treats each parameter by itself, so this is what two
-optimizers with the same settings do, both updated from the same forward.
+The discriminator and the tokenizer are trained by one AdamW. AdamW updates each parameter independently, so this
+equals two optimizers with the same settings.
 """
 
 import math
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
@@ -25,26 +26,28 @@ from seitpp.augment import Keys
 from seitpp.tokenizers import ViTVQGAN, restart_dead_codes
 
 WEIGHTS = {"pixels": 1.0, "codebook": 1.0, "perceptual": 0.1, "adversarial": 0.1, "discriminator": 1.0}
-# Tokens a code on average from one restart to the next: a code that is used 4 times or more is not dead.
+# Average number of tokens per code between two restarts: a code that is used 4 times or more (2 %) is not dead.
 TOKENS_PER_CODE = 200
-RESTART_UNTIL = 0.8  # of the training; the rest lets the last restarted codes settle
+RESTART_UNTIL = 0.8  # fraction of the training; in the rest the last restarted codes converge
 
 
 class VQOutput(NamedTuple):
-    """What a forward gives: `images` (B, 3, h, w) not clamped, `ids` (B, H, W), `vectors` (B, D, H, W), and the
-    losses () that only the networks themselves can make: codebook, and with a discriminator its two."""
+    """The reconstruction `images`, not clamped, the `ids` and `vectors` of its tokens, and the first losses.
 
-    images: Tensor
-    ids: Tensor
-    vectors: Tensor
-    losses: dict[str, Tensor]
+    `losses` has the term codebook, and with a discriminator the terms adversarial and discriminator.
+    """
+
+    images: Float[Tensor, "batch 3 height width"]
+    ids: Int64[Tensor, "batch rows columns"]
+    vectors: Float[Tensor, "batch dim rows columns"]
+    losses: dict[str, Float[Tensor, ""]]
 
 
 class VQTraining(nn.Module):
-    """A tokenizer in training, its discriminator if there is one, and what a resumed run must know.
+    """A tokenizer in training, an optional discriminator, and the state of the restarts.
 
-    `counts` (K,) int64 are the tokens of each code since the last restart, over all processes; `restarted` ()
-    is the number of codes restarted so far. Both are buffers, so checkpoints carry them.
+    `counts` (K,) int64 is the number of tokens of each code since the last restart, over all processes;
+    `restarted` () is the number of codes restarted so far. Both are buffers, so that checkpoints store them.
     """
 
     def __init__(self, tokenizer: ViTVQGAN, discriminator: nn.Module | None = None):
@@ -53,30 +56,32 @@ class VQTraining(nn.Module):
         self.register_buffer("counts", torch.zeros(tokenizer.spec.num_codes, dtype=torch.long))
         self.register_buffer("restarted", torch.zeros((), dtype=torch.long))
 
-    def forward(self, images: Tensor) -> VQOutput:
-        """Images (B, 3, height, width) in [0, 1] -> reconstruction and losses."""
-        made = self.tokenizer(images)
-        losses = {"codebook": made.loss}
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> VQOutput:
+        """Reconstruct images in [0, 1] and compute the losses of the forward pass."""
+        output = self.tokenizer(images)
+        losses = {"codebook": output.loss}
         if self.discriminator is not None:
-            # The tokenizer is judged by a discriminator that this term does not move.
+            # The adversarial loss must not train the discriminator, so its parameters are detached.
             frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-            losses["adversarial"] = -functional_call(self.discriminator, frozen, (made.images,)).mean()
-            real, fake = self.discriminator(images), self.discriminator(made.images.detach())
+            losses["adversarial"] = -functional_call(self.discriminator, frozen, (output.images,)).mean()
+            real, fake = self.discriminator(images), self.discriminator(output.images.detach())
             losses["discriminator"] = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-        return VQOutput(made.images, made.ids, made.vectors, losses)
+        return VQOutput(output.images, output.ids, output.vectors, losses=losses)
 
     @torch.no_grad()
-    def count(self, counts: Tensor) -> Tensor:
-        """Remember the counts (K,) of a batch, all its processes together; the batch's perplexity ()."""
+    def count(self, counts: Integer[Tensor, " codes"]) -> Float[Tensor, ""]:
+        """Add the counts of a batch, summed over all processes, and return the perplexity of the batch."""
         self.counts += counts
         return torch.special.entr(counts / counts.sum()).sum().exp()
 
     @torch.no_grad()
-    def restart(self, vectors: Tensor, seed: int, step: int, optimizer: Optimizer) -> None:
-        """Move codes under 2 % of the mean use since the last restart onto random `vectors` (B, D, H, W), with
-        moments of 0 in the AdamW `optimizer`.
+    def restart(
+        self, vectors: Float[Tensor, "batch dim height width"], *, seed: int, step: int, optimizer: Optimizer
+    ) -> None:
+        """Replace codes used less than 2 % of the mean since the last restart by random `vectors`.
 
-        The choice is keyed by (seed, step): with the vectors of all processes it is the same on each.
+        Their moments in the AdamW `optimizer` are reset to 0. The random numbers depend on (seed, step), so all
+        processes choose the same vectors if they pass those gathered from all processes.
         """
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         candidates = vectors.permute(0, 2, 3, 1).flatten(0, 2)
@@ -88,27 +93,31 @@ class VQTraining(nn.Module):
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A generator's seed that belongs to a step: 24 random bits twice."""
+    """Return the seed of a step for a torch.Generator: two times 24 random bits."""
     high, low = Keys(seed, 0, torch.tensor([step])).uniform("restart", 2)[0].double().mul(2**24).long().tolist()
     return high << 24 | low
 
 
-def restart_due(step: int, steps: int, tokens: int, num_codes: int) -> bool:
-    """Whether dead codes are restarted in `step` of `steps`, each of `tokens` tokens: every 200 tokens a code,
-    until the last fifth. A pure function of the step, so that a resumed run does not have to ask.
+def restart_due(step: int, *, steps: int, tokens: int, num_codes: int) -> bool:
+    """Return whether dead codes are restarted in `step` of `steps`, each of `tokens` tokens.
+
+    Codes are restarted every 200 tokens per code, until the last fifth of the training. The answer depends on the
+    arguments only, so that a resumed run restarts codes in the same steps.
     """
     window = math.ceil(TOKENS_PER_CODE * num_codes / tokens)
     return (step + 1) % window == 0 and step < RESTART_UNTIL * steps
 
 
-def vq_losses(output: VQOutput, images: Tensor, perceptual: nn.Module | None) -> dict[str, Tensor]:
-    """Every term () by its name; the loss is their sum with `WEIGHTS`."""
+def vq_losses(
+    output: VQOutput, images: Float[Tensor, "batch 3 height width"], perceptual: nn.Module | None
+) -> dict[str, Float[Tensor, ""]]:
+    """Return all terms of the loss by name; `weighted_sum` adds them up."""
     losses = {"pixels": F.mse_loss(output.images, images), **output.losses}
     if perceptual is not None:
         losses["perceptual"] = perceptual(output.images, images)
     return losses
 
 
-def weighted_sum(losses: dict[str, Tensor]) -> Tensor:
-    """The loss () of `vq_losses`."""
+def weighted_sum(losses: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
+    """Return the training loss: the sum of the terms of `vq_losses`, weighted by `WEIGHTS`."""
     return sum(WEIGHTS[name] * value for name, value in losses.items())

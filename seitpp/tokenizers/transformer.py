@@ -76,6 +76,20 @@ class Transformer(nn.Module):
         return self.norm(tokens)
 
 
+def init_xavier(module: nn.Module) -> None:
+    """Initialize one layer, for `Module.apply`: Xavier uniform weights, zero biases; LayerNorm weight 1, bias 0.
+
+    A convolution is initialized as the linear map of its patch.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Return fixed 2-D sin-cos position embeddings of a grid (H, W), row by row: (H W, width) float32.
 

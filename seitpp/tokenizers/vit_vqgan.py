@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors, save_tensors
 from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
-from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, sincos_positions
+from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, init_xavier, sincos_positions
 
 KIND = "vit_vqgan"
 PREFIXES = ("encoder.", "decoder.", "quantizer.", "pre_quant.", "post_quant.")
@@ -98,7 +98,7 @@ class ViTVQGAN(Tokenizer):
         self.post_quant = nn.Linear(spec.code_dim, decoder.width)
         # Grid and position embeddings before the first change of the image size.
         self._trained: tuple[tuple[int, int], Tensor, Tensor] | None = None
-        self.apply(_initialize)
+        self.apply(init_xavier)  # not the codebook: the directions of its normal rows are uniform on the sphere
 
     @classmethod
     def new(
@@ -198,17 +198,6 @@ class ViTVQGAN(Tokenizer):
 
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         self.quantizer.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))  # the convolution is a linear map of each patch
-        nn.init.zeros_(module.bias)
-    # The codebook keeps nn.Embedding's normal distribution, whose directions are uniform on the sphere.
 
 
 def _wanted(name: str) -> bool:

@@ -79,7 +79,7 @@ def setup(at: Bench) -> Lines:
     model = MTM(**at.of({}, tiny))
     save_pretrained(at.folder / "mtm.safetensors", model, known)
     model = timm.create_model(at.of("seit_vit_base", "seit_vit_nano"), num_classes=classes)
-    save_classifier(at.folder / "seit.safetensors", model, known, None)
+    save_classifier(at.folder / "seit.safetensors", model, known, class_names=None)
     make_images = runpy.run_path(str(BENCH / "tokenize_images.py"))["make_images"]
     for label in ("0", "1"):
         folder = at.folder / "photographs" / label

@@ -117,7 +117,7 @@ def sources(folder: Path) -> dict[str, Path]:
     save_pretrained(folder / "mtm", mtm, "abc")
     save_release(mtm, folder / "mtm.pth")
     for kind, model in classifiers.items():
-        save_classifier(folder / kind, model, "abc", None)
+        save_classifier(folder / kind, model, "abc", class_names=None)
         save_release(model, folder / f"{kind}.pth")
     return {path.name: path for path in folder.iterdir()}
 

@@ -247,8 +247,8 @@ def test_out_of_memory_names_the_ways_out(tmp_path) -> None:
     )
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.splitlines()[-1].startswith(
-        "error: out of memory: 1024 images at a time on each of 1 process(es); the same steps with fewer: "
-        "--batch-size 1024 --accumulation 2 (512), --batch-size 1024 --accumulation 4 (256)"
+        "error: out of memory: got 1024 images at a time on each of 1 process(es): for the same updates with "
+        "fewer, pass --batch-size 1024 --accumulation 2 (512), --batch-size 1024 --accumulation 4 (256)"
     )
 
 

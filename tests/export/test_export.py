@@ -66,7 +66,9 @@ def trained(folder: Path, kind: str, **result: object) -> Path:
     """A run of seit_train, or of finetune where the model takes ids."""
     module = finetune if kind == "ids" else seit_train
     finished(folder, module, {"top1": 12.5, "top5": 50.0, **result})
-    save_classifier(folder / "model.safetensors", classifier(kind), "cb" * 32, NAMES, MODELS[kind][2])
+    save_classifier(
+        folder / "model.safetensors", classifier(kind), "cb" * 32, class_names=NAMES, window=MODELS[kind][2]
+    )
     return folder
 
 
@@ -113,9 +115,9 @@ def test_timm_makes_the_same_model(tmp_path: Path, kind: str) -> None:
 def test_a_model_of_pixels_and_its_transform(tmp_path: Path) -> None:
     """Fine-tuned to pixels: the card's example gives the logits of the recipe's own view."""
     torch.manual_seed(0)
-    model = with_noise(pixel_classifier_from(classifier("maps"), 10, 32))
+    model = with_noise(pixel_classifier_from(classifier("maps"), 10, img_size=32))
     run = finished(tmp_path / "run", finetune, {"top1": 12.5}, data="photos", checkpoint="runs/tokens")
-    save_classifier(run / "model.safetensors", model, None, NAMES)
+    save_classifier(run / "model.safetensors", model, None, class_names=NAMES)
     out = export_model(run, tmp_path / "out")
     picture = tmp_path / "pictures/picture.png"
     picture.parent.mkdir()
@@ -128,7 +130,7 @@ def test_a_model_of_pixels_and_its_transform(tmp_path: Path) -> None:
     # Pillow takes a box in single precision: of some pixels the last bit differs.
     torch.testing.assert_close(found["logits"], expected, atol=1e-3, rtol=0)
     assert "images of 32 x 32 pixels" in card and "codebook" not in card and "seitpp.models" not in example(card)
-    assert (rows(card)["data"], rows(card)["begun from"]) == ("photos", "runs/tokens")
+    assert (rows(card)["data"], rows(card)["initialized from"]) == ("photos", "runs/tokens")
     assert ModelCard(card).data.pipeline_tag == "image-classification"
 
 
@@ -146,7 +148,7 @@ def test_of_a_masked_token_model_the_encoder_and_all_of_it(tmp_path: Path) -> No
     card = (out / "README.md").read_text()
     assert "# mtm_vit_nano, pre-trained on the embedded digits" in card and "features = model(" in card
     assert rows(card)["linear probe of the frozen encoder, top-1, %"] == "68.25"
-    assert rows(card)["loss of the last update, nats a hidden token"] == "4.159"
+    assert rows(card)["loss of the last update, nats per hidden token"] == "4.159"
     assert "classes" not in rows(card)
 
 
@@ -184,7 +186,7 @@ def test_the_card_says_what_the_run_knew(tmp_path: Path) -> None:
     assert ModelCard(card).data.to_dict() == {"library_name": "timm", "tags": ["timm", "seitpp", "image-tokens"]}
     assert "\n# license: " in card.split("---")[1]
     facts = rows(card)
-    assert facts["images"] == "train 1,437, validation 360" and facts["bytes an image"] == "44.1"
+    assert facts["images"] == "train 1,437, validation 360" and facts["bytes per image"] == "44.1"
     assert facts["grid"] == "8 x 8 tokens" and facts["codes"] == "64 of dimension 32"
     assert (facts["codec"], facts["fingerprint of the store"]) == ("ans", "0f" * 8)
     assert facts["tokenizer"] == f"patch_kmeans {'e1' * 8}" and facts["classes"] == "10"
@@ -211,7 +213,7 @@ def test_the_card_says_less_where_the_run_knew_less(tmp_path: Path) -> None:
     facts = rows(card)
     assert set(facts) == {
         *("fact", "metric", "---", "data", "fingerprint of the codebook", "classes", "top-1, %"),
-        *("updates", "seconds in all", "processes", "seitpp"),
+        *("updates", "total seconds", "processes", "seitpp"),
     }
     assert facts["seitpp"] == result["seitpp"] and "None" not in card.split("```json")[0]
     assert "accelerate launch" not in card
@@ -220,7 +222,7 @@ def test_the_card_says_less_where_the_run_knew_less(tmp_path: Path) -> None:
 def test_the_moving_average_and_its_figures(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", "maps", top1_ema=75.25)
     average = with_noise(classifier("maps"))
-    save_classifier(run / "model_ema.safetensors", average, None, NAMES, (8, 8))
+    save_classifier(run / "model_ema.safetensors", average, None, class_names=NAMES, window=(8, 8))
     maps = torch.randn(2, 32, 8, 8)
     for ema, model, top1 in ((True, average, "75.25"), (False, classifier("maps"), "12.5")):
         out = export_model(run, tmp_path / f"out-{ema}", ema)
@@ -233,7 +235,7 @@ def test_the_command_of_the_card_has_the_settings_of_the_run(tmp_path: Path) -> 
     """And shows no folder of the user's."""
     folder, secret = tmp_path / "run", tmp_path / "secret"
     finished(folder, seit_train, {"top1": 1.0}, store=str(secret / "imagenet-tokens"), seed=7, overwrite=True)
-    save_classifier(folder / "model.safetensors", classifier("maps"), None, None, (8, 8))
+    save_classifier(folder / "model.safetensors", classifier("maps"), None, class_names=None, window=(8, 8))
     out = export_model(folder, tmp_path / "out")
     card = (out / "README.md").read_text()
     (line,) = re.findall(r"```sh\n(.*?)\n```", card, flags=re.DOTALL)
@@ -329,7 +331,9 @@ def test_what_is_no_finished_run_is_one_line(tmp_path: Path, monkeypatch, capsys
 
 def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     run = trained(tmp_path / "run", "maps", top1_ema=75.25)
-    save_classifier(run / "model_ema.safetensors", with_noise(classifier("maps")), None, NAMES, (8, 8))
+    save_classifier(
+        run / "model_ema.safetensors", with_noise(classifier("maps")), None, class_names=NAMES, window=(8, 8)
+    )
     monkeypatch.setattr(sys, "argv", ["seitpp", "export-model", str(run), str(tmp_path / "out"), "--no-ema"])
     cli.main()
     said = capsys.readouterr().out

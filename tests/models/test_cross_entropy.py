@@ -22,7 +22,7 @@ def some_tokens(codes: int, tokens: int = TOKENS) -> tuple[Tensor, ...]:
     return vectors, table, bias, targets
 
 
-def plain(vectors: Tensor, table: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def plain(vectors: Tensor, table: Tensor, bias: Tensor, *, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = (vectors @ table.T + bias).float()
     return F.cross_entropy(logits, targets), (logits.argmax(dim=1) == targets).float().mean()
 
@@ -30,7 +30,7 @@ def plain(vectors: Tensor, table: Tensor, bias: Tensor, targets: Tensor) -> tupl
 def with_gradients(function, vectors: Tensor, table: Tensor, bias: Tensor, targets: Tensor, scale: float = 1.0):
     """Loss, accuracy, and the gradients of `scale` times the loss."""
     vectors, bias = vectors.clone().requires_grad_(), bias.clone().requires_grad_()
-    loss, accuracy = function(vectors, table, bias, targets)
+    loss, accuracy = function(vectors, table, bias, targets=targets)
     (scale * loss).backward()
     return loss.detach(), accuracy, vectors.grad, bias.grad
 
@@ -84,7 +84,7 @@ def test_logits_are_never_all_there() -> None:
             lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t
         ),
     ):
-        loss, _ = linear_cross_entropy(*tokens)
+        loss, _ = linear_cross_entropy(*tokens[:3], targets=tokens[3])
     loss.backward()
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
     assert 2**20 < largest <= 4 * cross_entropy.CHUNK_CELLS["cpu"] + 2**16
@@ -101,5 +101,5 @@ def test_its_products_are_counted() -> None:
     for device in ("cpu", "meta"):
         vectors, table, bias, targets = (part.to(device) for part in some_tokens(391))
         with FlopCounterMode(display=False) as counter:
-            linear_cross_entropy(vectors.requires_grad_(), table, bias, targets)[0].backward()
+            linear_cross_entropy(vectors.requires_grad_(), table, bias, targets=targets)[0].backward()
         assert counter.get_total_flops() == 2 * (2 * TOKENS * 391 * DIM)

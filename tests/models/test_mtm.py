@@ -95,6 +95,7 @@ def test_agrees_with_the_textbook() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_graph_for_all_mask_counts() -> None:
     """The first count is a constant of the first graph; a second graph serves all others."""
     model = small_model(dropout=0.0)

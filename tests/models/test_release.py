@@ -201,16 +201,16 @@ def test_what_is_not_used_is_named_in_one_warning(tmp_path) -> None:
     path = written(tmp_path, {**STATES["mtm published"], "spare.weight": torch.zeros(3)})
     with pytest.warns(UserWarning) as caught:
         from_release(path)
-    assert [str(w.message) for w in caught] == [f"{path}: not used, 1 tensors: spare.weight"]
+    assert [str(w.message) for w in caught] == [f"{path}: 1 tensors are not used: spare.weight"]
     assert caught[0].filename == __file__
     path = written(tmp_path, without("mtm published", "reverse_transform.", "conversion_function.1"))
     with pytest.warns(UserWarning) as caught:
         check("mtm published", from_release(path))
     names = "conversion_function.0.bias, conversion_function.0.weight"
-    assert [str(w.message) for w in caught] == [f"{path}: not used, 2 tensors: {names}"]
+    assert [str(w.message) for w in caught] == [f"{path}: 2 tensors are not used: {names}"]
     for kind in ("tokenadapt", "seitpp published"):
         path = written(tmp_path, {**STATES[kind], "reverse_transform.2.weight": torch.zeros(3)})
-        with pytest.warns(UserWarning, match=r"not used, 1 tensors: reverse_transform.2.weight"):
+        with pytest.warns(UserWarning, match=r"1 tensors are not used: reverse_transform.2.weight"):
             from_release(path)
 
 
@@ -260,10 +260,10 @@ def test_missing_parts_are_named_in_one_line(tmp_path, kind: str, lost: tuple, p
         ({"cls_token": None}, "lacks cls_token: name a file"),
         ({"head.weight": torch.zeros(5, 3)}, r"head.weight has shape \(5, 3\), expected \(5, 128\)"),
         ({"cls_token": torch.zeros(1, 1, 100)}, "width 100, expected a multiple of 64"),
-        ({"pos_embed": torch.zeros(1, 16, 128)}, "15 positions and one of cls, expected a square grid"),
+        ({"pos_embed": torch.zeros(1, 16, 128)}, "15 positions besides that of cls, expected a square grid"),
         ({"patch_embed.proj.weight": torch.zeros(128, 6, 3, 3)}, "stem of kernel 3, expected one of"),
         ({"patch_embed.proj.weight": None}, "lacks patch_embed.proj.weight: name a file"),
-        ({"patch_embed.proj.weight": None, "patch_embed.proj.bias": None}, "are of no released model"),
+        ({"patch_embed.proj.weight": None, "patch_embed.proj.bias": None}, "of no released model"),
         ({"head.weight": "text"}, "holds no state dict"),
     ],
 )
@@ -314,7 +314,7 @@ def test_published_widths_have_their_names(tmp_path) -> None:
 
 def test_a_model_read_in_can_be_saved_as_ours(tmp_path) -> None:
     model = load(tmp_path, STATES["seitpp"])
-    save_classifier(tmp_path / "ours", model, "abc", None)
+    save_classifier(tmp_path / "ours", model, "abc", class_names=None)
     assert_same(load_classifier(tmp_path / "ours").model, model)
     mtm = load(tmp_path, STATES["mtm"])
     save_pretrained(tmp_path / "mtm", mtm, "abc")
@@ -327,9 +327,9 @@ def test_models_without_a_place_in_the_layout_are_not_written() -> None:
         to_release(timm.create_model("seit_vit_nano"))
     with pytest.raises(ModelError, match="got a TokenResNet"):
         to_release(timm.create_model("seit_resnet18"))
-    with pytest.raises(ModelError, match="expected avg and a head"):
+    with pytest.raises(ModelError, match="expected avg and a classifier head"):
         to_release(timm.create_model("mtm_vit_base", num_classes=0, **sizes))
-    with pytest.raises(ModelError, match="square grids only"):
+    with pytest.raises(ModelError, match="expected a square grid"):
         to_release(timm.create_model("mtm_vit_base", img_size=(8, 12), **sizes))
     with pytest.raises(ModelError, match="heads of 16 channels"):
         to_release(
@@ -342,9 +342,9 @@ def test_models_without_a_place_in_the_layout_are_not_written() -> None:
 def test_a_tokenadapt_goes_beside_models_of_its_codes_only(tmp_path) -> None:
     adapt = TokenAdapt((4, 4), crop=(2, 2), num_codes=5, code_dim=6, width=64, heads=1, mlp=32)
     for model in (load(tmp_path, STATES["seit"]), adapt):
-        with pytest.raises(ModelError, match="published beside an MTM or a mtm_vit_"):
+        with pytest.raises(ModelError, match="with a TokenAdapt, expected an MTM or a mtm_vit_"):
             to_release(model, adapt)
-    with pytest.raises(ModelError, match="TokenAdapt of 5 codes, the model beside it has 17"):
+    with pytest.raises(ModelError, match="TokenAdapt of 5 codes, expected the 17"):
         to_release(load(tmp_path, STATES["mtm"]), adapt)
 
 

@@ -157,7 +157,7 @@ def test_every_way_and_its_figures() -> None:
 
 
 def test_pairs_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="a crop of 5 tokens is 30 pixels of images of 24"):
+    with pytest.raises(ValueError, match="a crop of 5 tokens, which is 30 pixels, expected at most the 24"):
         tokenizer_pair(exact_tokenizer(), 24, 5)
     with pytest.raises(TokenizerError, match="not a multiple of patch 6"):
         tokenizer_pair(exact_tokenizer(), 25, 2)

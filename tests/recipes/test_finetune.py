@@ -126,7 +126,7 @@ def test_another_grid_and_other_classes(
     size = ["--store", other_store, "--size", 12]
     call(finetune, "smoke", "--checkpoint", runs[source], *size, *still, "--out", tmp_path / "run")
     saved = load_classifier(tmp_path / "run" / "model.safetensors")
-    expected = classifier_from(load_pretrained(runs[source]).model, 3, (12, 12)).state_dict()
+    expected = classifier_from(load_pretrained(runs[source]).model, 3, img_size=(12, 12)).state_dict()
     for name, tensor in saved.model.state_dict().items():
         assert torch.equal(tensor, expected[name]) or name.startswith("head."), name
     assert saved.model.pos_embed.shape == (1, 37, 96) and saved.class_names == list("abc")
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_pixels_keeps_its_stem(runs: dict[str, Path], pictures: 
 def resnet(codebook: np.ndarray, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("resnet") / "model.safetensors"
     model = timm.create_model("seit_resnet18", in_chans=32, num_classes=10)
-    save_classifier(path, model, codebook_fingerprint(codebook), None)
+    save_classifier(path, model, codebook_fingerprint(codebook), class_names=None)
     return path
 
 
@@ -317,7 +317,7 @@ def test_what_cannot_be_fine_tuned_is_refused(
     size = {"embed_dim": 64, "depth": 1, "num_heads": 1}
     save_release(timm.create_model("seit_vit_nano", img_size=8, num_classes=5, **size), tmp_path / "seit.pth")
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
-    save_classifier(tmp_path / "pixels", vit, None, None)
+    save_classifier(tmp_path / "pixels", vit, None, class_names=None)
     save_release(
         TokenAdapt((8, 8), crop=(8, 8), num_codes=64, code_dim=32, width=64, heads=1, mlp=64),
         tmp_path / "adapt.pth",

@@ -84,7 +84,7 @@ def test_another_model_is_refused(first: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not the codebook 0000000000000000 that"):
         pretrain(out, init_from=str(other))
     classifier = timm.create_model("seit_vit_nano", img_size=8, in_chans=32, num_classes=10)
-    save_classifier(tmp_path / "classifier.safetensors", classifier, digits_codebook(), None, None)
+    save_classifier(tmp_path / "classifier.safetensors", classifier, digits_codebook(), class_names=None)
     with pytest.raises(UserError, match="holds a classifier: expected a masked token model"):
         pretrain(out, init_from=str(tmp_path / "classifier.safetensors"))
     assert not out.exists()

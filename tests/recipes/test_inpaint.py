@@ -52,28 +52,30 @@ def some_region(patches: int = 9) -> torch.Tensor:
 @pytest.mark.parametrize("patches", [1, 4, 9, 16])
 def test_what_is_visible_stays_and_what_is_hidden_is_never_seen(patches: int, temperature: float) -> None:
     hidden = some_region(patches)
-    filled = fill_iteratively(MODEL, IDS, hidden, KEYS, 5, temperature)
+    filled = fill_iteratively(MODEL, IDS, hidden, keys=KEYS, rounds=5, temperature=temperature)
     assert torch.equal(filled[~hidden], IDS[~hidden])
     assert filled.dtype == torch.int64 and filled.min() >= 0 and filled.max() < CODES
     other = torch.where(hidden, (IDS + 13) % CODES, IDS)
-    assert torch.equal(fill_iteratively(MODEL, other, hidden, KEYS, 5, temperature), filled)
+    assert torch.equal(
+        fill_iteratively(MODEL, other, hidden, keys=KEYS, rounds=5, temperature=temperature), filled
+    )
 
 
 def test_one_round_is_the_likeliest_code_everywhere() -> None:
     hidden = some_region()
     patches, count = hidden_patches(hidden, (4, 4))
-    plan = decoding_plan(patches, count, KEYS, turn=0)
+    plan = decoding_plan(patches, count, keys=KEYS, turn=0)
     with torch.no_grad():
         expected = fill_hidden(MODEL(IDS, plan), IDS, plan)
-    assert torch.equal(fill_iteratively(MODEL, IDS, hidden, KEYS, rounds=1), expected)
-    assert not torch.equal(fill_iteratively(MODEL, IDS, hidden, KEYS, rounds=9), expected)
+    assert torch.equal(fill_iteratively(MODEL, IDS, hidden, keys=KEYS, rounds=1), expected)
+    assert not torch.equal(fill_iteratively(MODEL, IDS, hidden, keys=KEYS, rounds=9), expected)
 
 
 def test_rounds_hide_what_the_schedule_says_and_never_hide_again() -> None:
     """Seen from the model: in the plan of a call, just the surest patches of the last are visible now."""
     calls = []
     handle = MODEL.register_forward_hook(lambda model, inputs, logits: calls.append((*inputs, logits)))
-    filled = fill_iteratively(MODEL, IDS, some_region(), KEYS, rounds=4)
+    filled = fill_iteratively(MODEL, IDS, some_region(), keys=KEYS, rounds=4)
     handle.remove()
     assert [plan.hidden.sum(dim=1).tolist() for _, plan, _ in calls] == [[9] * 4, [8] * 4, [6] * 4, [3] * 4]
     for (_, plan, logits), (ids, later, _) in pairwise(calls):
@@ -103,12 +105,12 @@ def test_plan_drops_hidden_patches_as_in_training() -> None:
     dropped, _ = MASK_RATIOS["seitpp"].counts(16, 1.0)
     for count in (1, dropped - 1, dropped, 9, 16):
         patches, found = hidden_patches(some_region(count), (4, 4))
-        plan = decoding_plan(patches, found, KEYS, turn=0)
+        plan = decoding_plan(patches, found, keys=KEYS, turn=0)
         assert found == count and torch.equal(plan.hidden, patches)
         assert plan.kept.shape == (4, 16 - min(dropped, count))
         left = torch.ones(4, 16, dtype=torch.bool).scatter(1, plan.kept, False)
         assert (left & ~patches).sum() == 0
-    assert not torch.equal(decoding_plan(patches, found, KEYS, turn=1).kept, plan.kept)
+    assert not torch.equal(decoding_plan(patches, found, keys=KEYS, turn=1).kept, plan.kept)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -118,7 +120,7 @@ def test_randomness_belongs_to_the_image(temperature: float, monkeypatch) -> Non
     def fill(places: list[int], seed: int = 0) -> torch.Tensor:
         torch.rand(3)  # the global generator is not used
         keys = Keys(seed, 0, torch.tensor(places))
-        return fill_iteratively(MODEL, IDS[places], hidden[places], keys, 4, temperature)
+        return fill_iteratively(MODEL, IDS[places], hidden[places], keys=keys, rounds=4, temperature=temperature)
 
     together = fill([0, 1, 2, 3])
     assert torch.equal(fill([0, 1, 2, 3]), together)
@@ -137,12 +139,12 @@ def test_codes_are_drawn_from_the_tempered_softmax() -> None:
     copies, temperature = 3000, 2.0
     hidden = torch.zeros(1, 8, 8, dtype=torch.bool)
     hidden[:, 2:6, 4:6] = True
-    plan = decoding_plan(*hidden_patches(hidden, (4, 4)), KEYS.of(torch.tensor([0])), turn=0)
+    plan = decoding_plan(*hidden_patches(hidden, (4, 4)), keys=KEYS.of(torch.tensor([0])), turn=0)
     with torch.no_grad():
         expected = (MODEL(IDS[:1], plan) / temperature).double().softmax(dim=1)[0, :, 3, 5] * copies
     many = Keys(0, 0, torch.arange(copies))
     repeated = IDS[:1].expand(copies, -1, -1), hidden.expand(copies, -1, -1)
-    drawn = fill_iteratively(MODEL, *repeated, many, 1, temperature)[:, 3, 5]
+    drawn = fill_iteratively(MODEL, *repeated, keys=many, rounds=1, temperature=temperature)[:, 3, 5]
     counts, common = torch.bincount(drawn, minlength=CODES), expected > 5
     assert common.sum() > 5
     pooled = [torch.cat([part[common], part[~common].sum().view(1)]) for part in (counts, expected)]
@@ -157,7 +159,7 @@ def test_noise_on_the_order_falls_with_the_rounds() -> None:
     calls = []
     handle = MODEL.register_forward_hook(lambda model, inputs, logits: calls.append((*inputs, logits)))
     many = Keys(0, 0, torch.arange(copies))
-    fill_iteratively(MODEL, IDS[:1].expand(copies, -1, -1), hidden, many, rounds, temperature=1.0)
+    fill_iteratively(MODEL, IDS[:1].expand(copies, -1, -1), hidden, keys=many, rounds=rounds, temperature=1.0)
     handle.remove()
     for turn, ((_, plan, logits), (ids, later, _)) in enumerate(pairwise(calls)):
         chosen = logits.log_softmax(dim=1).gather(1, ids.unsqueeze(1)).squeeze(1)
@@ -185,23 +187,23 @@ def test_a_model_that_knows_one_image_fills_it_perfectly() -> None:
     for patches in (4, 9, 16):
         hidden = some_region(patches)
         given = torch.where(hidden, CODES - 1, ids)
-        assert torch.equal(fill_iteratively(model.eval(), given, hidden, KEYS), ids)
+        assert torch.equal(fill_iteratively(model.eval(), given, hidden, keys=KEYS), ids)
 
 
 def test_bad_regions_and_settings_are_refused() -> None:
     whole = some_region()
     torn = whole.clone()
     torn[2, 0, 0] = ~torn[2, 0, 0]
-    with pytest.raises(DecodingError, match="parts of patches: expected whole ones, of 2 x 2 tokens"):
-        fill_iteratively(MODEL, IDS, torn, KEYS)
+    with pytest.raises(DecodingError, match="parts of patches, expected whole patches of 2 x 2 tokens"):
+        fill_iteratively(MODEL, IDS, torn, keys=KEYS)
     uneven = torch.cat([whole[:2], some_region(5)[2:]])
-    with pytest.raises(DecodingError, match=r"\[5, 9\] hidden patches an image: expected one number"):
-        fill_iteratively(MODEL, IDS, uneven, KEYS)
+    with pytest.raises(DecodingError, match=r"\[5, 9\] hidden patches per image, expected the same number"):
+        fill_iteratively(MODEL, IDS, uneven, keys=KEYS)
     with pytest.raises(DecodingError, match=r"\[0\] hidden patches"):
-        fill_iteratively(MODEL, IDS, torch.zeros_like(whole), KEYS)
+        fill_iteratively(MODEL, IDS, torch.zeros_like(whole), keys=KEYS)
     for settings in ({"rounds": 0}, {"temperature": -1.0}):
         with pytest.raises(DecodingError, match="expected 1 round or more, and a temperature >= 0"):
-            fill_iteratively(MODEL, IDS, whole, KEYS, **settings)
+            fill_iteratively(MODEL, IDS, whole, keys=KEYS, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +224,13 @@ def test_smoke_through_the_command_line(checkpoint: Path, tmp_path: Path) -> Non
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     hidden[:, 2:6, 2:6] = True
     keys = Keys(0, 0, chosen)
-    plan = decoding_plan(*hidden_patches(hidden, (4, 4)), keys, turn=0)
+    plan = decoding_plan(*hidden_patches(hidden, (4, 4)), keys=keys, turn=0)
     with torch.no_grad():
         logits = MODEL(ids, plan)
-    right = [fill_hidden(logits, ids, plan) == ids, fill_iteratively(MODEL, ids, hidden, keys, 2) == ids]
+    right = [
+        fill_hidden(logits, ids, plan) == ids,
+        fill_iteratively(MODEL, ids, hidden, keys=keys, rounds=2) == ids,
+    ]
     for name, correct in zip(("one_shot", "iterative"), right, strict=True):
         assert result[f"accuracy_{name}"] == pytest.approx(100 * correct[hidden].float().mean().item())
     most = torch.bincount(ids[:, 2:6, 2:6].flatten()).max().item()
@@ -265,7 +270,7 @@ def test_bad_settings_make_no_folder(changes, words, checkpoint: Path, tmp_path:
 def test_other_models_and_codebooks_are_refused(tmp_path: Path) -> None:
     store = TokenStore(digits().store)
     classifier = timm.create_model("mtm_vit_nano", img_size=8, in_chans=16, num_codes=CODES, num_classes=10)
-    save_classifier(tmp_path / "classifier", classifier, None, None)
+    save_classifier(tmp_path / "classifier", classifier, None, class_names=None)
     save_pretrained(tmp_path / "other", MODEL, "0" * 64)
     larger = tiny_mtm(grid=(10, 10), code_dim=16)
     save_pretrained(tmp_path / "larger", larger, codebook_fingerprint(store.codebook))

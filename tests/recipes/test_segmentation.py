@@ -147,7 +147,7 @@ def test_a_rehearsal_goes_through_everything_and_leaves_nothing(tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     rehearse(segment_ade20k.main, parse(segment_ade20k.PRESETS, "scenes", ["smoke", "--dry-run"]))
     printed = capsys.readouterr().out
-    assert "from step 0" in printed and "from step 1" in printed and "dry run: begun, saved, resumed" in printed
+    assert "from step 0" in printed and "from step 1" in printed and "dry run: started, saved, resumed" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -337,13 +337,21 @@ def test_what_cannot_be_evaluated_is_refused(
     )
     small = {"img_size": 8, "in_chans": 32}
     save_classifier(
-        tmp_path / "three", timm.create_model("seit_vit_nano", num_classes=3, **small), fingerprint, None
+        tmp_path / "three",
+        timm.create_model("seit_vit_nano", num_classes=3, **small),
+        fingerprint,
+        class_names=None,
     )
     swapped = [str(digit) for digit in (1, 0, *range(2, 10))]
     save_classifier(
-        tmp_path / "swapped", timm.create_model("seit_vit_nano", num_classes=10, **small), fingerprint, swapped
+        tmp_path / "swapped",
+        timm.create_model("seit_vit_nano", num_classes=10, **small),
+        fingerprint,
+        class_names=swapped,
     )
-    save_classifier(tmp_path / "foreign", timm.create_model("seit_vit_nano", num_classes=10, **small), "0", None)
+    save_classifier(
+        tmp_path / "foreign", timm.create_model("seit_vit_nano", num_classes=10, **small), "0", class_names=None
+    )
     size = {"embed_dim": 64, "depth": 1, "num_heads": 1, "img_size": 8, "num_classes": 10}
     save_release(timm.create_model("seit_vit_nano", in_chans=4, **size), tmp_path / "narrow.pth")
     save_release(

@@ -125,7 +125,7 @@ def test_evaluation_does_one_thing_to_every_image(name: str, changed: tuple[bool
         ("smoke", {"tokenizer": "none.safetensors"}, "no tokenizer file at none.safetensors"),
         ("smoke", {"tokenizer": "refined"}, "windows of 8"),
         ("smoke", {"image_size": 30, "crop_size": 7}, "not a multiple of patch 4"),
-        ("smoke", {"crop_size": 9}, "a crop of 9 tokens is 36 pixels of images of 32"),
+        ("smoke", {"crop_size": 9}, "a crop of 9 tokens, which is 36 pixels, expected at most the 32"),
         ("smoke", {"image_size": 64}, "--image-size 64: expected at most --load-size 32"),
     ],
 )

@@ -209,7 +209,7 @@ def test_dead_codes_move_onto_vectors_and_others_stay() -> None:
     assert model.count(even).item() == pytest.approx(12)  # equally frequent
     model.counts.zero_()
     assert model.count(counts).item() < 12
-    model.restart(vectors, 4, 9, adamw(model, 0.0))
+    model.restart(vectors, seed=4, step=9, optimizer=adamw(model, 0.0))
     after = model.tokenizer.codebook.detach()
     candidates = vectors.permute(0, 2, 3, 1).reshape(-1, 6)
     changed = (after != before).any(dim=1).nonzero().flatten().tolist()
@@ -218,7 +218,7 @@ def test_dead_codes_move_onto_vectors_and_others_stay() -> None:
     again, other = small_model(), small_model()
     for twin, step in ((again, 9), (other, 10)):
         twin.count(counts)
-        twin.restart(vectors, 4, step, adamw(twin, 0.0))
+        twin.restart(vectors, seed=4, step=step, optimizer=adamw(twin, 0.0))
     assert torch.equal(again.tokenizer.codebook, after) and not torch.equal(other.tokenizer.codebook, after)
     assert {"counts", "restarted"} <= model.state_dict().keys() - model.tokenizer.state_dict().keys()
 
@@ -234,7 +234,7 @@ def test_a_restarted_code_stays_where_it_is_put() -> None:
     counts = torch.full((12,), 1000)
     counts[[3, 7]] = 0
     model.count(counts)
-    model.restart(torch.randn(2, 6, 4, 4), 4, 9, optimizer)
+    model.restart(torch.randn(2, 6, 4, 4), seed=4, step=9, optimizer=optimizer)
     put, moved = codebook.detach().clone(), [code for code in range(12) if code not in (3, 7)]
     codebook.grad.zero_()
     optimizer.step()
@@ -243,9 +243,11 @@ def test_a_restarted_code_stays_where_it_is_put() -> None:
 
 
 def test_restarts_are_a_function_of_the_step() -> None:
-    due = [step for step in range(100) if restart_due(step, 100, tokens=1024, num_codes=64)]
+    due = [step for step in range(100) if restart_due(step, steps=100, tokens=1024, num_codes=64)]
     assert due == [12, 25, 38, 51, 64, 77]  # every 200 tokens a code, rounded up to 13 steps; none from 80 on
-    assert [step for step in range(10) if restart_due(step, 10, 10**6, 64)] == list(range(8))
+    assert [step for step in range(10) if restart_due(step, steps=10, tokens=10**6, num_codes=64)] == list(
+        range(8)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the recipe

@@ -221,7 +221,7 @@ def test_what_is_no_whole_model_is_not_pushed(
         with pytest.raises(ModelError, match=f"{name} cannot be read"):
             push_model(model, "me/mtm")
     with pytest.raises(
-        ModelError, match="run: a run, not an exported model, which `seitpp export-model` makes of it"
+        ModelError, match="run: got a run, expected an exported model: export it with `seitpp export-model`"
     ):
         push_model(tmp_path / "run", "me/mtm")
     monkeypatch.setattr(sys, "argv", ["seitpp", "push", str(tmp_path), "me/mtm"])

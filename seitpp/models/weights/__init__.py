@@ -1,1 +1,1 @@
-"""Files of weights: our own, official checkpoints, and where fine-tuning starts."""
+"""Files of weights, of this library and of the official releases, and the initialization of fine-tuning."""

@@ -1,4 +1,4 @@
-"""Our own model files: one safetensors whose header says what the tensors are and how to make the model again."""
+"""The model files of this library: safetensors with a JSON header from which the model is built again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +16,16 @@ from seitpp.models.vit import TokenEmbed
 from seitpp.tensors import load_tensors, save_tensors
 
 
-def write_model(path: Path, kind: str, model: nn.Module, header: Mapping[str, Any]) -> None:
-    """Write a model's tensors, and `header`, anything JSON can hold, under the name `kind`."""
+def write_model(path: Path, model: nn.Module, *, kind: str, header: Mapping[str, Any]) -> None:
+    """Write the tensors of a model and a `header` of JSON values; `read_model` checks the `kind`."""
     save_tensors(path, model.state_dict(), kind, header)
 
 
 def read_model(path: Path, kind: str, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file of `write_model`; `expected` says in an error what the file should be.
+    """Read the header and the tensors of a file that `write_model` wrote.
 
-    Raises ModelError naming the file if it is missing, damaged or of another kind.
+    Error messages name what file was `expected`. Raises ModelError if the file is missing, damaged or of another
+    kind.
     """
     if not path.is_file():
         raise ModelError(f"no model file at {path}: expected {expected}")
@@ -36,37 +37,34 @@ def read_model(path: Path, kind: str, expected: str) -> tuple[dict[str, Any], di
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """`timm.create_model(name, **arguments)` makes the model again, without dropout and drop-path."""
+    """The arguments with which timm.create_model builds the model again, without dropout and drop path."""
 
     name: str
     arguments: dict[str, Any]
 
 
 class Loaded(NamedTuple):
-    """What every loader gives: the `model` in eval mode; the fingerprint of its `codebook` (None: a model of
-    pixels, or not known); the `class_names` (None where its data had none); its `spec` (None for what
-    `save_classifier` did not write); and the central `window` of tokens (height, width) on which it was evaluated
-    (None: of the size of its input).
-    """
+    """A loaded model and what its file says about it."""
 
-    model: nn.Module
-    codebook: str | None = None
-    class_names: list[str] | None = None
-    spec: ClassifierSpec | None = None
+    model: nn.Module  # in eval mode
+    codebook: str | None = None  # fingerprint of the codebook; None: a model for pixels, or unknown
+    class_names: list[str] | None = None  # None: the training data had none
+    spec: ClassifierSpec | None = None  # None: not written by save_classifier
+    # Height and width of the central window of tokens on which the model was evaluated; None: its input size.
     window: tuple[int, int] | None = None
 
 
 def classifier_spec(model: nn.Module) -> ClassifierSpec:
-    """Name and sizes of a timm ViT or ResNet, read from the model as it is now.
+    """Return the name and sizes of a timm ViT or ResNet, after any `set_input_size` or `reset_classifier`.
 
-    So what `set_input_size` or `reset_classifier` changed is in it. Raises ModelError for another kind of model.
+    Raises ModelError for another kind of model.
     """
     if isinstance(model, VisionTransformer):
         arguments = _vit_arguments(model)
     elif isinstance(model, ResNet):
         arguments = {"in_chans": model.conv1.in_channels}
     else:
-        raise ModelError(f"got a {type(model).__name__}, expected a ViT or ResNet that timm.create_model made")
+        raise ModelError(f"got a {type(model).__name__}, expected a ViT or ResNet from timm.create_model")
     return ClassifierSpec(model.pretrained_cfg["architecture"], {**arguments, "num_classes": model.num_classes})
 
 
@@ -91,37 +89,38 @@ def save_classifier(
     path: Path,
     model: nn.Module,
     codebook: str | None,
+    *,
     class_names: Sequence[str] | None,
     window: tuple[int, int] | None = None,
 ) -> None:
-    """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or a ViT of timm's own for pixels.
+    """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or one of timm's ViTs for pixels.
 
-    `codebook` is the fingerprint of the codebook, None for pixels; `window` as in `Loaded`. Raises ModelError if
-    the model is not one that its name and sizes make again, so that every file written can be read.
+    `codebook`, the fingerprint of the codebook, `class_names` and `window` are described at `Loaded`. Raises
+    ModelError if the file could not be loaded, because the model has more settings than its name and sizes.
     """
     spec = classifier_spec(model)
     with torch.device("meta"):
-        again = timm.create_model(spec.name, **spec.arguments)
-    if _shapes(again) != _shapes(model):
-        raise ModelError(f"{spec} does not make the same tensors again: expected a model without other settings")
+        rebuilt = timm.create_model(spec.name, **spec.arguments)
+    if _shapes(rebuilt) != _shapes(model):
+        raise ModelError(f"{spec} builds other tensors than this model's: expected a model without other settings")
     names = None if class_names is None else list(class_names)
     header = {"spec": asdict(spec), "codebook": codebook, "class_names": names, "window": window}
-    write_model(path, "classifier", model, header)
+    write_model(path, model, kind="classifier", header=header)
 
 
 def load_classifier(path: Path) -> Loaded:
-    """A classifier that `save_classifier` wrote, without dropout and drop-path.
+    """Load a classifier that `save_classifier` wrote, without dropout and drop path.
 
-    Raises ModelError naming the file if it is missing, damaged, of another kind, or of a model unknown here.
+    Raises ModelError if the file is missing, damaged, of another kind, or holds a model that timm does not know.
     """
     header, tensors = read_model(path, "classifier", "a classifier that save_classifier wrote")
     spec = ClassifierSpec(**header["spec"])
     if not timm.is_model(spec.name):  # create_model would look for other names on the network
-        raise ModelError(f"{path} holds a {spec.name}, which neither timm nor seitpp.models knows")
+        raise ModelError(f"{path} holds a {spec.name}, expected a model of timm or seitpp.models: update both")
     model = timm.create_model(spec.name, **spec.arguments)
     model.load_state_dict(tensors)
     window = tuple(header["window"]) if header["window"] else None
-    return Loaded(model.eval(), header["codebook"], header["class_names"], spec, window)
+    return Loaded(model.eval(), header["codebook"], header["class_names"], spec=spec, window=window)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -1,4 +1,4 @@
-"""The weights of the perceptual distance, from torchvision's file."""
+"""Load the weights of the perceptual distance from torchvision's file."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from seitpp.tensors import load_state_dict
 
 
 def load_vgg_distance(path: str | Path) -> VGGDistance:
-    """The distance by torchvision's file of VGG16 weights, which is not unpickled.
+    """Load the VGG16 distance from torchvision's weights file, without unpickling it.
 
-    Raises ModelError naming the file if it is missing or holds anything else.
+    Raises ModelError naming the file if it is missing or holds other weights.
     """
     if not Path(path).is_file():
-        raise ModelError(f"no VGG16 weights at {path}: expected torchvision's vgg16 file")
+        raise ModelError(f"no VGG16 weights at {path}: expected the file of torchvision's vgg16")
     tensors = load_state_dict(Path(path), ModelError, lambda name: name.startswith("features."))
     try:
         return VGGDistance(tensors)

@@ -1,4 +1,4 @@
-"""One door to every trained model: a run's folder, a model file of ours, an official checkpoint."""
+"""Load a trained model from the folder of a run, a model file of this library, or an official checkpoint."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,23 +15,23 @@ from seitpp.models.weights.classifiers import Loaded, load_classifier, read_mode
 from seitpp.models.weights.release import from_release
 from seitpp.tensors import header_keys
 
-AVERAGED = "model_ema.safetensors"  # in a run's folder, the moving average of the weights
-KINDS = ("mtm", "classifier", "tokenadapt")  # of our own files
+AVERAGED = "model_ema.safetensors"  # in the folder of a run, the moving average of the weights
+KINDS = ("mtm", "classifier", "tokenadapt")  # kinds of model files of this library
 
 
 def save_pretrained(path: Path, model: MTM | TokenAdapt, codebook: str) -> None:
-    """Write weights and settings as one safetensors file; `codebook` is the fingerprint of the codebook."""
+    """Write the weights and settings to one safetensors file; `codebook` is the fingerprint of the codebook."""
     kind = "mtm" if isinstance(model, MTM) else "tokenadapt"
-    write_model(path, kind, model, {"settings": model.settings, "codebook": codebook})
+    write_model(path, model, kind=kind, header={"settings": model.settings, "codebook": codebook})
 
 
 def load_pretrained(path: str | Path, ema: bool = True) -> Loaded:
-    """The classifier or masked token model at `path`, in eval mode.
+    """Load the classifier or masked token model at `path`, in eval mode.
 
-    A folder is that of a run: its model_ema.safetensors, if there is one and `ema`, else its model.safetensors.
-    Of an official checkpoint the codebook and the names of the classes are unknown (None); a TokenAdapt that it
-    carries is left to `load_pretrained_tokenadapt`. Raises ModelError naming the file if there is none, if it
-    cannot be read, or if it is a TokenAdapt alone.
+    From the folder of a run, model_ema.safetensors is loaded if it exists and `ema` is true, else
+    model.safetensors. The codebook and class names of an official checkpoint are unknown (None); the TokenAdapt in
+    it is loaded by `load_pretrained_tokenadapt`. Raises ModelError naming the file if it is missing, cannot be
+    read, or holds only a TokenAdapt.
     """
     path = model_file(Path(path), ema)
     kind = _own_kind(path)
@@ -46,10 +46,10 @@ def load_pretrained(path: str | Path, ema: bool = True) -> Loaded:
 
 
 def load_pretrained_tokenadapt(path: str | Path) -> Loaded:
-    """The TokenAdapt at `path`; of an official one the codebook is not known.
+    """Load the TokenAdapt at `path`, in eval mode; the codebook of an official one is unknown (None).
 
-    `path` is the folder of a tokenadapt_train run, its file, or an official checkpoint: of TokenAdapt alone, or of
-    an MTM or SeiT++ classifier that carries one. Raises ModelError naming the file if there is none in it.
+    `path` is the folder of a tokenadapt_train run, its model file, or an official checkpoint of a TokenAdapt, or
+    of an MTM or SeiT++ classifier with its TokenAdapt. Raises ModelError naming the file if there is none in it.
     """
     path = model_file(Path(path), ema=False)
     if _own_kind(path) is None:
@@ -58,7 +58,7 @@ def load_pretrained_tokenadapt(path: str | Path) -> Loaded:
 
 
 def load_mtm(path: Path) -> Loaded:
-    """A model that `save_pretrained` wrote.
+    """Load a masked token model that `save_pretrained` wrote.
 
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
@@ -69,7 +69,7 @@ def load_mtm(path: Path) -> Loaded:
 
 
 def load_tokenadapt(path: Path) -> Loaded:
-    """A model that `save_pretrained` wrote.
+    """Load a TokenAdapt that `save_pretrained` wrote.
 
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
@@ -80,7 +80,7 @@ def load_tokenadapt(path: Path) -> Loaded:
 
 
 def model_file(path: Path, ema: bool = True) -> Path:
-    """The file that `load_pretrained` takes: of a run's folder the moving average, if there is one and `ema`."""
+    """Return the file that `load_pretrained` loads: in a folder, the moving average if it exists and `ema`."""
     if not path.is_dir():
         return path
     averaged = path / AVERAGED
@@ -88,7 +88,7 @@ def model_file(path: Path, ema: bool = True) -> Path:
 
 
 def input_kind(model: nn.Module) -> Literal["ids", "maps", "pixels"]:
-    """What a classifier is given: ids (B, H, W), maps (B, D, H, W), or images (B, 3, H, W)."""
+    """Return the input of a classifier: ids (B, H, W), maps (B, D, H, W), or images (B, 3, H, W)."""
     stem = getattr(model, "patch_embed", None)
     if isinstance(stem, TokenEmbed):
         return "ids"
@@ -96,12 +96,12 @@ def input_kind(model: nn.Module) -> Literal["ids", "maps", "pixels"]:
 
 
 def input_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of a ViT's input, in its cells: tokens or pixels. None for a ResNet, which takes any."""
+    """Return the input (height, width) of a ViT, in tokens or pixels; None for a ResNet, which takes any size."""
     return tuple(model.patch_embed.img_size) if isinstance(model, VisionTransformer) else None
 
 
 def _own_kind(path: Path) -> str | None:
-    """One of KINDS, or None for a file that no model here has written."""
+    """Return the kind of a model file of this library, one of KINDS, or None for another file."""
     if not path.is_file():
         raise ModelError(f"no model file at {path}: expected a run's folder or a model file")
     return next((kind for kind in KINDS if kind in header_keys(path)), None)

@@ -1,17 +1,17 @@
-"""The released checkpoints of SeiT and SeiT++, in and out.
+"""Load and write checkpoints in the format of the SeiT and SeiT++ releases.
 
-| kind              | told by                             | ours       | takes                    | holds besides |
+| kind              | recognized by                       | model      | input                    | also holds    |
 |-------------------|-------------------------------------|------------|--------------------------|---------------|
 | MTM               | mlm_layer.*                         | MTM        | ids (B, H, W), mask plan | a TokenAdapt  |
 | SeiT++ classifier | token_emb.*                         | mtm_vit_*  | ids (B, H, W)            | a TokenAdapt  |
 | SeiT classifier   | patch_embed.proj alone              | seit_vit_* | map (B, D, H, W)         |               |
 | TokenAdapt        | conversion_function.*, no cls_token | TokenAdapt | map (B, D, H, W)         |               |
 
-As published, an MTM or a SeiT++ classifier carries the TokenAdapt that it was trained with; `from_release` gives
-one or the other of it. An MTM also carries `decoder_pos_embed`, fixed positions of the decoder that it never uses.
+A published MTM or SeiT++ classifier also holds the TokenAdapt that it was trained with; `from_release` loads one
+or the other. An MTM also holds `decoder_pos_embed`, fixed decoder positions that it never uses.
 
-Sizes are read from the tensors, but for the heads: the released models have 64 channels a head, 32 in MTM's
-decoder. Grids are square.
+Sizes are read from the shapes of the tensors, except for the number of heads: the released models have 64 channels
+per head, 32 in the decoder of MTM. Grids are square.
 """
 
 import math
@@ -32,11 +32,11 @@ from seitpp.models.vit import PATCH, TokenEmbed
 from seitpp.models.weights.state import ReleasedState, read_state, renamed
 from seitpp.tokenizers.transformer import HEAD, sincos_positions
 
-DECODER_HEAD = 32  # channels of an attention head of MTM's decoder
-SIZE_NAMES = {192: "tiny", 384: "small"}  # by width; every other is a base with sizes of its own
+DECODER_HEAD = 32  # channels of an attention head in the decoder of MTM
+SIZE_NAMES = {192: "tiny", 384: "small"}  # by width; other widths are built as "base" with their sizes overridden
 
-# How the names of a kind begin: by which it is told, the first that fits, and of which it needs a tensor each.
-TOLD_BY = {
+# Prefixes by which the kind of a checkpoint is recognized; the first match counts.
+KIND_PREFIXES = {
     "MTM": "mlm_layer.",
     "SeiT++ classifier": "token_emb.",
     "SeiT classifier": "patch_embed.proj.",
@@ -44,15 +44,16 @@ TOLD_BY = {
 }
 ENCODER = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.")
 DECODER = ("mask_token_label", "decoder_embed.", "decoder_pos_embed_learned", "decoder_blocks.", "decoder_norm.")
-PARTS = {
+# Prefixes of which each checkpoint must hold at least one tensor.
+REQUIRED = {
     "MTM": (*ENCODER, "token_emb.", "norm.", *DECODER, "mlm_layer."),
     "SeiT++ classifier": (*ENCODER, "token_emb.", "head."),
     "SeiT classifier": (*ENCODER, "head."),
-    "TokenAdapt": TOLD_BY["TokenAdapt"],
+    "TokenAdapt": KIND_PREFIXES["TokenAdapt"],
 }
 UNUSED_POSITIONS = "decoder_pos_embed"
 
-# How our names begin, and how theirs do.
+# Prefixes of our names -> prefixes of the released names.
 TOKEN_NAMES = {
     "patch_embed.token_emb.": "token_emb.word_embeddings.",
     "patch_embed.token_norm.": "token_emb.LayerNorm.",
@@ -76,8 +77,8 @@ TOKENADAPT_NAMES = {
     "invert_blocks.": "reverse_transform.0.transformer.",
     "head.": "reverse_transform.1.",
 }
-# Released tensors whose shapes are the sizes of the model.
-SIZED = (
+# Released tensors from whose shapes the sizes of a TokenAdapt are read.
+TOKENADAPT_SIZES = (
     "conversion_function.0.weight",
     "conversion_function.1.de_pos_embedding",
     "conversion_function.1.transformer.layers.0.0.fn.to_qkv.weight",
@@ -88,32 +89,33 @@ SIZED = (
 
 
 def from_release(path: str | Path, part: Literal["model", "tokenadapt"] = "model") -> nn.Module:
-    """The model of a released checkpoint, in eval mode; the kind is read from the keys, see the table above.
+    """Load the model of a released checkpoint, in eval mode; its kind is read from the keys (table above).
 
-    `part="tokenadapt"` takes the TokenAdapt out of a file that holds another model too. The file is one of
-    `torch.save` ({"model": state, ...} as DeiT writes it, or a bare state dict) or safetensors; of several sets of
-    weights "model" is taken. The last norm of a classifier may be called norm or fc_norm. What the model does not
-    use is named in one warning, but for what the table says is there. Nothing is unpickled that could run code.
-    Raises ModelError naming the file if it cannot be read, is of no known kind, lacks a tensor, or has one of
-    another shape.
+    `part="tokenadapt"` loads the TokenAdapt of a file that also holds another model. The file was written by
+    `torch.save` ({"model": state, ...} as by DeiT, or a bare state dict) or is a safetensors file; of several sets
+    of weights, "model" is loaded. The last norm of a classifier may be named norm or fc_norm. Unused tensors are
+    listed in one warning, except those in the last column of the table. Nothing that could run code is unpickled.
+    Raises ModelError naming the file if it cannot be read, is of an unknown kind, lacks a tensor, or has a tensor
+    of a wrong shape.
     """
     path = Path(path)
     state = read_state(path)
     kind = _kind(path, state) if part == "model" else "TokenAdapt"
     if kind == "TokenAdapt" and "cls_token" in state:
-        state = {name: tensor for name, tensor in state.items() if name.startswith(TOLD_BY[kind])}
+        state = {name: tensor for name, tensor in state.items() if name.startswith(KIND_PREFIXES[kind])}
     tensors = ReleasedState(path, kind, state)
-    tensors.need(PARTS[kind])
+    tensors.need(REQUIRED[kind])
     model, names = _empty(tensors)
-    return tensors.fill(model, names, _known(tensors))
+    return tensors.fill(model, names, expected_unused=_expected_unused(tensors))
 
 
 def to_release(model: nn.Module, tokenadapt: TokenAdapt | None = None) -> dict[str, Tensor]:
-    """The state dict of a seit_vit_* or mtm_vit_* classifier, an MTM or a TokenAdapt: released names and shapes.
+    """Return the state dict of a model with the names and shapes of the release.
 
-    With `tokenadapt` an MTM or mtm_vit_* classifier is as published, its TokenAdapt beside it. Raises ModelError
-    for another model, for a TokenAdapt of other codes, or for a model that could not be read back: other heads
-    than 64 channels wide (32 in MTM's decoder), no mean over the patches, a grid that is not square.
+    The model is a seit_vit_* or mtm_vit_* classifier, an MTM or a TokenAdapt. `tokenadapt` is added to an MTM or
+    mtm_vit_* classifier, as published. Raises ModelError for another model, for a TokenAdapt with another number
+    of codes, and for a model that could not be loaded again: if its heads do not have 64 channels (32 in the
+    decoder of MTM), if it does not average over the patches, or if its grid is not square.
     """
     names = _exportable(model)
     state = {renamed(name, names): tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -121,50 +123,52 @@ def to_release(model: nn.Module, tokenadapt: TokenAdapt | None = None) -> dict[s
         state["mlm_layer.bias"] = state["mlm_layer.bias"].view(1, 1, -1)
         state[UNUSED_POSITIONS] = _unused_positions(model)
     if tokenadapt is not None:
-        _check_beside(model, tokenadapt)
+        _check_tokenadapt(model, tokenadapt)
         state |= to_release(tokenadapt)
     return state
 
 
 def save_release(model: nn.Module, path: str | Path, tokenadapt: TokenAdapt | None = None) -> None:
-    """Write {"model": `to_release(model, tokenadapt)`} with `torch.save`, whole or not at all."""
+    """Write {"model": `to_release(model, tokenadapt)`} with `torch.save`, atomically."""
     state = to_release(model, tokenadapt)
     files.replace_file(Path(path), lambda temporary: torch.save({"model": state}, temporary))
 
 
 def _kind(path: Path, state: dict[str, Tensor]) -> str:
-    """The first in TOLD_BY of which there is a name."""
-    for kind, prefix in TOLD_BY.items():
+    """Return the first kind in KIND_PREFIXES that matches a tensor."""
+    for kind, prefix in KIND_PREFIXES.items():
         if any(name.startswith(prefix) for name in state) and not (kind == "TokenAdapt" and "cls_token" in state):
             return kind
     raise ModelError(
-        f"{path}: its tensors ({', '.join(list(state)[:3])}, ...) are of no released model: expected a SeiT or "
-        "SeiT++ classifier, MTM or TokenAdapt"
+        f"{path}: got tensors ({', '.join(list(state)[:3])}, ...) of no released model, expected a SeiT or SeiT++ "
+        "classifier, MTM or TokenAdapt"
     )
 
 
 def _empty(tensors: ReleasedState) -> tuple[nn.Module, dict[str, str]]:
-    """A model of the kind and the sizes of `tensors`, and how its names change."""
+    """Return a new model of the kind and sizes of `tensors`, and its prefixes in the release."""
     if tensors.kind == "TokenAdapt":
         return TokenAdapt(**_tokenadapt_sizes(tensors)), TOKENADAPT_NAMES
     if tensors.kind == "MTM":
         return _mtm(tensors), MTM_NAMES
-    # After a mean over the patches the norm has another name in timm, and in some checkpoints.
+    # timm, and some checkpoints, name the norm after the mean over the patches fc_norm.
     names = TOKEN_NAMES if "fc_norm.weight" in tensors else CLASSIFIER_NAMES
     return (_ids_classifier if tensors.kind == "SeiT++ classifier" else _map_classifier)(tensors), names
 
 
-def _known(tensors: ReleasedState) -> set[str]:
-    """What a file as published has and its model does not use: a TokenAdapt counts if it is whole."""
-    known, beside = {UNUSED_POSITIONS} if tensors.kind == "MTM" else set(), _tokenadapt_tensors()
-    return known | beside if beside <= tensors.keys() else known
+def _expected_unused(tensors: ReleasedState) -> set[str]:
+    """Return the names of tensors that a published file holds and its model does not use."""
+    unused, tokenadapt = {UNUSED_POSITIONS} if tensors.kind == "MTM" else set(), _tokenadapt_tensors()
+    return (
+        unused | tokenadapt if tokenadapt <= tensors.keys() else unused
+    )  # a part of a TokenAdapt is not expected
 
 
 def _map_classifier(tensors: ReleasedState) -> VisionTransformer:
     channels, kernel = tensors["patch_embed.proj.weight"].shape[1:3]
     stems = {geometry.kernel: name for name, geometry in STEMS.items()}
     if kernel not in stems:
-        raise ModelError(f"{tensors.path}: stem of kernel {kernel}, expected one of {sorted(stems)}")
+        raise ModelError(f"{tensors.path}: got a stem of kernel {kernel}, expected one of {sorted(stems)}")
     stem, size = stems[kernel], tensors.size()
     return timm.create_model(
         f"seit_vit_{SIZE_NAMES.get(size['embed_dim'], 'base')}",
@@ -205,7 +209,7 @@ def _mtm(tensors: ReleasedState) -> MTM:
 
 
 def _exportable(model: nn.Module) -> dict[str, str]:
-    """How the names of a model change. Raises ModelError if the release has no place for the model."""
+    """Return the prefixes of a model in the release. Raises ModelError if the release has no such model."""
     if isinstance(model, TokenAdapt):
         return TOKENADAPT_NAMES
     body = model.encoder if isinstance(model, MTM) else model
@@ -213,52 +217,60 @@ def _exportable(model: nn.Module) -> dict[str, str]:
     if not isinstance(body, VisionTransformer) or not isinstance(stem, StemAdapter | TokenEmbed):
         raise ModelError(f"got a {type(model).__name__}, expected a seit_vit_*, mtm_vit_*, MTM or TokenAdapt")
     if stem.grid_size[0] != stem.grid_size[1]:
-        raise ModelError(f"patches {stem.grid_size}: the released layout knows square grids only")
+        raise ModelError(
+            f"got a grid of {stem.grid_size} patches, expected a square grid: the release has no other"
+        )
     _check_heads(body.blocks, HEAD)
     if isinstance(model, MTM):
         _check_heads(model.decoder_blocks, DECODER_HEAD)
         return MTM_NAMES
     if body.global_pool != "avg" or body.num_classes == 0:
-        raise ModelError(f"pooling {body.global_pool!r} and {body.num_classes} classes: expected avg and a head")
+        raise ModelError(
+            f"got pooling {body.global_pool!r} and {body.num_classes} classes, expected avg and a classifier head"
+        )
     return CLASSIFIER_NAMES
 
 
 def _check_heads(blocks: nn.Sequential, channels: int) -> None:
-    found = blocks[0].attn.head_dim
-    if found != channels:
+    head_dim = blocks[0].attn.head_dim
+    if head_dim != channels:
         raise ModelError(
-            f"heads of {found} channels: the released layout does not say how many heads there are, readers "
-            f"take {channels} channels each"
+            f"got attention heads of {head_dim} channels, expected {channels}: the release does not store the "
+            "number of heads"
         )
 
 
 def _unused_positions(model: MTM) -> Tensor:
-    """(1, 1 + L, decoder width): sin-cos, zeros for cls, as the encoder's."""
+    """Return sin-cos positions with zeros for cls, as in the encoder: (1, 1 + L, decoder width)."""
     positions = torch.zeros_like(model.decoder_pos_embed, device="cpu")
     positions[0, 1:] = sincos_positions(model.encoder.patch_embed.grid_size, positions.shape[-1])
     return positions
 
 
-def _check_beside(model: nn.Module, tokenadapt: TokenAdapt) -> None:
+def _check_tokenadapt(model: nn.Module, tokenadapt: TokenAdapt) -> None:
     stem = getattr(model.encoder if isinstance(model, MTM) else model, "patch_embed", None)
     if not isinstance(stem, TokenEmbed):
-        raise ModelError("a TokenAdapt is published beside an MTM or a mtm_vit_* classifier: expected one of them")
-    expected, found = stem.token_emb.num_embeddings, tokenadapt.settings["num_codes"]
-    if found != expected:
         raise ModelError(
-            f"a TokenAdapt of {found} codes, the model beside it has {expected}: expected equal codebooks"
+            f"got a {type(model).__name__} with a TokenAdapt, expected an MTM or a mtm_vit_* classifier: the "
+            "release adds a TokenAdapt to no other model"
+        )
+    expected, num_codes = stem.token_emb.num_embeddings, tokenadapt.settings["num_codes"]
+    if num_codes != expected:
+        raise ModelError(
+            f"got a TokenAdapt of {num_codes} codes, expected the {expected} codes of the model: pass a "
+            "TokenAdapt of the same codebook"
         )
 
 
 def _tokenadapt_tensors() -> set[str]:
-    """The names of all tensors of a released TokenAdapt, whatever its sizes."""
+    """Return the names of all tensors of a released TokenAdapt; they do not depend on its sizes."""
     with torch.device("meta"):
         return {renamed(name, TOKENADAPT_NAMES) for name in TokenAdapt().state_dict()}
 
 
 def _tokenadapt_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of TokenAdapt from the shapes of the released tensors in `SIZED`; grids are square."""
-    embed, whole, qkv, mlp, augmented, head = (tensors[name].shape for name in SIZED)
+    """Return the arguments of TokenAdapt from the shapes of the released tensors; grids are square."""
+    embed, whole, qkv, mlp, augmented, head = (tensors[name].shape for name in TOKENADAPT_SIZES)
     grid, crop = (math.isqrt(positions.numel() // embed[0]) for positions in (whole, augmented))
     return {
         "grid": (grid, grid),

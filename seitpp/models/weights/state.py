@@ -1,4 +1,4 @@
-"""Checkpoints of others: read without running code, asked for tensors by name."""
+"""Read official checkpoints without running code, and copy their tensors into a model by name."""
 
 import argparse
 import math
@@ -13,25 +13,25 @@ from seitpp.models.stem import ModelError
 from seitpp.tensors import load_checkpoint, load_tensors
 from seitpp.tokenizers.transformer import HEAD
 
-SHOWN = 8  # missing tensors that an error names
+SHOWN = 8  # the most missing tensors that an error names
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without the prefix `module.`. Raises ModelError naming the file."""
+    """Read the state dict of a file and strip the prefix `module.`. Raises ModelError naming the file."""
     if not path.is_file():
-        raise ModelError(f"no checkpoint at {path}")
+        raise ModelError(f"no checkpoint at {path}: expected a file of torch.save or safetensors")
     if path.suffix == ".safetensors":
         content = load_tensors(path, "", ModelError)[1]
-    else:  # DeiT keeps its arguments beside the model
+    else:  # DeiT saves its arguments together with the model
         content = load_checkpoint(path, ModelError, harmless=(argparse.Namespace,))
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise ModelError(f"{path} holds no state dict: expected names and tensors, alone or under 'model'")
+        raise ModelError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 class ReleasedState(dict):
-    """The tensors of a checkpoint of a `kind` by their names; asking for one that is not there is a ModelError."""
+    """The tensors of a checkpoint by name; looking up a missing one raises ModelError with the path and `kind`."""
 
     def __init__(self, path: Path, kind: str, tensors: dict[str, Tensor]):
         super().__init__(tensors)
@@ -40,56 +40,60 @@ class ReleasedState(dict):
     def __missing__(self, name: str) -> Tensor:
         raise self._lacks([name])
 
-    def need(self, parts: tuple[str, ...]) -> None:
-        """Raise ModelError naming every part, the beginning of names, of which there is no tensor at all."""
-        if absent := [part for part in parts if not any(name.startswith(part) for name in self)]:
-            raise self._lacks([part + "*" if part.endswith(".") else part for part in absent])
+    def need(self, prefixes: tuple[str, ...]) -> None:
+        """Raise ModelError naming every prefix with which no tensor begins."""
+        if missing := [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in self)]:
+            raise self._lacks([prefix + "*" if prefix.endswith(".") else prefix for prefix in missing])
 
-    def fill(self, model: nn.Module, names: dict[str, str], known: Set[str] = frozenset()) -> nn.Module:
-        """Put every tensor of `model` in its place, in eval mode.
+    def fill(
+        self, model: nn.Module, names: dict[str, str], *, expected_unused: Set[str] = frozenset()
+    ) -> nn.Module:
+        """Copy the tensors into `model`, whose names `renamed` maps by `names`, and return it in eval mode.
 
-        What is left over is named in one warning, but for what is `known` to be there. Raises ModelError naming
-        every tensor that is missing, or the first of another shape.
+        Unused tensors are listed in one warning, except those in `expected_unused`. Raises ModelError naming the
+        missing tensors, or the first tensor of a wrong shape.
         """
         theirs = {name: renamed(name, names) for name in model.state_dict()}
-        if absent := [name for name in theirs.values() if name not in self]:
-            raise self._lacks(absent)
+        if missing := [name for name in theirs.values() if name not in self]:
+            raise self._lacks(missing)
         model.load_state_dict(
             {name: self._shaped(theirs[name], tensor.shape) for name, tensor in model.state_dict().items()}
         )
-        if unused := sorted(set(self) - set(theirs.values()) - known):
-            warnings.warn(f"{self.path}: not used, {len(unused)} tensors: {', '.join(unused)}", stacklevel=3)
+        if unused := sorted(set(self) - set(theirs.values()) - expected_unused):
+            warnings.warn(f"{self.path}: {len(unused)} tensors are not used: {', '.join(unused)}", stacklevel=3)
         return model.eval()
 
     def size(self) -> dict[str, int]:
-        """Width, depth and heads of the encoder."""
+        """Return the width, depth and number of heads of the encoder, as arguments of timm."""
         width = self["cls_token"].shape[-1]
         return {"embed_dim": width, "depth": self.depth("blocks."), "num_heads": self.heads(width, HEAD)}
 
     def depth(self, prefix: str) -> int:
-        """How many blocks there are whose names begin like `prefix`; at least one, so that its lack is told."""
+        """Return the number of blocks under `prefix`, at least 1, so that `fill` reports a missing block."""
         return 1 + max((int(name.split(".")[1]) for name in self if name.startswith(prefix)), default=0)
 
     def heads(self, width: int, channels: int) -> int:
-        """Heads of a width, which must divide."""
+        """Return the number of heads. Raises ModelError unless `width` is a multiple of the head's `channels`."""
         if width % channels:
-            raise ModelError(f"{self.path}: width {width}, expected a multiple of {channels}, those of a head")
+            raise ModelError(
+                f"{self.path}: got width {width}, expected a multiple of {channels}, the channels of a head"
+            )
         return width // channels
 
     def side(self) -> int:
-        """Patches along one side of the square grid."""
+        """Return the number of patches along one side of the grid. Raises ModelError if the grid is not square."""
         patches = self["pos_embed"].shape[-2] - 1
         if math.isqrt(patches) ** 2 != patches:
-            raise ModelError(f"{self.path}: {patches} positions and one of cls, expected a square grid")
+            raise ModelError(f"{self.path}: got {patches} positions besides that of cls, expected a square grid")
         return math.isqrt(patches)
 
-    def _lacks(self, absent: list[str]) -> ModelError:
-        more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
-        names = ", ".join(absent[:SHOWN]) + more
+    def _lacks(self, missing: list[str]) -> ModelError:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        names = ", ".join(missing[:SHOWN]) + more
         return ModelError(f"{self.path} ({self.kind}) lacks {names}: name a file that holds all of it")
 
     def _shaped(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor in a shape that may differ in axes of one element only."""
+        """Return a tensor reshaped to `shape`, which may differ only in axes of size 1."""
         tensor = self[name]
         if [n for n in tensor.shape if n > 1] != [n for n in shape if n > 1]:
             raise ModelError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
@@ -97,7 +101,7 @@ class ReleasedState(dict):
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
-    """`name` with another beginning, by the first in `names` that fits."""
+    """Replace the prefix of `name` by the first entry of `names` that matches."""
     for ours, theirs in names.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)

@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: a classifier with the weights of another model and a new head."""
+"""Initialize a classifier for fine-tuning: the weights of a trained model with a new head."""
 
 from typing import Literal
 
@@ -14,23 +14,24 @@ from seitpp.models.stem import ModelError
 from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.models.weights.pretrained import input_kind
 
-HEAD_STD = 2e-5  # of the new head's weights (SeiT++ release)
+HEAD_STD = 2e-5  # standard deviation of the weights of the new head (SeiT++ release)
 PIXEL_VITS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}
 
 
 def classifier_from(
     source: nn.Module,
     num_classes: int,
+    *,
     img_size: int | tuple[int, int] | None = None,
     drop_path_rate: float = 0.0,
     **overrides,
 ) -> nn.Module:
-    """A classifier of the source's tokens: `source` is an MTM, or a classifier made by timm (ViT or ResNet).
+    """Return a classifier with the weights of `source`, an MTM or timm classifier (ViT, ResNet), and a new head.
 
-    Everything is taken over but the head, whose weights are new (truncated normal, std 2e-5), and for an MTM the
-    last LayerNorm, which here follows the mean over the patches. Positions are trained; where the grid `img_size`
-    (None: the source's) differs, they are resampled bicubically. `overrides` go to `timm.create_model`, for
-    example `token_drop_rate`. Raises ModelError if `source` is no such model.
+    The weights of the head are new (truncated normal, std 2e-5); for an MTM so is the last LayerNorm, which in a
+    classifier follows the mean over the patches. Positions are trained; they are resampled bicubically if the grid
+    `img_size` (None: that of the source) differs. `overrides` are passed to `timm.create_model`, for example
+    `token_drop_rate`. Raises ModelError for another `source`.
     """
     body = source.encoder if isinstance(source, MTM) else source
     spec = classifier_spec(body)
@@ -43,20 +44,21 @@ def classifier_from(
 def pixel_classifier_from(
     source: nn.Module,
     num_classes: int,
+    *,
     img_size: int | tuple[int, int] = 224,
     drop_path_rate: float = 0.0,
     **overrides,
 ) -> VisionTransformer:
-    """A timm ViT of pixels (B, 3, `img_size`, `img_size`) from one of tokens (SeiT, "token to pixel").
+    """Return a timm ViT for images of `img_size` pixels, with the weights of a ViT for tokens and a new head.
 
-    As `classifier_from`, but the stem is new too: an embedding of 16 x 16 pixels. A ViT of pixels keeps its own.
-    Raises ModelError if `source` is not a ViT.
+    As `classifier_from`, but the stem is new too: patches of 16 x 16 pixels (SeiT, "token to pixel"). A ViT for
+    pixels keeps its stem. Raises ModelError if `source` is not a ViT.
     """
     body = source.encoder if isinstance(source, MTM) else source
     if not isinstance(body, VisionTransformer):
-        raise ModelError(f"got a {type(body).__name__}, expected a ViT: only its stem can be exchanged for pixels")
+        raise ModelError(f"got a {type(body).__name__}, expected a ViT: only a ViT can get a stem for pixels")
     if input_kind(body) == "pixels":
-        return classifier_from(body, num_classes, img_size, drop_path_rate, **overrides)
+        return classifier_from(body, num_classes, img_size=img_size, drop_path_rate=drop_path_rate, **overrides)
     sizes = {name: classifier_spec(body).arguments[name] for name in ("embed_dim", "depth", "num_heads")}
     model = timm.create_model(
         PIXEL_VITS.get(body.embed_dim, "vit_base_patch16_224"),
@@ -70,10 +72,10 @@ def pixel_classifier_from(
 
 
 def set_trainable(model: nn.Module, trained: Literal["all", "attention", "head"]) -> None:
-    """Freeze what is not to be trained: nothing, all but attention, positions and head, or all but the head.
+    """Freeze all parameters that are not trained; "attention" also trains the positions and the head.
 
-    Running statistics of frozen batch norms stay as they are, until `timm.utils.unfreeze(model)`. Raises
-    ModelError for the attention of a ResNet.
+    The running statistics of frozen batch norms do not change until `timm.utils.unfreeze(model)`. Raises
+    ModelError if `trained` is "attention" and the model is not a ViT.
     """
     if trained == "all":
         return
@@ -88,7 +90,7 @@ def set_trainable(model: nn.Module, trained: Literal["all", "attention", "head"]
 
 @torch.no_grad()
 def _transfer(source: nn.Module, target: nn.Module, new: tuple[str, ...]) -> nn.Module:
-    """Every tensor but those that begin like one of `new`, the head, and a norm that has another place."""
+    """Copy the tensors, except those with a prefix in `new`, the head, and for an MTM the last norm."""
     head = target.pretrained_cfg["classifier"]
     new = (*new, f"{head}.")
     if getattr(source, "global_pool", None) == "token":
