@@ -39,7 +39,7 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder and the processes.
+    # 1. Run.
     if config.checkpoint is None:
         raise UserError("nothing to probe: name a run's folder with --checkpoint")
     run = Run("probe", config)
