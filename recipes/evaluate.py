@@ -1,14 +1,16 @@
-"""Evaluate a classifier on a token store, or on images: top-1, top-5, per-class accuracy, confusions.
+"""Evaluate a classifier on a token store or on images: top-1, top-5, per-class accuracy, confusion matrix.
 
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-digits
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-published --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint base.pth --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet/val --tokenizer tokenizer.safetensors
 
-With --data and --tokenizer the way is pixels -> tokens -> central window -> classifier; a model that was
-fine-tuned to pixels takes --data alone. A checkpoint is a run's folder, a model file of ours, or an official one
-of SeiT or SeiT++. Every image counts once on any number of processes. On the digits it takes seconds.
-Writes config.json, result.json, per_class.csv, confusion.csv and confusion.png into --out. Trains nothing.
+--checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
+With --data and --tokenizer the images are tokenized, and the central window of the tokens is classified. A model
+that was fine-tuned on pixels takes --data alone. On any number of processes every image counts exactly once. The
+digits take seconds.
+The recipe writes config.json, result.json, per_class.csv, confusion.csv and confusion.png into --out. It trains
+nothing.
 """
 
 from collections.abc import Callable
@@ -37,16 +39,16 @@ from seitpp.recipe import run_recipe
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """What to evaluate, on what."""
+    """Settings of an evaluation: the model and the data."""
 
-    checkpoint: str | None = None  # a run's folder, or a model file
-    ema: bool = True  # of a run's folder: the moving average of the weights, where there is one
-    store: str | None = None  # a token store; the embedded digits where neither store nor data is named
-    data: str | None = None  # images, as recipes/tokenize_images.py takes them
-    tokenizer: str | None = None  # makes tokens of the images; without it the model must take pixels
-    split: str = "validation"  # of the store or of the data
-    eval_window: int | None = None  # side of the central window of tokens; that of the model's own run where None
-    workers: int = 8
+    checkpoint: str | None = None  # Folder of a run, or a model file; always needed.
+    ema: bool = True  # Evaluate the moving average of the weights if the run has one.
+    store: str | None = None  # Folder of a token store. None, and no --data: the embedded digits.
+    data: str | None = None  # Images to evaluate on, as for recipes/tokenize_images.py.
+    tokenizer: str | None = None  # Tokenizer file for --data. None: the model must take pixels.
+    split: str = "validation"  # Split of the store or of the images.
+    eval_window: int | None = None  # Side of the central window in tokens. None: as in the model's own run.
+    workers: int = 8  # Number of processes that read batches, per evaluating process.
 
 
 PRESETS = {"published": Config()}
@@ -55,31 +57,33 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder and the launch.
+    # 1. Run: the output folder and the processes.
     if config.checkpoint is None:
         raise UserError("nothing to evaluate: name a run's folder or a model file with --checkpoint")
     run = Run("evaluate", config)
 
-    # 2. Model and data, which must agree in codebook and classes.
+    # 2. Model and data, which must have the same codebook and the same classes.
     saved = load_pretrained(config.checkpoint, config.ema)
     if isinstance(saved.model, MTM):
-        raise UserError(f"{config.checkpoint} knows no classes: fine-tune it first, with recipes/finetune.py")
+        raise UserError(
+            f"{config.checkpoint} has no classification head: fine-tune it first, with recipes/finetune.py"
+        )
     data = open_data(config, run, saved)
     check_classes(saved, data, config.checkpoint)
     run.start()
     run.describe(f"{len(data.dataset):,} images", model=saved.model)
 
-    # 3. Predictions, every image once.
-    found = predict(
+    # 3. Predictions for every image, exactly once.
+    predictions = predict(
         saved.model, data.dataset, inputs=data.inputs, accelerator=run.accelerator, workers=config.workers
     )
 
-    # 4. Proof: accuracies, a table by class, and who is taken for whom.
-    result = found.accuracies()
+    # 4. Results: accuracies, a table of the classes, and the confusion matrix.
+    result = predictions.accuracies()
     for name, value in result.items():
-        run.print(f"{name} {value:6.2f} % of {len(found.labels):,} images")
+        run.print(f"{name} {value:6.2f} % of {len(predictions.labels):,} images")
     if run.is_main:
-        counts = found.confusion(saved.model.num_classes).cpu()
+        counts = predictions.confusion(saved.model.num_classes).cpu()
         names = data.class_names or [str(label) for label in range(len(counts))]
         write_tables(run.out, counts, names)
         plots.confusion(counts, names, run.out / "confusion.png")
@@ -87,7 +91,7 @@ def main(config: Config) -> None:
 
 
 class Data(NamedTuple):
-    """Images, how a batch of them becomes the model's input, and the names of their classes, if they have any."""
+    """A dataset, the function that turns its batch into the input of the model, and the class names if known."""
 
     dataset: Dataset
     inputs: Callable[[Any], Tensor]
@@ -95,11 +99,11 @@ class Data(NamedTuple):
 
 
 def open_data(config: Config, run: Run, saved: Loaded) -> Data:
-    """A store of tokens, images through a tokenizer, or images as they are where the model takes pixels."""
+    """Open the token store, the images with their tokenizer, or images alone if the model takes pixels."""
     kind = input_kind(saved.model)
     if kind == "pixels":
         if not config.data or config.tokenizer:
-            raise UserError(f"{config.checkpoint} takes pixels: name images with --data, and no --tokenizer")
+            raise UserError(f"{config.checkpoint} takes pixels: name images with --data and leave --tokenizer out")
         return pixels(config, run, input_size(saved.model)[0])
     if (config.data is None) != (config.tokenizer is None) or (config.data and config.store):
         raise UserError(
@@ -118,7 +122,7 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
 
 
 def pixels(config: Config, run: Run, size: int) -> Data:
-    """The center of each image of a source, as `CentralBoxes` has it."""
+    """Open the images of --data; each is cropped to its center (`CentralBoxes`)."""
     source = open_source(config.data, config.split)
     view = EvalPixelView().to(run.device)
     dataset = ImageDataset(source, (size, size), CentralBoxes(size))
@@ -126,7 +130,7 @@ def pixels(config: Config, run: Run, size: int) -> Data:
 
 
 def tokenized(config: Config, run: Run) -> tuple:
-    """Images of a source: (dataset, its batch -> ids, codebook, grid, class names)."""
+    """Open the images of --data with their tokenizer: (dataset, batch -> ids, codebook, grid, class names)."""
     source = open_source(config.data, config.split)
     tokenizer = tokenizers.load(config.tokenizer).to(run.device).eval()
     spec, codebook = tokenizer.spec, tokenizer.codebook.detach().cpu()
@@ -139,7 +143,7 @@ def tokenized(config: Config, run: Run) -> tuple:
 
 
 def stored(config: Config, run: Run) -> tuple:
-    """The named store, or the embedded digits: (dataset, its batch -> ids, codebook, grid, class names)."""
+    """Open --store, or the embedded digits: (dataset, batch -> ids, codebook, grid, class names)."""
     path = config.store
     if path is None:
         path = embedded(run, digits).store
@@ -149,17 +153,26 @@ def stored(config: Config, run: Run) -> tuple:
 
 
 def check_classes(saved: Loaded, data: Data, checkpoint: str) -> None:
-    """Raise UserError if the classes of the images are not those that the model knows."""
+    """Raise UserError if the images have other classes than the model, or the same in another order."""
     classes, names = saved.model.num_classes, data.class_names
     if names and len(names) != classes:
-        raise UserError(f"{len(names)} classes of images, {classes} of {checkpoint}: expected the same")
+        raise UserError(
+            f"the images have {len(names)} classes, expected the {classes} of {checkpoint}: name its data set"
+        )
     if names and saved.class_names and names != saved.class_names:
-        first = next(pair for pair in zip(saved.class_names, names, strict=True) if pair[0] != pair[1])
-        raise UserError(f"class {first[1]!r} of the images is called {first[0]!r} by {checkpoint}: another order?")
+        pairs = zip(names, saved.class_names, strict=True)
+        label, name, expected = next((label, *pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"class {label} of the images is {name!r}, expected {expected!r} as in {checkpoint}: name images with "
+            "the same classes in the same order"
+        )
 
 
 def write_tables(folder: Path, counts: Tensor, names: list[str]) -> None:
-    """per_class.csv, a line a class; confusion.csv, a line for each pair of label and prediction that occurs."""
+    """Write per_class.csv, one line per class, and confusion.csv, one per occurring pair of label and prediction.
+
+    `counts` is the confusion matrix (classes, classes): rows are labels, columns are predictions.
+    """
     classes = []
     for label, row in enumerate(counts):
         wrong = row.clone()

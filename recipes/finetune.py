@@ -1,18 +1,18 @@
-"""Fine-tune a trained model: on the tokens of another set (or the same one), or on pixels.
+"""Fine-tune a trained model on the tokens of another data set (or the same one), or on pixels.
 
     accelerate launch recipes/finetune.py --checkpoint runs/mtm_pretrain-digits   # the embedded digits
     accelerate launch recipes/finetune.py published --checkpoint RUN --store imagenet-tokens  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/finetune.py pixels --checkpoint RUN --data imagenet
 
-A checkpoint is a run's folder, a model file of ours, or an official one of SeiT or SeiT++. `published` is the
-fine-tuning of SeiT++ after masked token modeling, ViT-B on ImageNet-1k tokens. `tokens` (from ImageNet-21k
-tokens to other tokens) and `pixels` (the stem becomes an embedding of 16 x 16 pixels) are the other two ways of
-SeiT, one after the other in its three-stage way, with the settings of DeiT III (README_revenge.md of
-facebookresearch/deit) where SeiT gives none; `finegrained` is for the sets of downstream/finegrained. No result
-or time of these is measured. `digits` (the default) takes 50 s on a CPU core: 97.5 % after pre-training, 93.6 %
-without.
-Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png, validation.png
-and result.json into --out. Does not touch the checkpoint.
+--checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
+`published` is the fine-tuning of SeiT++ after masked token modeling: ViT-B on ImageNet-1k tokens. `tokens` (from
+ImageNet-21k tokens to other tokens) and `pixels` (the stem becomes a patch embedding of 16 x 16 pixels) are the
+fine-tunings of SeiT, which its three-stage training runs one after the other; where SeiT gives no setting, they
+have the settings of DeiT III (README_revenge.md of facebookresearch/deit). `finegrained` is for the data sets of
+downstream/finegrained. No result and no time of these presets is measured. `digits` (the default) takes 50 s on
+one CPU core and reaches 97.5 % top-1 after pre-training, 93.6 % without.
+The recipe writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png,
+validation.png and result.json into --out. It does not change the checkpoint.
 """
 
 from dataclasses import dataclass, replace
@@ -74,38 +74,46 @@ from seitpp.recipe import run_recipe
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """The published run: a ViT-B after masked token modeling, ImageNet-1k tokens, 100 epochs (SeiT++)."""
+    """Settings of fine-tuning. The defaults are a ViT-B after masked token modeling, ImageNet-1k tokens and 100
+    epochs (SeiT++).
+    """
 
-    checkpoint: str | None = None  # where to start: a run's folder or a model file
-    store: str | None = None  # a token store; the embedded digits where neither store nor data is named
-    data: str | None = None  # images, as recipes/tokenize_images.py takes them: fine-tunes to pixels
-    split: str | None = "train"  # of the data
-    validation_split: str | None = "validation"  # of the data; None: every twentieth image is held out
-    labels_per_class: int | None = None  # of a store: train on so many images of each class, chosen by the seed
-    trainable: Literal["all", "attention", "head"] = "all"  # which weights; the head always
-    size: int | None = None  # side of the input; None: that of the checkpoint in tokens, or 224 pixels
-    crop_mode: Literal["resized", "window"] | None = "resized"  # of maps; pixels and ids are always resized
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    eda: Literal["release", "paper"] | None = None  # of maps
-    color: ColorPreset | None = "seitpp"  # of tokens
-    tokenadapt: str | None = None  # of ids: a run of recipes/tokenadapt_train.py, its file, or the official one
-    tokenadapt_fraction: float = 0.5  # of ids: share of the images that go through TokenAdapt
-    three_augment: bool = True  # of pixels: gray, solarized or blurred, then color jitter (DeiT III)
-    cutmix: float = 1.0
-    mixup: float = 0.8  # of ids: in TokenAdapt's space only
-    smoothing: float = 0.1
-    drop_path: float = 0.1
-    epochs: float = 100
-    warmup_epochs: float = 5
-    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
-    batch_size: int = 1024  # global
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    clip: float | None = None  # the largest norm of the gradient
-    base_lr: float = 4e-3  # for a batch of 1024; scaled by the square root
-    min_lr: float = 1e-6
-    weight_decay: float = 0.1
-    layer_decay: float = 0.65
-    evaluation_epochs: float = 5
+    checkpoint: str | None = None  # Initial weights: folder of a run, or a model file; always needed.
+    store: str | None = None  # Folder of a token store. None, and no --data: the embedded digits.
+    data: str | None = None  # Images to fine-tune on as pixels, as for recipes/tokenize_images.py.
+    split: str | None = "train"  # Split of --data to train on. None: all of it.
+    validation_split: str | None = "validation"  # Split of --data to evaluate on. None: every twentieth image.
+    # Tokens only: number of training images per class, chosen by the seed. None: all.
+    labels_per_class: int | None = None
+    # Weights that are trained: all; attention, position embedding and head; or the head alone.
+    trainable: Literal["all", "attention", "head"] = "all"
+    size: int | None = None  # Side of the input in tokens or pixels. None: the checkpoint's, or 224 pixels.
+    # Models of maps only: resized crop, crop without resizing ("window"), or none. Otherwise always resized.
+    crop_mode: Literal["resized", "window"] | None = "resized"
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions.
+    eda: Literal["release", "paper"] | None = None  # Models of maps only: preset of the Token-EDA rates.
+    color: ColorPreset | None = "seitpp"  # Tokens only: preset of Emb-Noise and ColorAdapt. None: neither.
+    # Models of ids only: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
+    tokenadapt: str | None = None
+    # Models of ids only: fraction of the images that are augmented by TokenAdapt.
+    tokenadapt_fraction: float = 0.5
+    three_augment: bool = True  # Pixels only: grayscale, solarize or blur, then color jitter (DeiT III).
+    cutmix: float = 1.0  # Alpha of the Beta distribution of CutMix. 0: no CutMix.
+    # Alpha of the Beta distribution of Mixup; models of ids: only for the images augmented by TokenAdapt.
+    mixup: float = 0.8
+    smoothing: float = 0.1  # Label smoothing.
+    drop_path: float = 0.1  # Stochastic depth rate.
+    epochs: float = 100  # Length of training in epochs.
+    warmup_epochs: float = 5  # Length of the linear warm-up of the learning rate, in epochs.
+    grad_checkpointing: bool = False  # Recompute activations: a third more work for a fraction of the memory.
+    batch_size: int = 1024  # Number of images per update, over all processes.
+    optimizer: Literal["adamw", "lamb"] = "adamw"  # Optimizer: AdamW or LAMB.
+    clip: float | None = None  # Largest norm of the gradient. None: no clipping.
+    base_lr: float = 4e-3  # Peak learning rate at batch size 1024; scaled with the square root of the batch size.
+    min_lr: float = 1e-6  # Learning rate at the end of the cosine schedule.
+    weight_decay: float = 0.1  # Weight decay of the optimizer.
+    layer_decay: float = 0.65  # Factor of the learning rate from each layer to the one below it.
+    evaluation_epochs: float = 5  # Number of epochs between two evaluations.
 
 
 PRESETS = {"published": Config(compile=True)}
@@ -117,16 +125,16 @@ PRESETS["tokens"] = replace(
     tokenadapt_fraction=0.0,
     mixup=0.0,
     batch_size=4096,
-    base_lr=5e-6,  # 1e-5 at 4096
+    base_lr=5e-6,  # 1e-5 at batch size 4096
     layer_decay=1.0,
 )
-PRESETS["pixels"] = replace(  # rate, batch and epochs of SeiT; else as DeiT III goes from ImageNet-21k to 1k
+PRESETS["pixels"] = replace(  # SeiT: learning rate, batch size, epochs; the rest: DeiT III, ImageNet-21k to 1k
     PRESETS["published"],
     preset="pixels",
     color=None,
     tokenadapt_fraction=0.0,
     mixup=0.0,
-    drop_path=0.15,  # of ViT-B; 0.05 of ViT-S
+    drop_path=0.15,  # for ViT-B; for ViT-S it is 0.05
     optimizer="lamb",
     clip=1.0,
     base_lr=5e-4,
@@ -134,7 +142,7 @@ PRESETS["pixels"] = replace(  # rate, batch and epochs of SeiT; else as DeiT III
     weight_decay=0.02,
     layer_decay=1.0,
 )
-PRESETS["finegrained"] = replace(  # ours: nothing is published of it
+PRESETS["finegrained"] = replace(  # settings of this project: the papers give none
     PRESETS["published"],
     preset="finegrained",
     color=None,
@@ -154,7 +162,7 @@ PRESETS["digits"] = replace(
     warmup_epochs=3,
     batch_size=128,
     base_lr=8e-3,
-    layer_decay=0.85,  # three blocks; 0.65 is for twelve
+    layer_decay=0.85,  # for three blocks; 0.65 is for twelve
     precision="no",
     compile=False,
     workers=0,
@@ -165,25 +173,26 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke", **SMOKE)
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder, the launch, the seed; where to start.
+    # 1. Run: the output folder, the processes, the seed; the initial weights.
     if config.checkpoint is None:
         raise UserError("nothing to fine-tune: name a run's folder or a model file with --checkpoint")
     run = Run("finetune", config)
     source = load_pretrained(config.checkpoint)
 
-    # 2. Data, views and model: of tokens or of pixels.
+    # 2. Data, augmentation and model, for tokens or for pixels.
     task = (pixel_task if config.data else token_task)(config, run, source)
     train, validation, model = task.train, task.validation, task.model.to(run.device)
-    view, center_view, of = task.view.to(run.device), task.center_view.to(run.device), attrgetter(task.field)
+    view, center_view = task.view.to(run.device), task.center_view.to(run.device)
+    get_inputs = attrgetter(task.field)
     order = BatchOrder(len(train), config.batch_size, config.seed)
-    if config.optimizer == "lamb":  # its steps are in proportion to a weight's norm: a head of 2e-5 would stay
+    if config.optimizer == "lamb":  # scales an update by the norm of the weight: with std 2e-5 the head would stay
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)
     set_trainable(model, config.trainable)
     if config.compile:
         view.compile()
     model.set_grad_checkpointing(config.grad_checkpointing)
 
-    # 3. Optimization; lower layers learn more slowly.
+    # 3. Optimization, with a smaller learning rate for lower layers.
     schedule = Schedule.from_config(config, order, lr_batch=1024, scaling="sqrt")
     optimizer = OPTIMIZERS[config.optimizer](model, config.weight_decay, layer_decay=config.layer_decay)
     training = run.training(
@@ -200,27 +209,26 @@ def main(config: Config) -> None:
     run.describe(f"{len(train):,} images, {model.num_classes} classes", view, training, model=model)
 
     # 4. Training.
-    judged = run.eval_subset(validation)
+    eval_images = run.eval_subset(validation)
 
     def evaluate() -> dict[str, float]:
         def inputs(batch: Batch | Pixels) -> Tensor:
-            return center_view(of(batch))
+            return center_view(get_inputs(batch))
 
-        return predict(
-            training.unsharded(model), judged, inputs=inputs, accelerator=run.accelerator, workers=config.workers
-        ).accuracies()
+        whole, where = training.unsharded(model), {"accelerator": run.accelerator, "workers": config.workers}
+        return predict(whole, eval_images, inputs=inputs, **where).accuracies()
 
     for step, batch in training.steps(train, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        with run.accelerator.autocast():  # TokenAdapt's
-            inputs, targets = view(of(batch), batch.labels, keys)
+        with run.accelerator.autocast():  # for TokenAdapt
+            inputs, targets = view(get_inputs(batch), batch.labels, keys)
         logits = training.wrapped(inputs)
         loss = soft_label_loss(logits, targets, config.smoothing)
         training.update(loss, accuracy=top1_accuracy(logits, targets.labels))
 
-    # 5. Proof: exact accuracies, weights, and curves.
+    # 5. Results: accuracies, weights, and curves.
     result, model = evaluate(), training.unsharded(model)
-    run.print("\n".join(f"{name} {value:6.2f} % of {len(judged):,} images" for name, value in result.items()))
+    run.print("\n".join(f"{name} {value:6.2f} % of {len(eval_images):,} images" for name, value in result.items()))
     if run.is_main:
         unfreeze(model)
         save_classifier(run.out / "model.safetensors", model, **task.header)
@@ -231,42 +239,47 @@ def main(config: Config) -> None:
 
 
 class Task(NamedTuple):
-    """What differs between tokens and pixels; `field` names what a batch holds of an image, ids or images."""
+    """The data, the augmentation and the model, which differ between tokens and pixels."""
 
     train: Dataset
     validation: Dataset
-    field: str
-    view: nn.Module
-    center_view: nn.Module
+    field: str  # the field of a batch that holds the inputs: "ids" or "images"
+    view: nn.Module  # training augmentation: (inputs, labels, keys) -> model input, soft labels
+    center_view: nn.Module  # evaluation: inputs -> model input
     model: nn.Module
-    fingerprint: str  # of the data
-    header: dict[str, Any]  # codebook, class names and window, for save_classifier
-    zeros: Tensor  # one image as the model takes it
-    facts: dict[str, Any]  # of the data, for result.json
+    fingerprint: str  # of the training data
+    header: dict[str, Any]  # codebook fingerprint, class names and evaluation window, for save_classifier
+    zeros: Tensor  # one model input, filled with zeros
+    facts: dict[str, Any]  # about the data, for result.json
     adapt: TokenAdapt | None = None
 
 
 def token_task(config: Config, run: Run, source: Loaded) -> Task:
-    """A store, and the source with a new head."""
+    """Open the token store, and give the source model a new head.
+
+    Raises UserError if the model does not take these tokens or a setting does not apply to it.
+    """
     train, validation = open_stores(run, config.store)
-    body = getattr(source.model, "encoder", source.model)
-    kind = input_kind(body)
+    network = getattr(source.model, "encoder", source.model)
+    kind = input_kind(network)
     if kind == "pixels":
-        raise UserError(f"{config.checkpoint} takes pixels: name images with --data")
+        raise UserError(f"{config.checkpoint} takes pixels: name images with --data instead of --store")
     check_codes(train.codebook, source=str(train.path), saved=source, checkpoint=config.checkpoint)
     if kind == "maps" and config.tokenadapt_fraction:
         raise UserError(
-            f"{config.checkpoint} takes maps, which TokenAdapt does not give: preset tokens, or pass "
-            "--tokenadapt-fraction 0"
+            f"{config.checkpoint} takes maps, but TokenAdapt is for models that take ids: use preset tokens, or "
+            "pass --tokenadapt-fraction 0"
         )
     if kind == "ids" and (config.eda or config.crop_mode != "resized"):
-        raise UserError(f"{config.checkpoint} takes ids: --eda and --crop-mode are those of maps, leave them out")
+        raise UserError(
+            f"{config.checkpoint} takes ids: --eda and --crop-mode are for models that take maps, leave them out"
+        )
     size = window = window_of(train, config.size, "--size")
-    if config.size is None:  # a linear stem or a ResNet was judged by another window than its input
-        size = input_size(body) or source.window or size
+    if config.size is None:  # a linear stem or a ResNet was evaluated on another window than its input size
+        size = input_size(network) or source.window or size
         window = source.window or size
     if size[0] != size[1]:
-        raise UserError(f"a grid of {size}: the views cut squares, name a side of at most {min(size)} with --size")
+        raise UserError(f"got the grid {size}, expected a square: pass a side of at most {min(size)} with --size")
     model = classifier_from(source.model, train.num_classes, img_size=size, drop_path_rate=config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
     adapt = None
@@ -307,15 +320,21 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
 
 
 def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
-    """Images as they are, and the source with a new stem and a new head."""
+    """Open the images, and give the source model a new stem and a new head.
+
+    Raises UserError for a setting that does not apply to pixels, or splits with different classes.
+    """
     for name in ("store", "eda", "color", "tokenadapt", "labels_per_class"):
         if getattr(config, name):
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} has no meaning for pixels, which --data names: leave one of the two out")
+            raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
     train, validation = open_images(config.data, config.split, config.validation_split)
     names = train.class_names
     if not names or names != validation.class_names:
-        raise UserError(f"{config.data}: expected classes with the same names in both splits")
+        raise UserError(
+            f"{config.data}: the splits have different classes or none, expected the same class names in both: "
+            "name labeled splits with --split and --validation-split"
+        )
     size = config.size or 224
     boxes = RandomBoxes(config.seed, config.crop_scale)
     model = pixel_classifier_from(source.model, len(names), img_size=size, drop_path_rate=config.drop_path)

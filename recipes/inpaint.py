@@ -1,11 +1,12 @@
-"""Hide a region of images and let a pre-trained masked token model fill it: at once, and round by round.
+"""Hide a region of images and fill it with a pre-trained masked token model, in one shot and in several rounds.
 
     accelerate launch recipes/inpaint.py --checkpoint runs/mtm_pretrain-digits
     accelerate launch recipes/inpaint.py --checkpoint runs/mtm_pretrain-digits --region 0.5 0 0.5 1
     accelerate launch recipes/inpaint.py published --checkpoint base.pth --store imagenet-tokens
 
-On a CPU the digits take seconds. Hidden tokens that are right, in percent of the 360 validation images, by
-the model of the preset digits of mtm_pretrain (seed 0), and by the one code that is right most often:
+The digits take seconds on a CPU. The table gives the accuracy in percent: how many hidden tokens of the 360
+validation images are predicted correctly by the model of mtm_pretrain, preset digits, seed 0. "One code" predicts
+the most frequent hidden code everywhere.
 
 | region           | one shot | 8 rounds | one code |
 |------------------|----------|----------|----------|
@@ -13,13 +14,13 @@ the model of the preset digits of mtm_pretrain (seed 0), and by the one code tha
 | lower half       | 43.2     | 41.4     | 29.0     |
 | everything       | 31.5     | 29.2     | 28.9     |
 
-Rounds are not for more right tokens but for tokens that fit together: where everything is hidden, 8 rounds
-draw a digit, one shot a blur of many. With --temperature 1 tokens are drawn: 14.8 % are right in the
-middle. The published models have not been tried.
+Rounds do not make more tokens correct; they make tokens that fit together. If everything is hidden, 8 rounds
+draw a digit, one shot draws a blur of many. With --temperature 1 the tokens are sampled, and 14.8 % of them are
+correct in the middle. The published models have not been tried.
 
-Reads a model of recipes/mtm_pretrain.py, or the official one, and the validation images of a token store;
-writes config.json, result.json and inpainting.png (tokens, the hidden region, both fillings) into --out.
-Trains nothing.
+The recipe reads a model of recipes/mtm_pretrain.py, or the official one, and the validation images of a token
+store. It writes config.json, result.json and inpainting.png (tokens, hidden region, both results) into --out. It
+trains nothing.
 """
 
 from collections.abc import Callable
@@ -48,21 +49,19 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Which model fills what, and how."""
+    """Settings of inpainting: the model, the images and the hidden region."""
 
-    checkpoint: str | None = None  # a run's folder, its model.safetensors, or an official MTM checkpoint
-    store: str | None = None  # a token store; the embedded digits where none is named
-    tokenizer: str | None = None  # decodes tokens for the picture; without it codes are painted in colors
-    region: tuple[float, float, float, float] = (
-        0.25,
-        0.25,
-        0.5,
-        0.5,
-    )  # top, left, height, width; shares of the grid
-    rounds: int = 8
-    temperature: float = 0.0  # 0: the likeliest codes, the surest patches first
-    images: int = 8  # in the picture
-    measured: int = 1000  # images that the figures are over
+    # Folder of a run of mtm_pretrain, its model.safetensors, or an official MTM checkpoint; always needed.
+    checkpoint: str | None = None
+    store: str | None = None  # Folder of a token store. None: the embedded digits.
+    tokenizer: str | None = None  # Tokenizer file that decodes tokens for the picture. None: codes are colors.
+    # Top, left, height and width of the hidden region, as fractions of the grid.
+    region: tuple[float, float, float, float] = (0.25, 0.25, 0.5, 0.5)
+    rounds: int = 8  # Number of rounds, each of which fixes the most confident patches.
+    # Softmax temperature when codes are sampled. 0: the most likely codes, without sampling.
+    temperature: float = 0.0
+    images: int = 8  # Number of images in the picture.
+    measured: int = 1000  # Largest number of validation images for the accuracies.
 
 
 PRESETS = {"published": Config()}
@@ -71,14 +70,14 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke", rounds=2, measured
 
 
 def main(config: Config) -> None:
-    # 1. Run.
+    # 1. Run: the output folder and the processes.
     if config.checkpoint is None:
-        raise UserError("nothing to fill with: name a pre-training run's folder with --checkpoint")
+        raise UserError("no model to inpaint with: name a pre-training run's folder with --checkpoint")
     if min(config.images, config.measured) < 1:
         raise UserError(f"--images {config.images} --measured {config.measured}: expected 1 or more of each")
     run = Run("inpaint", config)
 
-    # 2. Data and model, which must agree on codebook and grid; the region, in whole patches.
+    # 2. Data and model with the same codebook and a sufficient grid; the region in whole patches.
     train, validation = open_stores(run, config.store)
     model = open_model(config.checkpoint, validation).to(run.device)
     patch_embed = model.encoder.patch_embed
@@ -86,14 +85,14 @@ def main(config: Config) -> None:
     tokenizer = digits().tokenizer if config.store is None else config.tokenizer
     decode = plots.picture_decoder(tokenizer, validation.codebook)
 
-    # 3. Fillings of a few images, before a folder is made: settings that mean nothing are refused here.
+    # 3. Results for a few images before the folder is created, because this call refuses invalid settings.
     fill = partial(fill_region, model, region=region, config=config, run=run)
     shown = fill(TokenDataset(validation).__getitems__(spread(validation, config.images)))
     run.start()
     run.describe(f"{int(region.sum())} of {region.numel()} tokens hidden")
 
-    # 4. Proof: how many hidden tokens are right, and a picture.
-    result = measure(fill, validation, config.measured, run)
+    # 4. Results: the accuracy on hidden tokens, and a picture.
+    result = measure(fill, store=validation, count=config.measured, run=run)
     for name, value in result.items():
         run.print(f"{name:20} {value:8.3f}")
     if run.is_main:
@@ -102,10 +101,13 @@ def main(config: Config) -> None:
 
 
 def open_model(checkpoint: str, store: TokenStore) -> MTM:
-    """The masked token model of a checkpoint. Raises UserError if it is none, or not for these tokens."""
+    """Load the masked token model of a checkpoint.
+
+    Raises UserError for another kind of model, another codebook, or a grid smaller than the model's input.
+    """
     saved = load_pretrained(checkpoint)
     if not isinstance(saved.model, MTM):
-        raise UserError(f"{checkpoint} is no masked token model: expected a run of recipes/mtm_pretrain.py")
+        raise UserError(f"{checkpoint} is no masked token model: name a run of recipes/mtm_pretrain.py")
     if saved.codebook:
         check_codebook(store.codebook, source=str(store.path), expected=saved.codebook, checkpoint=checkpoint)
     codes, window = saved.model.settings["num_codes"], saved.model.encoder.patch_embed.img_size
@@ -120,18 +122,19 @@ def open_model(checkpoint: str, store: TokenStore) -> MTM:
 def region_tokens(
     region: tuple[float, float, float, float], window: tuple[int, int], patch_grid: tuple[int, int]
 ) -> Tensor:
-    """Shares (top, left, height, width) of a window of tokens, rounded to whole patches -> (H, W) bool.
+    """Mark a region of a window of tokens, rounded to whole patches -> (height, width) bool, True inside.
 
-    Raises UserError if the region leaves the window or holds no patch.
+    `region` is (top, left, height, width) as fractions of the window, `window` is (height, width) in tokens.
+    Raises UserError if the region is partly outside the window or covers no patch.
     """
     hidden = torch.zeros(window, dtype=torch.bool)
     spans = []
     for start, length, tokens, patches in zip(region[:2], region[2:], window, patch_grid, strict=True):
-        ends = [round(at * patches) for at in (start, start + length)]
+        ends = [round(fraction * patches) for fraction in (start, start + length)]
         if start < 0 or start + length > 1 + 1e-9 or ends[0] >= ends[1]:
             raise UserError(
                 f"--region {' '.join(map(str, region))} of {patch_grid[0]} x {patch_grid[1]} patches: "
-                "expected top, left, height and width as shares of the grid, inside it and at least one patch"
+                "expected top, left, height and width as fractions of the grid, inside it and at least one patch"
             )
         spans.append(slice(*(end * (tokens // patches) for end in ends)))
     hidden[tuple(spans)] = True
@@ -139,7 +142,10 @@ def region_tokens(
 
 
 class Filled(NamedTuple):
-    """`ids`, what is `hidden` (bool), and both fillings, all (B, H, W); the one-shot `loss` () in nats."""
+    """The true `ids` int64, the `hidden` mask bool and both results int64, all (B, H, W).
+
+    `loss` () is the cross-entropy of the single pass, in nats per hidden token.
+    """
 
     ids: Tensor
     hidden: Tensor
@@ -149,8 +155,11 @@ class Filled(NamedTuple):
 
 
 @torch.no_grad()
-def fill_region(model: MTM, batch: Batch, region: Tensor, config: Config, run: Run) -> Filled:
-    """Both fillings of the central windows of a batch; their first predictions are the same."""
+def fill_region(model: MTM, batch: Batch, *, region: Tensor, config: Config, run: Run) -> Filled:
+    """Fill the region in the central windows of a batch, in one shot and in rounds.
+
+    Both begin with the same mask, so the loss holds for the first round too.
+    """
     batch = batch.to(run.device)
     ids = EvalView(region.shape)(batch.ids)
     keys = Keys(config.seed, 0, batch.indices)
@@ -166,15 +175,15 @@ def fill_region(model: MTM, batch: Batch, region: Tensor, config: Config, run: R
 
 
 def spread(store: TokenStore, count: int) -> list[int]:
-    """Up to `count` images, evenly over the split: a sorted one begins with images of one class."""
+    """Return up to `count` indices, evenly spaced, because a sorted split begins with images of one class."""
     count = min(count, len(store))
-    return [at * len(store) // count for at in range(count)]
+    return [number * len(store) // count for number in range(count)]
 
 
-def measure(fill: Callable[[Batch], Filled], store: TokenStore, count: int, run: Run) -> dict[str, float]:
-    """Token accuracies in the region, in percent: both fillings, and the one code that is right most often.
+def measure(fill: Callable[[Batch], Filled], *, store: TokenStore, count: int, run: Run) -> dict[str, float]:
+    """Return the token accuracies in the region in percent: one shot, rounds, and the most frequent code.
 
-    `loss` is that of the first prediction, in nats a hidden token.
+    `loss` is the cross-entropy of the single pass, in nats per hidden token.
     """
     ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
     chosen = Subset(TokenDataset(store), spread(store, count))
@@ -197,7 +206,7 @@ def measure(fill: Callable[[Batch], Filled], store: TokenStore, count: int, run:
 
 
 def picture_rows(filled: Filled, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Rows of pictures (n, 3, h, w): the tokens, the same with the region gray, and both fillings."""
+    """Return the rows of the picture (n, 3, h, w): the tokens, the same with a gray region, and both results."""
     tokens = decode(filled.ids.cpu())
     return {
         "tokens": tokens,

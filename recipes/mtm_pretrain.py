@@ -1,16 +1,16 @@
-"""Pre-train a masked token model (SeiT++, masked token modeling) and probe its frozen encoder.
+"""Pre-train a masked token model (SeiT++) and evaluate its frozen encoder by linear probing and k-NN.
 
     accelerate launch recipes/mtm_pretrain.py                                    # the embedded digits
     accelerate launch recipes/mtm_pretrain.py published --store imagenet-tokens --tokenadapt RUN  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/mtm_pretrain.py plain --store imagenet-tokens
 
 `digits` (the default) takes about 2 minutes on a CPU and lifts the linear probe from about 60 to 86-88 % and
-k-NN from about 45 to 83-86 % (three seeds, tests/long/mtm_digits.py). `published` is the paper's run, ViT-B on
-ImageNet-1k tokens for 400 epochs, half of the images through TokenAdapt (recipes/tokenadapt_train.py); `plain`
-does without it, `coloradapt` adds ColorAdapt. Their time on GPUs is not measured.
-Reads a token store; writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors,
-report.html with its pictures, and result.json into --out. Does not fine-tune: the weights are for
-recipes/finetune.py, probe.py and inpaint.py.
+k-NN from about 45 to 83-86 % (three seeds, tests/long/mtm_digits.py). `published` is the run of the paper: ViT-B
+on ImageNet-1k tokens for 400 epochs, half of the images augmented by TokenAdapt (recipes/tokenadapt_train.py).
+`plain` has no TokenAdapt, `coloradapt` adds ColorAdapt. Their time on GPUs is not measured.
+The recipe reads a token store. It writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/,
+model.safetensors, report.html with its pictures, and result.json into --out. It does not fine-tune: the weights
+are for recipes/finetune.py, probe.py and inpaint.py.
 """
 
 import copy
@@ -53,30 +53,35 @@ from seitpp.store import TokenStore
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """The published run: ViT-B, ImageNet-1k, 400 epochs, batch 4096 (SeiT++, pre-training)."""
+    """Settings of pre-training. The defaults are ViT-B, ImageNet-1k, 400 epochs, batch size 4096 (SeiT++)."""
 
-    store: str | None = None  # a token store; the embedded digits where none is named
-    tokenizer: str | None = None  # decodes tokens for the report; without it codes are painted in colors
-    init_from: str | None = None  # weights to begin with: a run's folder, a model file, or an official checkpoint
-    model: str = "mtm_vit_base"
-    decoder_width: int = 512
-    decoder_depth: int = 4
-    decoder_heads: int = 16
-    dropout: float = 0.1  # of the embedding and in the decoder
-    crop_size: int | None = 28  # side of the random resized crop in tokens; None: the whole grid
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
-    tokenadapt_fraction: float = 0.5  # share of the images that go through TokenAdapt
-    color: ColorPreset | None = None
-    mask_ratio: Literal["seitpp", "mage", "mae"] = "seitpp"  # the law of the share of hidden patches
-    epochs: float = 400
-    warmup_epochs: float = 40
-    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
-    batch_size: int = 4096  # global
-    base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    evaluation_epochs: float = 20  # between two probes of the frozen encoder
+    store: str | None = None  # Folder of a token store. None: the embedded digits.
+    tokenizer: str | None = None  # Tokenizer file that decodes tokens for the report. None: codes are colors.
+    # Initial weights: folder of a run, a model file, or an official checkpoint. None: random weights.
+    init_from: str | None = None
+    model: str = "mtm_vit_base"  # Name of the encoder in timm's registry.
+    decoder_width: int = 512  # Number of channels of the decoder.
+    decoder_depth: int = 4  # Number of transformer blocks of the decoder.
+    decoder_heads: int = 16  # Number of attention heads of the decoder.
+    dropout: float = 0.1  # Dropout rate after the token embedding and in the decoder.
+    crop_size: int | None = 28  # Side of the random resized crop in tokens. None: the whole grid.
+    crop_scale: tuple[float, float] = (
+        0.2,
+        1.0,
+    )  # Smallest and largest area of the crop, as fractions of the grid.
+    # TokenAdapt weights: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
+    tokenadapt: str | None = None
+    tokenadapt_fraction: float = 0.5  # Fraction of the images that are augmented by TokenAdapt.
+    color: ColorPreset | None = None  # Preset of Emb-Noise and ColorAdapt. None: neither.
+    mask_ratio: Literal["seitpp", "mage", "mae"] = "seitpp"  # Distribution of the mask ratio.
+    epochs: float = 400  # Length of training in epochs.
+    warmup_epochs: float = 40  # Length of the linear warm-up of the learning rate, in epochs.
+    grad_checkpointing: bool = False  # Recompute activations: a third more work for a fraction of the memory.
+    batch_size: int = 4096  # Number of images per update, over all processes.
+    base_lr: float = 1.5e-4  # Peak learning rate at batch size 256; scaled linearly with the batch size.
+    weight_decay: float = 0.05  # Weight decay of AdamW.
+    betas: tuple[float, float] = (0.9, 0.95)  # Betas of AdamW.
+    evaluation_epochs: float = 20  # Number of epochs between two evaluations of the frozen encoder.
 
 
 PRESETS = {"published": Config(compile=True)}
@@ -114,16 +119,16 @@ PRESETS["smoke"] = replace(
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder, the launch, the seed.
+    # 1. Run: the output folder, the processes, the seed.
     run = Run("mtm_pretrain", config)
 
-    # 2. Data: every size is read from the store.
+    # 2. Data: all sizes are read from the store.
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, grid = torch.from_numpy(train.codebook), window_of(train, config.crop_size, "--crop-size")
 
-    # 3. View: ids -> vectors -> color -> crop, or TokenAdapt -> ids, on the device.
+    # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
     view = SeitPPView(
         codebook,
@@ -134,11 +139,11 @@ def main(config: Config) -> None:
         color=config.color,
         lookup=train.lookup,
     ).to(run.device)
-    law = MASK_RATIOS[config.mask_ratio]
+    mask_ratio = MASK_RATIOS[config.mask_ratio]
     if config.compile:
         view.compile()
 
-    # 4. Model: its first loss is ln K.
+    # 4. Model: the first loss is ln K.
     model = new_model(config, grid, train).to(run.device)
     untrained, patches = copy.deepcopy(model.encoder), model.encoder.patch_embed.num_patches
     if config.init_from and not run.has_checkpoint:
@@ -147,18 +152,18 @@ def main(config: Config) -> None:
     # 5. Optimization.
     schedule = Schedule.from_config(config, order)
     optimizer = adamw(model, config.weight_decay, betas=config.betas)
-    step_on_zeros = zeros_loss(grid, law.counts(patches, law.highest), config.tokenadapt_fraction)
+    step_on_zeros = zeros_loss(grid, mask_ratio.counts(patches, mask_ratio.highest), config.tokenadapt_fraction)
     training = run.training(
         model,
         optimizer,
         schedule,
         data_fingerprint=train.fingerprint,
-        flops_per_image=step_flops(model, grid, law.counts(patches, 0.5)),
+        flops_per_image=step_flops(model, grid, mask_ratio.counts(patches, 0.5)),
         sharing=Sharing(step_on_zeros, (adapt,) if adapt else (), multiple=8),
     )
     run.describe(describe_store(train, config), view, training, model=model)
 
-    # 6. Training; on the way, probes of the encoder as it is.
+    # 6. Training, with evaluations of the current encoder.
     probed = {
         "train": run.eval_subset(images),
         "validation": run.eval_subset(TokenDataset(validation)),
@@ -172,25 +177,25 @@ def main(config: Config) -> None:
 
     for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        with run.accelerator.autocast():  # TokenAdapt's
+        with run.accelerator.autocast():  # for TokenAdapt
             ids = view(batch.ids, keys)
-        ratio = law.ratio(config.seed, step)
-        plan = mask_plan(keys.uniform("mask", patches), *law.counts(patches, ratio))
+        ratio = mask_ratio.ratio(config.seed, step)
+        plan = mask_plan(keys.uniform("mask", patches), *mask_ratio.counts(patches, ratio))
         loss, accuracy = training.wrapped(ids, plan, targets=ids)
         training.update(loss, accuracy=accuracy, mask_ratio=ratio)
 
-    # 7. Proof: the frozen encoder against the untrained one, weights, and pictures.
+    # 7. Results: the trained and the untrained encoder evaluated, the weights, and the report.
     model = training.unsharded(model).eval()
     result = evaluate() | {f"{name}_untrained": value for name, value in evaluate(untrained).items()}
     if run.is_main:
         save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(train.codebook))
         result["loss"] = run.log.read()[-1]["loss"]
-        write_report(run, model, validation, grid, result)
+        write_report(run, model=model, validation=validation, grid=grid, result=result)
     run.finish(result, store_facts(train, validation, config))
 
 
-def write_report(run: Run, model: MTM, validation: TokenStore, grid: tuple[int, int], result: dict) -> None:
-    """report.html: figures, curves, and what the model makes of hidden tokens of validation images."""
+def write_report(run: Run, *, model: MTM, validation: TokenStore, grid: tuple[int, int], result: dict) -> None:
+    """Write report.html: results, curves, and validation images with masked tokens predicted by the model."""
     config, on_digits = run.config, run.config.store is None
     decode = plots.picture_decoder(digits().tokenizer if on_digits else config.tokenizer, validation.codebook)
     originals = digits_images("validation")[0] if on_digits else None
@@ -209,7 +214,7 @@ def write_report(run: Run, model: MTM, validation: TokenStore, grid: tuple[int, 
 
 
 def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:
-    """A masked token model for ids of the store, with random weights."""
+    """Create a masked token model with random weights for the codebook of the store."""
     model = MTM(
         config.model,
         grid=grid,
@@ -225,37 +230,41 @@ def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:
 
 
 def start_from(model: MTM, path: str, store: TokenStore) -> None:
-    """Take the weights of another masked token model. Raises UserError if it is none, of another codebook, or of
-    other sizes.
+    """Load the weights of another masked token model into `model`.
+
+    Raises UserError for another kind of model, another codebook, or tensors of other names or shapes.
     """
     saved = load_pretrained(path)
     if not isinstance(saved.model, MTM):
         raise UserError(f"--init-from {path} holds a classifier: expected a masked token model")
     check_codes(store.codebook, source=str(store.path), saved=saved, checkpoint=path)
-    weights, places = saved.model.state_dict(), model.state_dict()
-    for name in sorted(weights.keys() | places.keys()):
-        there, here = (tuple(one[name].shape) if name in one else "nothing" for one in (weights, places))
+    loaded, expected = saved.model.state_dict(), model.state_dict()
+    for name in sorted(loaded.keys() | expected.keys()):
+        there, here = (tuple(state[name].shape) if name in state else "nothing" for state in (loaded, expected))
         if there != here:
             raise UserError(
-                f"--init-from {path} has other sizes: {name} is {there} there, {here} in this run: name its "
-                "--model, --crop-size and decoder"
+                f"--init-from {path} has other sizes: {name} is {there} there, {here} in this run: pass the "
+                "--model, --crop-size and --decoder-* settings of that model"
             )
-    model.load_state_dict(weights)
+    model.load_state_dict(loaded)
 
 
 def step_flops(model: MTM, grid: tuple[int, int], counts: tuple[int, int]) -> int:
-    """Floating-point operations of one image, forward and backward."""
+    """Return the floating-point operations per image, forward and backward; `counts` are (dropped, masked)."""
     patches = model.encoder.patch_embed.num_patches
     ids = torch.zeros(1, *grid, dtype=torch.long, device="meta")
     return count_flops(model, ids, mask_plan(torch.zeros(1, patches, device="meta"), *counts), ids)
 
 
-def zeros_loss(grid: tuple[int, int], counts: tuple[int, int], adapted: float) -> Trial:
-    """A step on zeros, by which its memory is counted; the share `adapted` goes through TokenAdapt before."""
+def zeros_loss(grid: tuple[int, int], counts: tuple[int, int], tokenadapt_fraction: float) -> Trial:
+    """Return a training step on zeros, from which the memory of a step is computed.
+
+    `counts` are the (dropped, masked) patches per image. The fraction of the images is augmented by TokenAdapt.
+    """
 
     def loss(images: int, device: torch.device, model: MTM, adapt: TokenAdapt | None = None) -> Tensor:
         if adapt:
-            adapt_zeros(adapt, round(adapted * images), device)
+            adapt_zeros(adapt, round(tokenadapt_fraction * images), device)
         ids = torch.zeros(images, *grid, dtype=torch.long, device=device)
         plan = mask_plan(torch.zeros(images, model.encoder.patch_embed.num_patches, device=device), *counts)
         return model(ids, plan, targets=ids).loss

@@ -1,12 +1,13 @@
-"""Probe the frozen encoder of a pre-training run: linear probe and weighted k-NN, top-1 in percent.
+"""Evaluate the frozen encoder of a pre-training run by linear probing and weighted k-NN: top-1 in percent.
 
     accelerate launch recipes/probe.py --checkpoint runs/mtm_pretrain-digits
     accelerate launch recipes/probe.py --checkpoint runs/mtm_pretrain-published --store imagenet-tokens
 
-Features are the cls output and the mean of the patch outputs, side by side, of the central window that the model
-was trained on. Seconds on the digits; about 5 GB of features for ViT-B on ImageNet-1k, its time is not measured.
-Reads the model.safetensors of a run and a token store with a train and a validation split; writes config.json and
-result.json into --out. Trains nothing but the linear probe.
+The features are the output of the cls token concatenated with the mean output of the patches, for the central
+window of the size that the model was trained on. The digits take seconds. For ViT-B on ImageNet-1k the features
+take about 5 GB; the time is not measured.
+The recipe reads the model.safetensors of a run and a token store with a train and a validation split, and writes
+config.json and result.json into --out. It trains nothing but the linear probe.
 """
 
 from dataclasses import dataclass, replace
@@ -25,11 +26,11 @@ from seitpp.recipe import run_recipe
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """What to probe, on which store."""
+    """Settings of a probe: the encoder and the store."""
 
-    checkpoint: str | None = None  # a run's folder or its model.safetensors
-    store: str | None = None  # a token store; the embedded digits where none is named
-    workers: int = 8
+    checkpoint: str | None = None  # Folder of a run of mtm_pretrain, or its model.safetensors; always needed.
+    store: str | None = None  # Folder of a token store. None: the embedded digits.
+    workers: int = 8  # Number of processes that read batches, per evaluating process.
 
 
 PRESETS = {"published": Config()}
@@ -43,7 +44,7 @@ def main(config: Config) -> None:
         raise UserError("nothing to probe: name a run's folder with --checkpoint")
     run = Run("probe", config)
 
-    # 2. Data and model, which must agree on codebook and grid.
+    # 2. Data and model: the same codebook, and a grid that is large enough for the model.
     train, validation = open_stores(run, config.store)
     path = Path(config.checkpoint)
     model, codebook, *_ = load_mtm(path / "model.safetensors" if path.is_dir() else path)
@@ -51,7 +52,8 @@ def main(config: Config) -> None:
     window = model.encoder.patch_embed.img_size
     if window[0] > train.grid[0] or window[1] > train.grid[1]:
         raise UserError(
-            f"grid {train.grid} of {train.path} is smaller than the {window} tokens of {config.checkpoint}"
+            f"{train.path}: got the grid {train.grid}, expected at least the {window} tokens that "
+            f"{config.checkpoint} takes: name a store with larger grids"
         )
     run.start()
 

@@ -5,16 +5,17 @@
     accelerate launch recipes/seit_train.py seitpp --store imagenet-tokens --tokenadapt ADAPT  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/seit_train.py published --store imagenet-tokens
 
-`published` is the paper's ViT-B on ImageNet-1k tokens, 300 epochs, 74.0 % top-1 there; neither its result nor its
-time on GPUs is measured here. Other presets: vit_small, resnet50, resnet18; the stems stem_linear and stem_conv2;
-the ablation none, cutmix, cutmix_eda, cutmix_noise; imagenet21k, with the settings of DeiT III (README_revenge.md
-of facebookresearch/deit). `seitpp` is SeiT++ without masked modeling (75.5 % there), half of the images through
-TokenAdapt, with its color; `seitpp_coloradapt` and `seitpp_tokenadapt` have one of the two, and with `_small` they
-are a ViT-S. `digits` (the default) takes 130 s on a CPU core and reaches 98.6 +- 0.7 % top-1 (five seeds,
-tests/bench/seit_digits.py; 97.4 +- 0.9 without augmentation).
-Reads a token store with the splits train and validation; writes config.json, metrics.jsonl, evaluations.jsonl,
-checkpoints/, model.safetensors, model_ema.safetensors (the moving average of the weights), curves.png,
-validation.png and result.json into --out.
+`published` is the ViT-B of the paper on ImageNet-1k tokens, 300 epochs. The paper reports 74.0 % top-1; neither
+the result nor the time on GPUs is measured here. Other presets: the networks vit_small, resnet50, resnet18; the
+stems stem_linear and stem_conv2; the ablation none, cutmix, cutmix_eda, cutmix_noise; and imagenet21k, with the
+settings of DeiT III (README_revenge.md of facebookresearch/deit). `seitpp` is SeiT++ without masked token modeling
+(75.5 % in the paper): TokenAdapt augments half of the images, and the color augmentation is that of SeiT++.
+`seitpp_coloradapt` and `seitpp_tokenadapt` have only one of the two. With `_small` the three are a ViT-S. `digits`
+(the default) takes 130 s on one CPU core and reaches 98.6 +- 0.7 % top-1, and 97.4 +- 0.9 % without augmentation
+(five seeds, tests/bench/seit_digits.py).
+The recipe reads a token store with the splits train and validation. It writes config.json, metrics.jsonl,
+evaluations.jsonl, checkpoints/, model.safetensors, model_ema.safetensors (the moving average of the weights),
+curves.png, validation.png and result.json into --out.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import seitpp.models  # noqa: F401 (makes timm know our models)
+import seitpp.models  # noqa: F401 (registers our models in timm)
 from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.codebook import codebook_fingerprint
@@ -53,36 +54,40 @@ from seitpp.store import TokenStore
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """The published run: ViT-B with the 4x4 convolution stem, ImageNet-1k, 300 epochs, batch 1024 (SeiT)."""
+    """Settings of supervised training. The defaults are ViT-B with the 4x4 convolution stem, ImageNet-1k, 300
+    epochs, batch size 1024 (SeiT).
+    """
 
-    store: str | None = None  # a token store; the embedded digits where none is named
-    model: str = "seit_vit_base"
-    stem: Literal["linear", "conv2", "conv4", "deconv"] = "conv4"
-    eval_window: int | None = 28  # side of the central window in evaluation, in tokens; None: the whole grid
-    size: int | None = 28  # side of the map that the model sees; None: the window's
-    crop_mode: Literal["resized", "window"] | None = "resized"  # Token-RRC, or a random window as it is
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    eda: Literal["release", "paper"] | None = "release"
-    color: ColorPreset | None = "paper"
-    tokenadapt: str | None = None  # a run of recipes/tokenadapt_train.py, its file, or the official one
-    tokenadapt_fraction: float = 0.0  # share of the images that go through TokenAdapt
-    cutmix: float = 1.0  # alpha of the Beta law; 0: none
-    mixup: float = 0.0
-    smoothing: float = 0.1
-    drop_path: float = 0.1
-    epochs: float = 300
-    warmup_epochs: float = 5
-    grad_checkpointing: bool = False  # a third more work for a fraction of the memory
-    batch_size: int = 1024  # global
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    clip: float | None = None  # the largest norm of the gradient
-    base_lr: float = 7.5e-4  # for a batch of 512; scaled linearly
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    weight_decay: float = 0.1
-    layer_decay: float = 1.0  # of the rate, from each layer to the one below it
-    ema: float = 0.99996
-    evaluation_epochs: float = 5
+    store: str | None = None  # Folder of a token store. None: the embedded digits.
+    model: str = "seit_vit_base"  # Name of the network in timm's registry.
+    stem: Literal["linear", "conv2", "conv4", "deconv"] = "conv4"  # Kind of Stem-Adapter.
+    eval_window: int | None = 28  # Side of the central window in evaluation, in tokens. None: the whole grid.
+    size: int | None = 28  # Side of the model's input in tokens. None: the side of the evaluation window.
+    # "resized": random resized crop (Token-RRC); "window": random crop without resizing; None: no crop.
+    crop_mode: Literal["resized", "window"] | None = "resized"
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions of the grid.
+    eda: Literal["release", "paper"] | None = "release"  # Preset of the Token-EDA rates. None: no Token-EDA.
+    color: ColorPreset | None = "paper"  # Preset of Emb-Noise and ColorAdapt. None: neither.
+    # TokenAdapt weights: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
+    tokenadapt: str | None = None
+    tokenadapt_fraction: float = 0.0  # Fraction of the images that are augmented by TokenAdapt.
+    cutmix: float = 1.0  # Alpha of the Beta distribution of Token-CutMix. 0: no CutMix.
+    mixup: float = 0.0  # Alpha of the Beta distribution of Mixup. 0: no Mixup.
+    smoothing: float = 0.1  # Label smoothing.
+    drop_path: float = 0.1  # Stochastic depth rate.
+    epochs: float = 300  # Length of training in epochs.
+    warmup_epochs: float = 5  # Length of the linear warm-up of the learning rate, in epochs.
+    grad_checkpointing: bool = False  # Recompute activations: a third more work for a fraction of the memory.
+    batch_size: int = 1024  # Number of images per update, over all processes.
+    optimizer: Literal["adamw", "lamb"] = "adamw"  # Optimizer.
+    clip: float | None = None  # Largest norm of the gradient. None: no clipping.
+    base_lr: float = 7.5e-4  # Peak learning rate at batch size 512; scaled linearly with the batch size.
+    warmup_lr: float = 1e-6  # Learning rate of the first update.
+    min_lr: float = 1e-5  # Learning rate at the end of the cosine schedule.
+    weight_decay: float = 0.1  # Weight decay of the optimizer.
+    layer_decay: float = 1.0  # Factor of the learning rate from each layer to the one below it.
+    ema: float = 0.99996  # Decay per update of the moving average of the weights.
+    evaluation_epochs: float = 5  # Number of epochs between two evaluations.
 
 
 PRESETS = {"published": Config(compile=True)}
@@ -98,7 +103,7 @@ PRESETS |= {
         "cutmix": {"eda": None, "color": None},
         "cutmix_eda": {"color": None},
         "cutmix_noise": {"eda": None},
-        "imagenet21k": {  # epochs and augmentation of SeiT; else DeiT III's of ViT-B, 1e-3 at batch 2048
+        "imagenet21k": {  # epochs and augmentation: SeiT; the rest: DeiT III, ViT-B, lr 1e-3 at batch size 2048
             "epochs": 270,
             "crop_mode": "window",
             "eda": None,
@@ -123,7 +128,7 @@ PRESETS["digits"] = replace(
     model="seit_vit_nano",
     eval_window=None,
     size=None,
-    crop_scale=(0.7, 1.0),  # of 8 x 8 tokens a twelfth is no digit: (0.08, 1) gave 89 % after 60 epochs
+    crop_scale=(0.7, 1.0),  # a twelfth of 8 x 8 tokens shows no digit: (0.08, 1) gave 89 % after 60 epochs
     epochs=120,
     batch_size=128,
     base_lr=8e-3,
@@ -138,19 +143,19 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke", **SMOKE)
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder, the launch, the seed.
+    # 1. Run: the output folder, the processes, the seed.
     run = Run("seit_train", config)
 
-    # 2. Data: every size but the model's own window is read from the store.
+    # 2. Data: all sizes but the evaluation window and the model's input are read from the store.
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, window = torch.from_numpy(train.codebook), window_of(train, config.eval_window, "--eval-window")
     size = config.size or window[0]
 
-    # 3. Views: ids -> EDA -> crop -> vectors -> color -> CutMix; and the central window.
+    # 3. Augmentation: ids -> EDA -> vectors -> crop or TokenAdapt -> color -> CutMix; evaluation: the center.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
-    view = new_view(config, codebook, size, adapt).to(run.device)
+    view = new_view(config, codebook=codebook, size=size, adapt=adapt).to(run.device)
     center_view = EvalView(window, codebook, size).to(run.device)
 
     # 4. Model, and the moving average of its weights.
@@ -177,31 +182,30 @@ def main(config: Config) -> None:
     run.describe(describe_store(train, config), view, training, model=model)
 
     # 6. Training.
-    judged = run.eval_subset(TokenDataset(validation))
+    eval_images = run.eval_subset(TokenDataset(validation))
 
     def evaluate() -> dict[str, float]:
         scores = {}
         for suffix, weights in (("", model), ("_ema", ema.module)):
             whole, inputs = training.unsharded(weights), lambda batch: center_view(batch.ids)
-            found = predict(
-                whole, judged, inputs=inputs, accelerator=run.accelerator, workers=config.workers
-            ).accuracies()
-            scores |= {f"{name}{suffix}": value for name, value in found.items()}
+            where = {"accelerator": run.accelerator, "workers": config.workers}
+            accuracies = predict(whole, eval_images, inputs=inputs, **where).accuracies()
+            scores |= {f"{name}{suffix}": value for name, value in accuracies.items()}
         return scores
 
     for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        with run.accelerator.autocast():  # TokenAdapt's
+        with run.accelerator.autocast():  # for TokenAdapt
             maps, targets = view(batch.ids, batch.labels, keys)
         logits = training.wrapped(maps)
         loss = soft_label_loss(logits, targets, config.smoothing)
         training.update(loss, accuracy=top1_accuracy(logits, targets.labels))
 
-    # 7. Proof: exact accuracies, weights, and curves.
+    # 7. Results: accuracies, weights, and curves.
     result = evaluate()
     model, average = training.unsharded(model), training.unsharded(ema.module)
     for name, value in result.items():
-        run.print(f"{name:12} {value:6.2f} % of {len(judged):,} images")
+        run.print(f"{name:12} {value:6.2f} % of {len(eval_images):,} images")
     if run.is_main:
         codebook = codebook_fingerprint(train.codebook)
         header = {"class_names": train.class_names, "window": window}
@@ -213,8 +217,8 @@ def main(config: Config) -> None:
     run.finish(result, store_facts(train, validation, config))
 
 
-def new_view(config: Config, codebook: Tensor, size: int, adapt: TokenAdapt | None) -> SeitView:
-    """What a batch of ids becomes in training: maps of `size` x `size` tokens and their labels."""
+def new_view(config: Config, *, codebook: Tensor, size: int, adapt: TokenAdapt | None) -> SeitView:
+    """Create the training augmentation from ids to maps of `size` x `size` vectors and their labels."""
     view = SeitView(
         codebook,
         size=size,
@@ -233,7 +237,7 @@ def new_view(config: Config, codebook: Tensor, size: int, adapt: TokenAdapt | No
 
 
 def new_model(config: Config, size: int, store: TokenStore) -> nn.Module:
-    """A timm classifier of maps (B, D, size, size) of the store, with random weights."""
+    """Create a timm classifier with random weights for maps (B, D, size, size) of the store."""
     return timm.create_model(
         config.model,
         stem=config.stem,

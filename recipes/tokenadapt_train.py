@@ -1,18 +1,19 @@
-"""Train TokenAdapt (SeiT++): f and g, between which pixel augmentations of a token grid give tokens again.
+"""Train TokenAdapt (SeiT++): f and g map tokens into a space for pixel augmentations, and back to tokens.
 
     accelerate launch recipes/tokenadapt_train.py           # the embedded digits
     accelerate launch recipes/tokenadapt_train.py photos    # scikit-learn's two photographs
     accelerate launch recipes/tokenadapt_train.py published --data imagenet --split train --validation-split val \\
         --tokenizer imagenet-tokens-tokenizer.safetensors
 
-`digits` (the default) takes a minute on one CPU core. Of the tokens of augmented, held-out digits TokenAdapt
-finds 73 %, augmentation of the vectors themselves 35 % (flips alone 85 and 39, rotations 78 and 51, crops 72 and
-52); decoded, its tokens are 6.3 dB closer to the augmented image. `photos` took 11 minutes: 49 and 46 %, 1.8 dB
-closer; it needs more photographs than two. With seven, at scales where a patch holds texture, and judged on one
-never seen (tests/bench/tokenadapt_photographs.py, 6 minutes): 43 and 29 % (flips 54 and 38, rotations 46 and 31,
-crops 49 and 41), 2.5 dB. `published` has the published sizes and was not run.
-Reads images and a tokenizer, which stays as it is. Writes model.safetensors, config.json, metrics.jsonl,
-checkpoints/, result.json and pictures into --out. Trains no classifier: f and g go, frozen, into other recipes.
+`digits` (the default) takes a minute on one CPU core. On augmented, held-out digits TokenAdapt predicts 73 % of
+the tokens correctly; augmenting the vectors directly gives 35 % (flips alone 85 and 39, rotations 78 and 51, crops
+72 and 52). Its decoded tokens are 6.3 dB (PSNR) closer to the augmented image. `photos` took 11 minutes: 49 and
+46 %, 1.8 dB; two photographs are too few. Trained on seven, at scales where a patch holds texture, and evaluated
+on an unseen one (tests/bench/tokenadapt_photographs.py, 6 minutes): 43 and 29 % (flips 54 and 38, rotations 46 and
+31, crops 49 and 41), 2.5 dB. `published` has the published sizes and was not run.
+The recipe reads images and a tokenizer, which is not changed. It writes model.safetensors, config.json,
+metrics.jsonl, checkpoints/, result.json and pictures into --out. It trains no classifier: other recipes use the
+frozen f and g.
 """
 
 from dataclasses import dataclass, replace
@@ -43,31 +44,34 @@ from seitpp.objectives.adapt import TokenizerPair, adapt_loss, tokenizer_pair
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import PatchKMeans, Tokenizer
 
-FIT_IMAGES = 400  # without a tokenizer, so many training images make one
+FIT_IMAGES = 400  # number of training images that a tokenizer is fitted to if none is named
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Sizes and augmentation are published (SeiT++, TokenAdapt), optimization and length are not: ours."""
+    """Settings of TokenAdapt training. Sizes and augmentation are published (SeiT++); optimization and length are
+    not, and are chosen by this project.
+    """
 
-    data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set
-    split: str | None = None  # the part of the source to train on; all of it where none is named
-    validation_split: str | None = None  # the part that is held out; every twentieth image where none is named
-    tokenizer: str | None = None  # it must take images of both sizes; patch_kmeans where none is named
-    load_size: int = 256  # images are resized to this side
-    image_size: int = 256  # side of the random windows of them that are tokenized
-    crop_size: int = 28  # side of the augmented grid in tokens
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    identity: float = 0.1  # share of the images that are not augmented
-    width: int = 384
-    heads: int = 6  # of 64 channels
-    epochs: float = 10
-    warmup_epochs: float = 0.5
-    batch_size: int = 256  # global
-    base_lr: float = 1e-3  # for a batch of 256; scaled linearly
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0  # largest gradient norm
+    data: str | None = None  # Folder, .parquet or .tar files, or name of a data set. None: as the preset says.
+    split: str | None = None  # Split of --data to train on. None: all of it.
+    validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
+    # Tokenizer file; it must take both image sizes. None: that of the digits; preset photos fits patch_kmeans.
+    tokenizer: str | None = None
+    load_size: int = 256  # Side in pixels to which images are resized.
+    image_size: int = 256  # Side in pixels of the random crops that are tokenized.
+    crop_size: int = 28  # Side of the augmented grid in tokens.
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # Range of the area of the augmented crop, as fractions.
+    identity: float = 0.1  # Fraction of the images that are not augmented.
+    width: int = 384  # Number of channels of f and g.
+    heads: int = 6  # Number of attention heads, of 64 channels each.
+    epochs: float = 10  # Length of training in epochs.
+    warmup_epochs: float = 0.5  # Length of the linear warm-up of the learning rate, in epochs.
+    batch_size: int = 256  # Number of images per update, over all processes.
+    base_lr: float = 1e-3  # Peak learning rate at batch size 256; scaled linearly with the batch size.
+    weight_decay: float = 0.05  # Weight decay of AdamW.
+    betas: tuple[float, float] = (0.9, 0.95)  # Betas of AdamW.
+    clip: float = 1.0  # Largest norm of the gradient.
 
 
 PRESETS = {"published": Config()}
@@ -113,10 +117,10 @@ PRESETS["smoke"] = replace(
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder, the launch, the seed.
+    # 1. Run: the output folder, the processes, the seed.
     run = Run("tokenadapt_train", config)
 
-    # 2. Data: images to learn from and others to judge by; a frozen tokenizer of whole and of augmented images.
+    # 2. Data: training and validation images; a frozen tokenizer for original and for augmented images.
     everything, validation = open_data(config)
     train = train_subset(config, everything)
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
@@ -124,10 +128,10 @@ def main(config: Config) -> None:
     order = BatchOrder(len(train), config.batch_size, config.seed)
     codebook, grid = tokenizer.codebook.detach(), pair.whole.spec.grid
 
-    # 3. View: see `augmentations`; one draw acts on pixels, in f's space, and for the yardstick on vectors.
-    laws = augmentations(config)
+    # 3. Augmentation: one sample is applied to pixels and in the space of f, and in evaluation to vectors.
+    settings = augmentations(config)["together"]
 
-    # 4. Model: its first loss is ln K.
+    # 4. Model: the first loss is ln K.
     num_codes, code_dim = codebook.shape
     model = TokenAdapt(
         grid,
@@ -159,28 +163,29 @@ def main(config: Config) -> None:
     for step, batch in training.steps(train):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         images = crop_and_flip(batch.images, keys, config.image_size)
-        geometry = random_geometry(keys, grid[0], config.crop_size, identity=config.identity, **laws["together"])
+        geometry = random_geometry(keys, grid[0], config.crop_size, identity=config.identity, **settings)
         target = pair.augmented.encode(apply_geometry(images, geometry).clamp(0, 1))
         logits = training.wrapped(embed(pair.whole.encode(images), codebook), geometry)
         accuracy = token_accuracy(logits.argmax(dim=1), target).mean()
         training.update(adapt_loss(logits, target), accuracy=accuracy)
 
-    # 7. Proof: held-out images, one augmentation after the other, in figures and in pictures.
+    # 7. Results: validation images under each augmentation, as figures and as a picture.
     model, validation = training.unsharded(model).eval(), run.eval_subset(validation)
-    result = judge(model, pair, validation, config, run)
+    result = judge(model, pair=pair, validation=validation, config=config, run=run)
     if run.is_main:
         save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(codebook.cpu().numpy()))
         if config.tokenizer is None:
             tokenizer.save(run.out / "tokenizer.safetensors")
         plots.curves(run.log.read(), ["loss", "accuracy"], run.out / "losses.png")
-        plots.picture_grid(show(model, pair, validation, config, run), run.out / "augmented.png")
+        rows = show(model, pair=pair, validation=validation, config=config, run=run)
+        plots.picture_grid(rows, run.out / "augmented.png")
     run.finish(result, image_facts(train, everything, validation))
 
 
 def zeros_loss(
     images: int, device: torch.device, model: TokenAdapt, whole: Tokenizer, augmented: Tokenizer
 ) -> Tensor:
-    """A step on zeros, by which its memory is counted."""
+    """Take a training step on zeros, from which the memory of a step is computed."""
     for tokenizer in (whole, augmented):
         ids = tokenizer.encode(torch.zeros(images, 3, *tokenizer.spec.image_size, device=device))
     boxes = torch.zeros(images, 4, dtype=torch.long, device=device)
@@ -191,65 +196,74 @@ def zeros_loss(
 
 
 def augmentations(config: Config) -> dict[str, dict]:
-    """Arguments of `random_geometry` by name: three that do one thing to every image, and what is trained."""
-    nothing = {"flip": 0.0, "affine": 0.0, "scale": None}
+    """Return arguments of `random_geometry`: three that apply one operation to every image, and all "together".
+
+    Training uses "together", evaluation uses all four.
+    """
+    off = {"flip": 0.0, "affine": 0.0, "scale": None}
     return {
-        "flip": {**nothing, "flip": 1.0},
-        "rotation": {**nothing, "affine": 1.0, "part": 1.0, "shift": 0.0, "shear": 0.0},
-        "crop": {**nothing, "scale": config.crop_scale},
+        "flip": {**off, "flip": 1.0},
+        "rotation": {**off, "affine": 1.0, "part": 1.0, "shift": 0.0, "shear": 0.0},
+        "crop": {**off, "scale": config.crop_scale},
         "together": {"scale": config.crop_scale},
     }
 
 
-def augmented(model: TokenAdapt, pair: TokenizerPair, batch: Pixels, config: Config, law: dict) -> Augmented:
-    """What `law` makes of the central windows of held-out images, in every way."""
+def augmented(
+    model: TokenAdapt, *, pair: TokenizerPair, batch: Pixels, config: Config, settings: dict
+) -> Augmented:
+    """Augment the central windows of validation images by every method that is compared.
+
+    `settings` are arguments of `random_geometry`.
+    """
     size = config.image_size, config.image_size
     geometry = random_geometry(
-        Keys(config.seed, 0, batch.indices), pair.whole.spec.grid[0], config.crop_size, **law
+        Keys(config.seed, 0, batch.indices), pair.whole.spec.grid[0], config.crop_size, **settings
     )
     return augment_in_every_way(model, pair, originals=center_window(batch.images, size) / 255, geometry=geometry)
 
 
 def judge(
-    model: TokenAdapt, pair: TokenizerPair, validation: Dataset, config: Config, run: Run
+    model: TokenAdapt, *, pair: TokenizerPair, validation: Dataset, config: Config, run: Run
 ) -> dict[str, float]:
-    """`MEASURES` of each augmentation, means over the held-out images; printed as a table."""
+    """Compute and print `MEASURES` of each augmentation, as means over the validation images."""
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    laws = augmentations(config)
-    sums = torch.zeros(len(laws), len(MEASURES), device=run.device)
+    operations = augmentations(config)
+    sums = torch.zeros(len(operations), len(MEASURES), device=run.device)
     for batch in evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=config.workers):
-        for row, law in zip(sums, laws.values(), strict=True):
-            made = augmented(model, pair, batch.to(run.device), config, law)
-            row += compare(made, pair.augmented).sum(dim=0)
+        for row, settings in zip(sums, operations.values(), strict=True):
+            output = augmented(model, pair=pair, batch=batch.to(run.device), config=config, settings=settings)
+            row += compare(output, pair.augmented).sum(dim=0)
     means = (run.accelerator.reduce(sums) / len(validation)).tolist()
     run.print(f"{'':10}" + "".join(f"{measure:>21}" for measure in MEASURES))
     result = {}
-    for name, row in zip(laws, means, strict=True):
+    for name, row in zip(operations, means, strict=True):
         run.print(f"{name:10}" + "".join(f"{value:21.2f}" for value in row))
         result |= {f"{name}_{measure}": value for measure, value in zip(MEASURES, row, strict=True)}
     return result
 
 
 def show(
-    model: TokenAdapt, pair: TokenizerPair, validation: Dataset, config: Config, run: Run
+    model: TokenAdapt, *, pair: TokenizerPair, validation: Dataset, config: Config, run: Run
 ) -> dict[str, Tensor]:
-    """Rows of pictures: held-out images from all over the source, and their augmentation in every way."""
+    """Return the rows of a picture: evenly spaced validation images, and each augmented by every method."""
     chosen = range(0, len(validation), -(-len(validation) // 8))
     batch = validation.__getitems__(list(chosen)).to(run.device)
-    made = augmented(model, pair, batch, config, augmentations(config)["together"])
+    settings = augmentations(config)["together"]
+    output = augmented(model, pair=pair, batch=batch, config=config, settings=settings)
     decode = pair.augmented.decode
     rows = {
-        "image": made.originals,
-        "augmented": made.images,
-        "its tokens": decode(made.ids),
-        "direct": decode(made.direct),
-        "TokenAdapt": decode(made.tokenadapt),
+        "image": output.originals,
+        "augmented": output.images,
+        "its tokens": decode(output.ids),
+        "direct": decode(output.direct),
+        "TokenAdapt": decode(output.tokenadapt),
     }
     return {name: images.cpu() for name, images in rows.items()}
 
 
 def open_data(config: Config) -> tuple[Dataset, Dataset]:
-    """Images to train on and held-out ones: of the named source, two photographs, or the digits."""
+    """Open the training and validation images: of --data, of two photographs, or the embedded digits."""
     size = config.load_size, config.load_size
     if config.data is not None:
         train, validation = open_images(config.data, config.split, config.validation_split)
@@ -257,12 +271,17 @@ def open_data(config: Config) -> tuple[Dataset, Dataset]:
     if config.preset == "photos":
         return PhotographWindows(config.load_size, "train"), PhotographWindows(config.load_size, "validation")
     if config.preset not in ON_DIGITS:
-        raise UserError(f"preset {config.preset} needs --data; without a preset the digits are used")
+        raise UserError(
+            f"preset {config.preset} needs --data: name images, or leave the preset out to use the digits"
+        )
     return ImageDataset(DigitsSource("train"), size), ImageDataset(DigitsSource("validation"), size)
 
 
 def open_tokenizer(config: Config, run: Run, train: Dataset) -> Tokenizer:
-    """The named one, that of the digits, or patch_kmeans on training images, the same on every process."""
+    """Load the named tokenizer or that of the digits, or fit patch_kmeans, with the same result on every process.
+
+    Raises UserError for a crop larger than the loaded images, or for --data without a tokenizer.
+    """
     if config.image_size > config.load_size:
         raise UserError(f"--image-size {config.image_size}: expected at most --load-size {config.load_size}")
     if config.tokenizer is not None:
@@ -272,7 +291,9 @@ def open_tokenizer(config: Config, run: Run, train: Dataset) -> Tokenizer:
         images = train.__getitems__(chosen).images / 255
         return PatchKMeans.fit(images, image_size=config.load_size, patch=8, num_codes=391, code_dim=32)
     if config.data is not None:
-        raise UserError(f"preset {config.preset} with --data needs --tokenizer, the file of one for such images")
+        raise UserError(
+            f"preset {config.preset} with --data needs --tokenizer: name a tokenizer file for these images"
+        )
     return tokenizers.load(embedded(run, digits).tokenizer)
 
 

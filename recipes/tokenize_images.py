@@ -1,4 +1,4 @@
-"""Turn a collection of images into a token store of about one kilobyte an image.
+"""Tokenize a collection of images into a token store of about one kilobyte per image.
 
     accelerate launch recipes/tokenize_images.py --data photos --tokenizer tokenizer.safetensors --out tokens
     accelerate launch --multi_gpu --num_processes 8 recipes/tokenize_images.py published --data imagenet \\
@@ -12,15 +12,16 @@
     accelerate launch recipes/tokenize_images.py --set flowers102 --data flowers-102 --tokenizer vitvqgan.ckpt \\
         --out flowers102-tokens
 
-Reads a folder of images, Parquet files, webdataset tars or a named data set; writes one split of the store --out,
-which may hold other splits already. A folder with images/ and annotations/ is read as ADE-20k: the store keeps
-each image's grid and its annotation, lossless. Interrupted, the same command goes on after the last finished shard
-and ends with the same bytes, on another number of processes too. With --compact the store keeps only those codes
-that its split `train` uses, numbered by popularity, as the published token sets do; with --codebook those of a
-released codebook, in its order, so that official models take the ids. The tokenizer with these codes is then
-OUT-tokenizer.safetensors, for the --tokenizer of other commands. With --set, --data is the folder of a
-fine-grained set as its authors distribute it, and both of its splits are written. With nothing named it tokenizes
-the embedded digits, in seconds; the rate of `published` and `ade20k` on a GPU is not measured. Trains nothing.
+The recipe reads a folder of images, Parquet files, webdataset tars or a named data set. It writes one split of the
+store --out, which may already contain other splits. A folder with images/ and annotations/ is read as ADE-20k: the
+store keeps the grid of each image and its annotation, lossless. If the command is interrupted, the same command
+continues after the last finished shard and writes the same bytes, also on another number of processes.
+With --compact the store keeps only the codes that its split `train` uses, the most frequent first, as the
+published token sets do. With --codebook it keeps the codes of a released codebook in their order, so that official
+models accept the ids. The tokenizer with these codes is saved as OUT-tokenizer.safetensors, for --tokenizer of
+other commands. With --set, --data is the folder of a fine-grained data set as its authors distribute it, and both
+of its splits are written. With --out alone, the embedded digits are tokenized, in seconds. The speed of
+`published` and `ade20k` on a GPU is not measured. The recipe trains nothing.
 """
 
 import time
@@ -52,22 +53,24 @@ from seitpp.tokenizers.encoding import encode
 
 @dataclass(frozen=True)
 class Config:
-    """Which images, by which tokenizer, into which split of which store."""
+    """Settings of tokenization: the images, the tokenizer and the split of the store."""
 
-    data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set; else the digits
-    set: SetName | None = None  # --data is the folder of this fine-grained set
-    source_split: str | None = None  # the part of the source to read; all of it where none is named
-    tokenizer: str | None = None  # a tokenizer file; that of the digits where nothing is named
-    compact: bool = False  # keep the codes that the split train uses only, 0 the most frequent
-    codebook: str | None = None  # keep the codes of this file only: a codebook.ckpt, or a store's .safetensors
-    out: str | None = None  # the store
-    split: str = "train"  # the split of the store that is written
-    short_side: int | None = None  # pixels, each image its own grid; else the tokenizer's size (annotated: 512)
-    codec: str = "ans"
-    keep_source: bool = False  # also keep each image's file name and its size in bytes, as columns
-    skip_errors: bool = False  # leave out images that cannot be read, and list them beside the store
-    batch_size_per_process: int = 64  # images of one forward, on each process
-    workers: int = 4  # processes that decode images, for each process that tokenizes
+    data: str | None = None  # Folder, .parquet or .tar files, or name of a data set. None: the embedded digits.
+    set: SetName | None = None  # Name of the fine-grained data set in the folder --data. None: other images.
+    source_split: str | None = None  # Split of --data to read. None: all of it.
+    tokenizer: str | None = None  # Tokenizer file; needed with --data. None: the tokenizer of the digits.
+    compact: bool = False  # Keep only the codes that the split train uses, code 0 the most frequent.
+    # Keep only the codes of this file: a released codebook.ckpt, or the .safetensors codebook of a store.
+    codebook: str | None = None
+    out: str | None = None  # Folder of the store; always needed.
+    split: str = "train"  # Split of the store that is written.
+    # Short side in pixels, so that each image has its own grid. None: the tokenizer's size; with annotations 512.
+    short_side: int | None = None
+    codec: str = "ans"  # Codec of the ids: escape, packed, huffman, ans or context.
+    keep_source: bool = False  # Also store the file name and the file size in bytes of each image, as columns.
+    skip_errors: bool = False  # Skip images that cannot be read, and list them in OUT-SPLIT-skipped.txt.
+    batch_size_per_process: int = 64  # Number of images per forward pass, on each process.
+    workers: int = 4  # Number of processes that decode images, per tokenizing process.
 
 
 PRESETS = {"published": Config(batch_size_per_process=256, workers=16)}
@@ -76,7 +79,7 @@ PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128, wo
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
 
-# What can be kept beside tokens and label; an image's annotation is, where it has one.
+# Optional columns beside tokens and label, and their types; an annotation is stored if the images have any.
 COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64"}
 
 
@@ -88,20 +91,20 @@ def main(config: Config) -> None:
 
 
 def tokenize_split(config: Config, accelerator: Accelerator) -> None:
-    """Write one split of images of any kind."""
+    """Write one split from --data, or from the embedded digits."""
     source, tokenizer = open_data(config, accelerator)
     if isinstance(source, AnnotatedSource) and config.short_side is None:
         config = replace(config, short_side=SHORT_SIDE)
-    tokenize(source, tokenizer, config, accelerator)
+    tokenize(source, tokenizer, config=config, accelerator=accelerator)
 
 
-def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelerator: Accelerator) -> None:
-    """Write the split config.split of the store config.out, each process its own shards; all processes call it.
+def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accelerator: Accelerator) -> None:
+    """Write the split config.split of the store config.out. Every process must call it and writes its own shards.
 
-    Raises UserError if the split is there already, or at an image that cannot be read unless those are skipped.
+    Raises UserError if the split exists already, or for an unreadable image unless --skip-errors is set.
     """
     tokenizer = choose_codes(tokenizer, config).to(accelerator.device).eval()
-    counting = config.compact and not has_store(config)  # before anybody can have made it
+    counting = config.compact and not has_store(config)  # asked before any process can have created the store
     size, grid, description = sizing(tokenizer, config.short_side)
     annotated = isinstance(source, AnnotatedSource)
     columns = [
@@ -109,7 +112,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         *(["file_name", "source_bytes"] if config.keep_source else []),
     ]
 
-    # What is there already, and what this process is to do.
+    # Finished shards of an earlier run, and the shards that this process writes.
     staging = SplitStaging(
         config.out,
         codebook=tokenizer.codebook.detach().float().cpu().numpy(),
@@ -122,7 +125,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         columns={name: COLUMNS[name] for name in columns},
     )
     todo = sorted(set(range(staging.num_shards)) - staging.finished())
-    accelerator.wait_for_everyone()  # nobody writes a shard before all have seen which are missing
+    accelerator.wait_for_everyone()  # no process writes a shard before all processes have listed them
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     accelerator.print(
         f"{config}\n{len(source):,} images in {staging.num_shards} shards, {staging.num_shards - len(todo)} of "
@@ -130,9 +133,9 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         f"{accelerator.num_processes} process(es)"
     )
 
-    # Decode, tokenize, write shard by shard; the loader decodes ahead, across shards.
+    # Decode, tokenize and write, shard by shard; the loader decodes ahead, also across shards.
     skipped = beside(config.out, f"{config.split}-skipped.txt")
-    batches = iter(decoding_loader(DecodedImages(source, size), staging, mine, config))
+    batches = iter(decoding_loader(DecodedImages(source, size), staging=staging, shards=mine, config=config))
     totals, started = np.zeros(4, np.int64), time.perf_counter()
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:
         for shard in mine:
@@ -145,14 +148,13 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
                 ids += encode(tokenizer, decoded, accelerator.device)
                 kept += decoded.kept
                 bar.update(len(decoded.kept))
-            write_shard(
-                staging, shard, np.array(ids, np.uint16).reshape(-1, *grid) if grid else ids, kept, columns
-            )
+            tokens = np.array(ids, np.uint16).reshape(-1, *grid) if grid else ids
+            write_shard(staging, shard=shard, ids=tokens, kept=kept, columns=columns)
             totals += totals_of(kept)
     totals = accelerator.reduce(torch.from_numpy(totals).to(accelerator.device)).tolist()
     seconds = time.perf_counter() - started
 
-    # One process counts, encodes and publishes what all have made.
+    # One process selects the codes and publishes the shards of all processes.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if counting:
@@ -160,14 +162,15 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, config: Config, accelera
         if config.compact or config.codebook:
             tokenizer.save(beside(config.out, "tokenizer.safetensors"))
         staging.publish()
-        summarize(TokenStore(config.out, config.split, verify=False), totals, seconds, annotated)
+        store = TokenStore(config.out, config.split, verify=False)
+        summarize(store, totals=totals, seconds=seconds, annotated=annotated)
     accelerator.wait_for_everyone()
 
 
 def tokenize_set(config: Config, accelerator: Accelerator) -> None:
-    """Write the splits of a fine-grained set, or those that an interrupted run left, one after the other.
+    """Write the splits of a fine-grained data set that the store does not have yet, one after the other.
 
-    Raises UserError if the store has them all.
+    Raises UserError if the store has all of them.
     """
     if config.data is None or config.tokenizer is None:
         raise UserError(f"--set {config.set}: name its folder with --data and a tokenizer file with --tokenizer")
@@ -184,34 +187,39 @@ def tokenize_set(config: Config, accelerator: Accelerator) -> None:
         )
     for split in missing:
         source = DatasetSource(splits[split], config.data)
-        tokenize(source, tokenizer, replace(config, split=split), accelerator)
+        tokenize(source, tokenizer, config=replace(config, split=split), accelerator=accelerator)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, Tokenizer]:
-    """The named images and tokenizer, or the digits and theirs."""
+    """Open --data and --tokenizer, or the embedded digits and their tokenizer."""
     if config.data is None:
         with accelerator.main_process_first():
             default = digits().tokenizer
         return DigitsSource(config.source_split or config.split), tokenizers.load(config.tokenizer or default)
     if config.tokenizer is None:
-        raise UserError("--data without --tokenizer: name a tokenizer file (recipes/tokenizer_train.py makes one)")
+        raise UserError(
+            "--data without --tokenizer: name a tokenizer file (recipes/tokenizer_train.py trains one)"
+        )
     if has_annotations(config.data):
         return AnnotatedSource(config.data, config.source_split), tokenizers.load(config.tokenizer)
     return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
 
 
 def beside(out: str, name: str) -> Path:
-    """The file OUT-NAME."""
+    """Return the path OUT-NAME next to the store."""
     return Path(f"{Path(out)}-{name}")
 
 
 def has_store(config: Config) -> bool:
-    """Whether the store --out has a split already."""
+    """Return whether the store --out exists already, with at least one split."""
     return (Path(config.out) / layout.DOCUMENT).exists()
 
 
 def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """The tokenizer with the codes of --codebook, or with --compact of the store, all where there is none."""
+    """Return the tokenizer restricted to the codes of --codebook, or with --compact to those of an existing store.
+
+    Raises UserError if both are given, or with --compact for a new store whose first split is not train.
+    """
     if config.compact and config.codebook:
         raise UserError("--compact and --codebook both say which codes are kept: leave one of them out")
     if config.codebook:
@@ -219,7 +227,9 @@ def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     elif config.compact and has_store(config):
         file, rows = config.out, layout.read_codebook(Path(config.out), layout.read_document(Path(config.out)))
     elif config.compact and config.split != "train":
-        raise UserError(f"--compact counts the codes of the split train: {config.out} has none yet, make it first")
+        raise UserError(
+            f"--compact counts the codes of the split train: {config.out} has none yet, tokenize that split first"
+        )
     else:
         return tokenizer
     try:
@@ -229,7 +239,7 @@ def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
 
 
 def keep_used_codes(tokenizer: Tokenizer, staging: SplitStaging, config: Config) -> Tokenizer:
-    """The tokenizer with the codes that the finished shards use only, which are re-numbered like it."""
+    """Return the tokenizer restricted to the codes that the finished shards use, and renumber the shards."""
     counts = torch.from_numpy(staging.counts())
     compacted = tokenizer.compact(counts)
     *_, description = sizing(compacted, config.short_side)
@@ -238,26 +248,31 @@ def keep_used_codes(tokenizer: Tokenizer, staging: SplitStaging, config: Config)
 
 
 def sizing(tokenizer: Tokenizer, short_side: int | None) -> tuple[Size, tuple[int, int] | None, dict]:
-    """The size of images, their grid where all have the same, and what the store says of its tokenizer."""
+    """Return the image size, the common grid (None: one per image), and the tokenizer's description for the store.
+
+    Raises UserError for a short side that the tokenizer cannot take.
+    """
     if short_side is None:
         return tokenizer.spec.image_size, tokenizer.spec.grid, tokenizer.description()
     multiple = tokenizer.side_multiple
     if short_side < multiple or short_side % multiple:
         raise UserError(
-            f"--short-side {short_side}: expected a multiple of {multiple}, since the {tokenizer.spec.kind} "
-            f"tokenizer wants images whose sides are multiples of {multiple} pixels"
+            f"--short-side {short_side}: expected a multiple of {multiple}, because the {tokenizer.spec.kind} "
+            f"tokenizer takes images whose sides are multiples of {multiple} pixels"
         )
     size = partial(fit_short_side, short_side=short_side, multiple=multiple)
     return size, None, {**tokenizer.description(), "short_side": short_side}
 
 
 def batches_of(images: range, size: int) -> Iterator[range]:
-    """A shard's images, `size` at a time."""
+    """Split the images of a shard into batches of `size`."""
     return (images[start : start + size] for start in range(0, len(images), size))
 
 
-def decoding_loader(images: DecodedImages, staging: SplitStaging, shards: list[int], config: Config) -> DataLoader:
-    """Batches of decoded images of `shards`, in order; a batch never holds images of two shards."""
+def decoding_loader(
+    images: DecodedImages, *, staging: SplitStaging, shards: list[int], config: Config
+) -> DataLoader:
+    """Return a loader of decoded images of `shards`, in order; no batch has images of two shards."""
     batches = [
         list(batch)
         for shard in shards
@@ -267,49 +282,49 @@ def decoding_loader(images: DecodedImages, staging: SplitStaging, shards: list[i
 
 
 def as_it_is(batch: DecodedBatch) -> DecodedBatch:
-    """The dataset makes whole batches."""
+    """Return the batch unchanged: the dataset returns whole batches."""
     return batch
 
 
 def report_errors(errors: list[str], skip: bool, path: Path) -> None:
-    """Stop at an unreadable image, or add it to the list of those that are left out."""
+    """Raise UserError for an unreadable image, or with `skip` append it to the list at `path`."""
     if not skip:
-        raise UserError(f"{errors[0]}; mend or remove it, or pass --skip-errors; finished shards are kept")
+        raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors; finished shards are kept")
     with path.open("a") as file:
         file.writelines(f"{error}\n" for error in errors)
 
 
 def write_shard(
     staging: SplitStaging,
+    *,
     shard: int,
     ids: np.ndarray | list[np.ndarray],
     kept: list[ImageRecord],
     columns: list[str],
 ) -> None:
-    """Write the images of a shard durably."""
+    """Write the tokens, labels and columns of a shard to disk."""
     labels = np.array([image.label for image in kept], dtype=np.int64)
     staging.write(shard, ids, labels, columns={name: [getattr(image, name) for image in kept] for name in columns})
 
 
 def totals_of(kept: list[ImageRecord]) -> np.ndarray:
-    """(4,) int64: images, and the bytes of their files, of their annotations' files and of these as stored."""
+    """Sum over images -> (4,) int64: images, bytes of image files, of annotation files, of stored annotations."""
     rows = [(1, image.source_bytes, image.annotation_bytes, len(image.annotation)) for image in kept]
     return np.array(rows, np.int64).reshape(-1, 4).sum(axis=0)
 
 
-def summarize(store: TokenStore, totals: list[int], seconds: float, annotated: bool) -> None:
-    """Print what all processes did in this run, and what the whole split takes."""
+def summarize(store: TokenStore, *, totals: list[int], seconds: float, annotated: bool) -> None:
+    """Print the speed and the source sizes of this run over all processes, and the size of the whole split."""
     used = int((store.counts > 0).sum())
     done, *sizes = totals
     print(f"{done:,} images in {seconds:.1f} s, {done / seconds:.1f} images/s")
     if done:
         image, annotation, stored = (size / done for size in sizes)
-        print(f"source   {image:10,.1f} bytes an image{' (JPEG)' if annotated else ''}")
+        print(f"source   {image:10,.1f} bytes per image{' (JPEG)' if annotated else ''}")
         if annotated:
-            print(f"labels   {annotation:10,.1f} bytes an image (PNG), {stored:,.1f} as they are stored")
-    print(
-        f"tokens   {store.payload_bytes / len(store):10,.1f} bytes an image, {len(store):,} images in {store.path}"
-    )
+            print(f"labels   {annotation:10,.1f} bytes per image (PNG), {stored:,.1f} as stored")
+    size = store.payload_bytes / len(store)
+    print(f"tokens   {size:10,.1f} bytes per image, {len(store):,} images in {store.path}")
     print(f"codes    {used:10,} of {store.num_codes:,} used")
 
 

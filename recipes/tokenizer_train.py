@@ -1,4 +1,4 @@
-"""Train a tokenizer on images: a ViT-VQGAN by gradients, or PCA and k-means on patches in seconds.
+"""Train a tokenizer on images: a ViT-VQGAN by gradient descent, or PCA and k-means on patches in seconds.
 
     accelerate launch recipes/tokenizer_train.py                               # patch_kmeans, embedded digits
     accelerate launch recipes/tokenizer_train.py photos --data my-photographs  # patch_kmeans, 256 pixels
@@ -7,11 +7,12 @@
         --split train --validation-split val --adversarial --perceptual-vgg vgg16.pth
 
 `digits` (the default) takes seconds on a CPU: 26.5 dB PSNR with 64 of 64 codes used. `photos` took 12 s for 120
-images. `published` has the sizes of the public ViT-VQGAN base; unless asked it leaves the perceptual and the
-adversarial loss out. It was not run to its end, nor timed on a GPU. More figures: docs/results.md.
-Reads a folder of images, Parquet files, webdataset tars or a named data set. Writes tokenizer.safetensors (for
-recipes/tokenize_images.py), config.json, metrics.jsonl, checkpoints/, result.json and pictures into --out;
-patch_kmeans makes no metrics and no checkpoints. Tokenizes nothing. Codes that no image uses are kept.
+images. `published` has the sizes of the public ViT-VQGAN base; the perceptual and the adversarial loss are off by
+default. It was not run to its end, and not timed on a GPU. More figures: docs/results.md.
+The recipe reads a folder of images, Parquet files, webdataset tars or a named data set. It writes
+tokenizer.safetensors (for recipes/tokenize_images.py), config.json, metrics.jsonl, checkpoints/, result.json and
+pictures into --out; patch_kmeans writes no metrics and no checkpoints. It does not write a token store. Codes that
+no image uses are kept.
 """
 
 from dataclasses import dataclass, replace
@@ -48,32 +49,34 @@ NEED_DATA = {"published", "photos"}
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """ViT-VQGAN base on ImageNet-1k at 256 pixels, 100 epochs of batch 256 (about arXiv 2110.04627)."""
+    """Settings of tokenizer training. The defaults are a ViT-VQGAN base on ImageNet-1k at 256 pixels, 100 epochs,
+    batch size 256 (approximately arXiv 2110.04627).
+    """
 
-    data: str | None = None  # a folder, .parquet or .tar files, or the name of a data set; else the digits
-    split: str | None = None  # the part of the source to train on; all of it where none is named
-    validation_split: str | None = None  # the part that is held out; every twentieth image where none is named
-    kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"
-    image_size: int = 256
-    patch: int = 8
-    num_codes: int = 8192
-    code_dim: int = 32
-    # Of patch_kmeans only:
-    fit_images: int = 200  # as many random training images are held in memory
-    refine_steps: int = 0  # of a small transformer either side; needs a grid of multiples of 8 tokens
-    # Of vit_vqgan only:
-    width: int = 768
-    depth: int = 12
-    heads: int = 12  # of 64 channels
-    load_size: int = 288  # training images are resized to this side, then cropped at random
-    perceptual_vgg: str | None = None  # torchvision's file of VGG16 weights; without it no perceptual loss
-    adversarial: bool = False
-    epochs: float = 100
-    warmup_epochs: float = 10
-    batch_size: int = 256  # global
-    base_lr: float = 1e-4  # for a batch of 256; scaled linearly
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
+    data: str | None = None  # Folder, .parquet or .tar files, or name of a data set. None: the embedded digits.
+    split: str | None = None  # Split of --data to train on. None: all of it.
+    validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
+    kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"  # Kind of tokenizer.
+    image_size: int = 256  # Side of the tokenized images in pixels.
+    patch: int = 8  # Side of a token's patch in pixels.
+    num_codes: int = 8192  # Number of codes in the codebook.
+    code_dim: int = 32  # Dimension of a code vector.
+    fit_images: int = 200  # patch_kmeans only: number of random training images to fit, all held in memory.
+    # patch_kmeans only: updates of a small transformer on either side; the grid must be a multiple of 8 tokens.
+    refine_steps: int = 0
+    width: int = 768  # vit_vqgan only: number of channels of encoder and decoder.
+    depth: int = 12  # vit_vqgan only: number of transformer blocks of the encoder, and of the decoder.
+    heads: int = 12  # vit_vqgan only: number of attention heads, of 64 channels each.
+    load_size: int = 288  # vit_vqgan only: side in pixels to which training images are resized before the crop.
+    # vit_vqgan only: torchvision's file of VGG16 weights for the perceptual loss. None: no perceptual loss.
+    perceptual_vgg: str | None = None
+    adversarial: bool = False  # vit_vqgan only: add a discriminator and its adversarial loss.
+    epochs: float = 100  # vit_vqgan only: length of training in epochs.
+    warmup_epochs: float = 10  # vit_vqgan only: length of the linear warm-up of the learning rate, in epochs.
+    batch_size: int = 256  # vit_vqgan only: number of images per update, over all processes.
+    base_lr: float = 1e-4  # vit_vqgan only: peak learning rate at batch size 256; scaled linearly.
+    weight_decay: float = 1e-4  # vit_vqgan only: weight decay of AdamW.
+    betas: tuple[float, float] = (0.9, 0.99)  # vit_vqgan only: betas of AdamW.
 
 
 PRESETS = {"published": Config()}
@@ -102,10 +105,10 @@ PRESETS["smoke"] = replace(
 
 
 def main(config: Config) -> None:
-    # 1. Run: the output folder, the launch, the seed.
+    # 1. Run: the output folder, the processes, the seed.
     run = Run("tokenizer_train", config)
 
-    # 2. Data: images to learn from, and others to judge by.
+    # 2. Data: training and validation images.
     check_settings(config)
     train, validation = open_data(config)
     size = config.load_size if config.kind == "vit_vqgan" else config.image_size
@@ -117,17 +120,17 @@ def main(config: Config) -> None:
     if run.is_main:
         tokenizer.save(run.out / "tokenizer.safetensors")
 
-    # 4. Proof: held-out images, encoded and decoded.
-    result = judge(tokenizer, validation, config, run)
+    # 4. Results: validation images, encoded and decoded.
+    result = judge(tokenizer, source=validation, config=config, run=run)
     if run.is_main:
         plots.picture_grid(show(tokenizer, validation, run.device), run.out / "reconstructions.png")
     run.finish(result, image_facts(images, train, validation))
 
 
 def check_settings(config: Config) -> None:
-    """Raise UserError for a setting that means nothing to this kind of tokenizer, or too large a crop."""
-    absent = {"patch_kmeans": ("adversarial", "perceptual_vgg"), "vit_vqgan": ("refine_steps",)}[config.kind]
-    for name in absent:
+    """Raise UserError for a setting of the other kind of tokenizer, or a crop larger than the loaded images."""
+    other_kind = {"patch_kmeans": ("adversarial", "perceptual_vgg"), "vit_vqgan": ("refine_steps",)}
+    for name in other_kind[config.kind]:
         if getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} has no meaning for --kind {config.kind}: leave it out")
     if config.kind == "vit_vqgan" and config.load_size < config.image_size:
@@ -135,7 +138,10 @@ def check_settings(config: Config) -> None:
 
 
 def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
-    """PCA and k-means on the patches of some images; refined on request. Every process does the same."""
+    """Fit PCA and k-means to the patches of random training images, and refine if requested.
+
+    Every process computes the same tokenizer.
+    """
     chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
     images = train.__getitems__(chosen).images.float() / 255
     tokenizer = PatchKMeans.fit(
@@ -152,12 +158,13 @@ def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
 
 
 def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
-    """A ViT-VQGAN from random weights. Raises UserError under FSDP and DeepSpeed: dead codes are moved in a whole
-    codebook.
+    """Train a ViT-VQGAN from random weights.
+
+    Raises UserError under FSDP and DeepSpeed, because dead codes are restarted in a whole codebook.
     """
     if run.launch.splits_training:
         raise UserError(
-            "a tokenizer is not trained under FSDP or DeepSpeed: launch with recipes/accelerate/eight_gpus.yaml"
+            "a tokenizer cannot be trained under FSDP or DeepSpeed: launch with recipes/accelerate/eight_gpus.yaml"
         )
     # 1. Model.
     order = BatchOrder(len(images), config.batch_size, config.seed)
@@ -191,24 +198,27 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
             model.restart(vectors, seed=config.seed, step=step, optimizer=optimizer)
         terms = {name: loss.detach() for name, loss in losses.items()}
         training.update(weighted_sum(losses), **terms, perplexity=perplexity)
-    run.print(f"{model.restarted} times a dead code was restarted")
+    run.print(f"dead codes were restarted {model.restarted} times")
     if run.is_main:
         records = run.log.read()
-        shown = [name for name in (*WEIGHTS, "perplexity") if name in records[0]]
-        plots.curves(records, shown, run.out / "losses.png")
+        columns = [name for name in (*WEIGHTS, "perplexity") if name in records[0]]
+        plots.curves(records, columns, run.out / "losses.png")
     return model.tokenizer
 
 
 def zeros_loss(
     images: int, device: torch.device, model: VQTraining, perceptual: VGGDistance | None = None
 ) -> Tensor:
-    """A step on zeros, by which its memory is counted."""
+    """Take a training step on zeros, from which the memory of a step is computed."""
     pixels = torch.zeros(images, 3, *model.tokenizer.spec.image_size, device=device)
     return weighted_sum(vq_losses(model(pixels), pixels, perceptual))
 
 
-def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -> dict:
-    """Codes used, perplexity, and the means over images of PSNR (dB) and SSIM; warns if few codes are used."""
+def judge(tokenizer: Tokenizer, *, source: ImageSource, config: Config, run: Run) -> dict:
+    """Return the number of codes used, the perplexity, and the means over images of PSNR (dB) and SSIM.
+
+    Warns if few codes are used.
+    """
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     dataset = run.eval_subset(ImageDataset(source, tokenizer.spec.image_size))
     counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
@@ -225,19 +235,21 @@ def judge(tokenizer: Tokenizer, source: ImageSource, config: Config, run: Run) -
     return {"codes_used": used.used, "perplexity": used.perplexity, "psnr": mean_psnr, "ssim": mean_ssim}
 
 
-def show(tokenizer: Tokenizer, source: ImageSource, device: torch.device, shown: int = 8) -> dict[str, Tensor]:
-    """Rows of pictures: held-out images from all over the source, and what is left of them."""
-    chosen = range(0, len(source), -(-len(source) // shown))
+def show(tokenizer: Tokenizer, source: ImageSource, device: torch.device, count: int = 8) -> dict[str, Tensor]:
+    """Return the rows of a picture: up to `count` evenly spaced images, and their reconstructions."""
+    chosen = range(0, len(source), -(-len(source) // count))
     pixels = ImageDataset(source, tokenizer.spec.image_size).__getitems__(list(chosen))
     images = pixels.images.float() / 255
     return {"original": images, "reconstruction": tokenizer.decode(tokenizer.encode(images.to(device))).cpu()}
 
 
 def open_data(config: Config) -> tuple[ImageSource, ImageSource]:
-    """Images to train on and held-out ones: of the named source, or the embedded digits."""
+    """Open the training and validation images: of --data, or the embedded digits."""
     if config.data is None:
         if config.preset in NEED_DATA:
-            raise UserError(f"preset {config.preset} needs --data; without a preset the digits are used")
+            raise UserError(
+                f"preset {config.preset} needs --data: name images, or leave the preset out to use the digits"
+            )
         return DigitsSource("train"), DigitsSource("validation")
     return open_images(config.data, config.split, config.validation_split)
 

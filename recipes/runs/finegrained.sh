@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fine-grained classification: a set as its authors distribute it becomes a store, a model is fine-tuned on it.
-# The settings are ours and no result is measured. docs/finegrained.md lists the sets and their folders.
+# Fine-grained classification: tokenize a data set as its authors distribute it, and fine-tune a model on it. The
+# settings are chosen by this project and no result is measured. docs/finegrained.md lists the sets and folders.
 #
 #     DATA=/data/flowers-102 TOKENIZER=tokenizer.safetensors CHECKPOINT=runs/seitpp-imagenet/pretrain \
 #         bash recipes/runs/finegrained.sh
 #
-# The same command goes on where the script was stopped.
+# After an interruption, the same command continues where the script stopped.
 set -euo pipefail
 
 SET=${SET:-flowers102}             # or cars, cub200, inat18, inat19, pets, food101
@@ -18,11 +18,11 @@ LAUNCHER=${LAUNCHER:-recipes/accelerate/one_gpu.yaml}
 LAUNCH="accelerate launch --config_file $LAUNCHER"
 STORE=$OUT/$SET-tokens
 
-# 1. Both splits of the set to one store.
+# 1. Tokenize both splits of the data set into one store.
 [ -d "$STORE/validation" ] || $LAUNCH recipes/tokenize_images.py published --set "$SET" --data "$DATA" \
     --tokenizer "$TOKENIZER" --out "$STORE"
 
-# 2. Fine-tuning, 100 epochs of batch 256, then its accuracies.
+# 2. Fine-tune for 100 epochs at batch size 256, then evaluate.
 $LAUNCH recipes/finetune.py finegrained --checkpoint "$CHECKPOINT" --store "$STORE" --out "$OUT/$SET" --resume
 $LAUNCH recipes/evaluate.py published --checkpoint "$OUT/$SET" --store "$STORE" \
     --out "$OUT/$SET-evaluate" --overwrite

@@ -140,9 +140,9 @@ def test_started_as_a_user_does_it_prints_what_the_files_take(ade, tokenizer, tm
         return f"{sum(path.stat().st_size for path in (ade / kind / 'training').iterdir()) / 20:,.1f}"
 
     stored = sum(map(len, tokens.column("annotation")[range(20)])) / 20
-    assert re.search(rf"source +{mean('images')} bytes an image \(JPEG\)\n", printed), printed
-    assert re.search(rf"labels +{mean('annotations')} bytes an image \(PNG\), {stored:,.1f} as", printed), printed
-    assert re.search(rf"tokens +{tokens.payload_bytes / 20:,.1f} bytes an image, 20 images", printed), printed
+    assert re.search(rf"source +{mean('images')} bytes per image \(JPEG\)\n", printed), printed
+    assert re.search(rf"labels +{mean('annotations')} bytes per image \(PNG\), {stored:,.1f} as", printed), printed
+    assert re.search(rf"tokens +{tokens.payload_bytes / 20:,.1f} bytes per image, 20 images", printed), printed
 
 
 def test_the_short_side_of_annotated_images_is_512_where_nothing_is_said(ade, tokenizer, tmp_path) -> None:
