@@ -194,7 +194,7 @@ def test_memory_is_what_is_counted(
         with tracker:
             judge(bank, queried, classes, ALONE)
         peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
-    counted = bench["peak_bytes"](images, queries, width, classes)
+    counted = bench["peak_bytes"](images, queries, width=width, classes=classes)
     assert 0.6 * counted < max(peaks) <= counted
 
 
