@@ -90,7 +90,8 @@ def main() -> None:
     flops = evaluations * evaluation_flops(IMAGENET[0], WIDTH, CLASSES)
     one, eight = (peak_bytes(*IMAGENET, width=WIDTH, classes=CLASSES, ranks=ranks) / 2**30 for ranks in (1, 8))
     print(
-        f"ImageNet-1k, computed: {one:.2f} GiB on 1 process, {eight:.2f} on each of 8; at most {flops / 1e12:.0f} TFLOP "
+        f"ImageNet-1k, computed: {one:.2f} GiB on 1 process, {eight:.2f} on each of 8; "
+        f"at most {flops / 1e12:.0f} TFLOP "
         f"in {evaluations} evaluations, {knn_flops(*IMAGENET, WIDTH) / 1e12:.0f} in k-NN"
     )
 
