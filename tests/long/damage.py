@@ -121,7 +121,7 @@ def fuzz(share: int, count: int) -> dict[str, tuple[int, int, int]]:
     counts = rng.integers(1, 1000, K)
     grids = rng.integers(K, size=(50, 8, 8))
     learned = codec.ContextCodec.learn(grids, rng.standard_normal((K, D)))
-    made = [codec.build(name, K, counts, (8, 8)) for name in codec.CODECS if name != "context"] + [learned]
+    made = [codec.build(name, K, counts, grid=(8, 8)) for name in codec.CODECS if name != "context"] + [learned]
     results = {}
     for coder in made:
         good = [coder.encode(ids.ravel()) for ids in grids]
