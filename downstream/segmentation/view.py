@@ -71,7 +71,7 @@ class SegmentView(nn.Module):
         return maps, labels.long()
 
     def _resized(self, ids: Tensor, boxes: Tensor, grids: Tensor) -> Tensor:
-        return crop_resize(embed(ids, self.codebook), boxes, self.crop, grids)
+        return crop_resize(embed(ids, self.codebook), boxes, self.crop, grids=grids)
 
     def _half_mirrored(self, batch: Segmented, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Maps and labels of the boxes; those at odd places of the batch are mirrored."""
@@ -165,7 +165,7 @@ class TokenAdaptMirror(nn.Module):
     def forward(self, ids: Tensor, boxes: Tensor, grids: Tensor) -> Tensor:
         """Ids (B, H, W) int64, boxes (B, 4) and grids (B, 2) in tokens -> maps (B, D, crop, crop)."""
         size = CELLS * self.adapt.crop[0]
-        space = crop_resize(self._convert(ids), CELLS * boxes, size, CELLS * grids)
+        space = crop_resize(self._convert(ids), CELLS * boxes, size, grids=CELLS * grids)
         return embed(self.adapt.invert(space.flip(3)).argmax(dim=1), self.codebook)
 
     def _convert(self, ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from seitpp.codec.base import MAX_TOKENS, CodecError, check_ids, check_num_codes
 from seitpp.codec.checksum import Checksum
 from seitpp.codec.context_table import MAX_CLASSES, ContextTable, quantized
 
-# Strides from coarse to fine. A coarser one would not help: tokens farther apart hardly depend on each other.
+# Strides from coarse to fine. At a larger stride tokens are too far apart to predict each other.
 STRIDES = (4, 2, 1)
 MARGIN = STRIDES[0]
 # Offsets (y, x) of the neighbors in units of the stride: of diagonal steps, then of direct steps.
