@@ -18,7 +18,7 @@ from seitpp.tensors import load_tensors, save_tensors
 
 def write_model(path: Path, kind: str, model: nn.Module, header: Mapping[str, Any]) -> None:
     """Write a model's tensors, and `header`, anything JSON can hold, under the name `kind`."""
-    save_tensors(path, model.state_dict(), kind, header)
+    save_tensors(path, model.state_dict(), key=kind, header=header)
 
 
 def read_model(path: Path, kind: str, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
