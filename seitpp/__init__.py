@@ -1,7 +1,7 @@
-"""Train vision models on images stored as grids of discrete token ids, about one kilobyte an image.
+"""Train vision models on images stored as grids of discrete token ids, about one kilobyte per image.
 
-The floors, from the ground up: codec, store, tokenizers, tokens, augment, models, objectives, engine.
-Importing this package imports the two lowest only, and not torch.
+Its packages, from the lowest layer to the highest: codec, store, images, tokenizers, data, augment, models,
+objectives, engine. Importing `seitpp` imports codec and store only, and not torch.
 """
 
 from importlib.metadata import version

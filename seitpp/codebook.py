@@ -1,4 +1,4 @@
-"""What an id means: rows of the codebook, looked up and found again, for whole batches on their device."""
+"""Lookups in the codebook for whole batches on their device: ids to vectors, and vectors to the nearest ids."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,26 +7,30 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
-# Cells of the token x code similarity matrix that are held at once: 64 MiB in fp32 on a CPU, else 512 MiB, so that
-# a device is not given its work in pieces.
+# Size of a chunk of the token x code similarity matrix: 64 MiB in fp32 on a CPU; 512 MiB on other devices, where
+# many small chunks would be slow.
 LOOKUP_CELLS, DEVICE_LOOKUP_CELLS = 1 << 24, 1 << 27
 LOOKUPS = ("cosine", "euclidean")
 
 
-def embed(ids: Tensor, codebook: Tensor) -> Tensor:
-    """Ids (B, H, W) of any integer dtype, codebook (K, D) -> map (B, D, H, W), a channels-last view."""
+def embed(
+    ids: Integer[Tensor, "batch height width"], codebook: Float[Tensor, "codes dim"]
+) -> Float[Tensor, "batch dim height width"]:
+    """Return the code vectors of the ids as maps, channels-last in memory."""
     return F.embedding(ids.long(), codebook).permute(0, 3, 1, 2)
 
 
-def nearest(maps: Tensor, codebook: Tensor, lookup: str = "cosine") -> Tensor:
-    """Ids of the code nearest to each vector.
+def nearest(
+    maps: Float[Tensor, "batch dim height width"], codebook: Float[Tensor, "codes dim"], lookup: str = "cosine"
+) -> Int64[Tensor, "batch height width"]:
+    """Return the id of the code nearest to each vector; of equally near codes, the smallest id.
 
-    `maps` (B, D, H, W) float, `codebook` (K, D) float -> (B, H, W) int64. "cosine": the largest cosine
-    similarity, both sides L2-normalized (SeiT release); "euclidean": the smallest distance. Always fp32, since
-    half precision changes ids, and in chunks, so that the token x code matrix stays bounded. Among equals the
-    smallest id.
+    `lookup` "cosine": the largest cosine similarity, both sides L2-normalized (SeiT release); "euclidean": the
+    smallest distance. Computed in fp32, since half precision changes ids, and in chunks, which limits the memory
+    for the token x code matrix.
     """
     batch, dim, height, width = maps.shape
     with full_precision(maps.device):
@@ -35,7 +39,7 @@ def nearest(maps: Tensor, codebook: Tensor, lookup: str = "cosine") -> Tensor:
         if lookup == "cosine":
             vectors, rows = F.normalize(vectors, dim=1), F.normalize(rows, dim=1)
             offsets = rows.new_zeros(())
-        else:  # |z - c|^2 is smallest where z c - |c|^2 / 2 is largest; |z|^2 would only cost digits
+        else:  # |z - c|^2 is smallest where z c - |c|^2 / 2 is largest; adding |z|^2 would only lose precision
             offsets = rows.square().sum(dim=1) / -2
         cells = LOOKUP_CELLS if maps.device.type == "cpu" else DEVICE_LOOKUP_CELLS
         chunks = vectors.split(max(1, cells // len(rows)))
@@ -43,32 +47,32 @@ def nearest(maps: Tensor, codebook: Tensor, lookup: str = "cosine") -> Tensor:
     return ids.view(batch, height, width)
 
 
-def synonyms(codebook: Tensor, n: int = 5) -> Tensor:
-    """The n codes nearest to each code by Euclidean distance, nearest first, never itself (SeiT, Token-EDA).
+def synonyms(codebook: Float[Tensor, "codes dim"], n: int = 5) -> Int64[Tensor, "codes neighbors"]:
+    """Return the n other codes nearest to each code by Euclidean distance, nearest first (SeiT, Token-EDA).
 
-    `codebook` (K, D) float -> (K, min(n, K - 1)) int64. Distances are those of fp32 differences, not of a matrix
-    product, whose rounding would reorder codes that lie close together.
+    There are at most K - 1 of them. Distances are computed from fp32 differences, not by a matrix product, whose
+    rounding would change the order of codes that are close together.
     """
     rows = codebook.detach().float()
-    itself = torch.arange(len(rows), device=rows.device)
-    found = []
-    for chunk in itself.split(max(1, LOOKUP_CELLS // len(rows))):
+    codes = torch.arange(len(rows), device=rows.device)
+    neighbors = []
+    for chunk in codes.split(max(1, LOOKUP_CELLS // len(rows))):
         distances = torch.cdist(rows[chunk], rows, compute_mode="donot_use_mm_for_euclid_dist")
         distances[chunk - chunk[0], chunk] = torch.inf
-        found.append(distances.topk(min(n, len(rows) - 1), largest=False).indices)
-    return torch.cat(found)
+        neighbors.append(distances.topk(min(n, len(rows) - 1), largest=False).indices)
+    return torch.cat(neighbors)
 
 
-def codebook_fingerprint(codebook: np.ndarray) -> str:
-    """SHA-256 of a codebook (K, D) as hex: ids mean the same only under equal fingerprints."""
+def codebook_fingerprint(codebook: Float[np.ndarray, "codes dim"]) -> str:
+    """Return the SHA-256 of a codebook as hex: ids have the same meaning only if their fingerprints are equal."""
     rows = np.ascontiguousarray(codebook, dtype="<f4")
     return hashlib.sha256(f"{rows.shape}".encode() + rows.tobytes()).hexdigest()
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast and TF32 off: half precision changes ids (fp16 0.2 % of them, bf16 1.9 %)."""
-    if torch.compiler.is_compiling():  # a graph cannot change the TF32 flags
+    """Turn autocast and TF32 off in a with-block: half precision changes ids (fp16 0.2 % of them, bf16 1.9 %)."""
+    if torch.compiler.is_compiling():  # a compiled graph cannot change the TF32 flags
         with torch.autocast(device.type, enabled=False):
             yield
         return
@@ -82,7 +86,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _tf32_settings() -> tuple:
-    """Both settings, by the older names unless somebody has used the newer ones: torch refuses a mix."""
+    """Both settings, by the old names unless the new ones are in use: torch raises an error if they are mixed."""
     try:
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     except RuntimeError:

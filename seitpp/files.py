@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all: all that a run writes goes through this module.
+"""Atomic writes of files and folders; everything that a run writes goes through this module.
 
-A file is written beside its target, synced, and renamed over it; a folder is filled beside its target, synced
-file by file, and renamed. Whatever a run changes on disk is one call of `os` here, so that a test can fail, or
-kill at, each of them. Nothing here imports torch.
+A file is written to a temporary file beside its target, synced, and renamed over it; a folder is filled beside its
+target, synced file by file, and renamed. Each change on disk is one call of `os` in this module, so that tests can
+make each of them fail, or kill the process at it. Nothing here imports torch.
 """
 
 # ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108
@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file as hex, read in pieces of 1 MiB."""
+    """Return the SHA-256 of a file as hex, read in chunks of 1 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -34,7 +34,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Make a file's or a folder's content durable."""
+    """Flush the content of a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,12 +43,12 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write and sync a new file where nobody looks yet: in a folder that is published later."""
+    """Write and sync a file, not atomically: for folders that are published later."""
     _write(path, data, os.O_TRUNC)
 
 
 def append_file(path: Path, data: bytes) -> None:
-    """Add to a file, or begin it, and sync it. Interrupted, a part of `data` may be there."""
+    """Append to a file, or create it, and sync it. Not atomic: interrupted, it may write a part of `data`."""
     _write(path, data, os.O_APPEND)
 
 
@@ -65,7 +65,7 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends. Several processes may do so at the same time."""
+    """Open a file that replaces `path` when the with-block ends. Several processes may do so at the same time."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             yield file
@@ -79,7 +79,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step."""
+    """Call `write` with a temporary path beside `path`, then replace `path` by that file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
@@ -93,22 +93,22 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
+    """Write a file atomically."""
     replace_file(path, lambda temporary: write_file(temporary, data))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file in one step."""
+    """Write a UTF-8 text file atomically."""
     replace_bytes(path, text.encode())
 
 
 def replace_json(path: Path, value: object) -> None:
-    """Write a JSON file in one step, indented, with a newline at its end."""
+    """Write a JSON file atomically, indented, with a newline at its end."""
     replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def replace_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table in one step."""
+    """Write a CSV file atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     replace_text(path, text.getvalue())
@@ -127,9 +127,9 @@ def publish_folder(staging: Path, target: Path) -> None:
 
 @contextmanager
 def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `out` to fill; published as `out` when the with-block ends, removed if it fails.
+    """Yield a path beside `out` to create a folder at; it is renamed to `out` when the with-block ends.
 
-    Raises UserError if `out` exists.
+    It is removed if the block fails. Raises UserError if `out` exists.
     """
     target = Path(out).resolve()
     if target.exists():
@@ -144,19 +144,19 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; one that is there stays as it is."""
+    """Create a folder and its parents; an existing folder stays as it is."""
     os.makedirs(path, exist_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it; one that is not there is no error."""
+    """Remove a folder and its content, if it exists."""
     if path.exists():
         empty_folder(path)
         os.rmdir(path)
 
 
 def empty_folder(path: Path, but: Collection[str] = ()) -> None:
-    """Make a folder, or remove what is in it, all but the files named in `but`."""
+    """Create a folder, or remove its content except the files named in `but`."""
     make_folder(path)
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():
@@ -166,12 +166,12 @@ def empty_folder(path: Path, but: Collection[str] = ()) -> None:
 
 
 def cache_root() -> Path:
-    """The folder of this project in the user's cache; it may not be there yet."""
+    """Return the folder of this project in the user's cache; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
 
 
 def make_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the user's cache, which `make` fills on first use; several processes may ask for it."""
+    """Return the folder `name` of the user's cache; `make` fills it on first use. Safe with several processes."""
     root = cache_root()
     folder = root / name
     if folder.exists():
@@ -180,10 +180,10 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
     staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}-"))
     try:
         make(staging)
-        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp makes it private
+        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp allows only the owner
         os.rename(staging, folder)
     except OSError:
-        if not folder.exists():  # else another process was faster, and its folder is as good as ours
+        if not folder.exists():  # else another process was faster, and its folder has the same content
             raise
     finally:
         remove_folder(staging)
@@ -191,10 +191,10 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def lock(path: Path) -> int | None:
-    """Lock the file `path` for this process, and say in it who that is; None if another process has locked it.
+    """Lock the file `path` and write process id and host into it; return None if another process has locked it.
 
-    The lock ends when the descriptor returned is closed or the process dies, however it dies; forked children do
-    not hold it (POSIX record locks, which hold on network file systems too).
+    The lock ends when the returned descriptor is closed or the process ends, even if it is killed. Forked children
+    do not hold it (it is a POSIX record lock, which also works on network file systems).
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -208,7 +208,7 @@ def lock(path: Path) -> int | None:
 
 
 def unlock(descriptor: int) -> None:
-    """Give back what `lock` returned."""
+    """Release a lock by the descriptor that `lock` returned."""
     os.close(descriptor)
 
 

@@ -1,6 +1,6 @@
-"""Files of tensors: safetensors with a JSON header, and checkpoints of others, read without running code.
+"""Files of tensors: safetensors with a JSON header, and checkpoints of `torch.save`, loaded without running code.
 
-Whoever reads names the class of the error, so that it is one of their own.
+The caller passes the class of the error to raise.
 """
 
 import json
@@ -21,9 +21,9 @@ ADVICE = "save its state dict alone, as safetensors, where you trust the file"
 ERRORS = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
-    """Write tensors, and under `key` a `header` of anything JSON can hold, as one file, whole or not at all."""
-    # Clones, since safetensors refuses tensors that share memory (as those of a deep copy can).
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, header: Mapping[str, Any]) -> None:
+    """Write tensors, and a JSON `header` under `key` of the metadata, as one safetensors file, atomically."""
+    # Cloned, since safetensors rejects tensors that share memory (as those of a deep copy can).
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -33,23 +33,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, header: Ma
 
 
 def load_tensors(
-    path: Path, key: str, error: type[UserError], wanted: Callable[[str], bool] = lambda name: True
+    path: Path, key: str, error: type[UserError], *, wanted: Callable[[str], bool] = lambda name: True
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The header under `key`, None without one, and the wanted tensors of a safetensors file.
+    """Load the header under `key`, None if there is none, and the wanted tensors of a safetensors file.
 
-    Raises `error` naming the file if it cannot be read.
+    `wanted` selects tensors by name. Raises `error` with the path if the file cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(key, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except ERRORS as problem:
-        raise error(f"{path} cannot be read: {problem}") from problem
+        raise error(f"{path} cannot be read: {problem}: expected a whole safetensors file") from problem
     return header, tensors
 
 
 def header_keys(path: Path) -> set[str]:
-    """The keys of the headers of a safetensors file; none where it is another kind of file."""
+    """Return the metadata keys of a safetensors file; an empty set for another kind of file."""
     try:
         with safe_open(path, "pt") as file:
             return set(file.metadata() or {})
@@ -58,7 +58,7 @@ def header_keys(path: Path) -> set[str]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file looks like one of `torch.save` (a zip archive or a bare pickle), by its first bytes."""
+    """Whether a file starts like one of `torch.save`: a zip archive or a bare pickle."""
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")
 
@@ -66,11 +66,10 @@ def is_checkpoint(path: Path) -> bool:
 def load_checkpoint(
     path: Path, error: type[UserError], *, harmless: tuple[type, ...] = (), advice: str = ADVICE
 ) -> Any:
-    """What `torch.save` wrote: tensors, plain containers and numbers, and instances of the classes `harmless`.
+    """Load a `torch.save` file of tensors, plain containers and numbers, and instances of the classes `harmless`.
 
-    Nothing else is unpickled, and tensors are read from disk as they are used, where the file allows it. Raises
-    `error` naming the file, with `advice`, if it is damaged, holds anything else, or would unpack to more than its
-    own size.
+    Nothing else is unpickled, and tensors of a zip archive are read from disk only when they are used. Raises
+    `error` with the path and `advice` if the file is damaged, holds anything else, or is compressed.
     """
     try:
         archive = zipfile.is_zipfile(path)
@@ -78,7 +77,7 @@ def load_checkpoint(
             _check_stored(path)
         with torch.serialization.safe_globals(list(harmless)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except Exception as problem:  # a damaged or hostile pickle can end in any of them
+    except Exception as problem:  # a damaged or malicious pickle can raise any exception
         raise error(
             f"{path} cannot be read as plain tensors, and is not unpickled since that could run code "
             f"({_reason(problem)}): {advice}"
@@ -86,14 +85,15 @@ def load_checkpoint(
 
 
 def load_state_dict(path: Path, error: type[UserError], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The wanted tensors of a file of `torch.save`: under `state_dict` if it has one (Lightning), or its own.
+    """Load the wanted tensors of a `torch.save` file: those under `state_dict` if there is one (Lightning), else
+    all.
 
-    Only these are read from disk. Raises `error` as `load_checkpoint`, and where there is no state dict.
+    `wanted` selects tensors by name. Raises `error` as `load_checkpoint`, and if the file holds no state dict.
     """
     content = load_checkpoint(path, error)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict):
-        raise error(f"{path} holds a {type(tensors).__name__}, expected a state dict")
+        raise error(f"{path}: got a {type(tensors).__name__}, expected a state dict: {ADVICE}")
     return {
         name: tensor
         for name, tensor in tensors.items()
@@ -102,14 +102,14 @@ def load_state_dict(path: Path, error: type[UserError], wanted: Callable[[str], 
 
 
 def _reason(problem: Exception) -> str:
-    """One line of what torch says: what it met, rather than that it may be trusted."""
+    """The line of torch's message that says what was rejected, without its advice to trust the file."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     line = next((line for line in lines if "WeightsUnpickler error" in line), lines[0])
     return line.split(". Please use")[0].strip()
 
 
 def _check_stored(path: Path) -> None:
-    """torch.save never compresses, so a file unpacks to no more than its own size unless it is a bomb."""
+    """Raise ValueError for a compressed archive: torch.save never compresses, so it could be a zip bomb."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed entries")

@@ -160,7 +160,7 @@ def test_verify_names_the_damaged_image_or_file(store, monkeypatch, capsys):
     assert "files" in capsys.readouterr().out
     damage(store, "validation")
     message = fails(monkeypatch, capsys, "verify", store)
-    assert "split 'validation', image 3 (" in message and "check does not match" in message
+    assert "split 'validation', image 3 (" in message and "checksum does not match" in message
     (store / layout.CODEBOOK).unlink()
     assert "codebook.safetensors: missing" in fails(monkeypatch, capsys, "verify", store)
 

@@ -77,7 +77,7 @@ class SegmentView(nn.Module):
         return maps, labels.long()
 
     def _resized(self, ids: Tensor, boxes: Tensor, grids: Tensor) -> Tensor:
-        return crop_resize(embed(ids, self.codebook), boxes, self.crop, grids)
+        return crop_resize(embed(ids, self.codebook), boxes, self.crop, grids=grids)
 
     def _half_mirrored(self, batch: Segmented, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return maps and labels of the boxes; images at odd positions in the batch are mirrored."""
@@ -188,7 +188,7 @@ class TokenAdaptMirror(nn.Module):
     ) -> Float[Tensor, "batch dim crop crop"]:
         """Return the maps of the mirrored boxes; boxes and grids are in tokens."""
         size = CELLS * self.adapt.crop[0]
-        space = crop_resize(self._convert(ids), CELLS * boxes, size, CELLS * grids)
+        space = crop_resize(self._convert(ids), CELLS * boxes, size, grids=CELLS * grids)
         return embed(self.adapt.invert(space.flip(3)).argmax(dim=1), self.codebook)
 
     def _convert(self, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their device; every random draw is keyed by what it belongs to."""
+"""Augmentation of whole batches on their device; random numbers depend only on seed, epoch and image index."""
 
 from seitpp.augment.boxes import CentralBoxes, RandomBoxes
 from seitpp.augment.color import ColorPreset

@@ -1,51 +1,59 @@
-"""What changes the colors of an image, on its map: Emb-Noise (SeiT) and ColorAdapt (SeiT++)."""
+"""Color augmentations on maps of code vectors: Emb-Noise (SeiT) and ColorAdapt (SeiT++)."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
 from seitpp.augment.mix import partners
 
-EPSILON = 1e-4  # the least deviation that is divided by: a constant channel stays finite
+EPSILON = 1e-4  # the smallest standard deviation to divide by, so that a constant channel stays finite
 NOISE_SCALE, NOISE_STD = 1.0, 1.0
 
 
-def emb_noise(maps: Tensor, keys: Keys, scale: float = NOISE_SCALE, std: float = NOISE_STD) -> Tensor:
-    """z + n_channel * scale + n_full * std: maps (B, D, H, W) float -> the same shape and dtype (SeiT, Emb-Noise).
+def emb_noise(
+    maps: Float[Tensor, "batch dim height width"],
+    keys: Keys,
+    *,
+    scale: float = NOISE_SCALE,
+    std: float = NOISE_STD,
+) -> Float[Tensor, "batch dim height width"]:
+    """Add noise, n_channel * scale + n_full * std, and keep the dtype (SeiT, Emb-Noise).
 
-    n_channel is one value of N(0, 1) for each channel of an image, n_full one for each number of its map.
+    n_channel ~ N(0, 1) is drawn once for each channel of an image, n_full ~ N(0, 1) for each number of its map.
     """
     batch, channels, height, width = maps.shape
     draws = keys.normal("emb_noise", channels * (1 + height * width))
     channel, full = draws[:, :channels], draws[:, channels:]
-    # Channels last, as maps lie in memory.
+    # Channels last, the memory layout of maps.
     full = full.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
     noise = full.mul_(std).add_(channel.reshape(batch, channels, 1, 1) * scale)
     return noise.to(maps.dtype).add_(maps)
 
 
-def color_adapt(maps: Tensor, partner: Tensor) -> Tensor:
-    """Give each channel of a map the mean and deviation over space that it has in the partner's map (ColorAdapt).
+def color_adapt(
+    maps: Float[Tensor, "batch dim height width"], partner: Int64[Tensor, " batch"]
+) -> Float[Tensor, "batch dim height width"]:
+    """Replace the mean and standard deviation of each channel by those of the partner's map (SeiT++, ColorAdapt).
 
-    C(Zi, Zj) = sigma(Zj) * (Zi - mu(Zi)) / sigma(Zi) + mu(Zj): maps (B, D, H, W) float, `partner` (B,) int64, the
-    place j of each image's partner in the batch -> maps. A channel that is constant in Zi becomes mu(Zj).
+    C(Zi, Zj) = sigma(Zj) * (Zi - mu(Zi)) / sigma(Zi) + mu(Zj), mu and sigma over space. `partner` holds the
+    position j of each image's partner in the batch. A channel that is constant in Zi becomes mu(Zj).
     """
     mean = maps.mean(dim=(2, 3), keepdim=True)
-    centerd = maps - mean
-    # Ten times as quick as torch.std_mean on a CPU, and as exact, since the mean is taken off first.
-    deviation = centerd.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    return centerd * (deviation[partner] / deviation.clamp(min=EPSILON)) + mean[partner]
+    centered = maps - mean
+    # Ten times as fast as torch.std_mean on a CPU, and as exact, since the mean is subtracted first.
+    deviation = centered.square().mean(dim=(2, 3), keepdim=True).sqrt()
+    return centered * (deviation[partner] / deviation.clamp(min=EPSILON)) + mean[partner]
 
 
 @dataclass(frozen=True)
 class ColorRates:
-    """How often each acts. One draw of an image decides: Emb-Noise acts on the lowest `emb_noise` of the draws,
-    ColorAdapt on the highest `color_adapt`, so never both on an image, since they sum to at most 1.
+    """The probabilities of Emb-Noise and ColorAdapt, which sum to at most 1: an image gets at most one of the two.
 
-    `whole_grid`: where supervised training applies them, to the grid before it is cropped (SeiT++) or to the crop
+    `whole_grid`: supervised training applies them to the whole grid before the crop (SeiT++), else to the crop
     (SeiT).
     """
 
@@ -61,24 +69,26 @@ COLOR_RATES = {
     "seitpp_every_image": ColorRates(emb_noise=0.75, color_adapt=0.25, whole_grid=True),
     "coloradapt": ColorRates(emb_noise=0.0, color_adapt=0.5, whole_grid=True),
 }
-# As a setting of a recipe; each view says what it is without.
+# The names of the presets, as recipes accept them.
 ColorPreset = Literal["paper", "release", "seitpp", "seitpp_every_image", "coloradapt"]
 
 
 class ColorAugment(nn.Module):
-    """Emb-Noise or ColorAdapt, each on its share of the images, which are never the same.
+    """Emb-Noise or ColorAdapt, each on a fraction of the images, never both on the same image.
 
-    `rates`: "paper" (SeiT), "release" (its later release), "seitpp" (SeiT++, fine-tuning: the release chooses the
-    op of a batch with 0.75 and 0.25 and lets it act on half of the images), "seitpp_every_image" (0.75 and 0.25
-    read as shares of the images) or "coloradapt" (SeiT++, pre-training).
+    `rates`: "paper" (SeiT), "release" (the SeiT release), "seitpp" (SeiT++, fine-tuning: the release chooses one
+    of the two for a batch with probabilities 0.75 and 0.25, and applies it to half of the images),
+    "seitpp_every_image" (0.75 and 0.25 of the images) or "coloradapt" (SeiT++, pre-training).
     """
 
     def __init__(self, rates: ColorPreset = "paper"):
         super().__init__()
         self.rates = COLOR_RATES[rates]
 
-    def forward(self, maps: Tensor, keys: Keys) -> Tensor:
-        """Maps (B, D, H, W), keys of the same B images -> maps. Raises PairingError, if ColorAdapt is on."""
+    def forward(
+        self, maps: Float[Tensor, "batch dim height width"], keys: Keys
+    ) -> Float[Tensor, "batch dim height width"]:
+        """Return the augmented maps. With ColorAdapt, raises PairingError if the batch is no multiple of 4."""
         draw = keys.uniform("colour", 1).view(-1, 1, 1, 1)
         colored = maps
         if self.rates.emb_noise:

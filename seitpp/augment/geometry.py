@@ -1,8 +1,8 @@
-"""Flips, affine maps and crops that are drawn once and replayed on maps of any size: pixels and vectors alike.
+"""Random flips, affine transforms and crops that are sampled once and applied to maps of any size.
 
-A `Geometry` is free of the size of what it is applied to, so the same one acts on an image (256 -> 224 pixels) and
-on a space of half a token a cell (64 -> 56). Drawn by keys, one draw an image. The affine map is kornia's (tests
-compare the two) in a closed form, which launches fewer kernels in a step and compiles without a break.
+A `Geometry` does not depend on the size of the maps, so the same one applies to images (256 -> 224 pixels) and to
+feature maps with 2 x 2 cells per token (64 -> 56). It is sampled per image. The affine transform equals kornia's
+(tests compare the two), in a closed form that launches fewer kernels and compiles without a graph break.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
@@ -18,16 +19,16 @@ from seitpp.codebook import full_precision
 
 
 class Geometry(NamedTuple):
-    """What happens to each of B square images: a mirror, then an affine map, then a crop.
+    """The transforms of a batch of square images: horizontal flip, then affine transform, then resized crop.
 
-    `flipped` (B,) bool; `matrices` (B, 3, 3) float32 from source to destination, columns x, y, 1 about the center
-    in units of the side; `boxes` (B, 4) int64 = top, left, height, width in tokens of a grid of `grid` x `grid`,
-    each resized to `crop` x `crop` tokens.
+    `matrices` map source to destination coordinates (x, y, 1), relative to the center, in units of the side.
+    `boxes` are top, left, height, width in tokens of a grid of `grid` x `grid`, each resized to `crop` x `crop`
+    tokens.
     """
 
-    flipped: Tensor
-    matrices: Tensor
-    boxes: Tensor
+    flipped: Bool[Tensor, " batch"]
+    matrices: Float32[Tensor, "batch 3 3"]
+    boxes: Int64[Tensor, "batch 4"]
     grid: int
     crop: int
 
@@ -46,13 +47,13 @@ def random_geometry(
     scale: tuple[float, float] | None = (0.2, 1.0),
     identity: float = 0.0,
 ) -> Geometry:
-    """One draw for each image of `keys`; the defaults are SeiT++'s (TokenAdapt), but for `scale`: ours.
+    """Sample a geometry for each image of `keys`. The defaults are SeiT++'s (TokenAdapt), except our `scale`.
 
-    `flip` is the probability of a mirror, `affine` that of the chain rotate, translate x, translate y, shear x,
-    shear y, and `part` that of each of its parts: up to +-`degrees`, +-`shift` of the side and 0 to `shear`
-    degrees (as in the release, to one side only), all uniform. `scale` is that of `random_resized_boxes` on the
-    grid; None takes the central window without a resize. The share `identity` of the images gets no mirror, no
-    affine map and the central window.
+    `flip` is the probability of a horizontal flip and `affine` that of the chain rotate, translate x, translate y,
+    shear x, shear y. Each part of the chain is applied with probability `part`, its amount uniform in
+    +-`degrees`, +-`shift` (a fraction of the side) and 0 .. `shear` degrees (positive only, as in the release).
+    `scale` is that of `random_resized_boxes` on the grid; with None the crop is the central window, not resized.
+    A fraction `identity` of the images gets no flip, no affine transform and the central window.
     """
     coins = keys.uniform("geometry coins", 8)
     changed = coins[:, 0] >= identity
@@ -69,9 +70,13 @@ def random_geometry(
     return Geometry(changed & (coins[:, 7] < flip), affine_matrices(angle, shifts, shears), boxes, grid, crop)
 
 
-def affine_matrices(angle: Tensor, shifts: Tensor, shears: Tensor) -> Tensor:
-    """Rotate, then translate, then shear: `angle` (B,) and `shears` (B, 2) x and y in degrees, `shifts` (B, 2) x
-    and y -> (B, 3, 3) from source to destination, about the center. Rows go down, so angles turn with the clock.
+def affine_matrices(
+    angle: Float[Tensor, " batch"], shifts: Float[Tensor, "batch 2"], shears: Float[Tensor, "batch 2"]
+) -> Float[Tensor, "batch 3 3"]:
+    """Return the matrices (source to destination, about the center) that rotate, then translate, then shear.
+
+    `angle` and `shears` (x, y) are in degrees, `shifts` (x, y) in units of the side. y points down, so a positive
+    angle rotates clockwise.
     """
     radians, tangents = angle * (math.pi / 180), (shears * (math.pi / 180)).tan()
     cos, sin, one, zero = radians.cos(), radians.sin(), torch.ones_like(angle), torch.zeros_like(angle)
@@ -82,12 +87,14 @@ def affine_matrices(angle: Tensor, shifts: Tensor, shears: Tensor) -> Tensor:
     return torch.stack([number for row in (*rows, [zero, zero, one]) for number in row], dim=1).view(-1, 3, 3)
 
 
-def apply_geometry(maps: Tensor, geometry: Geometry) -> Tensor:
-    """Replay `geometry` on maps (B, C, S, S) of any float dtype -> (B, C, S', S') float32, S' = S crop / grid.
+def apply_geometry(
+    maps: Float[Tensor, "batch channels height width"], geometry: Geometry
+) -> Float32[Tensor, "batch channels size size"]:
+    """Apply `geometry` to square maps with side S, a multiple of the grid; the result has side S * crop / grid.
 
-    S is a multiple of the grid. The affine map is bilinear and fills with zeros, the crop bicubic (it can
-    overshoot: clamp images). An image whose affine map is the identity and whose box is of the size of the crop is
-    copied bit by bit. Raises ValueError for maps of another shape.
+    The affine transform is bilinear with zeros outside, the crop bicubic (it can overshoot: clamp images). An
+    image whose affine transform is the identity and whose box has the size of the crop is copied bit by bit.
+    Raises ValueError if the maps are not square or their side is no multiple of the grid.
     """
     height, width = maps.shape[-2:]
     if height != width or width % geometry.grid:
@@ -103,11 +110,11 @@ def _warp(maps: Tensor, matrices: Tensor) -> Tensor:
     """Bilinear, zeros outside: maps (B, C, S, S), matrices (B, 3, 3) as in `Geometry`."""
     side = maps.shape[-1]
     (a, b, x), (c, d, y) = (row.unbind(dim=1) for row in matrices[:, :2].unbind(dim=1))
-    # torch samples the source for each cell of the destination, and counts half sides between the outermost cells.
+    # grid_sample needs the inverse, destination to source, in units of half the distance of the outermost cells.
     determinant, half = a * d - b * c, 2 * side / (side - 1)
     inverse = [d, -b, (b * y - d * x) * half, -c, a, (c * x - a * y) * half]
     theta = (torch.stack(inverse, dim=1) / determinant.unsqueeze(1)).view(-1, 2, 3)
-    places = F.affine_grid(theta, list(maps.shape), align_corners=True)
-    warped = F.grid_sample(maps, places, padding_mode="zeros", align_corners=True)
-    still = (matrices == torch.eye(3, device=matrices.device)).flatten(1).all(dim=1)
-    return torch.where(still.view(-1, 1, 1, 1), maps, warped)
+    points = F.affine_grid(theta, list(maps.shape), align_corners=True)
+    warped = F.grid_sample(maps, points, padding_mode="zeros", align_corners=True)
+    unchanged = (matrices == torch.eye(3, device=matrices.device)).flatten(1).all(dim=1)
+    return torch.where(unchanged.view(-1, 1, 1, 1), maps, warped)

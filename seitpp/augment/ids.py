@@ -1,40 +1,43 @@
-"""Token-EDA (SeiT): easy data augmentation of text, applied to the ids of a grid; whole batches, no loop."""
+"""Token-EDA (SeiT): the "easy data augmentation" of text, applied to grids of ids in whole batches."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
 from seitpp.codebook import synonyms
 
-LARGEST_SQUARE = 0.25  # side of a swapped square, as a share of the grid's shorter side
+LARGEST_SQUARE = 0.25  # side of a swapped square, as a fraction of the grid's shorter side
 
 Pair = tuple[Tensor, Tensor]
 
 
-def replace_synonyms(ids: Tensor, table: Tensor, keys: Keys, rate: float) -> Tensor:
+def replace_synonyms(
+    ids: Int64[Tensor, "batch height width"], table: Int64[Tensor, "codes synonyms"], keys: Keys, *, rate: float
+) -> Int64[Tensor, "batch height width"]:
     """Replace each token with probability `rate` by one of its synonyms, all equally likely (SeiT, SR).
 
-    `ids` (B, H, W) int64, `table` (K, n) int64 from `tokens.codebook.synonyms` -> (B, H, W) int64.
+    `table` holds the synonyms of each code, from `codebook.synonyms`.
     """
     draws = keys.uniform("replace_synonyms", ids[0].numel()).view(ids.shape)
-    # A draw that decides for a replacement is uniform below the rate, so it also chooses the synonym.
+    # A draw below the rate is uniform in [0, rate), so it also selects the synonym.
     chosen = (draws * (table.shape[1] / (rate or 1.0))).long().clamp(max=table.shape[1] - 1)
     return torch.where(draws < rate, table[ids, chosen], ids)
 
 
-def swap_squares(ids: Tensor, keys: Keys) -> Tensor:
-    """Swap two equal squares of each grid that do not overlap (SeiT, RS): ids (B, H, W) -> (B, H, W).
+def swap_squares(ids: Int64[Tensor, "batch height width"], keys: Keys) -> Int64[Tensor, "batch height width"]:
+    """Swap two squares of the same size in each grid that do not overlap (SeiT, RS).
 
-    The side is int(shorter side of the grid * U(0, 0.25)), so it may be 0, which changes nothing. All pairs of
-    places at which the two squares do not overlap are equally likely.
+    The side is int(shorter side of the grid * U(0, 0.25)); 0 changes nothing. All pairs of positions at which the
+    two squares do not overlap are equally likely.
     """
     height, width = ids.shape[1:]
     draws = keys.uniform("swap_squares", 6)
     side = (draws[:, 0] * (LARGEST_SQUARE * min(height, width))).long()
-    tops, lefts = _places_apart((height, width), side.clamp(min=1), draws[:, 1:])
+    tops, lefts = _disjoint_positions((height, width), side.clamp(min=1), draws[:, 1:])
     first, second = (_square(*corner, side, (height, width)) for corner in zip(tops, lefts, strict=True))
     distance = ((tops[1] - tops[0]) * width + lefts[1] - lefts[0]).unsqueeze(1)
     source = torch.arange(height * width, device=ids.device) + distance * (first.long() - second.long())
@@ -42,7 +45,7 @@ def swap_squares(ids: Tensor, keys: Keys) -> Tensor:
 
 
 def _square(top: Tensor, left: Tensor, side: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, H * W) bool: which tokens lie in the square."""
+    """(B, H * W) bool: whether a token is in the square."""
     rows, columns = (
         (torch.arange(length, device=side.device) - start.unsqueeze(1))
         for start, length in zip((top, left), grid, strict=True)
@@ -51,14 +54,15 @@ def _square(top: Tensor, left: Tensor, side: Tensor, grid: tuple[int, int]) -> T
     return (rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1)
 
 
-def _places_apart(grid: tuple[int, int], side: Tensor, draws: Tensor) -> tuple[Pair, Pair]:
-    """Tops and lefts (B,) of two squares that do not overlap: exactly uniform, without rejection.
+def _disjoint_positions(grid: tuple[int, int], side: Tensor, draws: Tensor) -> tuple[Pair, Pair]:
+    """Tops and lefts (B,) of two squares that do not overlap: exactly uniform, without rejection sampling.
 
-    `side` (B,) >= 1, `draws` (B, 5) in [0, 1). Either the rows are apart and the columns are any, or the rows
-    are not and the columns are; which one is decided by how many pairs each has.
+    `side` (B,) >= 1, `draws` (B, 5) in [0, 1). Either the rows do not overlap and the columns are arbitrary, or
+    the rows overlap and the columns do not; the first draw selects one of the two in proportion to their numbers
+    of pairs.
     """
     rows, columns = (length - side + 1 for length in grid)
-    rows_apart, columns_apart = ((places - side) * (places - side + 1) for places in (rows, columns))
+    rows_apart, columns_apart = ((n - side) * (n - side + 1) for n in (rows, columns))
     one, other = rows_apart * columns**2, (rows**2 - rows_apart) * columns_apart
     by_rows = draws[:, 0] * (one + other) < one
     u, v, w, x = draws[:, 1:].unbind(dim=1)
@@ -71,39 +75,41 @@ def _choose(condition: Tensor, one: Pair, other: Pair) -> Pair:
     return torch.where(condition, one[0], other[0]), torch.where(condition, one[1], other[1])
 
 
-def _below(places: Tensor, draw: Tensor) -> Tensor:
-    return (draw * places).long()
+def _below(n: Tensor, draw: Tensor) -> Tensor:
+    return (draw * n).long()
 
 
-def _apart(places: Tensor, side: Tensor, u: Tensor, v: Tensor) -> Pair:
-    """Any ordered pair of positions below `places` that are at least `side` apart.
+def _apart(n: Tensor, side: Tensor, u: Tensor, v: Tensor) -> Pair:
+    """A uniform ordered pair of positions below `n` that differ by at least `side`.
 
-    These are the pairs of different positions on a line that is side - 1 shorter, with the larger one moved up.
+    It is a pair of different positions below n - side + 1, whose larger one is increased by side - 1.
     """
-    one, other = _below(places - side + 1, u), _below(places - side, v)
+    one, other = _below(n - side + 1, u), _below(n - side, v)
     other = other + (other >= one)
     return one + (side - 1) * (one > other), other + (side - 1) * (other > one)
 
 
-def _close(places: Tensor, side: Tensor, u: Tensor) -> Pair:
-    """Any ordered pair of positions below `places` that are less than `side` apart.
+def _close(n: Tensor, side: Tensor, u: Tensor) -> Pair:
+    """A uniform ordered pair of positions below `n` that differ by less than `side`.
 
-    In the square table of all pairs these are the diagonals -side + 1 .. side - 1. Diagonal d > 0 has places - d
-    pairs and diagonal d - side has places - side + d, so that joined they make side - 1 lines of equal length,
-    which follow the main diagonal.
+    In the n x n table of all pairs these are the diagonals -side + 1 .. side - 1. Diagonal d > 0 has n - d pairs
+    and diagonal d - side has n - side + d: joined, they are side - 1 lines of equal length. The pairs are numbered
+    along the main diagonal first, then along these lines.
     """
-    line = 2 * places - side
-    pair = _below(places + (side - 1) * line, u)
-    distance, at = (pair - places) // line + 1, (pair - places) % line
-    below = at - (places - distance)
+    line = 2 * n - side
+    pair = _below(n + (side - 1) * line, u)
+    distance, at = (pair - n) // line + 1, (pair - n) % line
+    below = at - (n - distance)
     joined = _choose(below < 0, (at, at + distance), (below + side - distance, below))
-    return _choose(pair < places, (pair, pair), joined)
+    return _choose(pair < n, (pair, pair), joined)
 
 
 @dataclass(frozen=True)
 class EDARates:
-    """How often Token-EDA acts. One draw of an image decides: SR acts on the lowest `replaced_images` of the
-    draws, RS on the highest `swapped_images`, so both act on an image only where the two sum to more than 1.
+    """The fractions of the images, and of their tokens, that Token-EDA changes.
+
+    One uniform draw per image decides: SR is applied below `replaced_images` and RS from 1 - `swapped_images`, so
+    an image gets both only if the two sum to more than 1.
     """
 
     replaced_images: float
@@ -118,21 +124,22 @@ EDA_RATES = {
 
 
 class TokenEDA(nn.Module):
-    """SR, then RS, each on its share of the images.
+    """Token-EDA: synonym replacement (SR), then swapped squares (RS), each on a fraction of the images.
 
-    `codebook` (K, D) float; `rates` "paper" (a quarter of all tokens; RS on a quarter of the images) or "release"
-    (SR on a quarter of the images, in which a quarter of the tokens; RS on another quarter).
+    `rates`: "paper" (SR replaces a quarter of the tokens of all images; RS on a quarter of the images) or
+    "release" (SR replaces a quarter of the tokens of a quarter of the images; RS on another quarter of the
+    images).
     """
 
-    def __init__(self, codebook: Tensor, rates: Literal["paper", "release"] = "release"):
+    def __init__(self, codebook: Float[Tensor, "codes dim"], rates: Literal["paper", "release"] = "release"):
         super().__init__()
         self.register_buffer("synonyms", synonyms(codebook))
         self.rates = EDA_RATES[rates]
 
-    def forward(self, ids: Tensor, keys: Keys) -> Tensor:
-        """Ids (B, H, W) int64, keys of the same B images -> ids (B, H, W) int64."""
+    def forward(self, ids: Int64[Tensor, "batch height width"], keys: Keys) -> Int64[Tensor, "batch height width"]:
+        """Return the augmented ids; `keys` are those of the same images."""
         draw = keys.uniform("token_eda", 1).unsqueeze(2)
-        replaced = replace_synonyms(ids, self.synonyms, keys, self.rates.replaced_tokens)
+        replaced = replace_synonyms(ids, self.synonyms, keys, rate=self.rates.replaced_tokens)
         ids = torch.where(draw < self.rates.replaced_images, replaced, ids)
         return torch.where(draw >= 1 - self.rates.swapped_images, swap_squares(ids, keys), ids)
 

@@ -1,7 +1,8 @@
-"""Random numbers that belong to an image, not to a process: counter-based, so nothing is saved for a resume.
+"""Random numbers that depend on the image, not on the process; there is no state to save for a resume.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in int64 arithmetic, which
-is the same on every device. The key is (seed, epoch), the counter (image index, stream name, block).
+They come from the counter-based generator Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011) in int64 arithmetic, which is the same on every device. The key is (seed, epoch), the counter
+(image index, stream name, block).
 """
 
 import math
@@ -10,22 +11,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
-CPU_WORDS = 1 << 18  # made at once on a CPU: more would leave its cache
+CPU_WORDS = 1 << 18  # computed at once on a CPU: more would not fit its cache
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four int64 tensors of 32-bit words (broadcastable) and two words of key -> four tensors of random words."""
+def philox4x32(
+    counter: tuple[Int64[Tensor, "..."], ...], key: tuple[int, int]
+) -> tuple[Int64[Tensor, "..."], ...]:
+    """Return four tensors of random 32-bit words for four broadcastable tensors of 32-bit counter words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # A product of two 32-bit words wraps to the right 64 bits in int64. Only what is multiplied next has to
-        # be cut to 32 bits: everything else is xored into it first.
+        # In int64 the product of two 32-bit words overflows to the correct 64 bits. Only the words that are
+        # multiplied in the next round must be cut to 32 bits: all others are xored into them first.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & WORD, p1, ((p0 >> 32) ^ c3 ^ k1) & WORD, p0
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
@@ -34,48 +38,49 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 @dataclass(frozen=True)
 class Keys:
-    """The identity of a batch's randomness: the run's seed, the epoch, and each image's index (B,) int64."""
+    """What the random numbers of a batch depend on: the run's seed, the epoch, and the index of each image."""
 
     seed: int
     epoch: int
-    indices: Tensor
+    indices: Int64[Tensor, " batch"]
 
-    def of(self, places: Tensor) -> "Keys":
-        """The keys of the images at `places` (b,) int64 of the batch."""
-        return Keys(self.seed, self.epoch, self.indices[places])
+    def of(self, positions: Int64[Tensor, " chosen"]) -> "Keys":
+        """Return the keys of the images at these positions in the batch."""
+        return Keys(self.seed, self.epoch, self.indices[positions])
 
-    def uniform(self, stream: str, n: int) -> Tensor:
-        """(B, n) float32 in [0, 1), on the device of `indices`; each stream name gives other numbers.
+    def uniform(self, stream: str, n: int) -> Float32[Tensor, "batch {n}"]:
+        """Return n numbers per image, uniform in [0, 1), on the device of `indices`.
 
-        The numbers of an image do not depend on the batch it is in.
+        They differ between stream names. The numbers of an image do not depend on the other images of the batch.
         """
         return torch.cat([(words >> 8).float() * 2.0**-24 for words in self._words(stream, n)])
 
-    def normal(self, stream: str, n: int) -> Tensor:
-        """(B, n) float32 of the normal distribution N(0, 1), otherwise as `uniform`.
+    def normal(self, stream: str, n: int) -> Float32[Tensor, "batch {n}"]:
+        """Return n numbers per image, normally distributed N(0, 1), otherwise as `uniform`.
 
-        A word gives two of them, from 16 bits each, since the words are what costs time; none is beyond 4.86.
+        Two of them come from one word, 16 bits each, since computing the words takes most of the time; so their
+        absolute values are at most 4.86.
         """
         return torch.cat([_box_muller(words)[:, :n] for words in self._words(stream, -(-n // 2))])
 
     def _words(self, stream: str, n: int) -> Iterator[Tensor]:
-        """Random 32-bit words, (B, n) int64 in all: on a CPU for some of the images at a time."""
+        """Random 32-bit words, (B, n) int64 in total; on a CPU in chunks of images."""
         blocks = torch.arange(-(-n // 4), device=self.indices.device).unsqueeze(0)
         name = torch.full_like(blocks, _number_of(stream))
-        at_once = max(1, CPU_WORDS // n) if self.indices.device.type == "cpu" else len(self.indices)
-        for indices in self.indices.unsqueeze(1).split(at_once):
+        chunk = max(1, CPU_WORDS // n) if self.indices.device.type == "cpu" else len(self.indices)
+        for indices in self.indices.unsqueeze(1).split(chunk):
             counter = (indices & WORD, indices >> 32, name, blocks)
             words = philox4x32(counter, (self.seed & WORD, self.epoch & WORD))
             yield torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :n]
 
 
-@torch.compiler.assume_constant_result  # else a compiled view would break off here
+@torch.compiler.assume_constant_result  # else a compiled view would have a graph break here
 def _number_of(stream: str) -> int:
     return zlib.crc32(stream.encode())
 
 
 def _box_muller(words: Tensor) -> Tensor:
-    """(B, n) words -> (B, 2 n) normal numbers: the high half of a word gives a radius, the low half an angle."""
+    """(B, n) words -> (B, 2 n) normal numbers: the radius from the high half of a word, the angle from the low."""
     radius = ((words >> 16).float().add_(0.5).mul_(2.0**-16)).log_().mul_(-2).sqrt_()
     angle = (words & 0xFFFF).float() * (2 * math.pi / 2**16)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)

@@ -1,4 +1,4 @@
-"""Augmentations of maps (B, C, H, W): pure batch functions, one draw an image, no loop over samples."""
+"""Crops of maps (B, C, H, W) and of grids of ids: pure functions on batches, with random numbers per image."""
 
 import math
 
@@ -17,56 +17,55 @@ def crop_resize(
     maps: Float[Tensor, "batch channels height width"],
     boxes: Int64[Tensor, "batch 4"],
     size: int,
+    *,
     grids: Int64[Tensor, "batch 2"] | None = None,
 ) -> Float[Tensor, "batch channels {size} {size}"]:
-    """Cut a box from each map and resize it bicubically to size x size.
+    """Cut a box (top, left, height, width in cells) from each map and resize it bicubically to size x size.
 
-    `maps` (B, C, H, W) float, `boxes` (B, 4) int64 = top, left, height, width in cells ->
-    (B, C, size, size). A = -0.75, half-pixel centers, no antialias, edges clamped inside the box
-    (SeiT, Token-RRC), so it equals `F.interpolate(map[:, top:top+height, left:left+width], size,
-    mode="bicubic")`. Both directions are linear maps with four weights a row, applied as two batched
-    matrix products; the result is channels-last in memory, as maps from `embed` are.
+    A = -0.75, half-pixel centers, no antialias, edges clamped inside the box (SeiT, Token-RRC), so it equals
+    `F.interpolate(map[:, top:top+height, left:left+width], size, mode="bicubic")`. It is computed as two batched
+    matrix products, with four weights per row; the result is channels-last in memory, as maps from `embed` are.
 
-    With `grids` (B, 2) int64, the height and width of the real part of each map, a box that begins there may
-    reach beyond it: its scale is that of the whole box, and the edge of the real part is repeated. Autocast does
-    not reach in here: half precision would change the ids of what is cut.
+    `grids` are the height and width of the valid part of padded maps. A box that starts in it may extend beyond
+    it: the scale is that of the whole box, and the edge of the valid part is repeated. Autocast is off in here:
+    half precision would change the ids of the result.
     """
     inside = boxes[:, 2:] if grids is None else torch.minimum(boxes[:, 2:], grids - boxes[:, :2])
     rows = _resize_weights(boxes[:, 0], boxes[:, 2], inside[:, 0], maps.shape[2], size).to(maps.dtype)
     columns = _resize_weights(boxes[:, 1], boxes[:, 3], inside[:, 1], maps.shape[3], size).to(maps.dtype)
     batch, channels, _, width = maps.shape
     with full_precision(maps.device):
-        # All columns and channels of an image are one matrix: as many small products would take four times as
-        # long.
+        # All columns and channels of an image in one matrix: one product per column would take four times as long.
         lines = rows @ maps.permute(0, 2, 3, 1).flatten(2)
         lines = lines.view(batch, size, width, channels)
         return (columns.unsqueeze(1) @ lines).permute(0, 3, 1, 2)
 
 
 def _resize_weights(start: Tensor, length: Tensor, inside: Tensor, cells: int, size: int) -> Tensor:
-    """(B,) start and length of each box along one axis, and how much of it is inside its map ->
-    (B, size, cells) bicubic weights, fp32.
+    """(B, size, cells) fp32: bicubic weights along one axis, for the (B,) start and length of each box and the
+    (B,) part of the length that is inside its map.
     """
-    start, length, inside = (numbers.view(-1, 1, 1) for numbers in (start, length, inside))
+    start, length, inside = (values.view(-1, 1, 1) for values in (start, length, inside))
     out = torch.arange(size, device=start.device).view(1, -1, 1)
-    # The center of an output cell is (out + 0.5) * length / size - 0.5, here in whole halves of 1 / size: exact
-    # without float64, which not every device has.
+    # The center of an output cell is (out + 0.5) * length / size - 0.5, here as an integer multiple of
+    # 1 / (2 * size): exact without float64, which not every device has.
     halves = (2 * out + 1) * length - size
     first = halves.div(2 * size, rounding_mode="floor")
     offset = (halves - first * (2 * size)).float() / (2 * size)
     line = torch.arange(cells, device=start.device)
     weights = torch.zeros(len(start), size, cells, device=start.device)
     for tap, weight in zip(range(-1, 3), _cubic_weights(offset), strict=True):
-        # Where taps meet at an edge they are added in this order: a scatter adds in any, which could change ids.
+        # Taps that are clamped to the same edge cell are added in a fixed order; scatter_add does not guarantee
+        # one, which could change ids.
         cell = torch.minimum((first + tap).clamp(min=0), inside - 1) + start
         weights = weights + torch.where(line == cell, weight, 0.0)
     return weights
 
 
 def _cubic_weights(offset: Tensor) -> list[Tensor]:
-    """The weights of the four cells around a place that is `offset` in [0, 1) beyond the second of them."""
+    """The weights of the four cells around a point that is `offset` in [0, 1) beyond the second cell."""
     second, third = (((CUBIC_A + 2) * d - (CUBIC_A + 3)) * d * d + 1 for d in (offset, 1 - offset))
-    # The outer branch of the kernel, from 1 to 2 cells away, without a difference of large terms.
+    # The kernel at a distance of 1 to 2 cells, in a form without cancellation.
     first, fourth = (CUBIC_A * d * (1 - d).square() for d in (offset, 1 - offset))
     return [first, second, third, fourth]
 
@@ -75,20 +74,21 @@ def random_resized_boxes(
     keys: Keys,
     grid: tuple[int, int] | Int64[Tensor, "batch 2"],
     scale: tuple[float, float],
+    *,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Int64[Tensor, "batch 4"]:
-    """Boxes of a random resized crop: (B, 4) int64 = top, left, height, width inside `grid`.
+    """Sample a box (top, left, height, width) for the random resized crop of each image.
 
-    `grid` is the height and width of all images, or (B, 2) int64, those of each. The area is uniform in `scale`
-    (shares of the grid), the logarithm of width / height uniform in the logarithms of `ratio`; sides are rounded
-    to cells. As in torchvision's RandomResizedCrop, the first of ten attempts that fits is taken, else the largest
-    centerd box of an allowed ratio.
+    `grid` is the height and width of all images, or of each image. The area is uniform in `scale` (fractions of
+    the grid), the logarithm of width / height uniform between the logarithms of `ratio`; sides are rounded to
+    cells. As in torchvision's RandomResizedCrop, the first of ten attempts that fits is used, else the largest
+    centered box of an allowed ratio.
     """
     draws = keys.uniform("random_resized_boxes", CROP_ATTEMPTS * 4).view(-1, CROP_ATTEMPTS, 4)
     if isinstance(grid, Tensor):
         height, width = grid.to(draws.dtype).split(1, dim=1)
     else:
-        height, width = (draws.new_full((1, 1), side) for side in grid)  # made on the device: nothing to wait for
+        height, width = (draws.new_full((1, 1), side) for side in grid)  # created on the device, without a sync
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * draws[..., 1]).exp()
@@ -111,9 +111,9 @@ def _largest_box(height: Tensor, width: Tensor, ratio: tuple[float, float]) -> T
 
 
 def same_boxes(indices: Int64[Tensor, " batch"], box: tuple[int, int, int, int]) -> Int64[Tensor, "batch 4"]:
-    """One box (top, left, height, width) for each of the images `indices` (B,): (B, 4) int64.
+    """Repeat one box (top, left, height, width) for each image.
 
-    Made where the indices lie, number by number: to copy it there, a step would wait for the device.
+    The result is created on the device of `indices`: a copy from the CPU would be a sync in every step.
     """
     return torch.stack([torch.full_like(indices, number) for number in box], dim=1)
 
@@ -121,7 +121,7 @@ def same_boxes(indices: Int64[Tensor, " batch"], box: tuple[int, int, int, int])
 def center_window(
     ids: Shaped[Tensor, "*batch height width"], size: tuple[int, int]
 ) -> Shaped[Tensor, "*batch {size[0]} {size[1]}"]:
-    """The central window of ids (B, H, W) or maps (B, C, H, W), without a resize (SeiT release)."""
+    """Return the central window of ids (B, H, W) or maps (B, C, H, W), without a resize (SeiT release)."""
     top, left = (ids.shape[-2] - size[0]) // 2, (ids.shape[-1] - size[1]) // 2
     return ids[..., top : top + size[0], left : left + size[1]]
 
@@ -129,9 +129,7 @@ def center_window(
 def random_window(
     ids: Shaped[Tensor, "batch height width *vector"], keys: Keys, size: int
 ) -> Shaped[Tensor, "batch {size} {size} *vector"]:
-    """One window of each grid, without a resize (SeiT, simple crop): ids (B, H, W) -> (B, size, size), or vectors
-    (B, H, W, D) -> (B, size, size, D).
-    """
+    """Return a random window of each grid of ids or vectors, without a resize (SeiT, simple crop)."""
     line = torch.arange(size, device=ids.device)
     top, left = keys.uniform("random_window", 2).unbind(dim=1)
     rows = (top * (ids.shape[1] - size + 1)).long().unsqueeze(1) + line

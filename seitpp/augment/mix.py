@@ -1,10 +1,11 @@
-"""CutMix and Mixup of maps with soft labels: one draw an image, partners by their place in the batch."""
+"""CutMix and Mixup of maps with soft labels: sampled per image, with partners by position in the batch."""
 
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
@@ -12,13 +13,14 @@ from seitpp.errors import UserError
 
 
 class PairingError(UserError):
-    """A batch whose images cannot be paired."""
+    """Raised if the number of images in a batch is no multiple of 4, so that they cannot be paired for mixing."""
 
 
-def partners(indices: Tensor) -> Tensor:
-    """The place in the batch of each image's partner, its own place xor 2: `indices` (B,) -> (B,) int64.
+def partners(indices: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+    """Return the position in the batch of each image's partner: its own position xor 2.
 
-    So partners weight a process and the oddness of their places. Raises PairingError unless B is a multiple of 4.
+    So partners are on the same process, and their positions are both even or both odd. Raises PairingError if the
+    batch is no multiple of 4.
     """
     if len(indices) % 4:
         raise PairingError(
@@ -29,47 +31,49 @@ def partners(indices: Tensor) -> Tensor:
 
 
 class SoftLabels(NamedTuple):
-    """What a mixed image shows: the class `labels` (B,) int64 with the `weight` (B,) float32 in [0, 1], the class
-    `others` (B,) int64 with the rest.
-    """
+    """The labels of mixed images: class `labels` with `weight` in [0, 1], class `others` with 1 - `weight`."""
 
-    labels: Tensor
-    others: Tensor
-    weight: Tensor
+    labels: Int64[Tensor, " batch"]
+    others: Int64[Tensor, " batch"]
+    weight: Float32[Tensor, " batch"]
 
-    def dense(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
-        """The same as probabilities (B, num_classes); `smoothing` of it is spread over all classes."""
+    def dense(self, num_classes: int, smoothing: float = 0.0) -> Float32[Tensor, "batch {num_classes}"]:
+        """Return the labels as probabilities; the fraction `smoothing` is spread evenly over all classes."""
         own, other = (F.one_hot(labels, num_classes).float() for labels in self[:2])
         mixed = other + self.weight.unsqueeze(1) * (own - other)
         return mixed * (1 - smoothing) + smoothing / num_classes
 
 
-def cutmix(maps: Tensor, keys: Keys, alpha: float) -> tuple[Tensor, Tensor]:
-    """Replace a box of each map by its partner's (CutMix): maps (B, D, H, W) -> maps, own weight (B,) float32.
+def cutmix(
+    maps: Float[Tensor, "batch dim height width"], keys: Keys, alpha: float
+) -> tuple[Float[Tensor, "batch dim height width"], Float32[Tensor, " batch"]]:
+    """Replace a box of each map by that of its partner (CutMix); return the maps and the weight of the own label.
 
-    The box covers 1 - lambda of the map before it is cut at the borders, lambda ~ Beta(alpha, alpha); its center
-    is uniform. The weight is exactly the fraction of the tokens that remain. Raises PairingError.
+    The box covers 1 - lambda of the map, lambda ~ Beta(alpha, alpha), before it is clipped at the borders; its
+    center is uniform. The weight is exactly the fraction of the tokens outside the box. Raises PairingError.
     """
     return _blend(maps, keys, _outside_box(keys, alpha, maps.shape[2:]))
 
 
-def mixup(maps: Tensor, keys: Keys, alpha: float) -> tuple[Tensor, Tensor]:
-    """lambda * map + (1 - lambda) * its partner's (Mixup): maps (B, D, H, W) -> maps, own weight (B,) float32.
+def mixup(
+    maps: Float[Tensor, "batch dim height width"], keys: Keys, alpha: float
+) -> tuple[Float[Tensor, "batch dim height width"], Float32[Tensor, " batch"]]:
+    """Return lambda * map + (1 - lambda) * partner's map (Mixup), and lambda, the weight of the own label.
 
-    The weight is lambda ~ Beta(alpha, alpha). Raises PairingError.
+    lambda ~ Beta(alpha, alpha). Raises PairingError.
     """
     return _blend(maps, keys, _ratio(keys, alpha))
 
 
 def _blend(maps: Tensor, keys: Keys, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps with the weight `own` (B, H or 1, W or 1), their partners with the rest; and the mean weight (B,)."""
-    # Exact where the weight is 0 or 1, and a third of the time of torch.where on a CPU.
+    """Maps with the weight `own` (B, H or 1, W or 1), mixed with their partners; and the mean weight (B,)."""
+    # Exact where the weight is 0 or 1, and takes a third of the time of torch.where on a CPU.
     mixed = torch.lerp(maps[partners(keys.indices)], maps, own.unsqueeze(1).to(maps.dtype))
     return mixed, own.mean(dim=(1, 2))
 
 
 def _outside_box(keys: Keys, alpha: float, grid: tuple[int, int]) -> Tensor:
-    """(B, H, W) float32: 0 for the tokens in the box of CutMix, 1 for all others."""
+    """(B, H, W) float32: 0 for the tokens inside the box of CutMix, 1 for all others."""
     draws = keys.uniform("cutmix", 4)
     scale = (1 - _beta(draws[:, :2], alpha)).sqrt()
     inside = []
@@ -88,10 +92,9 @@ def _ratio(keys: Keys, alpha: float) -> Tensor:
 def _beta(draws: Tensor, alpha: float) -> Tensor:
     """Draws (B, 2) in [0, 1) -> (B,) float32 of Beta(alpha, alpha), exact for any alpha > 0.
 
-    Student's t with 2 alpha degrees of freedom by the polar method (Bailey, "Polar generation of random variates
-    with the t-distribution", 1994), as a fraction of its own length: t / sqrt(1 + t^2), where t is
-    sqrt((1 - s) / s) cos(2 pi v) for s = (1 - u)^(1 / alpha). Written without the quotient nothing overflows in
-    float32.
+    It is (1 + t / sqrt(1 + t^2)) / 2 for t = sqrt((1 - s) / s) cos(2 pi v), s = (1 - u)^(1 / alpha): a scaled
+    variate of Student's t with 2 alpha degrees of freedom (Bailey, "Polar generation of random variates with the
+    t-distribution", 1994). The quotient is avoided, since it could overflow in float32.
     """
     log_s = torch.log1p(-draws[:, 0]) / alpha
     s, rest = log_s.exp(), -torch.expm1(log_s)
@@ -100,16 +103,18 @@ def _beta(draws: Tensor, alpha: float) -> Tensor:
 
 
 class Mix(nn.Module):
-    """CutMix, Mixup, or for each image one of the two (probability 1/2); an alpha of 0 turns its method off."""
+    """CutMix, Mixup, or one of the two per image with probability 1/2; an alpha of 0 turns that method off."""
 
     def __init__(self, cutmix: float = 1.0, mixup: float = 0.0):
         super().__init__()
         self.cutmix, self.mixup = cutmix, mixup
 
-    def forward(self, maps: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        """Maps (B, D, H, W), labels (B,) int64, keys of the same B images -> mixed maps and their labels.
+    def forward(
+        self, maps: Float[Tensor, "batch dim height width"], labels: Int64[Tensor, " batch"], keys: Keys
+    ) -> tuple[Float[Tensor, "batch dim height width"], SoftLabels]:
+        """Return the mixed maps and their labels; `keys` are those of the same images.
 
-        Raises PairingError, if anything is mixed.
+        Raises PairingError if a method is on and the batch is no multiple of 4.
         """
         if not self.cutmix and not self.mixup:
             return maps, SoftLabels(labels, labels, torch.ones_like(labels, dtype=torch.float32))

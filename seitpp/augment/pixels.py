@@ -1,40 +1,43 @@
-"""Views of pixels, for models that are fine-tuned from tokens to images.
+"""Views of pixels, for models that are trained on tokens and fine-tuned on images.
 
-The crops come from the loader (`augment.boxes`); what follows is made of whole batches on their device.
+The loader crops the images (`augment.boxes`); the rest is computed for whole batches on their device.
 """
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
 from seitpp.augment.mix import Mix, SoftLabels
 
-# Of ImageNet's pixels, as timm's models take them.
+# Mean and standard deviation of ImageNet's pixels, as in timm.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# 3-Augment (DeiT III, arXiv 2204.07118), its strengths from the authors' published code and commands.
+# 3-Augment (DeiT III, arXiv 2204.07118), with the strengths of the authors' published code and commands.
 SOLARIZE_THRESHOLD = 128 / 255
 BLUR_SIGMA = (0.1, 2.0)  # in pixels
-BLUR_RADIUS = 6  # taps on either side: three deviations of the strongest blur
+BLUR_RADIUS = 6  # in pixels: three standard deviations of the strongest blur
 JITTER = 0.3
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 
 class PixelView(nn.Module):
-    """Horizontal flip, 3-Augment, CutMix and Mixup of cropped images, each draw one image's own.
+    """Horizontal flip, 3-Augment, normalization, CutMix and Mixup of cropped images, sampled per image.
 
-    `cutmix` and `mixup` are the alphas of their Beta laws, 0: none; `three_augment` turns that off or on.
+    `cutmix` and `mixup` are the alphas of their Beta distributions, 0 turns them off.
     """
 
     def __init__(self, cutmix: float = 1.0, mixup: float = 0.0, three_augment: bool = True):
         super().__init__()
         self.three_augment, self.normalize, self.mix = three_augment, EvalPixelView(), Mix(cutmix, mixup)
 
-    def forward(self, images: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        """(B, 3, H, W) uint8, (B,) int64, keys of the B images -> (B, 3, H, W) float32 normalized, mixed labels.
+    def forward(
+        self, images: UInt8[Tensor, "batch 3 height width"], labels: Int64[Tensor, " batch"], keys: Keys
+    ) -> tuple[Float32[Tensor, "batch 3 height width"], SoftLabels]:
+        """Return the augmented, normalized images and their labels; `keys` are those of the same images.
 
-        Raises PairingError, if anything is mixed.
+        Raises PairingError if CutMix or Mixup is on and the batch is no multiple of 4.
         """
         flipped = (keys.uniform("flip", 1) < 0.5).view(-1, 1, 1, 1)
         images = torch.where(flipped, images.flip(3), images).float() / 255
@@ -47,42 +50,46 @@ class PixelView(nn.Module):
 
 
 class EvalPixelView(nn.Module):
-    """Images less ImageNet's mean, divided by its deviation, channel by channel."""
+    """Normalization of images: subtract ImageNet's mean, divide by its standard deviation, per channel."""
 
     def __init__(self):
         super().__init__()
-        # Buffers lie on the device already: constants made in a step would be copied there, and waited for.
+        # Buffers are on the device; constants created in a step would be copied to it, a sync in every step.
         for name, values in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> the same shape, float32 normalized."""
+    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch 3 height width"]:
+        """Return the normalized images."""
         return self.standardize(images.float() / 255)
 
-    def standardize(self, images: Tensor) -> Tensor:
-        """The same of (B, 3, H, W) float in [0, 1]."""
+    def standardize(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """Normalize images that are already in [0, 1]."""
         return (images - self.mean) / self.std
 
 
-def three_augment(images: Tensor, keys: Keys) -> Tensor:
-    """Gray, solarized or blurred, one of the three for each image; then color jitter (DeiT III, 3-Augment).
+def three_augment(
+    images: Float[Tensor, "batch 3 height width"], keys: Keys
+) -> Float[Tensor, "batch 3 height width"]:
+    """Apply grayscale, solarization or blur to each image, then color jitter (DeiT III, 3-Augment).
 
-    `images` (B, 3, H, W) float in [0, 1], keys of the same B images -> the same shape and range.
+    Images are in [0, 1], before and after; `keys` are those of the same images.
     """
-    which, strength = keys.uniform("three_augment", 2).unbind(dim=1)
-    which = (3 * which).long().view(-1, 1, 1, 1)
+    choice, strength = keys.uniform("three_augment", 2).unbind(dim=1)
+    choice = (3 * choice).long().view(-1, 1, 1, 1)
     blurred = gaussian_blur(images, BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * strength)
     solarized = torch.where(images < SOLARIZE_THRESHOLD, images, 1 - images)
-    chosen = torch.where(which == 0, grayscale(images), torch.where(which == 1, solarized, blurred))
+    chosen = torch.where(choice == 0, grayscale(images), torch.where(choice == 1, solarized, blurred))
     return color_jitter(chosen, keys)
 
 
-def color_jitter(images: Tensor, keys: Keys, strength: float = JITTER) -> Tensor:
-    """Change brightness, contrast and saturation, each image by factors and in an order of its own.
+def color_jitter(
+    images: Float[Tensor, "batch 3 height width"], keys: Keys, strength: float = JITTER
+) -> Float[Tensor, "batch 3 height width"]:
+    """Change brightness, contrast and saturation by random factors, in a random order per image.
 
-    The factors are uniform in 1 +- `strength`, as in torchvision's ColorJitter: `images` (B, 3, H, W) float in
-    [0, 1] -> the same shape and range. Each change is a step from an anchor through the image: from black, from
-    the mean of its gray, from its gray. So they differ in the anchor alone.
+    The factors are uniform in 1 +- `strength`, as in torchvision's ColorJitter. Images are in [0, 1], before and
+    after. Each change interpolates between an anchor and the image: black for brightness, the mean of the
+    grayscale image for contrast, the grayscale image for saturation.
     """
     draws = keys.uniform("color_jitter", 6)
     factors, order = 1 + strength * (2 * draws[:, :3] - 1), draws[:, 3:].argsort(dim=1)
@@ -95,16 +102,18 @@ def color_jitter(images: Tensor, keys: Keys, strength: float = JITTER) -> Tensor
     return images
 
 
-def grayscale(images: Tensor) -> Tensor:
-    """Luma of (B, 3, H, W) float -> (B, 1, H, W) (ITU-R 601-2, as Pillow)."""
+def grayscale(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 height width"]:
+    """Return the luma of RGB images (ITU-R 601-2, as in Pillow)."""
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image by its own deviation: (B, C, H, W) float, `sigma` (B,) in pixels -> the same shape.
+def gaussian_blur(
+    images: Float[Tensor, "batch channels height width"], sigma: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch channels height width"]:
+    """Blur each image with its own standard deviation `sigma` in pixels.
 
-    The edge is repeated outside. Taps beyond `BLUR_RADIUS` are left out.
+    The image is padded with its edge values. The kernel is cut off at `BLUR_RADIUS`.
     """
     batch, channels = images.shape[:2]
     taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)

@@ -1,9 +1,10 @@
-"""The augmentation pipelines by their published names: what a batch of ids looks like to a model."""
+"""The augmentation pipelines of the papers: from a batch of ids to the input of a model."""
 
 import math
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor, nn
 
 from seitpp.augment.color import ColorAugment, ColorPreset
@@ -17,24 +18,22 @@ from seitpp.errors import UserError
 
 
 class ViewError(UserError):
-    """A grid that a view cannot cut as it is told."""
+    """Raised if the grid, the crop and TokenAdapt of a view do not fit together."""
 
 
 class SeitPPView(nn.Module):
-    """The view for masked token modeling (SeiT++): ids -> vectors -> color, then one half by a random resized
-    crop, the other through TokenAdapt -> ids.
+    """The view for masked token modeling (SeiT++): ids -> vectors -> color augmentation -> crop -> ids.
 
-    `codebook` (K, D) float; `size` the side of the crop in tokens, or None for the whole grid unchanged; `scale`
-    the range of the crop's share of the grid. `adapt` is a trained TokenAdapt for this grid and size; the share
-    `tokenadapt_fraction` of the images goes through it, evenly spread over the batch. `color`: a preset of
-    ColorAugment, None for nothing. `lookup`: how the tokenizer chose the nearest code, as in `nearest`. Raises
-    ViewError without `adapt`, unless `tokenadapt_fraction` is 0: it never runs random weights; and with one that
-    nothing goes through.
+    A fraction `tokenadapt_fraction` of the images, evenly spread over the batch, is augmented by `adapt`, a
+    trained TokenAdapt for this grid and size; the others get a random resized crop. `size` is the side of the crop
+    in tokens, None to keep the whole grid; `scale` is the range of the crop's area as a fraction of the grid.
+    `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in `nearest`. Raises
+    ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the sizes do not fit.
     """
 
     def __init__(
         self,
-        codebook: Tensor,
+        codebook: Float[Tensor, "codes dim"],
         *,
         size: int | None,
         scale: tuple[float, float] = (0.2, 1.0),
@@ -51,10 +50,12 @@ class SeitPPView(nn.Module):
         self.color = ColorAugment(color) if color else None
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, keys: Keys) -> Tensor:
-        """Ids (B, H, W) of any integer dtype, keys of the same B images -> ids (B, size, size) int64.
+    def forward(
+        self, ids: Integer[Tensor, "batch height width"], keys: Keys
+    ) -> Int64[Tensor, "batch crop_height crop_width"]:
+        """Return the augmented ids; `keys` are those of the same images.
 
-        Raises PairingError if B is no multiple of 4 and the color op pairs images.
+        Raises PairingError if ColorAdapt is on and the batch is no multiple of 4.
         """
         ids = ids.long()
         if self.size is None and not self.adapt and not self.color:
@@ -84,15 +85,15 @@ class SeitPPView(nn.Module):
 class SeitPPFinetuneView(nn.Module):
     """The view for fine-tuning after masked token modeling (SeiT++): ids, labels -> ids, soft labels.
 
-    Color on the vectors of the whole batch. Then one half: random resized crop, CutMix. The other, the share
-    `tokenadapt_fraction`: TokenAdapt, with CutMix or Mixup of f's space before g. Then the nearest codes.
-    Arguments as SeitPPView, `cutmix` and `mixup` as Mix; Mixup acts only in f's space. Raises ViewError as
-    SeitPPView.
+    The vectors of the whole batch get the color augmentation. Then a fraction `tokenadapt_fraction` of the images
+    is augmented by TokenAdapt, with CutMix or Mixup of its feature maps, and the others by a random resized crop
+    and CutMix (never Mixup). The result is mapped to ids. Arguments and errors are those of SeitPPView, `cutmix`
+    and `mixup` those of Mix.
     """
 
     def __init__(
         self,
-        codebook: Tensor,
+        codebook: Float[Tensor, "codes dim"],
         *,
         size: int,
         scale: tuple[float, float] = (0.08, 1.0),
@@ -112,11 +113,12 @@ class SeitPPFinetuneView(nn.Module):
         self.color = ColorAugment(color) if color else None
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        """Ids (B, H, W) of any integer dtype, labels (B,) int64, keys of the same B images ->
-        ids (B, size, size) int64 and their labels.
+    def forward(
+        self, ids: Integer[Tensor, "batch height width"], labels: Int64[Tensor, " batch"], keys: Keys
+    ) -> tuple[Int64[Tensor, "batch {self.size} {self.size}"], SoftLabels]:
+        """Return the augmented ids and their labels; `keys` are those of the same images.
 
-        Raises PairingError if a half of the batch is no multiple of 4 and images are paired.
+        Raises PairingError if images are paired and the batch, or a part of it, is no multiple of 4.
         """
         maps = _colored(ids.long(), self.codebook, self.color, keys)
         if not self.adapt:
@@ -140,42 +142,57 @@ class SeitPPFinetuneView(nn.Module):
 
 
 def _colored(ids: Tensor, codebook: Tensor, color: ColorAugment | None, keys: Keys) -> Tensor:
-    """Ids (B, H, W) int64 -> maps (B, D, H, W), before the batch is split, so that every image can be colored by
-    its partner (SeiT++ release).
-    """
+    """Embed ids and augment their colors; called before the batch is split, so that every partner is available."""
     maps = embed(ids, codebook)
     return color(maps, keys) if color else maps
 
 
 class TokenAdaptCrop(nn.Module):
-    """Vectors -> f -> mirror, affine map, crop, and maybe a mix -> g -> the likeliest codes.
+    """TokenAdapt as an augmentation: vectors -> f -> flip, affine transform, crop and mix -> g -> ids.
 
-    `adapt` is a trained TokenAdapt; it is frozen. Its own precision is that of the autocast around it. Raises
-    ViewError if there is none.
+    `adapt` is a trained TokenAdapt; it is frozen, and runs in the precision of the surrounding autocast. `size`
+    and `scale` are those of the view's crop. Raises ViewError if `adapt` is None or trained for another crop.
     """
 
     def __init__(
-        self, size: int | None, adapt: nn.Module | None, scale: tuple[float, float], mix: Mix | None = None
+        self,
+        size: int | None,
+        adapt: nn.Module | None,
+        *,
+        scale: tuple[float, float],
+        mix: Mix | None = None,
     ):
         super().__init__()
         if adapt is None:
             raise ViewError(
-                "TokenAdapt has no weights: train them with recipes/tokenadapt_train.py and name its run with "
-                "--tokenadapt, or send no image through it with --tokenadapt-fraction 0"
+                "TokenAdapt: got no weights: train it with recipes/tokenadapt_train.py and pass its run with "
+                "--tokenadapt, or pass --tokenadapt-fraction 0 to do without"
             )
         if adapt.crop != (size, size):
-            raise ViewError(f"TokenAdapt gives grids of {adapt.crop}, the crop is {size}: expected the same size")
+            raise ViewError(
+                f"TokenAdapt: got one for a crop of {adapt.crop}, but the crop is {size}: train it with this crop"
+            )
         self.adapt = adapt.eval().requires_grad_(False)
         self.scale, self.mix = scale, mix or Mix(0.0)
 
-    def forward(self, maps: Tensor, keys: Keys) -> Tensor:
-        """Maps (B, D, H, W) -> ids (B, size, size) int64."""
+    def forward(
+        self, maps: Float[Tensor, "batch dim height width"], keys: Keys
+    ) -> Int64[Tensor, "batch size size"]:
+        """Return the ids of the augmented images; `keys` are those of the same images."""
         return self.mixed(maps, torch.zeros_like(keys.indices), keys)[0]
 
-    def mixed(self, maps: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        """The same, mixed in f's space before g, with the labels of the mixture."""
+    def mixed(
+        self, maps: Float[Tensor, "batch dim height width"], labels: Int64[Tensor, " batch"], keys: Keys
+    ) -> tuple[Int64[Tensor, "batch size size"], SoftLabels]:
+        """Return the ids of the augmented images and their labels, mixed in the feature space between f and g.
+
+        Raises ViewError for maps of another grid than that of TokenAdapt.
+        """
         if tuple(maps.shape[2:]) != self.adapt.grid:
-            raise ViewError(f"a grid of {tuple(maps.shape[2:])} through TokenAdapt, which takes {self.adapt.grid}")
+            raise ViewError(
+                f"TokenAdapt: got a grid of {tuple(maps.shape[2:])}, expected {self.adapt.grid}: pass one that "
+                "was trained on this grid"
+            )
         geometry = random_geometry(keys, self.adapt.grid[0], self.adapt.crop[0], scale=self.scale)
         space = apply_geometry(self.adapt.convert(maps), geometry)
         space, targets = self.mix(space, labels, keys)
@@ -190,40 +207,44 @@ def _adapting(
     mix: Mix | None = None,
 ) -> TokenAdaptCrop | None:
     if fraction:
-        return TokenAdaptCrop(size, adapt, scale, mix)
+        return TokenAdaptCrop(size, adapt, scale=scale, mix=mix)
     if adapt is not None:
         raise ViewError(
-            "TokenAdapt is given, but no image goes through it: pass --tokenadapt-fraction 0.5, or no --tokenadapt"
+            "TokenAdapt: got weights, but no image goes through it: pass --tokenadapt-fraction 0.5, or leave out "
+            "--tokenadapt"
         )
     return None
 
 
-def split_batch(batch: int, fraction: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of a batch that are left as they are, those of the other `fraction`, evenly spread, and the order
-    that brings the two, joined, back: for a half the even and the odd places.
+def split_batch(
+    batch: int, fraction: float, device: torch.device
+) -> tuple[Int64[Tensor, " plain"], Int64[Tensor, " through"], Int64[Tensor, " {batch}"]]:
+    """Split the positions of a batch in two: the rest, and `fraction` of them, evenly spread.
 
-    Made on the device: to copy them there, a step would wait for it.
+    Returns both and the order that restores the batch from the concatenation of the two. A fraction of 0.5 gives
+    the even and the odd positions. They are created on the device: a copy from the CPU would be a sync in every
+    step.
     """
     through = math.floor(batch * fraction)
-    places = torch.arange(batch, device=device)
-    chosen = (places + 1) * through // batch > places * through // batch
+    positions = torch.arange(batch, device=device)
+    chosen = (positions + 1) * through // batch > positions * through // batch
     joined = chosen.int().argsort(stable=True)
     return joined[: batch - through], joined[batch - through :], joined.argsort()
 
 
 class SeitView(nn.Module):
-    """The view for supervised training (SeiT): ids -> Token-EDA -> vectors -> crop -> color -> mix.
+    """The view for supervised training (SeiT): ids -> Token-EDA -> vectors -> crop -> color augmentation -> mix.
 
-    `codebook` (K, D) float; `size` the side of the maps. `crop`: "resized" (random resized crop, with the range
-    `scale` of its share of the grid), "window" (one random window as it is) or None (the whole grid). `eda`,
-    `color`: presets of TokenEDA and ColorAugment, None for nothing. `cutmix`, `mixup`: as Mix. With `adapt`, a
-    trained TokenAdapt (SeiT++ without masked modeling), the share `tokenadapt_fraction` of the images goes through
-    it instead of the crop. Raises ViewError if it does not fit.
+    `size` is the side of the maps in tokens. `crop`: "resized" (random resized crop, its area in the range `scale`
+    of fractions of the grid), "window" (a random window, not resized) or None (the whole grid). `eda` and `color`
+    are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those of Mix. With `adapt`, a
+    trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction` of the images is
+    augmented by it instead of the crop. Raises ViewError as SeitPPView.
     """
 
     def __init__(
         self,
-        codebook: Tensor,
+        codebook: Float[Tensor, "codes dim"],
         *,
         size: int,
         crop: Literal["resized", "window"] | None = "resized",
@@ -245,12 +266,13 @@ class SeitView(nn.Module):
         self.mix = Mix(cutmix, mixup)
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        """Ids (B, H, W) of any integer dtype, labels (B,) int64, keys of the same B images ->
-        maps (B, D, size, size) and their labels.
+    def forward(
+        self, ids: Integer[Tensor, "batch height width"], labels: Int64[Tensor, " batch"], keys: Keys
+    ) -> tuple[Float[Tensor, "batch dim {self.size} {self.size}"], SoftLabels]:
+        """Return the augmented maps of vectors and their labels; `keys` are those of the same images.
 
-        Raises ViewError if the grid does not give such maps, PairingError if B is no multiple of 4 and images are
-        paired.
+        Raises ViewError if the grid does not fit `size`, PairingError if images are paired and the batch is no
+        multiple of 4.
         """
         ids = ids.long()
         if self.eda:
@@ -263,7 +285,7 @@ class SeitView(nn.Module):
         return self.mix(maps, labels, keys)
 
     def _cut(self, maps: Tensor, keys: Keys) -> Tensor:
-        """Maps (B, D, H, W) -> (B, D, size, size), some by a crop, some through TokenAdapt."""
+        """Maps (B, D, H, W) -> (B, D, size, size), by the crop or by TokenAdapt."""
         if not self.adapt:
             return self._crop(maps, keys)
         plain, through, order = split_batch(len(maps), self.tokenadapt_fraction, maps.device)
@@ -279,8 +301,8 @@ class SeitView(nn.Module):
             return random_window(maps.permute(0, 2, 3, 1), keys, self.size).permute(0, 3, 1, 2)
         if tuple(grid) != (self.size, self.size):
             raise ViewError(
-                f"grid {tuple(grid)} without a crop: expected {self.size} x {self.size} tokens, "
-                "the size of the maps; choose a crop"
+                f"grid: got {tuple(grid)} without a crop, expected {self.size} x {self.size} tokens, "
+                "the size of the maps: choose a crop"
             )
         return maps
 
@@ -295,21 +317,28 @@ class SeitView(nn.Module):
 
 
 class EvalView(nn.Module):
-    """The view for evaluation: the central window of the grid.
+    """The view for evaluation: the central window of the grid, as ids or as maps of vectors.
 
-    `window` (height, width) in tokens. With `codebook` (K, D) it gives maps, with `size` too, these resized to
-    size x size (for the linear stem).
+    `window` is (height, width) in tokens. With `codebook` the view returns maps, with `size` these are resized to
+    size x size tokens (for the linear stem).
     """
 
-    def __init__(self, window: tuple[int, int], codebook: Tensor | None = None, size: int | None = None):
+    def __init__(
+        self,
+        window: tuple[int, int],
+        codebook: Float[Tensor, "codes dim"] | None = None,
+        size: int | None = None,
+    ):
         super().__init__()
         self.register_buffer("codebook", codebook)
         self.window, self.size = window, size
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Ids (B, H, W) of any integer dtype -> ids (B, *window) int64, maps (B, D, *window) or
-        (B, D, size, size). Raises ViewError if the grid is smaller than the window.
-        """
+    def forward(
+        self, ids: Integer[Tensor, "batch height width"]
+    ) -> (
+        Int64[Tensor, "batch {self.window[0]} {self.window[1]}"] | Float[Tensor, "batch dim out_height out_width"]
+    ):
+        """Return the ids or maps of the central window. Raises ViewError if the window is larger than the grid."""
         _check_window(ids.shape[1:], self.window)
         ids = center_window(ids, self.window).long()
         if self.codebook is None:
@@ -329,6 +358,6 @@ def _check_window(grid: tuple[int, int], window: tuple[int, int]) -> None:
     height, width = grid
     if height < window[0] or width < window[1]:
         raise ViewError(
-            f"a window of {window[0]} x {window[1]} tokens of the grid {(height, width)}: "
-            "expected at most the grid"
+            f"window: got {window[0]} x {window[1]} tokens, expected at most the grid, {height} x {width}: "
+            "choose a smaller window"
         )

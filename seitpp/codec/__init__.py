@@ -1,8 +1,9 @@
-"""Ids <-> bytes: entropy coding of the tokens of one image."""
+"""Lossless compression of the token ids of one image to bytes, and back."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Integer
 
 from seitpp.codec.ans import AnsCodec
 from seitpp.codec.base import MAX_CODES, MAX_TOKENS, Codec, CodecError
@@ -37,16 +38,17 @@ __all__ = [
 def build(
     name: str,
     num_codes: int,
-    counts: Sequence[int] | np.ndarray | None = None,
+    counts: Sequence[int] | Integer[np.ndarray, " {num_codes}"] | None = None,
+    *,
     grid: Sequence[int] | None = None,
     table: bytes | None = None,
 ) -> Codec:
-    """The codec called `name` for ids 0 .. num_codes - 1.
+    """Return the codec called `name` for ids 0 .. num_codes - 1.
 
-    counts: (num_codes,) integers, how often each code occurs; "ans" and "huffman" make their tables of them.
-    grid: (H, W) of every image, and table: the bytes that `ContextCodec.learn` made; "context" needs both.
-    Counts and grid are facts of a data set, so every codec takes them; a table only its own.
-    Raises ValueError for an unknown name and for what a codec needs and does not get.
+    counts: how often each code occurs; "ans" and "huffman" compute their tables from it.
+    grid: (H, W) of every image, and table: the bytes learned by `ContextCodec.learn`; "context" needs both.
+    Every data set has counts and a grid, so every codec accepts them; only "context" accepts a table.
+    Raises ValueError if the name is unknown or an argument that the codec needs is missing or invalid.
     """
     if name not in CODECS:
         raise ValueError(f"codec: got {name!r}, expected one of {', '.join(map(repr, CODECS))}")

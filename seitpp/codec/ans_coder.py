@@ -1,8 +1,8 @@
-"""The coder of both ANS codecs: a stack of tokens that is one long number. What is pushed last is popped first.
+"""The ANS coder of the codecs "ans" and "context": a stack of tokens stored as one large integer.
 
-In an empty coder the first token takes 24 bits, whatever its probability. So the tokens that would be pushed first
-begin the number as its digits to the base K: they are the seed.
-The coder is constriction's; docs/format.md gives its arithmetic, so that the bytes can be read without it.
+The token that is pushed last is popped first. Pushed on an empty stack, the first token would take 24 bits
+whatever its probability, so the integer starts as the tokens that are decoded last, written in base K: the seed.
+The coder is constriction's; docs/format.md gives its arithmetic, so the bytes can be read without that library.
 Source of the method: Duda, arXiv 0902.0271; of the coder: Bamler, arXiv 2201.01741.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import constriction
 import numpy as np
+from jaxtyping import Integer
 
 from seitpp.codec.base import CodecError
 
@@ -17,24 +18,24 @@ AnsCoder = constriction.stream.stack.AnsCoder
 Categorical = constriction.stream.model.Categorical
 
 WORD = np.dtype("<u4")
-# What the probabilities of all codes sum to.
+# The quantized probabilities of all codes sum to this.
 TOTAL = 2**24
 
 
-def categorical(weights: np.ndarray) -> Categorical:
-    """The coder's table of (num_codes,) integer weights, their sum below 2^53."""
-    # The arithmetic needs two codes: a lone one is coded as the first of two, which costs no bits.
+def categorical(weights: Integer[np.ndarray, " codes"]) -> Categorical:
+    """Return the coder's probability table for integer weights, their sum below 2^53."""
+    # The coder needs at least two codes: a single one gets a second of weight 0, which costs no bits.
     table = weights if len(weights) > 1 else np.append(weights, 0)
     return Categorical(table.astype(np.float64), perfect=False)
 
 
 def seed_size(num_codes: int) -> int:
-    """Tokens of the seed, of an image that has so many: the fewest with K^m >= 2^24; 1 of a lone code."""
+    """Return the number of seed tokens m: the smallest with K^m >= 2^24, or 1 if there is a single code."""
     return 1 if num_codes == 1 else next(m for m in range(25) if num_codes**m >= TOTAL)
 
 
-def seeded(ids: np.ndarray, num_codes: int) -> AnsCoder:
-    """The coder that holds the seed only: (m,) ids, the last tokens of an image."""
+def seeded(ids: Integer[np.ndarray, " seed"], num_codes: int) -> AnsCoder:
+    """Return a coder that holds only the seed: the tokens of an image that are decoded last."""
     number = 0
     for i in reversed(ids.tolist()):
         number = number * num_codes + i
@@ -42,25 +43,25 @@ def seeded(ids: np.ndarray, num_codes: int) -> AnsCoder:
 
 
 def seed_of(coder: AnsCoder, num_codes: int, size: int) -> Iterator[int]:
-    """The `size` ids that the coder holds when the first of them is asked for.
+    """Yield the `size` seed ids; the coder is read when the first is requested, after all other tokens.
 
-    Raises CodecError if it holds anything else.
+    Raises CodecError if the coder holds more than the seed.
     """
     number = int.from_bytes(body_of(coder), "little")
     if number >= num_codes**size:
-        raise CodecError("payload goes on after its last token")
+        raise CodecError("payload goes on after its last token: damaged")
     for _ in range(size):
         number, i = divmod(number, num_codes)
         yield i
 
 
 def body_of(coder: AnsCoder) -> bytes:
-    """What the coder holds, as the body of a payload."""
+    """Return the coder's content as the body of a payload."""
     return coder.get_compressed().astype(WORD, copy=False).tobytes().rstrip(b"\0")
 
 
 def coder_of(body: bytes, num_codes: int) -> AnsCoder:
-    """The coder that holds `body`. Raises CodecError for a body that `body_of` never makes."""
+    """Return the coder that holds `body`. Raises CodecError for a body that `body_of` never returns."""
     if body[-1:] == b"\0" or (num_codes == 1 and body):
         raise CodecError("payload is not canonical: it has bytes that no encoder writes")
     return _coder(body)

@@ -1,63 +1,64 @@
-"""What every codec has in common: the protocol, the error, and the checks of ids, lengths and counts."""
+"""What all codecs have in common: the protocol, the error, and the validation of ids, lengths and counts."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int32, Int64, Integer, UInt16
+from numpy.typing import ArrayLike
 
 from seitpp.errors import UserError
 
 MAX_CODES = 2**16
 MAX_TOKENS = 2**24
-# Below this, sums of counts are exact in a double.
+# Below this, sums of counts are exact in float64.
 MAX_COUNT_SUM = 2**53
 
 
 class CodecError(UserError):
-    """Bytes that are not the encoding of the tokens that they should be."""
+    """Raised for bytes that are not a valid encoding of the expected number of tokens."""
 
 
 class Codec(Protocol):
-    """Turns the ids of one image into bytes and back; immutable, and safe to use from several threads."""
+    """A codec turns the ids of one image into bytes and back; it is immutable and thread-safe."""
 
     name: str
     num_codes: int
 
-    def encode(self, ids: np.ndarray) -> bytes:
-        """Bytes of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
+    def encode(self, ids: Integer[np.ndarray, " tokens"]) -> bytes:
+        """Return the bytes of ids in 0 .. num_codes - 1. Raises ValueError if `ids` are not 1-D and valid."""
         ...
 
-    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
-        """The (num_tokens,) uint16 ids in `data`. Raises CodecError if the bytes are damaged."""
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> UInt16[np.ndarray, " {num_tokens}"]:
+        """Return the ids stored in `data`. Raises CodecError if the bytes are damaged."""
         ...
 
 
-def check_ids(ids: np.ndarray, num_codes: int) -> np.ndarray:
-    """`ids` as a 1-D int32 array. Raises ValueError unless they are 1-D integers in 0 .. num_codes - 1."""
+def check_ids(ids: ArrayLike, num_codes: int) -> Int32[np.ndarray, " tokens"]:
+    """Return `ids` as int32. Raises ValueError unless they are 1-D integers in 0 .. num_codes - 1."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"ids: got {ids.ndim}-D {ids.dtype}, expected a 1-D array of integers")
     if ids.size > MAX_TOKENS:
-        raise ValueError(f"ids: got {ids.size} tokens, expected at most {MAX_TOKENS} an image")
+        raise ValueError(f"ids: got {ids.size} tokens, expected at most {MAX_TOKENS} per image")
     if ids.size and (ids.max() >= num_codes or (ids.dtype.kind == "i" and ids.min() < 0)):
         raise ValueError(f"ids: got values {ids.min()} .. {ids.max()}, expected 0 .. {num_codes - 1}")
     return ids.astype(np.int32)
 
 
 def check_num_tokens(num_tokens: int) -> None:
-    """Raises CodecError for a length that no image has, so that nothing is ever allocated from a false claim."""
+    """Raise CodecError for a number of tokens out of range, before memory is allocated for it."""
     if not 0 <= num_tokens <= MAX_TOKENS:
         raise CodecError(f"number of tokens: got {num_tokens}, expected 0 .. {MAX_TOKENS}")
 
 
 def check_num_codes(num_codes: int) -> None:
-    """Raises ValueError unless ids below `num_codes` fit uint16."""
+    """Raise ValueError unless ids below `num_codes` fit uint16."""
     if not 1 <= num_codes <= MAX_CODES:
         raise ValueError(f"number of codes: got {num_codes}, expected 1 .. {MAX_CODES}")
 
 
-def check_counts(counts: Sequence[int] | np.ndarray | None, num_codes: int) -> np.ndarray:
-    """`counts` as (num_codes,) int64. Raises ValueError unless they are that many integers >= 0, not all zero."""
+def check_counts(counts: ArrayLike | None, num_codes: int) -> Int64[np.ndarray, " {num_codes}"]:
+    """Return `counts` as int64. Raises ValueError unless they are `num_codes` integers >= 0, not all zero."""
     if counts is None:
         raise ValueError(f"counts: got none, expected how often each of the {num_codes} codes occurs")
     counts = np.asarray(counts)
@@ -72,13 +73,13 @@ def check_counts(counts: Sequence[int] | np.ndarray | None, num_codes: int) -> n
     return counts.astype(np.int64)
 
 
-def counts_bytes(counts: np.ndarray) -> bytes:
-    """(num_codes,) counts as checks cover them: num_codes as u32, then each count as u64, little-endian."""
+def counts_bytes(counts: Integer[np.ndarray, " codes"]) -> bytes:
+    """Return counts as checksums cover them: num_codes as u32, then each count as u64, little-endian."""
     return len(counts).to_bytes(4, "little") + counts.astype("<u8").tobytes()
 
 
-def check_below(ids: np.ndarray, num_codes: int) -> None:
-    """Raises CodecError naming the first of the decoded `ids` that is no code."""
+def check_below(ids: Integer[np.ndarray, " tokens"], num_codes: int) -> None:
+    """Raise CodecError with the position of the first decoded id that is not below `num_codes`."""
     wrong = ids >= num_codes
     if wrong.any():
         token = int(wrong.argmax())

@@ -1,6 +1,4 @@
-"""The CRC-16 checksum stored in front of each payload: entropy-coded bits decode to some ids whatever is done to
-them.
-"""
+"""The CRC-16 checksum stored in front of each payload: without it, damaged bits could decode to valid ids."""
 
 from binascii import crc_hqx
 
@@ -14,18 +12,18 @@ class Checksum:
         self._start = crc_hqx(table, 0xFFFF)
 
     def of(self, body: bytes, num_tokens: int) -> int:
-        """The checksum of `body`, 0 .. 65,535."""
+        """Return the checksum of `body`, 0 .. 65,535."""
         return crc_hqx(body, crc_hqx(num_tokens.to_bytes(4, "little"), self._start))
 
     def wrap(self, body: bytes, num_tokens: int) -> bytes:
-        """The payload of `body`: its checksum, then the body."""
+        """Return the payload of `body`: its checksum, then the body."""
         return self.of(body, num_tokens).to_bytes(2, "little") + body
 
     def unwrap(self, data: bytes | memoryview, num_tokens: int) -> bytes:
-        """The body of a payload. Raises CodecError unless it was written for this table and number of tokens."""
+        """Return the body of a payload. Raises CodecError if its checksum, table or number of tokens is wrong."""
         check_num_tokens(num_tokens)
         stored, body = int.from_bytes(data[:2], "little"), bytes(data[2:])
-        # The length: one byte of 0 could pass for a checksum of 0.
+        # Without the test of the length, a single byte 0 could pass for a checksum of 0.
         if len(data) < 2 or stored != self.of(body, num_tokens):
-            raise CodecError("check does not match: damaged, or written with another table or number of tokens")
+            raise CodecError("checksum does not match: damaged, or written with another table or number of tokens")
         return body

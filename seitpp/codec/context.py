@@ -1,8 +1,9 @@
-"""Tables given the neighbors: well below the entropy of the counts, which a static-table coder cannot pass.
+"""ANS with a probability table chosen by the neighbors of a token: smaller than the entropy of the counts.
 
-The tokens of an image are coded coarse to fine. In each step tokens lie amid four known ones; the mean vector
-of those chooses one of up to 256 classes, and the class a table. Tokens of one step and one class are coded in
-one call. Everything that chooses a table is integers, so encoder and decoder agree on every machine.
+The tokens of an image are coded coarse to fine. In each step a token has up to four neighbors that are coded
+before it; their mean vector selects one of up to 256 classes, and the class selects a table. Tokens of one step
+and class are coded in one call. Tables are selected by integer arithmetic, so that encoder and decoder agree on
+every machine.
 Source of the smoothing: absolute discounting, Ney, Essen and Kneser 1994.
 """
 
@@ -10,41 +11,45 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int64, Integer, UInt16
 
 from seitpp.codec.ans_coder import Categorical, body_of, categorical, coder_of, seed_of, seed_size, seeded
 from seitpp.codec.base import MAX_TOKENS, CodecError, check_ids, check_num_codes
 from seitpp.codec.checksum import Checksum
 from seitpp.codec.context_table import MAX_CLASSES, ContextTable, quantized
 
-# The finest step has stride 1; tokens between multiples of the coarsest are too far apart to tell of each other.
+# Strides from coarse to fine. At a larger stride tokens are too far apart to predict each other.
 STRIDES = (4, 2, 1)
 MARGIN = STRIDES[0]
-# Where the neighbors of a step lie, in strides: diagonal, then direct.
+# Offsets (y, x) of the neighbors in units of the stride: of diagonal steps, then of direct steps.
 OFFSETS = (((-1, -1), (-1, 1), (1, -1), (1, 1)), ((-1, 0), (0, -1), (0, 1), (1, 0)))
-# Tokens whose classes are found at once: what that takes stays in the cache.
+# Number of tokens classified at once: few enough for their scores to stay in the CPU's cache.
 CHUNK = 512
-# About so many tokens are enough to place the centers.
+# About this many tokens are enough for k-means to learn the centers.
 SAMPLE = 2**16
 
 
 class Step(NamedTuple):
-    """Tokens that are coded together, given known neighbors."""
+    """The tokens that are coded together, after their neighbors; positions are indices into the flattened grid."""
 
     kind: int  # 0 diagonal, 1 direct, both at stride 1; 2 and 3 the same at larger strides
-    places: np.ndarray  # (n,) flat places of the tokens, ascending
-    neighbors: np.ndarray  # (4, n) flat places of their neighbors; H * W where the grid ends
+    positions: Int64[np.ndarray, " tokens"]  # ascending
+    neighbors: Int64[np.ndarray, "4 tokens"]  # H * W for a neighbor outside the grid
 
 
 class ContextCodec:
-    """Codes images of one grid with the tables of a `ContextTable`; codes never seen can still be encoded."""
+    """ANS codec for images of one grid with the tables of a `ContextTable`; unseen codes can be encoded."""
 
     name = "context"
 
     def __init__(self, num_codes: int, grid: Sequence[int] | None, table: bytes | None) -> None:
-        """grid: (H, W); table: what `learn(..).table` held. Raises ValueError if they do not go together."""
+        """grid: (H, W); table: `ContextCodec.learn(...).table`. Raises ValueError if one is missing or invalid."""
         check_num_codes(num_codes)
         if grid is None or table is None:
-            raise ValueError("codec 'context': expected a grid and a learned table; see ContextCodec.learn")
+            raise ValueError(
+                f"codec 'context': got grid {grid} and {'no' if table is None else 'a'} table, "
+                "expected a grid and a learned table; see ContextCodec.learn"
+            )
         height, width = grid
         if not (height >= 1 and width >= 1 and height * width <= MAX_TOKENS):
             raise ValueError(f"grid: got {height} x {width}, expected 1 .. {MAX_TOKENS} tokens")
@@ -61,11 +66,13 @@ class ContextCodec:
         self._checksum = Checksum(b"".join(side.to_bytes(4, "little") for side in self.grid) + table)
 
     @classmethod
-    def learn(cls, grids: np.ndarray, codebook: np.ndarray) -> "ContextCodec":
-        """The codec for images like `grids` (N, H, W), any integers in 0 .. K - 1, of `codebook` (K, D) float.
+    def learn(
+        cls, grids: Integer[np.ndarray, "images height width"], codebook: Float[np.ndarray, "codes dim"]
+    ) -> "ContextCodec":
+        """Learn the tables from the ids of sample images; a few thousand are enough. Needs scikit-learn.
 
-        Needs scikit-learn. Tables take about 2 bytes for each code that is seen in a class; some thousand images
-        are enough. Raises ValueError for ids that are no codes and for more than 2^32 - 1 tokens.
+        The table takes about 2 bytes for each code that occurs in a class. Raises ValueError for ids that are not
+        rows of the codebook, for a codebook with numbers that are not finite, and for more than 2^32 - 1 tokens.
         """
         grids, num_codes = np.asarray(grids), len(codebook)
         if grids.ndim != 3 or not 0 < grids.size < 2**32:
@@ -77,29 +84,30 @@ class ContextCodec:
         scores = _scores(vectors, centers)
         keys = [np.empty(0, np.int64)]
         for ids in images:
-            known = np.append(ids, num_codes)
+            padded = np.append(ids, num_codes)
             for step in steps:
-                tables = step.kind * len(centers) + _classes(known, step.neighbors, scores).astype(np.int64)
-                keys.append(tables * num_codes + ids[step.places])
+                tables = step.kind * len(centers) + _classes(padded, step.neighbors, scores).astype(np.int64)
+                keys.append(tables * num_codes + ids[step.positions])
         static = np.bincount(np.concatenate(images), minlength=num_codes)
         table = ContextTable(vectors, centers, static, *np.unique(np.concatenate(keys), return_counts=True))
         return cls(num_codes, grids.shape[1:], table.to_bytes())
 
-    def encode(self, ids: np.ndarray) -> bytes:
-        """Payload of H * W integer ids in 0 .. num_codes - 1, row by row. Raises ValueError for anything else."""
+    def encode(self, ids: Integer[np.ndarray, " tokens"]) -> bytes:
+        """Return the payload of H * W ids in 0 .. num_codes - 1, row by row. Raises ValueError for other ids."""
         ids = check_ids(ids, self.num_codes)
         if ids.size != self.grid[0] * self.grid[1]:
             raise ValueError(f"ids: got {ids.size} tokens, expected {self.grid[0]} x {self.grid[1]}")
         groups = list(self._order(np.append(ids, np.int32(self.num_codes))))
-        coder = seeded(ids[np.concatenate([places for model, places in groups if model is None])], self.num_codes)
-        # A stack: what is decoded first goes in last.
-        for model, places in reversed(groups):
+        seed = np.concatenate([positions for model, positions in groups if model is None])
+        coder = seeded(ids[seed], self.num_codes)
+        # The coder is a stack: the tokens that are decoded first are pushed last.
+        for model, positions in reversed(groups):
             if model is not None:
-                coder.encode_reverse(ids[places], model)
+                coder.encode_reverse(ids[positions], model)
         return self._checksum.wrap(body_of(coder), ids.size)
 
-    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
-        """The (num_tokens,) uint16 ids, all below num_codes, row by row.
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> UInt16[np.ndarray, " {num_tokens}"]:
+        """Return the ids, all below num_codes, row by row.
 
         Raises CodecError if the payload is damaged or num_tokens is not H * W.
         """
@@ -107,48 +115,48 @@ class ContextCodec:
             raise CodecError(f"number of tokens: got {num_tokens}, expected {self.grid[0]} x {self.grid[1]}")
         coder = coder_of(self._checksum.unwrap(data, num_tokens), self.num_codes)
         seed = seed_of(coder, self.num_codes, self._seed)
-        known = np.full(num_tokens + 1, self.num_codes, np.int32)
-        for model, places in self._order(known):
+        ids = np.full(num_tokens + 1, self.num_codes, np.int32)
+        for model, positions in self._order(ids):
             if model is None:
-                known[places] = np.fromiter(seed, np.int32, places.size)
+                ids[positions] = np.fromiter(seed, np.int32, positions.size)
             else:
-                known[places] = coder.decode(model, places.size)
-        return known[:-1].astype(np.uint16)
+                ids[positions] = coder.decode(model, positions.size)
+        return ids[:-1].astype(np.uint16)
 
-    def _order(self, known: np.ndarray) -> Iterator[tuple[Categorical | None, np.ndarray]]:
-        """(model, places) of all tokens in the order of decoding; the last ones, the seed, have no model.
+    def _order(self, ids: np.ndarray) -> Iterator[tuple[Categorical | None, np.ndarray]]:
+        """Groups of (model, positions) in the order of decoding; the last tokens, the seed, have no model.
 
-        `known` must hold the tokens of each group when the next is asked for.
+        `ids` (H * W + 1,) ends with K; the tokens of a group must be in it before the next group is requested.
         """
-        coded = known.size - 1 - self._seed
-        for places, groups in self._groups(known):
+        coded = ids.size - 1 - self._seed
+        for positions, groups in self._groups(ids):
             start = 0
             for model, end in groups:
                 if end <= coded:
-                    yield model, places[start:end]
+                    yield model, positions[start:end]
                 else:
                     cut = max(start, coded)
-                    yield model, places[start:cut]
-                    yield None, places[cut:end]
+                    yield model, positions[start:cut]
+                    yield None, positions[cut:end]
                 start = end
-            coded -= places.size
+            coded -= positions.size
 
-    def _groups(self, known: np.ndarray) -> Iterator[tuple[np.ndarray, Iterable[tuple[Categorical, int]]]]:
-        """Of each step the places, by class and then row by row, and the model of each class and its end there."""
+    def _groups(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Iterable[tuple[Categorical, int]]]]:
+        """For each step: its positions sorted by class, then row by row; and (model, end) of each class."""
         yield self._coarse, [(self._static, self._coarse.size)]
         for step in self._steps:
-            classes = _classes(known, step.neighbors, self._scores)
+            classes = _classes(ids, step.neighbors, self._scores)
             sizes = np.bincount(classes)
             used = np.flatnonzero(sizes)
             models = [self._models[step.kind * self._num_classes + number] for number in used.tolist()]
             ends = np.cumsum(sizes[used]).tolist()
-            yield step.places[np.argsort(classes, kind="stable")], zip(models, ends, strict=True)
+            yield step.positions[np.argsort(classes, kind="stable")], zip(models, ends, strict=True)
 
 
 def _steps(height: int, width: int) -> tuple[np.ndarray, list[Step]]:
-    """The places that are coded first, without neighbors, and the steps that follow."""
-    places = np.arange(height * width).reshape(height, width)
-    padded = np.pad(places, MARGIN, constant_values=height * width)
+    """The positions that are coded first, without neighbors, and the steps that follow."""
+    positions = np.arange(height * width).reshape(height, width)
+    padded = np.pad(positions, MARGIN, constant_values=height * width)
     steps = []
     y, x = np.indices((height, width))
     for stride in STRIDES:
@@ -161,26 +169,26 @@ def _steps(height: int, width: int) -> tuple[np.ndarray, list[Step]]:
                     padded[rows + MARGIN + dy * stride, columns + MARGIN + dx * stride]
                     for dy, dx in OFFSETS[direct]
                 ]
-                # Neighbors that are farther away tell less: they have tables of their own.
-                steps.append(Step(direct + 2 * (stride > 1), places[chosen], np.stack(around)))
-    return places[:: 2 * MARGIN, :: 2 * MARGIN].ravel(), steps
+                # Neighbors that are farther away predict less, so they have tables of their own.
+                steps.append(Step(direct + 2 * (stride > 1), positions[chosen], np.stack(around)))
+    return positions[:: 2 * MARGIN, :: 2 * MARGIN].ravel(), steps
 
 
 def _scores(vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """(K + 1, classes) int32: |center|^2 - 2 center . vector; zeros for "no neighbor", the last row.
+    """(K + 1, classes) int32: |center|^2 - 2 center . vector; the last row, for "no neighbor", is zeros.
 
-    Summed over n neighbors this is n times the squared distance of their mean to the center, up to a constant.
+    The sum over n neighbors is n times the squared distance of their mean to the center, up to a constant.
     """
     vectors, centers = vectors.astype(np.int64), centers.astype(np.int64)
     scores = (centers * centers).sum(axis=1) - 2 * vectors @ centers.T
     return np.append(scores, np.zeros((1, len(centers)), np.int64), axis=0).astype(np.int32)
 
 
-def _classes(known: np.ndarray, neighbors: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(n,) uint8: the class nearest to the mean of a token's (4, n) neighbors; the first of equal ones."""
+def _classes(padded: np.ndarray, neighbors: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(n,) uint8: the class nearest to the mean of each token's (4, n) neighbors; the smallest of equal ones."""
     classes = np.empty(neighbors.shape[1], np.uint8)
     for start in range(0, classes.size, CHUNK):
-        ids = known[neighbors[:, start : start + CHUNK]]
+        ids = padded[neighbors[:, start : start + CHUNK]]
         total = scores.take(ids[0], axis=0)
         for row in ids[1:]:
             total += scores.take(row, axis=0)
@@ -190,16 +198,16 @@ def _classes(known: np.ndarray, neighbors: np.ndarray, scores: np.ndarray) -> np
 
 def _learn_centers(images: list[np.ndarray], steps: list[Step], vectors: np.ndarray) -> np.ndarray:
     """(classes, d) int8: k-means of the mean neighbor vectors of some images."""
-    # Only learning needs it, and it takes a second to import.
+    # Imported here, since it takes a second and only learning needs it.
     from sklearn.cluster import MiniBatchKMeans
 
     rows = np.append(vectors, np.zeros((1, vectors.shape[1]), np.int8), axis=0).astype(np.float32)
     sampled = images[:: -(-len(images) * images[0].size // SAMPLE)]
-    means = [rows[-1:]]  # a grid of one token has no neighbors, and k-means needs a point
+    means = [rows[-1:]]  # k-means needs a point, even if the grid has one token and so no neighbors
     for ids in sampled:
-        known = np.append(ids, len(vectors))
+        padded = np.append(ids, len(vectors))
         for step in steps:
-            around = known[step.neighbors]
+            around = padded[step.neighbors]
             present = (around < len(vectors)).sum(axis=0)
             means.append(rows[around].sum(axis=0) / present[:, None])
     points = np.concatenate(means)

@@ -1,49 +1,55 @@
-"""The learned table of the codec "context" and its bytes; docs/format.md, "Table of the codec context"."""
+"""The learned table of the codec "context" and its bytes: docs/format.md, "Table of the codec context"."""
 
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int8, Int64
 
 from seitpp.codec.base import MAX_CODES, CodecError
 
 MAX_CLASSES = 256
-# Components of a vector: bounds the table where the code dimension is large, and keeps scores in 32 bits.
+# Components of a vector: limits the size of the table for large code dimensions, and keeps scores in 32 bits.
 MAX_COMPONENTS = 32
-# The sum of the counts, so that weights stay below 2^53.
+# Limit of the sum of the counts, so that weights stay below 2^53.
 MAX_SUM = 2**32 - 1
-# Kinds of steps, each with its own tables: diagonal and direct neighbors that are near, and those farther away.
+# Kinds of steps, each with its own tables: diagonal and direct, at stride 1 and at larger strides.
 KINDS = 4
 
 
 class ContextTable(NamedTuple):
-    """Integers only. Table t = kind * classes + class; its counts are those of the keys t * K .. t * K + K - 1."""
+    """The centers of the classes and the counts of their tables, all integers.
 
-    vectors: np.ndarray  # (K, d) int8, a small copy of the codebook
-    centers: np.ndarray  # (classes, d) int8
-    static: np.ndarray  # (K,) int64, how often each code occurs
-    keys: np.ndarray  # (n,) int64 ascending, t * K + id of the ids that occur in table t
-    counts: np.ndarray  # (n,) int64 >= 1, how often they do
+    There are kinds * classes tables; table t = kind * classes + class has the counts of the keys
+    t * K .. t * K + K - 1.
+    """
 
-    def weights(self) -> Iterator[np.ndarray | None]:
-        """(K,) int64 weights of each table in turn; None where nothing was counted.
+    vectors: Int8[np.ndarray, "codes components"]  # a quantized projection of the codebook
+    centers: Int8[np.ndarray, "classes components"]
+    static: Int64[np.ndarray, " codes"]  # how often each code occurs
+    keys: Int64[np.ndarray, " entries"]  # ascending: t * K + id, for the ids that occur in table t
+    counts: Int64[np.ndarray, " entries"]  # >= 1: how often each of them occurs
 
-        Absolute discounting: every count gives up three quarters, shared out by the static table.
+    def weights(self) -> Iterator[Int64[np.ndarray, " codes"] | None]:
+        """Yield the weights of each table in turn, None for a table without counts.
+
+        Absolute discounting: 3/4 is subtracted from every count, and their sum is distributed over all codes in
+        proportion to the static counts plus one.
         """
         num_codes, classes = len(self.vectors), len(self.centers)
-        shares = self.static + 1
+        static = self.static + 1
         bounds = np.searchsorted(self.keys, np.arange(KINDS * classes + 1) * num_codes)
         for table, (start, end) in enumerate(pairwise(bounds)):
             if start == end:
                 yield None
                 continue
-            weights = (3 * (end - start) << 12) * shares // shares.sum()
+            weights = (3 * (end - start) << 12) * static // static.sum()
             weights[self.keys[start:end] - table * num_codes] += (4 * self.counts[start:end] - 3) << 12
             yield weights
 
     def to_bytes(self) -> bytes:
-        """The table as a store keeps it."""
+        """Return the bytes that a store keeps as `codec.table`."""
         (num_codes, components), classes = self.vectors.shape, len(self.centers)
         tables, ids = np.divmod(self.keys, num_codes)
         sizes = np.bincount(tables, minlength=KINDS * classes)
@@ -55,13 +61,13 @@ class ContextTable(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes, num_codes: int) -> "ContextTable":
-        """The inverse of `to_bytes`. Raises CodecError for anything that is no table of `num_codes` codes."""
-        claimed, classes, components = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4, 8))
-        start = 12 + (claimed + classes) * components
+        """Parse the result of `to_bytes`. Raises CodecError unless it is a valid table of `num_codes` codes."""
+        codes, classes, components = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4, 8))
+        start = 12 + (codes + classes) * components
         fits = 1 <= classes <= MAX_CLASSES and 1 <= components <= MAX_COMPONENTS and start <= len(data)
-        if claimed != num_codes or not fits:
+        if codes != num_codes or not fits:
             raise CodecError(
-                f"context table of {len(data)} bytes: got {claimed} codes, {classes} classes, {components} "
+                f"context table of {len(data)} bytes: got {codes} codes, {classes} classes, {components} "
                 f"components, expected {num_codes}, 1 .. {MAX_CLASSES} and 1 .. {MAX_COMPONENTS}"
             )
         rows = np.frombuffer(data, np.int8, start - 12, 12).reshape(-1, components)
@@ -69,30 +75,38 @@ class ContextTable(NamedTuple):
         static, sizes, rest = np.split(numbers, [num_codes, num_codes + KINDS * classes])
         entries = int(sizes.sum())
         if sizes.size != KINDS * classes or rest.size != 2 * entries:
-            raise CodecError(f"context table: {len(numbers)} numbers, expected another {entries} ids and counts")
+            raise CodecError(
+                f"context table: got {len(numbers)} numbers, expected another {entries} ids and counts"
+            )
         counts = rest[entries:] + 1
         if max(static.sum(), counts.sum()) > MAX_SUM:
-            raise CodecError(f"context table: counts of {static.sum()} and {counts.sum()} tokens, most {MAX_SUM}")
+            raise CodecError(
+                f"context table: got counts of {static.sum()} and {counts.sum()} tokens, "
+                f"expected at most {MAX_SUM}"
+            )
         keys = _keys(sizes, rest[:entries], num_codes)
         return cls(rows[:num_codes], rows[num_codes:], static, keys, counts)
 
 
 def _keys(sizes: np.ndarray, gaps: np.ndarray, num_codes: int) -> np.ndarray:
-    """Keys of tables with `sizes` ids, given the codes that are left out before each id."""
+    """The keys of tables with `sizes` ids each, given the number of codes skipped before each id."""
     after = np.cumsum(gaps + 1)
     before = np.append(0, after)[np.cumsum(sizes) - sizes]
     ids = after - 1 - np.repeat(before, sizes)
     if (ids >= num_codes).any():
-        raise CodecError(f"context table: id {ids.max()}, expected 0 .. {num_codes - 1}")
+        raise CodecError(f"context table: got id {ids.max()}, expected 0 .. {num_codes - 1}")
     return np.repeat(np.arange(len(sizes)), sizes) * num_codes + ids
 
 
-def quantized(codebook: np.ndarray) -> np.ndarray:
-    """(K, d) int8: the directions of the rows of a (K, D) codebook, in d <= 32 principal components."""
+def quantized(codebook: Float[np.ndarray, "codes dim"]) -> Int8[np.ndarray, "codes components"]:
+    """Return the normalized rows of a codebook, projected on at most 32 principal components and quantized.
+
+    Raises ValueError for a codebook that is not 2-D, has too many rows, or numbers that are not finite.
+    """
     rows = np.asarray(codebook, np.float64)
     if rows.ndim != 2 or not 1 <= len(rows) <= MAX_CODES or not np.isfinite(rows).all():
         raise ValueError(f"codebook: got {rows.shape}, expected (K, D) finite numbers, 1 .. {MAX_CODES} rows")
-    # All lookups are by cosine, so only the direction of a row counts.
+    # Only the direction of a row is kept, as in the cosine lookup.
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / np.where(norms > 0, norms, 1)
     rows = rows - rows.mean(axis=0)
@@ -103,7 +117,7 @@ def quantized(codebook: np.ndarray) -> np.ndarray:
 
 
 def _to_varints(numbers: np.ndarray) -> bytes:
-    """LEB128: seven bits a byte, the lowest first; the high bit of all bytes but a number's last is set."""
+    """LEB128: seven bits per byte, the lowest first; the high bit is set in all bytes but the last of a number."""
     shifted = numbers[:, None] >> np.arange(0, 35, 7)
     used = shifted > 0
     used[:, 0] = True
@@ -117,11 +131,11 @@ def _from_varints(data: np.ndarray) -> np.ndarray:
     first = np.append(-1, last)[:-1] + 1
     sizes = last - first + 1
     if (data[-1:] >= 128).any() or (sizes > 5).any():
-        raise CodecError("context table: a number is cut off or longer than 5 bytes")
+        raise CodecError("context table: got a number that is cut off or longer than 5 bytes")
     if not data.size:
         return np.empty(0, np.int64)
     shift = 7 * (np.arange(data.size) - np.repeat(first, sizes))
     numbers = np.add.reduceat((data & 127).astype(np.int64) << shift, first)
     if (numbers > MAX_SUM).any():
-        raise CodecError(f"context table: {numbers.max()}, expected at most {MAX_SUM}")
+        raise CodecError(f"context table: got a number {numbers.max()}, expected at most {MAX_SUM}")
     return numbers

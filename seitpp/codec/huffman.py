@@ -1,14 +1,15 @@
-"""Canonical Huffman code of the ids: the second stage of SeiT's storage, here without the first.
+"""Canonical Huffman code of the ids: the second stage of SeiT's storage, without the first (the escape code).
 
-The paper puts Huffman after the escape code. Over the ids themselves it is never longer, since an escaped id
-then has one code word and not two, and it works for any number of codes. Decoding looks up the length of the
-code word at every bit of the body at once; only the walk from word to word is one step a token.
+The paper applies Huffman to the bytes of the escape code. Applied to the ids it is never longer, since an escaped
+id then has one code word instead of two, and it works for any number of codes. The decoder looks up the length of
+the code word at every bit of the body at once; only the walk from word to word is a loop over tokens.
 """
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 
 import numpy as np
+from jaxtyping import Int64, Integer, UInt16
 
 from seitpp.codec.base import CodecError, check_counts, check_ids, check_num_codes, counts_bytes
 from seitpp.codec.checksum import Checksum
@@ -19,58 +20,58 @@ WINDOW = 32
 
 
 class HuffmanCodec:
-    """One code word for each code, made of integer counts; a code that never occurred has one, too."""
+    """Canonical Huffman codec from integer counts; codes with a count of 0 have a code word, too."""
 
     name = "huffman"
 
-    def __init__(self, num_codes: int, counts: Sequence[int] | np.ndarray | None) -> None:
-        """counts: (num_codes,) integers >= 0, not all zero. Raises ValueError otherwise."""
+    def __init__(self, num_codes: int, counts: Sequence[int] | Integer[np.ndarray, " {num_codes}"] | None) -> None:
+        """counts: `num_codes` integers >= 0, not all zero. Raises ValueError otherwise."""
         check_num_codes(num_codes)
         counts = check_counts(counts, num_codes)
         self.num_codes = num_codes
         self._checksum = Checksum(counts_bytes(counts))
         self._lengths = word_lengths(counts)
-        # Codes from the shortest word to the longest; their words, filled up to WINDOW bits, ascend.
+        # Codes sorted by the length of their words; in this order the words, padded to WINDOW bits, ascend.
         self._order = np.argsort(self._lengths, kind="stable")
         sizes = np.int64(1) << (WINDOW - self._lengths[self._order])
         starts = np.cumsum(sizes) - sizes
         self._words = np.empty(num_codes, ">u4")
         self._words[self._order] = starts
-        # Of each length that occurs: the first window that starts with such a word, and that word's rank.
+        # For each word length that occurs: the first padded word of that length, and its position in the order.
         self._steps, self._ranks = np.unique(self._lengths[self._order], return_index=True)
         self._first = starts[self._ranks]
 
-    def encode(self, ids: np.ndarray) -> bytes:
-        """Payload of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
+    def encode(self, ids: Integer[np.ndarray, " tokens"]) -> bytes:
+        """Return the payload of ids in 0 .. num_codes - 1. Raises ValueError if `ids` are not 1-D and valid."""
         ids = check_ids(ids, self.num_codes)
         bits = np.unpackbits(self._words[ids].view(np.uint8)).reshape(-1, WINDOW)
         used = np.arange(WINDOW) < self._lengths[ids, None]
         return self._checksum.wrap(np.packbits(bits[used]).tobytes(), ids.size)
 
-    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
-        """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> UInt16[np.ndarray, " {num_tokens}"]:
+        """Return the ids, all below num_codes. Raises CodecError if the payload is damaged."""
         body = self._checksum.unwrap(data, num_tokens)
         if self.num_codes == 1:
             if body:
-                raise CodecError("payload is not canonical: a lone code takes no bits")
+                raise CodecError("payload is not canonical: a single code takes no bits")
             return np.zeros(num_tokens, np.uint16)
         windows = _windows(body)
         kinds = np.searchsorted(self._first, windows, side="right") - 1
-        places, end = _walk(self._steps[kinds].tolist(), num_tokens)
+        starts, end = _walk(self._steps[kinds].tolist(), num_tokens)
         if end > 8 * len(body):
             raise CodecError(f"body of {len(body)} bytes ends in token {num_tokens - 1}: truncated")
         if end <= 8 * len(body) - 8 or windows[end:].any():
-            raise CodecError(f"payload holds more than {num_tokens} tokens")
-        kinds = kinds[places]
-        ranks = (windows[places] - self._first[kinds]) >> (WINDOW - self._steps[kinds])
+            raise CodecError(f"payload holds more than {num_tokens} tokens: damaged")
+        kinds = kinds[starts]
+        ranks = (windows[starts] - self._first[kinds]) >> (WINDOW - self._steps[kinds])
         return self._order[self._ranks[kinds] + ranks].astype(np.uint16)
 
 
-def word_lengths(counts: np.ndarray) -> np.ndarray:
-    """(num_codes,) int64 lengths of the code words, 0 for a lone code.
+def word_lengths(counts: Integer[np.ndarray, " codes"]) -> Int64[np.ndarray, " codes"]:
+    """Return the length of each code word in bits, 0 for a single code.
 
-    The two lightest nodes are joined until one is left; of equal ones first the code with the smaller id, then
-    the node that was made first.
+    The two nodes of smallest weight are merged until one is left. Of equal weights, codes come before merged
+    nodes, codes in the order of their ids, merged nodes in that of their creation.
     """
     num_codes = len(counts)
     weights = np.maximum(counts, max(1, int(counts.sum()) >> 20)).tolist()
@@ -97,14 +98,14 @@ def _windows(body: bytes) -> np.ndarray:
     return (five[:, None] >> np.arange(8, 0, -1) & (2**WINDOW - 1)).ravel()
 
 
-def _walk(steps: list[int], num_tokens: int) -> tuple[list[int], int]:
-    """Where each token starts, and where the last one ends, given the length of the word at every bit."""
-    places, place, size = [], 0, len(steps)
+def _walk(lengths: list[int], num_tokens: int) -> tuple[list[int], int]:
+    """First bit of each token, and the end of the last one, given the length of the word at every bit."""
+    starts, position, size = [], 0, len(lengths)
     for token in range(num_tokens):
-        if place >= size:
+        if position >= size:
             raise CodecError(
                 f"body of {size // 8} bytes ends before token {token}, expected {num_tokens}: truncated"
             )
-        places.append(place)
-        place += steps[place]
-    return places, place
+        starts.append(position)
+        position += lengths[position]
+    return starts, position

@@ -1,13 +1,14 @@
-"""Fixed width: every token takes the bits that the largest id needs. The plain baseline; needs no table."""
+"""Fixed-width codec: every token takes the bits that the largest id needs. A plain baseline without a table."""
 
 import numpy as np
+from jaxtyping import Integer, UInt16
 
 from seitpp.codec.base import CodecError, check_below, check_ids, check_num_codes
 from seitpp.codec.checksum import Checksum
 
 
 class PackedCodec:
-    """ceil(log2 num_codes) bits a token, the highest first; a lone code takes none."""
+    """Codec of ceil(log2 num_codes) bits per token, highest bit first; with a single code, a token takes none."""
 
     name = "packed"
 
@@ -17,14 +18,14 @@ class PackedCodec:
         self._width = (num_codes - 1).bit_length()
         self._checksum = Checksum(num_codes.to_bytes(4, "little"))
 
-    def encode(self, ids: np.ndarray) -> bytes:
-        """Payload of 1-D integer ids in 0 .. num_codes - 1. Raises ValueError for anything else."""
+    def encode(self, ids: Integer[np.ndarray, " tokens"]) -> bytes:
+        """Return the payload of ids in 0 .. num_codes - 1. Raises ValueError if `ids` are not 1-D and valid."""
         ids = check_ids(ids, self.num_codes)
         bits = np.unpackbits(ids.astype(">u2").view(np.uint8)).reshape(-1, 16)
         return self._checksum.wrap(np.packbits(bits[:, 16 - self._width :]).tobytes(), ids.size)
 
-    def decode(self, data: bytes | memoryview, num_tokens: int) -> np.ndarray:
-        """The (num_tokens,) uint16 ids, all below num_codes. Raises CodecError if the payload is damaged."""
+    def decode(self, data: bytes | memoryview, num_tokens: int) -> UInt16[np.ndarray, " {num_tokens}"]:
+        """Return the ids, all below num_codes. Raises CodecError if the payload is damaged."""
         body = self._checksum.unwrap(data, num_tokens)
         size = num_tokens * self._width
         if len(body) != -(-size // 8):

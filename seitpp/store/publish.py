@@ -170,7 +170,9 @@ def _encode_all(
     parallel_map: Callable[..., Any],
 ) -> int:
     """Write the shards of the split and the files `datasets` needs; return the number of payload bytes."""
-    build_codec = partial(codecs.build, codec["name"], len(spec.codebook), codec["counts"], spec.grid, table)
+    build_codec = partial(
+        codecs.build, codec["name"], len(spec.codebook), codec["counts"], grid=spec.grid, table=table
+    )
     names = (layout.shard_name(spec.split, index, len(staged)) for index in range(len(staged)))
     tasks = [
         Encoding(path, built / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)

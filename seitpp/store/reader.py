@@ -158,7 +158,7 @@ class TokenStore:
         try:
             self.counts = check_counts(table["counts"], self.num_codes)
             learned = layout.read_table(self.path, document)
-            self.codec = codecs.build(table["name"], self.num_codes, self.counts, self.grid, learned)
+            self.codec = codecs.build(table["name"], self.num_codes, self.counts, grid=self.grid, table=learned)
         except ValueError as error:
             raise StoreError(f"{self.path / layout.DOCUMENT}: {error}") from error
         self.codebook = layout.read_codebook(self.path, document)

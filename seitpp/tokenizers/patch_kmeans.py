@@ -122,7 +122,7 @@ class PatchKMeans(Tokenizer):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the spec in its header, which `tokenizers.load` reads."""
-        save_tensors(Path(path), self.state_dict(), HEADER, asdict(self.spec))
+        save_tensors(Path(path), self.state_dict(), key=HEADER, header=asdict(self.spec))
 
 
 def _centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:

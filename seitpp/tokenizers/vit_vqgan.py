@@ -122,7 +122,7 @@ class ViTVQGAN(Tokenizer):
         if is_checkpoint(path):
             spec, tensors = None, load_state_dict(path, TokenizerError, _wanted)
         else:
-            spec, tensors = load_tensors(path, HEADER, TokenizerError, _wanted)
+            spec, tensors = load_tensors(path, HEADER, TokenizerError, wanted=_wanted)
         return cls._from_tensors(tensors, TokenizerSpec.from_json(spec) if spec else None, path)
 
     @classmethod
@@ -140,7 +140,7 @@ class ViTVQGAN(Tokenizer):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, which `from_checkpoint` and `tokenizers.load` read."""
-        save_tensors(Path(path), self.state_dict(), HEADER, asdict(self.spec))
+        save_tensors(Path(path), self.state_dict(), key=HEADER, header=asdict(self.spec))
 
     @property
     def codebook(self) -> Tensor:

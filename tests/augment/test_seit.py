@@ -76,13 +76,13 @@ def test_synonyms_are_the_nearest_codes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_synonyms_replace_the_right_share_and_all_equally() -> None:
     table = synonyms(CODEBOOK)
     ids = torch.randint(40, (200, 16, 16))
-    replaced = replace_synonyms(ids, table, keys(200), 0.25)
+    replaced = replace_synonyms(ids, table, keys(200), rate=0.25)
     changed = replaced != ids
     assert (table[ids[changed]] == replaced[changed].unsqueeze(1)).any(dim=1).all()
     assert stats.binomtest(int(changed.sum()), changed.numel(), 0.25).pvalue > 1e-3
     ranks = (table[ids[changed]] == replaced[changed].unsqueeze(1)).int().argmax(dim=1)
     assert stats.chisquare(ranks.bincount(minlength=5).numpy()).pvalue > 1e-3
-    assert torch.equal(replace_synonyms(ids, table, keys(200), 0.0), ids)
+    assert torch.equal(replace_synonyms(ids, table, keys(200), rate=0.0), ids)
 
 
 def squares(moved: Tensor) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
@@ -137,7 +137,7 @@ def test_every_pair_of_squares_is_equally_likely(monkeypatch: pytest.MonkeyPatch
 def test_eda_acts_on_its_share_of_the_images(rates: str) -> None:
     ids = torch.randint(40, (800, 32, 32))
     eda, table = TokenEDA(CODEBOOK, rates), synonyms(CODEBOOK)
-    replaced = replace_synonyms(ids, table, keys(800), 0.25)
+    replaced = replace_synonyms(ids, table, keys(800), rate=0.25)
     ways = {"": ids, "s": replaced, "r": swap_squares(ids, keys(800)), "sr": swap_squares(replaced, keys(800))}
     done = eda(ids, keys(800))
     assert done.dtype == torch.int64 and done.shape == ids.shape

@@ -78,11 +78,11 @@ def test_maps_keep_the_type_of_the_codebook(dtype: torch.dtype) -> None:
 
 def test_view_names_what_does_not_fit() -> None:
     ids, labels = torch.zeros(4, 8, 8, dtype=torch.long), torch.arange(4)
-    with pytest.raises(ViewError, match="window of 9 x 9 tokens of the grid"):
+    with pytest.raises(ViewError, match="window: got 9 x 9 tokens"):
         SeitView(CODEBOOK, size=9, crop="window")(ids, labels, keys(4))
-    with pytest.raises(ViewError, match="without a crop: expected 7 x 7"):
+    with pytest.raises(ViewError, match="without a crop, expected 7 x 7"):
         SeitView(CODEBOOK, size=7, crop=None)(ids, labels, keys(4))
-    with pytest.raises(ViewError, match="window of 8 x 10"):
+    with pytest.raises(ViewError, match="window: got 8 x 10"):
         EvalView((8, 10))(ids)
     with pytest.raises(PairingError):
         SeitView(CODEBOOK, size=8, crop=None)(ids[:3], labels[:3], keys(3))

@@ -1,14 +1,14 @@
-"""From stored bytes to augmented maps: SeitView on whole batches against the plain way with one-hots, in one run.
+"""Compare the augmentation of SeiT on whole batches (SeitView) with the plain method on one-hot vectors.
 
     python tests/bench/augment.py [--images 2048] [--batch 128]
 
-CPU time of one core. Grids of 32 x 32 uniform ids, K = 391, D = 32, maps of 28 x 28 x 32, Token-EDA at the
-release's rates. The plain way works image by image on the bytes of the escape code and resizes one-hot channels,
-as a loader's workers would, with the draws of Python, torch and numpy; ours has codec ans. Goals: EDA and crop on
-the CPU 15 times as quick; what stays on the host when maps are made on a device (here reading and decoding, there
-everything) 100 times as quick.
+Both go from stored bytes to augmented maps; CPU time of one core. Grids of 32 x 32 uniform ids, K = 391, D = 32,
+maps of 28 x 28 x 32, Token-EDA at the rates of the release. The plain method decodes the escape code and resizes
+one-hot channels image by image, as the workers of a loader would, with random numbers of Python, torch and numpy.
+Ours uses the codec ans. Goals: EDA and crop on the CPU 15 times faster; the work that remains on the host when
+maps are computed on a device (ours: reading and decoding, plain: everything) 100 times faster.
 
-The figures are in docs/results.md. On a busy machine the first ratio went down to 8 and the last to 81.
+The figures are in docs/results.md. On a busy machine the first ratio dropped to 8 and the last to 81.
 """
 
 import argparse
@@ -33,7 +33,7 @@ GRID, K, D, SIZE, CLASSES = 32, 391, 32, 28, 1000
 
 
 class OneHots:
-    """The plain way: everything that SeiT does to an image, in the order and the words of its paper."""
+    """The plain method: every augmentation of SeiT, image by image, in the order of the paper."""
 
     def __init__(self, payloads: list[bytes], codebook: Tensor):
         self.payloads, self.codebook = payloads, codebook
@@ -93,6 +93,8 @@ def swap(grid: Tensor) -> Tensor:
 
 
 class Ours:
+    """The same with this project's store and view, on whole batches."""
+
     def __init__(self, store: TokenStore):
         self.dataset = TokenDataset(store)
         self.codebook = torch.from_numpy(store.codebook)
@@ -114,7 +116,7 @@ class Ours:
 
 
 def microseconds(make: Callable[[range], object], images: int, batch: int) -> float:
-    """CPU time of one image: the median over the batches, the first of which is not counted."""
+    """Return the CPU time per image: the median over the batches without the first one."""
     times = []
     for start in range(0, images - batch + 1, batch):
         begin = time.process_time()
@@ -152,12 +154,12 @@ def main() -> None:
         ]
     names = "EDA and crop", "and Emb-Noise, CutMix", "host, maps on a device", "moved to the device"
     units = "us", "us", "us", "bytes"
-    print(f"batches of {options.batch}, one image:")
+    print(f"batches of {options.batch}, per image:")
     print(f"{'':24}{'one-hots':>12}{'ours':>12}{'ratio':>9}")
-    for name, (theirs, mine), unit in zip(
+    for name, (plain_value, our_value), unit in zip(
         names, [*times, (K * GRID * GRID * 4, ids[0].nbytes)], units, strict=True
     ):
-        print(f"{name:24}{theirs:12,.0f}{mine:12,.0f}{theirs / mine:9.1f}  {unit}")
+        print(f"{name:24}{plain_value:12,.0f}{our_value:12,.0f}{plain_value / our_value:9.1f}  {unit}")
 
 
 if __name__ == "__main__":

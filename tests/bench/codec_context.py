@@ -1,10 +1,11 @@
-"""All codecs on tokens of photographs and digits that no table has seen: bits a token, and images a second.
+"""Measure all codecs on tokens of unseen photographs and digits: bits per token and images per second.
 
     pip install scikit-image; OMP_NUM_THREADS=1 python tests/bench/codec_context.py
 
-Photographs: tokenizer (patch_kmeans, 391 codes, 32 x 32 tokens) and tables are learned from square crops of five;
-coded are crops of three others, and these three whole. Digits: learned from "train", coded is "validation".
-The size of the context tables is spread over 100,000 images. One core; the best of five runs.
+Photographs: the tokenizer (patch_kmeans, 391 codes, 32 x 32 tokens) and the tables are learned from square crops
+of five photographs. The codecs then encode crops of three others, and these three whole. Digits: the tables are
+learned from "train", the codecs encode "validation". The size of the context table is divided by 100,000 images.
+One core; the best of five runs.
 """
 
 import time
@@ -27,15 +28,18 @@ SIZE = 256
 
 
 def crops(photograph: np.ndarray, number: int, rng: np.random.Generator) -> Tensor:
-    """(number, 3, 256, 256) in [0, 1]: squares of half to all of the shorter side, half of them mirrored."""
+    """Cut random squares -> (number, 3, 256, 256) float32 in [0, 1].
+
+    Sides are half to all of the shorter side; a square is flipped horizontally with probability 0.5.
+    """
     image = torch.tensor(photograph).permute(2, 0, 1).float() / 255
-    found = []
+    squares = []
     for _ in range(number):
         side = int(rng.uniform(0.5, 1) * min(image.shape[1:]))
         top, left = (rng.integers(length - side + 1) for length in image.shape[1:])
         square = resized(image[:, top : top + side, left : left + side])
-        found.append(square.flip(3) if rng.random() < 0.5 else square)
-    return torch.cat(found)
+        squares.append(square.flip(3) if rng.random() < 0.5 else square)
+    return torch.cat(squares)
 
 
 def resized(image: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def resized(image: Tensor) -> Tensor:
 
 
 def photographs() -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Grids to learn from, grids to code by name, codebook."""
+    """Return the grids to learn from, the grids to encode by name, and the codebook, for the photographs."""
     china, flower = load_sample_images().images
     data, rng = skimage.data, np.random.default_rng(0)
     seen = [data.astronaut(), data.rocket(), data.stereo_motorcycle()[0], data.hubble_deep_field(), china]
@@ -60,14 +64,14 @@ def photographs() -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
 
 
 def handwriting() -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """The same of the digits."""
+    """Return the same for the digits."""
     train, validation = (TokenStore(digits().store, split) for split in ("train", "validation"))
     grids = [store.ids(range(len(store))).astype(np.int64) for store in (train, validation)]
     return grids[0], {"360 unseen digits": grids[1]}, train.codebook
 
 
 def seconds(work) -> float:
-    """Processor time of the fastest of five runs."""
+    """Return the CPU time of the fastest of five runs."""
     times = []
     for _ in range(5):
         start = time.process_time()
@@ -84,10 +88,11 @@ def compare(learn: np.ndarray, coded: dict[str, np.ndarray], codebook: np.ndarra
     for name, grids in coded.items():
         images = list(grids.reshape(len(grids), -1))
         for codec in [*built, context]:
-            row(name, codec, images, len(context.table) if codec is context else 0)
+            row(name, codec=codec, images=images, table=len(context.table) if codec is context else 0)
 
 
-def row(name: str, codec: codecs.Codec, images: list[np.ndarray], table: int) -> None:
+def row(name: str, *, codec: codecs.Codec, images: list[np.ndarray], table: int) -> None:
+    """Print a row; `table` is the size of the context table in bytes."""
     payloads = [codec.encode(ids) for ids in images]
     assert all((codec.decode(data, ids.size) == ids).all() for data, ids in zip(payloads, images, strict=True))
     size = sum(map(len, payloads)) / len(images) + table / IMAGES
@@ -98,7 +103,9 @@ def row(name: str, codec: codecs.Codec, images: list[np.ndarray], table: int) ->
 
 
 if __name__ == "__main__":
-    print("| tokens | codec | bits a token | bytes an image | table, bytes | encode images/s | decode images/s |")
+    print(
+        "| tokens | codec | bits per token | bytes per image | table, bytes | encode images/s | decode images/s |"
+    )
     print("|---|---|---|---|---|---|---|")
     compare(*photographs())
     compare(*handwriting())

@@ -1,7 +1,8 @@
-"""Memory of a training step, image by image: `python tests/bench/memory.py` prints the table of docs/running.md.
+"""Memory of a training step per image: `python tests/bench/memory.py` prints the table of docs/running.md.
 
-Counted, not measured: no GPU is needed, it takes half a minute on a CPU. "Loaded" is what the forward pass keeps
-for the backward pass. The images at a time are those that a run would choose on an empty card, by its peak.
+The memory is computed, not measured: no GPU is needed, and it takes half a minute on a CPU. "Saved" is what the
+forward pass keeps for the backward pass. The last columns are the images at a time that a run would choose on an
+empty GPU, from the peak memory of a step.
 """
 
 import runpy
@@ -26,12 +27,12 @@ from seitpp.tokenizers.transformer import TransformerShape
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CARDS = (16, 24, 40, 80)  # GB, taken as GiB
-CONTEXT = 2**29  # bytes of a card that CUDA itself takes
+CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes
 HEADER = f"| model | saved, MiB an image | checkpointed | {' | '.join(f'{gb} GB' for gb in CARDS)} |"
 
 
 class Case(NamedTuple):
-    """A row: its name, a step, the model, and what stands beside it."""
+    """A row of the table: its name, a training step, the model, and the other modules of the step."""
 
     name: str
     trial: Trial
@@ -40,16 +41,16 @@ class Case(NamedTuple):
 
 
 def zeros_loss(recipe: str) -> Callable:
-    """The step of a recipe by which its memory is counted."""
+    """Load the training step on zeros of a recipe, from which its memory is computed."""
     return runpy.run_path(str(RECIPES / f"{recipe}.py"))["zeros_loss"]
 
 
 def cases() -> Iterator[Case]:
-    """The published models, in the sizes of the published presets."""
+    """Create the published models, in the sizes of the published presets."""
     mtm, adapt, vqgan = map(zeros_loss, ("mtm_pretrain", "tokenadapt_train", "tokenizer_train"))
-    law = MASK_RATIOS["seitpp"]
+    mask_ratio = MASK_RATIOS["seitpp"]
     for size in ("base", "small"):
-        loss = mtm((28, 28), law.counts(196, law.highest), 0.5)
+        loss = mtm((28, 28), mask_ratio.counts(196, mask_ratio.highest), 0.5)
         yield Case(f"mtm_pretrain, mtm_vit_{size}", loss, MTM(f"mtm_vit_{size}"), (TokenAdapt(),))
     loss = classifier_trial(torch.zeros(32, 28, 28))
     for name in ("seit_vit_base", "seit_vit_small", "seit_resnet50", "seit_resnet18"):
@@ -69,7 +70,7 @@ def cases() -> Iterator[Case]:
 
 
 def segmenter() -> tuple[Trial, nn.Module]:
-    """UPerNet on windows of 64 x 64 tokens of 8 pixels."""
+    """Create UPerNet on windows of 64 x 64 tokens of 8 pixels, and its training step."""
     load_mmseg()
     from downstream.segmentation.backbone import TokenViT
     from downstream.segmentation.model import build_segmenter
@@ -80,26 +81,26 @@ def segmenter() -> tuple[Trial, nn.Module]:
     return loss, build_segmenter(backbone, 150)
 
 
-def images_at_a_time(case: Case, found: Footprint, gib: int) -> int:
-    """How many images fit on a card where nothing else is; a multiple of 4 from 4 on."""
+def images_at_a_time(case: Case, memory: Footprint, gib: int) -> int:
+    """Return how many images fit on an otherwise empty GPU; from 4 on a multiple of 4."""
     modules = (case.model, *case.beside)
     weights = sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())
-    room = USABLE * (gib * 2**30 - CONTEXT - weights) - state_bytes(case.model, 1) - found.fixed
-    images = max(0, int(room // found.peak))
+    room = USABLE * (gib * 2**30 - CONTEXT - weights) - state_bytes(case.model, 1) - memory.fixed
+    images = max(0, int(room // memory.peak))
     return images // 4 * 4 if images >= 4 else images
 
 
 def row(case: Case) -> str:
-    """The line of a case, in bf16."""
-    found = footprint(case.trial, "bf16", case.model, *case.beside)
+    """Return the line of the table for a case, in bf16."""
+    memory = footprint(case.trial, "bf16", case.model, *case.beside)
     checkpointed = ""
     vit = case.model.backbone.vit if hasattr(case.model, "backbone") else case.model
     if hasattr(vit, "set_grad_checkpointing"):
         vit.set_grad_checkpointing(True)
         saved = footprint(case.trial, "bf16", case.model, *case.beside).saved
         checkpointed = f"{saved / 2**20:.1f}"
-    fit = " | ".join(f"{images_at_a_time(case, found, gib):,}" for gib in CARDS)
-    return f"| {case.name} | {found.saved / 2**20:.1f} | {checkpointed} | {fit} |"
+    fit = " | ".join(f"{images_at_a_time(case, memory, gib):,}" for gib in CARDS)
+    return f"| {case.name} | {memory.saved / 2**20:.1f} | {checkpointed} | {fit} |"
 
 
 def main() -> None:

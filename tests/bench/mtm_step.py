@@ -1,16 +1,16 @@
-"""A training step of masked token modeling against the textbook's and this machine's own large matrix product.
+"""Compare a training step of masked token modeling with a plain PyTorch model and with a large matrix product.
 
     python tests/bench/mtm_step.py [--batch 8] [--rounds 5]
     python tests/bench/mtm_step.py --batch 256    # on a GPU: bf16, compiled
     python tests/bench/mtm_step.py --codes 391 16384 65536 --batch 32    # the nano model, for each K
 
-A step is the view (without or with TokenAdapt on half of the images, its weights random), forward, loss, backward
-and update of the published ViT-B, with a mask ratio of 0.55 and dropout on; ids lie in memory. The first row is
-forward, loss and backward alone. Floating-point operations are counted by torch, those of the model forward and
-backward. `TextbookMTM` below is the same model in plain PyTorch, with the same weights, and the loss is checked to
-be the same. Our steps, its steps and matrix products of the same precision alternate, and the best round of each
-counts. Time on a CPU is CPU time by the number of threads, which other processes on the machine disturb less.
-With `--codes`, steps of forward, loss and backward alone; peak memory is that of the process up to there.
+A step is augmentation (without TokenAdapt, or with it on half of the images, with random weights), forward, loss,
+backward and update of the published ViT-B, with a mask ratio of 0.55 and with dropout; the ids are in memory. The
+first row is forward, loss and backward alone. torch counts the floating-point operations of the model, forward and
+backward. `TextbookMTM` below is the same model in plain PyTorch with the same weights; its loss is checked to be
+the same. Our steps, its steps and matrix products of the same precision alternate, and the best round of each is
+reported. On a CPU, time is the CPU time divided by the number of threads, which other processes disturb less.
+With `--codes` a step is forward, loss and backward alone; peak memory is that of the process so far.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Loss = Callable[[Tensor, MaskPlan], Tensor]
 STORED, CROP, CODES, PATCHES, RATIO = 32, 28, 391, 196, 0.55
 COUNTS = MASK_RATIOS["seitpp"].counts(PATCHES, RATIO)
 NANO = {"encoder": "mtm_vit_nano", "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
-# Of our names, those of the textbook's weights.
+# Our names of weights -> those of the plain model.
 TEXTBOOK_NAMES = {
     "encoder.patch_embed.proj": "stem",
     "encoder.patch_embed.": "",
@@ -45,7 +45,7 @@ TEXTBOOK_NAMES = {
 
 
 class TextbookBlock(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block in plain PyTorch."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -63,7 +63,7 @@ class TextbookBlock(nn.Module):
 
 
 class TextbookMTM(nn.Module):
-    """The model of `seitpp.models.MTM` with the settings and weights of one, and its loss over all logits."""
+    """`seitpp.models.MTM` in plain PyTorch, with the settings and weights of `model`; the loss uses all logits."""
 
     def __init__(self, model: MTM):
         super().__init__()
@@ -85,7 +85,7 @@ class TextbookMTM(nn.Module):
             *(TextbookBlock(narrow, settings["decoder_heads"], dropout) for _ in model.decoder_blocks)
         )
         self.decoder_norm = nn.LayerNorm(narrow, eps=1e-6)
-        # The head: a linear layer, and what its tokens go through.
+        # The head: a linear layer for the four tokens of a patch, and the norm of each token.
         self.fc, self.head_norm = nn.Linear(narrow, 4 * dim), nn.LayerNorm(dim, eps=1e-6)
         self.bias = nn.Parameter(torch.empty(settings["num_codes"]))
         weights = {name.replace("head.norm", "head_norm"): value for name, value in model.state_dict().items()}
@@ -94,7 +94,7 @@ class TextbookMTM(nn.Module):
         self.load_state_dict(weights)
 
     def forward(self, ids: Tensor, plan: MaskPlan) -> Tensor:
-        """Ids (B, H, W) and a plan -> loss ()."""
+        """Ids (B, H, W) int64 and a mask plan -> loss () in nats per hidden token."""
         x = self.dropout(self.token_norm(self.token_emb(ids))).permute(0, 3, 1, 2)
         x = self.stem(x).flatten(2).transpose(1, 2)
         hidden, kept = plan.hidden.unsqueeze(-1), plan.kept.unsqueeze(-1)
@@ -103,8 +103,8 @@ class TextbookMTM(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = self.decoder_embed(self.norm(self.blocks(torch.cat([cls, x], dim=1))))
         cls = x[:, :1]
-        places = cls.repeat(1, hidden.shape[1], 1).scatter(1, kept.expand(-1, -1, x.shape[2]), x[:, 1:])
-        x = torch.cat([cls, torch.where(hidden, cls, places)], dim=1) + self.decoder_pos_embed
+        patches = cls.repeat(1, hidden.shape[1], 1).scatter(1, kept.expand(-1, -1, x.shape[2]), x[:, 1:])
+        x = torch.cat([cls, torch.where(hidden, cls, patches)], dim=1) + self.decoder_pos_embed
         x = self.fc(self.decoder_norm(self.decoder_blocks(x))[:, 1:]).unflatten(2, (4, -1))
         logits = self.head_norm(F.gelu(x)) @ self.token_emb.weight.detach().T + self.bias
         batch, height, width = ids.shape
@@ -115,13 +115,13 @@ class TextbookMTM(nn.Module):
 
 
 def model_flops(model: MTM) -> int:
-    """Of one image, forward and backward."""
+    """Return the floating-point operations per image, forward and backward."""
     ids = torch.zeros(1, CROP, CROP, dtype=torch.long, device="meta")
     return count_flops(model, ids, mask_plan(torch.zeros(1, PATCHES, device="meta"), *COUNTS), ids)
 
 
 def check_same_loss(model: MTM, textbook: TextbookMTM, ids: Tensor) -> None:
-    """Raises AssertionError."""
+    """Raise AssertionError unless both models have the same loss."""
     plan = some_plan(len(ids), ids.device)
     with torch.no_grad():
         losses = model.eval()(ids, plan, targets=ids).loss, textbook.eval()(ids, plan)
@@ -129,38 +129,42 @@ def check_same_loss(model: MTM, textbook: TextbookMTM, ids: Tensor) -> None:
 
 
 def training_step(
+    model: nn.Module,
+    *,
+    loss: Loss,
+    get_ids: Callable[[], Tensor],
+    update: bool,
     device: torch.device,
     dtype: torch.dtype,
-    model: nn.Module,
-    loss_of: Loss,
-    ids_of: Callable[[], Tensor],
-    update: bool,
 ) -> Callable[[], None]:
-    """What is measured: a mask, forward, loss and backward for the ids that `ids_of` makes, maybe an update."""
+    """Return the measured function: mask, forward, loss and backward for ids of `get_ids`, and maybe an update."""
     optimizer = adamw(model.train(), 0.05, betas=(0.9, 0.95))
     if device.type == "cuda":
         model.compile()
 
     def step() -> None:
-        ids = ids_of()
+        ids = get_ids()
         plan = some_plan(len(ids), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(ids, plan)
-        loss.backward()
+            value = loss(ids, plan)
+        value.backward()
         if update:
             optimizer.step()
         optimizer.zero_grad()
-        loss.item()  # waits for the device
+        value.item()  # waits for the device
 
     return step
 
 
 def both_steps(
-    device: torch.device, dtype: torch.dtype, batch: int, adapted: float, alone: bool
+    device: torch.device, dtype: torch.dtype, *, batch: int, tokenadapt_fraction: float, alone: bool
 ) -> list[Callable[[], None]]:
-    """A step of ours and one of the textbook's, with the same weights; `alone`: no view and no update."""
-    adapt = TokenAdapt() if adapted else None
-    view = SeitPPView(torch.randn(CODES, 32), size=CROP, adapt=adapt, tokenadapt_fraction=adapted)
+    """Return a step of our model and one of the plain model, with equal weights.
+
+    If `alone`, a step has no augmentation and no update.
+    """
+    adapt = TokenAdapt() if tokenadapt_fraction else None
+    view = SeitPPView(torch.randn(CODES, 32), size=CROP, adapt=adapt, tokenadapt_fraction=tokenadapt_fraction)
     view, keys = view.to(device), Keys(0, 0, torch.arange(batch, device=device))
     stored = torch.randint(CODES, (batch, STORED, STORED), device=device)
     cropped = stored[:, :CROP, :CROP].contiguous()
@@ -168,12 +172,13 @@ def both_steps(
     textbook = TextbookMTM(ours).to(device)
     check_same_loss(ours, textbook, cropped)
 
-    def ids_of() -> Tensor:
+    def get_ids() -> Tensor:
         return cropped if alone else view(stored, keys)
 
+    settings = {"get_ids": get_ids, "update": not alone, "device": device, "dtype": dtype}
     return [
-        training_step(device, dtype, ours, our_loss(ours), ids_of, not alone),
-        training_step(device, dtype, textbook, textbook, ids_of, not alone),
+        training_step(ours, loss=our_loss(ours), **settings),
+        training_step(textbook, loss=textbook, **settings),
     ]
 
 
@@ -195,15 +200,15 @@ def timed(step: Callable[[], None]) -> float:
     return clock() - start
 
 
-def compare_steps(device: torch.device, dtype: torch.dtype, batch: int, rounds: int) -> None:
-    """The table of the published ViT-B."""
+def compare_steps(device: torch.device, dtype: torch.dtype, *, batch: int, rounds: int) -> None:
+    """Print the table for the published ViT-B."""
     flops = model_flops(MTM())
-    print(f"{flops / 1e9:.1f} GFLOP an image")
+    print(f"{flops / 1e9:.1f} GFLOP per image")
     print(
         f"{'step':12} {'images/s':>9} {'matmul, GFLOP/s':>16} {'ratio':>6} {'textbook':>9} {'CPU time / its':>15}"
     )
-    for name, adapted, alone in (("model", 0.0, True), ("crop", 0.0, False), ("TokenAdapt", 0.5, False)):
-        steps = both_steps(device, dtype, batch, adapted, alone)
+    for name, fraction, alone in (("model", 0.0, True), ("crop", 0.0, False), ("TokenAdapt", 0.5, False)):
+        steps = both_steps(device, dtype, batch=batch, tokenadapt_fraction=fraction, alone=alone)
         for step in steps:
             step()
         rates, times = [], []
@@ -218,8 +223,10 @@ def compare_steps(device: torch.device, dtype: torch.dtype, batch: int, rounds: 
         )
 
 
-def compare_codes(device: torch.device, dtype: torch.dtype, batch: int, rounds: int, numbers: list[int]) -> None:
-    """The table of numbers of codes."""
+def compare_codes(
+    device: torch.device, dtype: torch.dtype, *, batch: int, rounds: int, numbers: list[int]
+) -> None:
+    """Print the table for several codebook sizes."""
     print(f"{'codes':>6} {'seconds':>8} {'to the first':>13} {'peak memory, GiB':>17}")
     steps, memory = [], []
     for codes in numbers:
@@ -227,7 +234,8 @@ def compare_codes(device: torch.device, dtype: torch.dtype, batch: int, rounds: 
             MTM(**NANO, num_codes=codes).to(device),
             torch.randint(codes, (batch, CROP, CROP), device=device),
         )
-        steps.append(training_step(device, dtype, model, our_loss(model), partial(torch.clone, ids), update=False))
+        settings = {"get_ids": partial(torch.clone, ids), "update": False, "device": device, "dtype": dtype}
+        steps.append(training_step(model, loss=our_loss(model), **settings))
         steps[-1]()
         memory.append(peak_memory(device) / 2**30)
     times = torch.tensor([[timed(step) for step in steps] for _ in range(rounds)]).amin(dim=0).tolist()
@@ -245,9 +253,9 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"batch {arguments.batch}, {dtype}, {torch.get_num_threads()} threads")
     if arguments.codes:
-        compare_codes(device, dtype, arguments.batch, arguments.rounds, arguments.codes)
+        compare_codes(device, dtype, batch=arguments.batch, rounds=arguments.rounds, numbers=arguments.codes)
     else:
-        compare_steps(device, dtype, arguments.batch, arguments.rounds)
+        compare_steps(device, dtype, batch=arguments.batch, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How fast a loader's worker makes the pixels of fine-tuning, against decoding whole photographs to 256 x 256.
+"""Compare a loader worker's speed on the crops of fine-tuning with decoding whole photographs to 256 x 256.
 
     python tests/bench/pixels.py [--images 64] [--rounds 7]
 
-Images: scikit-learn's photographs as JPEG of quality 90, crops of them of ImageNet's usual sizes, and enlarged to
-three megapixels. One thread, the ways in turn, the best of the rounds; the ratio wanted is at least 1.
+The images are scikit-learn's photographs as JPEG of quality 90: crops of the usual sizes of ImageNet, and images
+enlarged to three megapixels. One thread; the methods alternate, and the best round of each is reported. The goal
+is a ratio of at least 1.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def make_images(root: Path, size: tuple[int, int], count: int) -> None:
 
 
 def rates(root: Path, rounds: int) -> dict[str, float]:
-    """Images/s of each way."""
+    """Return the images per second of each method."""
     source = open_source(str(root), None)
     datasets = {
         "whole": ImageDataset(source, (256, 256)),
@@ -48,21 +49,21 @@ def rates(root: Path, rounds: int) -> dict[str, float]:
             start = time.perf_counter()
             dataset.__getitems__(MicroBatch(range(len(source)), epoch))
             seconds[name].append(time.perf_counter() - start)
-    return {name: len(source) / min(taken) for name, taken in seconds.items()}
+    return {name: len(source) / min(times) for name, times in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            make_images(Path(folder), size, given.images)
-            found = rates(Path(folder), given.rounds)
-        shown = (f"{name} {rate:.0f} ({rate / found['whole']:.2f})" for name, rate in found.items())
-        print(f"{size[0]} x {size[1]}, images/s and ratio to whole: {', '.join(shown)}")
+            make_images(Path(folder), size, options.images)
+            speeds = rates(Path(folder), options.rounds)
+        columns = (f"{name} {speed:.0f} ({speed / speeds['whole']:.2f})" for name, speed in speeds.items())
+        print(f"{size[0]} x {size[1]}, images/s and ratio to whole: {', '.join(columns)}")
 
 
 if __name__ == "__main__":

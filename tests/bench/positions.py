@@ -1,13 +1,13 @@
-"""Positions of a ViT-VQGAN for smaller images than it was trained on: interpolated, or cut out of its own.
+"""Compare position embeddings of a ViT-VQGAN for smaller images than in training: interpolated or cropped.
 
     OMP_NUM_THREADS=1 python tests/bench/positions.py
 
 Trains two small tokenizers with recipes/tokenizer_train.py: on the embedded digits (8 x 8 tokens), and on windows
-of scikit-learn's two photographs, judged on windows of their right side (16 x 16 tokens). Held-out images are then
-cut to 7/8 of their side, as 224 of 256 pixels, along the borders of tokens at nine places (digits: four), and
-tokenized with the positions that `set_image_size` interpolates, with the central ones, and with those of the place
-that was cut out, which an image that was also turned or resized does not have. Prints how many ids are those of
-the whole image, and the PSNR. About 4 minutes on a free core.
+of scikit-learn's two photographs, evaluated on windows of their right side (16 x 16 tokens). Held-out images are
+then cropped to 7/8 of their side (as 224 of 256 pixels) along token borders, at nine positions (digits: four).
+They are tokenized with the position embedding that `set_image_size` interpolates, with its central part, and with
+its part at the position of the crop, which does not exist for an image that was also rotated or resized. Prints
+the percentage of ids equal to those of the whole image, and the PSNR. About 4 minutes on a free core.
 """
 
 import subprocess
@@ -54,35 +54,36 @@ def cut_photographs(folder: Path) -> None:
 
 
 def judge(title: str, tokenizer: ViTVQGAN, source: ImageSource) -> None:
-    """A line for each kind of positions."""
+    """Print a line for each kind of position embedding."""
     images = ImageDataset(source, tokenizer.spec.image_size).__getitems__(list(range(len(source)))).images / 255
     side, patch = tokenizer.spec.grid[0], tokenizer.spec.patch
     whole, crop = tokenizer.encode(images), side * 7 // 8
     trained = tokenizer.encoder.en_pos_embedding.view(side, side, -1)  # equal to the decoder's
     tokenizer.set_image_size(crop * patch)
     middle = (side - crop) // 2
-    places = list(product(sorted({0, middle, side - crop}), repeat=2))
-    for kind in ("interpolated", "central", "of the place"):
-        found = torch.zeros(2)
-        for top, left in places:
+    corners = list(product(sorted({0, middle, side - crop}), repeat=2))
+    for kind in ("interpolated", "central", "of the crop"):
+        total = torch.zeros(2)
+        for top, left in corners:
             if kind != "interpolated":
                 from_top, from_left = (middle, middle) if kind == "central" else (top, left)
                 positions = trained[from_top : from_top + crop, from_left : from_left + crop].reshape(
                     1, crop**2, -1
                 )
                 tokenizer.encoder.en_pos_embedding = tokenizer.decoder.de_pos_embedding = positions
-            found += compare(tokenizer, window(images, patch, top, left, crop), window(whole, 1, top, left, crop))
-        share, psnr = (found / len(places)).tolist()
-        print(f"{title}, {side} -> {crop} tokens a side, {kind:12}  ids {share:5.1f} %  PSNR {psnr:.2f} dB")
+            box = {"top": top, "left": left, "side": crop}
+            total += compare(tokenizer, window(images, cells=patch, **box), window(whole, cells=1, **box))
+        equal, psnr = (total / len(corners)).tolist()
+        print(f"{title}, {side} -> {crop} tokens per side, {kind:12}  ids {equal:5.1f} %  PSNR {psnr:.2f} dB")
 
 
-def window(grids: Tensor, cells: int, top: int, left: int, side: int) -> Tensor:
-    """What lies at (top, left) and is `side` tokens high and wide, a token being `cells` cells."""
+def window(grids: Tensor, *, cells: int, top: int, left: int, side: int) -> Tensor:
+    """Crop a square of `side` tokens at token (top, left), where a token is `cells` x `cells` elements."""
     return grids[..., top * cells : (top + side) * cells, left * cells : (left + side) * cells]
 
 
 def compare(tokenizer: ViTVQGAN, images: Tensor, expected: Tensor) -> Tensor:
-    """(2,): percent of ids that are the `expected` ones, and the mean PSNR in dB."""
+    """Return (2,) float32: the percentage of ids equal to `expected`, and the mean PSNR in dB."""
     ids = tokenizer.encode(images)
     same, psnr = (ids == expected).float().mean(), quality(tokenizer.decode(ids), images)[:, 0].mean()
     return torch.stack([100 * same, psnr])

@@ -1,4 +1,4 @@
-"""What a row of gpu.py is: a process of its own, in which recipes run until they have made so many updates."""
+"""Measure each row of gpu.py in a separate process, in which recipes run for a given number of updates."""
 
 import gc
 import json
@@ -24,58 +24,58 @@ from seitpp.engine.system import device_name
 from seitpp.engine.training import Training
 from seitpp.errors import UserError
 
-# bf16 FLOP/s without sparsity, by NVIDIA's data sheets; the first name that fits counts.
+# bf16 FLOP/s without sparsity from NVIDIA's data sheets; the first name contained in the device's name is used.
 DATA_SHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-FORK = multiprocessing.get_context("fork")  # what is imported once is there in every process
-GRACE, LOG = 30, 8000  # seconds in which a process that has said its last ends; characters of a log that are kept
+FORK = multiprocessing.get_context("fork")  # a process inherits the imports
+GRACE, LOG = 30, 8000  # seconds for a process to end after its last message; characters of a log that are kept
 
 HEADER = "| row | what | measured |\n|---|---|---|\n"
-Lines = Iterator[tuple[str, dict[str, Any]]]  # what was measured, and its figures by name
+Lines = Iterator[tuple[str, dict[str, Any]]]  # what was measured, and its figures (name -> value)
 
 
 class Enough(Exception):
-    """A run has made the updates that are measured."""
+    """Raised in a run after the last update that is measured."""
 
 
 class Trained(NamedTuple):
-    """A run that was cut short: its lines of metrics.jsonl, and what the recipe's `main` held then."""
+    """A run that was stopped early: its lines of metrics.jsonl, and the local variables of the recipe's `main`."""
 
     records: list[dict]
-    held: dict[str, Any]
+    variables: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the rows read and write, and whether all is tiny."""
+    """The folder in which the rows read and write, and whether everything is tiny."""
 
     folder: Path
     small: bool
 
-    def of(self, full: Any, small: Any) -> Any:
-        """The one of the two that counts here."""
+    def pick(self, full: Any, small: Any) -> Any:
+        """Return `small` in a tiny benchmark, else `full`."""
         return small if self.small else full
 
 
 def open_recipe(name: str) -> SimpleNamespace:
-    """The names that a script of recipes/ defines."""
+    """Load a script of recipes/ and return its global names as attributes."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / f"recipes/{name}.py"), run_name=name))
 
 
 def train(
-    at: Bench, recipe: str, *words: object, steps: int, out: Path | None = None, kill: int | None = None
+    bench: Bench, recipe: str, *arguments: object, steps: int, out: Path | None = None, kill: int | None = None
 ) -> Trained:
-    """Run a recipe in this process up to update `steps`; or kill the process after update `kill`."""
+    """Run a recipe in this process until update `steps`, or kill this process after update `kill`."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    gc.collect()  # the run before
+    gc.collect()  # the previous run
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     module, update = open_recipe(recipe), Training.update
-    words = [*words, "--out", out or tempfile.mkdtemp(dir=at.folder)]
+    arguments = [*arguments, "--out", out or tempfile.mkdtemp(dir=bench.folder)]
 
-    def counted(training: Training, *arguments: object, **metrics: object) -> None:
-        update(training, *arguments, **metrics)
+    def counted(training: Training, *losses: object, **metrics: object) -> None:
+        update(training, *losses, **metrics)
         if training.step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         if training.step == steps:
@@ -83,37 +83,37 @@ def train(
 
     try:
         with patch.object(Training, "update", counted):
-            module.main(parse(module.PRESETS, "digits", list(map(str, words))))
+            module.main(parse(module.PRESETS, "digits", list(map(str, arguments))))
     except Enough as enough:
         frames = (frame for frame, _ in traceback.walk_tb(enough.__traceback__))
-        held = next(dict(frame.f_locals) for frame in frames if frame.f_code.co_name == "main")
-    return Trained(held["run"].log.read(), held)
+        variables = next(dict(frame.f_locals) for frame in frames if frame.f_code.co_name == "main")
+    return Trained(variables["run"].log.read(), variables)
 
 
-def rate(at: Bench, recipe: str, words: list, batch: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """What a run logs of its speed in a second stretch of updates, and what it held."""
-    updates = at.of(max(8, 4096 // batch), 1)
+def rate(bench: Bench, recipe: str, arguments: list, *, batch: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run a recipe; return the speed logged for the second half of its updates, and the variables of `main`."""
+    updates = bench.pick(max(8, 4096 // batch), 1)
     never = ["--checkpoint-epochs", 1000, "--evaluation-epochs", 1000]
-    tiny = at.of([], ["--precision", "no", "--workers", 0])
-    words = [*words, *never, *tiny, "--batch-size", batch, "--accumulation", 1, "--log-steps", updates]
-    records, held = train(at, recipe, *words, steps=2 * updates)
-    last, run = records[-1], held["run"]
+    tiny = bench.pick([], ["--precision", "no", "--workers", 0])
+    arguments = [*arguments, *never, *tiny, "--batch-size", batch, "--accumulation", 1, "--log-steps", updates]
+    records, variables = train(bench, recipe, *arguments, steps=2 * updates)
+    last, run = records[-1], variables["run"]
     figures = {"images/s": last["images_per_second"]}
     if "mfu" in last:
         figures["MFU"] = last["mfu"]
         peak = next((peak for name, peak in DATA_SHEET.items() if name in device_name(run.device)), None)
         if peak:
             figures["MFU by data sheet"] = run.flops_per_image * last["images_per_second"] / peak
-    return {**figures, "data wait %": 100 * last["data_wait"], "peak GiB": last["memory_gib"]}, held
+    return {**figures, "data wait %": 100 * last["data_wait"], "peak GiB": last["memory_gib"]}, variables
 
 
 def losses_of(run: Path) -> list[float]:
-    """Of every update of a run, by its folder."""
+    """Return the loss of every update of the run in this folder."""
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def seconds_of(function: Callable[[], torch.Tensor], calls: int) -> float:
-    """Of one of so many calls, after one that does not count; the last result is waited for."""
+    """Return the mean seconds per call over `calls` calls, after one warm-up call; waits for the device."""
     function().sum().item()
     start = time.perf_counter()
     for _ in range(calls):
@@ -122,24 +122,26 @@ def seconds_of(function: Callable[[], torch.Tensor], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def apart(row: Callable[[Bench], Lines], at: Bench, seconds: float) -> dict[str, Any]:
-    """Measure a row in a process of its own: its `lines`, the `seconds` it took, and the `error` that ended it or
-    None, with the end of its `log`. This process must not have used torch.
+def apart(row: Callable[[Bench], Lines], bench: Bench, seconds: float) -> dict[str, Any]:
+    """Measure a row in a separate process, which is killed after `seconds`.
+
+    Returns its `lines`, the `seconds` it took and its `error` or None; after an error also the end of its `log`.
+    The calling process must not have used CUDA.
     """
     receiver, sender = FORK.Pipe(duplex=False)
-    log, start = at.folder / f"{row.__name__}.log", time.monotonic()
+    log, start = bench.folder / f"{row.__name__}.log", time.monotonic()
     log.touch()
-    process = FORK.Process(target=_send, args=(row, at, sender, log))
+    process = FORK.Process(target=_send, args=(row, bench, sender, log))
     process.start()
     sender.close()
     lines, error, ended = {}, f"stopped after {seconds:.0f} s", False
     try:
         while not ended and receiver.poll(max(0.0, start + seconds - time.monotonic())):
-            got = receiver.recv()
-            if isinstance(got, tuple):
-                lines[got[0]] = got[1]
+            message = receiver.recv()
+            if isinstance(message, tuple):
+                lines[message[0]] = message[1]
             else:
-                error, ended = got, True
+                error, ended = message, True
     except EOFError:
         error = "its process died"
     finally:
@@ -151,16 +153,16 @@ def apart(row: Callable[[Bench], Lines], at: Bench, seconds: float) -> dict[str,
     return {**result, "log": log.read_text()[-LOG:]} if error else result
 
 
-def _send(row: Callable[[Bench], Lines], at: Bench, sender: Any, log: Path) -> None:
-    """In the process of a row: send its lines, then None, or the error in one line."""
-    os.setsid()  # with all that it starts it is a group, of which nothing stays
+def _send(row: Callable[[Bench], Lines], bench: Bench, sender: Any, log: Path) -> None:
+    """Run in the process of a row: send its lines, then None, or the error in one line."""
+    os.setsid()  # a process group, so that all its children can be killed with it
     with log.open("w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
             if torch.cuda._is_in_bad_fork():
-                raise RuntimeError("CUDA was in use before this process was made")
-            for line in row(at):
+                raise RuntimeError("CUDA was in use before this process was forked")
+            for line in row(bench):
                 sender.send(line)
             sender.send(None)
         except Exception as error:
@@ -170,14 +172,14 @@ def _send(row: Callable[[Bench], Lines], at: Bench, sender: Any, log: Path) -> N
 
 
 def shown(value: float | bool) -> str:
-    """A figure for people."""
+    """Format a figure for the table."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def table_lines(name: str, row: dict[str, Any]) -> str:
-    """Markdown: a line for everything that was measured in a row, and for its error."""
+    """Return a row as lines of the Markdown table: one per measurement, and one for the error if there is one."""
     text = ""
     for line, figures in row["lines"].items():
         text += f"| {name} | {line} | {', '.join(f'{key} {shown(value)}' for key, value in figures.items())} |\n"

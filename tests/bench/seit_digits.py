@@ -1,10 +1,11 @@
-"""The claims of SeiT on the embedded digits, over seeds: augmentation against none, and the stems.
+"""Check the claims of SeiT on the embedded digits over several seeds: augmentation against none, and the stems.
 
     python tests/bench/seit_digits.py [--seeds 5] [--processes 2]
 
-Each row is recipes/seit_train.py, preset digits, with the flags that it names; top-1 of the moving average of the
-weights on the 360 validation images. Printed are the mean over the seeds and the half-width of its 95 % interval
-(Student's t), then the same of each difference to the full recipe, paired by seed. Nothing fails: it reports.
+Each row is recipes/seit_train.py, preset digits, with the flags in ROWS; the score is the top-1 of the moving
+average of the weights on the 360 validation images. The table has the mean over the seeds and the half-width of
+its 95 % interval (Student's t), then the same for the difference to the full recipe, paired by seed. The script
+only reports; no result makes it fail.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def top1(flags: list[str], seed: int, folder: Path) -> float:
 
 
 def interval(values: np.ndarray) -> str:
-    """Mean and half-width of its 95 % interval."""
+    """Format the mean and the half-width of its 95 % interval."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return f"{values.mean():6.2f} +- {half:.2f}"
 
@@ -47,8 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     jobs = [(name, seed) for name in ROWS for seed in range(arguments.seeds)]
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(arguments.processes) as pool:
-        found = pool.map(lambda job: top1(ROWS[job[0]], job[1], Path(root) / f"{job[0]}-{job[1]}"), jobs)
-        scores = np.array(list(found)).reshape(len(ROWS), arguments.seeds)
+        results = pool.map(lambda job: top1(ROWS[job[0]], job[1], Path(root) / f"{job[0]}-{job[1]}"), jobs)
+        scores = np.array(list(results)).reshape(len(ROWS), arguments.seeds)
     print("| recipe | top-1, % | full recipe minus this one, points |\n|---|---|---|")
     for name, row in zip(ROWS, scores, strict=True):
         difference = interval(scores[0] - row) if name != "full recipe (conv4)" else ""

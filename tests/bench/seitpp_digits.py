@@ -1,12 +1,13 @@
-"""SeiT, SeiT + MTM and SeiT++ on the embedded digits with few labels, over seeds.
+"""Compare SeiT, SeiT + MTM and SeiT++ on the embedded digits with few labels, over several seeds.
 
     python tests/bench/seitpp_digits.py [--seeds 5] [--labels 1 5 10] [--processes 2]
 
-Of each seed: masked token modeling of all 1,437 training images without labels, once with the plain crop and once
-with TokenAdapt on half of them; then recipes/finetune.py on 1, 5 and 10 labels a class, from both and from the
-untrained model, with the same number of steps and settings. Top-1 on the 360 validation images: the mean over the
-seeds and the half-width of its 95 % interval (Student's t), then the difference to the untrained start, paired by
-seed. Nothing fails: it reports.
+For each seed: masked token modeling on all 1,437 training images without labels, once on whole grids, and once
+with TokenAdapt on half of the images and random resized crops of the others; then recipes/finetune.py on 1, 5 and
+10 labels per class, from both and from the untrained model, with the same number of steps and the same settings.
+The table has the top-1 on the 360 validation images: the mean over the seeds and the half-width of its 95 %
+interval (Student's t), then the difference to the untrained start, paired by seed. The script only reports; no
+result makes it fail.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def run(recipe: str, folder: Path, *flags: object) -> Path:
 
 
 def untrained(folder: Path, seed: int) -> Path:
-    """The model of the digits preset as it is before its first step."""
+    """Save the model of the digits preset with its initial weights."""
     store = TokenStore(digits().store)
     torch.manual_seed(seed)
     model = MTM(
@@ -59,9 +60,9 @@ def untrained(folder: Path, seed: int) -> Path:
 
 
 def starts(root: Path, seed: int, adapt: Path) -> dict[str, Path]:
-    """Where fine-tuning begins; the view of SeiT++ sends half of the images through TokenAdapt."""
+    """Create the initial models of fine-tuning; in "seitpp" TokenAdapt augments half of the images."""
     plain = ["digits", "--seed", seed]
-    through = [
+    with_adapt = [
         *plain,
         "--crop-size",
         8,
@@ -76,12 +77,12 @@ def starts(root: Path, seed: int, adapt: Path) -> dict[str, Path]:
     return {
         "untrained": untrained(root / f"untrained-{seed}", seed),
         "mtm": run("mtm_pretrain", root / f"mtm-{seed}", *plain),
-        "seitpp": run("mtm_pretrain", root / f"seitpp-{seed}", *through),
+        "seitpp": run("mtm_pretrain", root / f"seitpp-{seed}", *with_adapt),
     }
 
 
 def top1(start: Path, labels: int, seed: int) -> float:
-    """Of the fine-tuned model, after STEPS updates of all labels at most 64 at a time."""
+    """Fine-tune for STEPS updates at a batch size of up to 64 and return the top-1 in percent."""
     batch = min(64, labels * 10 // 4 * 4)
     epochs = STEPS / (labels * 10 // batch)
     folder = run(
@@ -95,7 +96,7 @@ def top1(start: Path, labels: int, seed: int) -> float:
 
 
 def interval(values: np.ndarray) -> str:
-    """Mean and half-width of its 95 % interval."""
+    """Format the mean and the half-width of its 95 % interval."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return f"{values.mean():.1f} +- {half:.1f}"
 
@@ -110,11 +111,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.processes) as pool:
         root = Path(folder)
         adapt = run("tokenadapt_train", root / "tokenadapt", "digits")
-        begun = list(pool.map(lambda seed: starts(root, seed, adapt), seeds))
+        models = list(pool.map(lambda seed: starts(root, seed, adapt), seeds))
         jobs = [(name, labels, seed) for labels in arguments.labels for name in STARTS for seed in seeds]
-        found = list(pool.map(lambda job: top1(begun[job[2]][job[0]], job[1], job[2]), jobs))
-    scores = np.array(found).reshape(len(arguments.labels), len(STARTS), len(seeds))
-    print("| labels a class | from | top-1, % | more than untrained, points |\n|---|---|---|---|")
+        results = list(pool.map(lambda job: top1(models[job[2]][job[0]], job[1], job[2]), jobs))
+    scores = np.array(results).reshape(len(arguments.labels), len(STARTS), len(seeds))
+    print("| labels per class | from | top-1, % | gain over untrained, points |\n|---|---|---|---|")
     for labels, rows in zip(arguments.labels, scores, strict=True):
         for name, row in zip(STARTS, rows, strict=True):
             gain = "" if name == "untrained" else interval(row - rows[0])

@@ -1,11 +1,11 @@
-"""Sizes and rates of the token store: one table, every figure measured here.
+"""Measure sizes and speeds of the token store and print them as tables.
 
     python tests/bench/store.py [FOLDER]
 
-Needs 2 GB below FOLDER (default: the system's temporary folder), about a minute, and no network. Ends with
-status 1 if a requirement is not met. Tokens are independent draws with 8.54 bits each, as ImageNet's 391 codes
-have, but without likeness of neighbors. So the codec "context" has nothing to gain: what it seems to is that it
-has learned its table from the very images.
+Needs 2 GB in FOLDER (default: the system's temporary folder), about a minute, and no network. The exit status is 1
+if a requirement is not met. Tokens are independent samples with 8.54 bits each, as the 391 codes have on ImageNet,
+but neighbors are not similar. So the codec "context" has nothing to gain; what it seems to gain comes from
+learning its table from the same images.
 """
 
 import gzip
@@ -37,18 +37,18 @@ CODEBOOK = np.random.default_rng(1).normal(size=(NUM_CODES, 32)).astype(np.float
 
 
 def draw() -> np.ndarray:
-    """(DISTINCT, 32, 32) ids; the share of a code falls exponentially, such that the entropy is BITS."""
+    """Sample ids (DISTINCT, 32, 32); code frequencies decrease exponentially such that the entropy is BITS."""
     low, high = 0.0, 20.0
     while high - low > 1e-9:
         slope = (low + high) / 2
-        share = np.exp(-slope * np.arange(NUM_CODES) / NUM_CODES)
-        share /= share.sum()
-        low, high = (slope, high) if -(share * np.log2(share)).sum() > BITS else (low, slope)
-    return np.random.default_rng(0).choice(NUM_CODES, (DISTINCT, *GRID), p=share)
+        frequencies = np.exp(-slope * np.arange(NUM_CODES) / NUM_CODES)
+        frequencies /= frequencies.sum()
+        low, high = (slope, high) if -(frequencies * np.log2(frequencies)).sum() > BITS else (low, slope)
+    return np.random.default_rng(0).choice(NUM_CODES, (DISTINCT, *GRID), p=frequencies)
 
 
 def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """The best of some runs, since others use the machine too."""
+    """Return the best of several runs, because other processes use the machine too."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -58,15 +58,15 @@ def seconds(call: Callable[[], object], repeats: int = 3) -> float:
 
 
 def codec_row(name: str, ids: np.ndarray, folder: Path) -> str:
-    """Write a store, then time the bare calls and random batches."""
+    """Write a store, measure encoding and decoding, and return the row of the table."""
     path = folder / name
     with StoreWriter(path, codebook=CODEBOOK, grid=GRID, codec=name) as out:
         out.add_batch(ids, np.arange(len(ids)) % 1000)
     store = TokenStore(path)
-    some = ids[: 512 if name == "context" else 2048].reshape(-1, TOKENS)
-    payloads = [store.codec.encode(image) for image in some]
-    encoding = seconds(lambda: [store.codec.encode(image) for image in some]) / len(some)
-    decoding = seconds(lambda: [store.codec.decode(payload, TOKENS) for payload in payloads]) / len(some)
+    images = ids[: 512 if name == "context" else 2048].reshape(-1, TOKENS)
+    payloads = [store.codec.encode(image) for image in images]
+    encoding = seconds(lambda: [store.codec.encode(image) for image in images]) / len(images)
+    decoding = seconds(lambda: [store.codec.decode(payload, TOKENS) for payload in payloads]) / len(images)
     size = store.payload_bytes / len(store)
     table = path / layout.TABLE
     label = f"{name}, without its table of {table.stat().st_size:,} bytes" if table.exists() else name
@@ -81,7 +81,7 @@ def parquet_bytes(ids: np.ndarray, folder: Path) -> int:
 
 
 def make_large(small: Path, large: Path) -> None:
-    """A store of TOTAL images: the one shard of `small` again and again, with other labels."""
+    """Create a store of TOTAL images by repeating the only shard of `small` with other labels."""
     batch = read_shard(small / layout.shard_name("train", 0, 1))
     document = layout.read_document(small)
     (large / "train").mkdir(parents=True)
@@ -122,13 +122,13 @@ print(json.dumps([seconds, opened / 1e6, (resident() - before) / 1e6]))
 
 
 def opening(path: Path, verify: bool, cold: bool) -> tuple[float, float, float]:
-    """Seconds to open in a process of its own; MB added to it by that; the same and the labels."""
+    """Open a store in a new process: seconds, MB of memory added, and MB added with the labels loaded."""
     command = [sys.executable, "-c", OPEN, str(path), str(int(verify)), str(int(cold))]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def read_ratio(path: Path) -> tuple[float, float]:
-    """Images/s of random batches of the large store, and their time over that of the bare decode calls."""
+    """Read random batches of the large store: images per second, and time relative to the decode calls alone."""
     store, rng = TokenStore(path, verify=False), np.random.default_rng(0)
     ratios, rates = [], []
     for _ in range(15):
@@ -162,8 +162,8 @@ def main() -> int:
     optimum = bits * TOKENS / 8
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as temporary:
         folder = Path(temporary)
-        print(f"{DISTINCT} images of 32 x 32 tokens, K = {NUM_CODES}, {bits:.4f} bits a token; one core\n")
-        print("| format | bytes an image | encode images/s | decode images/s |\n|---|---|---|---|")
+        print(f"{DISTINCT} images of 32 x 32 tokens, K = {NUM_CODES}, {bits:.4f} bits per token; one core\n")
+        print("| format | bytes per image | encode images/s | decode images/s |\n|---|---|---|---|")
         print(f"| entropy bound | {optimum:.1f} | | |")
         for name in codecs.CODECS:
             print(codec_row(name, ids, folder), flush=True)
@@ -185,8 +185,8 @@ def large_rows(path: Path, optimum: float) -> list[str]:
     cold, *_ = opening(path, verify=False, cold=True)
     verified, verified_opened, _ = opening(path, verify=True, cold=False)
     return [
-        f"| all files / entropy ({size / TOTAL:.1f} bytes an image) | {bound(size / TOTAL / optimum, 1.02)}",
-        f"| random batch of {BATCH} / bare decode calls ({rate:,.0f} images/s) | {bound(ratio, 1.3)}",
+        f"| all files / entropy ({size / TOTAL:.1f} bytes per image) | {bound(size / TOTAL / optimum, 1.02)}",
+        f"| random batch of {BATCH} / decode calls alone ({rate:,.0f} images/s) | {bound(ratio, 1.3)}",
         f"| open without verification, s | {bound(warm, 2)}",
         f"| the same, files not in memory, s | {bound(cold, 2)}",
         f"| open with verification, s | {bound(verified, 5)}",

@@ -1,11 +1,11 @@
-"""TokenAdapt on a photograph never seen: seven photographs to learn from, scikit-image's astronaut to judge by.
+"""Evaluate TokenAdapt on an unseen photograph, scikit-image's astronaut, after training on seven others.
 
     pip install scikit-image; OMP_NUM_THREADS=1 python tests/bench/tokenadapt_photographs.py
 
 Each photograph is resized to sides of 128, 176 and 256 pixels, so that a patch of 8 pixels holds texture and not
 one color, and cut into windows of 96 pixels; the held-out one only at 176. A tokenizer (patch_kmeans, K = 391) is
-fitted on windows of the seven, then recipes/tokenadapt_train.py, preset photos, trains for 1,276 steps of 32.
-Prints the recipe's table. About 6 minutes on one core.
+fitted to windows of the seven, then recipes/tokenadapt_train.py, preset photos, trains for 1,276 steps at batch
+size 32. Prints the table of the recipe. About 6 minutes on one core.
 """
 
 import subprocess

@@ -1,10 +1,10 @@
-"""How fast recipes/tokenize_images.py is, against its two parts measured alone in the same run.
+"""Compare the speed of recipes/tokenize_images.py with its two parts, decoding and tokenizing, measured alone.
 
     python tests/bench/tokenize_images.py [--images 1500] [--workers 1]
 
-Images: crops of scikit-learn's photographs as JPEG of 400 x 300 pixels, tokenized at 256 pixels (32 x 32 tokens,
-K = 391). Decoding alone is the recipe's loader without the tokenizer; the forward alone is the tokenizer on
-batches that are decoded already. The rate wanted is at least 0.85 of the slower of the two.
+The images are crops of scikit-learn's photographs as JPEG of 400 x 300 pixels, tokenized at 256 pixels (32 x 32
+tokens, K = 391). "Decoding alone" is the recipe's loader without the tokenizer; "tokenizer alone" runs on decoded
+batches. The goal is at least 0.85 times the speed of the slower part.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def make_tokenizer(path: Path) -> PatchKMeans:
 
 def decoding_rate(root: Path, workers: int) -> float:
     dataset = ImageDataset(open_source(str(root), None), (256, 256))
-    batches = [list(range(at, min(at + BATCH, len(dataset)))) for at in range(0, len(dataset), BATCH)]
+    starts = range(0, len(dataset), BATCH)
+    batches = [list(range(start, min(start + BATCH, len(dataset)))) for start in starts]
     start = time.perf_counter()
     for _ in DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=workers):
         pass
@@ -63,8 +64,8 @@ def forward_rate(tokenizer: PatchKMeans, count: int) -> float:
     return count // BATCH * BATCH / (time.perf_counter() - start)
 
 
-def recipe_rate(root: Path, tokenizer: Path, out: Path, workers: int) -> float:
-    line = [
+def recipe_rate(root: Path, *, tokenizer: Path, out: Path, workers: int) -> float:
+    arguments = [
         "--data",
         root,
         "--tokenizer",
@@ -76,7 +77,7 @@ def recipe_rate(root: Path, tokenizer: Path, out: Path, workers: int) -> float:
         "--batch-size-per-process",
         BATCH,
     ]
-    command = [sys.executable, RECIPE, *line]
+    command = [sys.executable, RECIPE, *arguments]
     printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     return float(re.search(r"([\d.]+) images/s", printed)[1])
 
@@ -94,7 +95,7 @@ def main() -> None:
         rates = {
             "decoding alone": decoding_rate(images, options.workers),
             "tokenizer alone": forward_rate(tokenizer, options.images),
-            "recipe": recipe_rate(images, file, Path(folder) / "tokens", options.workers),
+            "recipe": recipe_rate(images, tokenizer=file, out=Path(folder) / "tokens", workers=options.workers),
         }
     for name, rate in rates.items():
         print(f"{name:16} {rate:8.1f} images/s")

@@ -122,6 +122,7 @@ def test_a_lone_code_costs_no_bits():
         (("ans", 2**16 + 1, None), "number of codes"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_build_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         codecs.build(*arguments)
@@ -138,6 +139,7 @@ def test_build_refuses(arguments, message):
         (np.broadcast_to(np.int8(0), 2**24 + 1), "at most 16777216"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_encode_refuses(ids, message):
     with pytest.raises(ValueError, match=message):
         codecs.build("ans", 4, [1, 1, 1, 1]).encode(ids)

@@ -126,8 +126,8 @@ def test_every_place_is_coded_once_and_after_its_neighbors():
             around = set(step.neighbors.ravel().tolist())
             assert around - {height * width} <= known
             assert (step.neighbors < height * width).any(axis=0).all()
-            assert not known & set(step.places.tolist())
-            known |= set(step.places.tolist())
+            assert not known & set(step.positions.tolist())
+            known |= set(step.positions.tolist())
         assert known == set(range(height * width))
 
 
@@ -148,7 +148,7 @@ def test_golden_table_and_payload():
 def test_learning_twice_gives_the_same_bytes_and_the_table_builds_the_same_codec():
     codec = learned(8, 8, 40)
     assert learned(8, 8, 40).table == codec.table
-    built = codecs.build("context", 40, np.ones(40, int), (8, 8), codec.table)
+    built = codecs.build("context", 40, np.ones(40, int), grid=(8, 8), table=codec.table)
     ids = smooth_grids(1, 8, 8, 40, seed=1).ravel()
     assert built.table == codec.table
     assert built.encode(ids) == codec.encode(ids)
@@ -270,6 +270,7 @@ def test_build_refuses(arguments, message):
         (np.zeros((1, 2, 2), int), np.zeros(2), "codebook: got"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_learn_refuses(grids, codebook, message):
     with pytest.raises(ValueError, match=message):
         ContextCodec.learn(grids, codebook)
@@ -278,6 +279,7 @@ def test_learn_refuses(grids, codebook, message):
 @pytest.mark.parametrize(
     ("ids", "message"), [([0] * 5, "5 tokens, expected 2 x 2"), ([0, 1, 2, 0], "expected 0 .. 1")]
 )
+@pytest.mark.usefixtures("unchecked")
 def test_encode_refuses(ids, message):
     with pytest.raises(ValueError, match=message):
         codecs.build("context", 2, grid=(2, 2), table=HEADER + bytes(6)).encode(ids)

@@ -212,6 +212,7 @@ def test_bodies_that_no_encoder_writes_are_refused_under_a_right_check(name, bod
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("unchecked")
 def test_encode_refuses_what_is_no_id(name):
     for ids in ([0, 4], [-1, 0], [0.0], [[0]]):
         with pytest.raises(ValueError, match="ids: got"):

@@ -210,7 +210,7 @@ def test_memory_is_what_is_counted(
         with tracker:
             judge(bank, queried, num_classes=classes, accelerator=ALONE)
         peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
-    counted = bench["peak_bytes"](images, queries, width, classes)
+    counted = bench["peak_bytes"](images, queries, width=width, classes=classes)
     assert 0.6 * counted < max(peaks) <= counted
 
 

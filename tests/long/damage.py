@@ -1,15 +1,15 @@
-"""What damage to stored data does: refused, or at worst read right; never silently wrong.
+"""Check that damaged stored data is refused, or at worst read correctly, but never silently read wrong.
 
     python tests/long/damage.py [--flips 10000] [--changes all] [--fuzz 20000000]
 
-1. One flipped bit in any file of a store: refused when the store is opened; in any file of a checkpoint: refused,
-   and the checkpoint before it taken.
-2. Every one-byte change and every truncation of a shard of about 4 kB, opened without verification, every image
-   read: refused, or the tokens are right.
-3. Random and mutated payloads to every codec: no exception but CodecError, no id >= K. Payloads that are accepted
-   are counted: escape has no check; the others one of 16 bits.
+1. One flipped bit in any file of a store is refused when the store is opened. One flipped bit in any file of a
+   checkpoint is refused, and the previous checkpoint is used.
+2. After any one-byte change or truncation of a shard of about 4 kB, opened without verification, reading all
+   images is refused or returns the correct tokens.
+3. Random and mutated payloads raise no exception but CodecError in any codec, and give no id >= K. Accepted
+   payloads are counted: the codec escape has no checksum, the others have one of 16 bits.
 
-Each part prints its figures; the last line sums them up and the exit status is not 0 if a promise is broken.
+Each part prints its figures. The last line adds them up, and the exit status is not 0 after any failure.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def make_store(path: Path, images: int) -> np.ndarray:
 
 
 def flips(count: int) -> int:
-    """Flip one bit of any file, open; how many were not refused."""
+    """Flip a random bit of a file of a store and open it, `count` times; return how many were not refused."""
     rng, silent = np.random.default_rng(1), 0
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
@@ -70,7 +70,7 @@ def flips(count: int) -> int:
 
 
 def checkpoint_flips(count: int) -> int:
-    """Flip one bit of any file of the newer of two checkpoints; how often it was taken all the same."""
+    """Flip a random bit of the newer of two checkpoints, `count` times; return how often it was still used."""
     rng, silent = np.random.default_rng(2), 0
     model = nn.Linear(16, 16)
     tensors = checkpoint.tensors_of(model, OptimizerState(torch.optim.AdamW(model.parameters())), ema=None)
@@ -79,8 +79,8 @@ def checkpoint_flips(count: int) -> int:
         for step in (1, 2):
             checkpoint.save(Path(folder), step, data_fingerprint="store", tensors=tensors)
         files = sorted(Path(folder, "step-00000002").iterdir())
-        for trial in tqdm(range(count), desc="checkpoint flips"):
-            path = files[trial % len(files)]
+        for number in tqdm(range(count), desc="checkpoint flips"):
+            path = files[number % len(files)]
             data = path.read_bytes()
             damaged = bytearray(data)
             damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
@@ -91,21 +91,24 @@ def checkpoint_flips(count: int) -> int:
     return silent
 
 
-def changes(share: tuple[int, int], limit: int | None) -> tuple[int, int, int]:
-    """(tried, refused, silently wrong) for this process's share of the changes of one shard."""
-    number, of = share
+def changes(part: tuple[int, int], limit: int | None) -> tuple[int, int, int]:
+    """Try every `num_parts`-th change of one shard; return how many were tried, refused and silently wrong.
+
+    `part` is (number of this part, num_parts).
+    """
+    number, num_parts = part
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         ids = make_store(path, 4)
         shard = next((path / "train").glob("*.arrow"))
         data = shard.read_bytes()
-        variants = [(at, value) for at in range(len(data)) for value in range(256) if value != data[at]]
-        variants += [(at, None) for at in range(len(data))]
-        mine = variants[number::of][:limit]
+        variants = [(pos, value) for pos in range(len(data)) for value in range(256) if value != data[pos]]
+        variants += [(pos, None) for pos in range(len(data))]  # truncations
+        mine = variants[number::num_parts][:limit]
         refused = wrong = 0
-        for at, value in tqdm(mine, desc="changes", disable=number > 0):
-            damaged = data[:at] if value is None else data[:at] + bytes([value]) + data[at + 1 :]
-            # A new file each time: the old one may still be mapped.
+        for pos, value in tqdm(mine, desc="changes", disable=number > 0):
+            damaged = data[:pos] if value is None else data[:pos] + bytes([value]) + data[pos + 1 :]
+            # A new file each time, because the old one may still be memory-mapped.
             shard.unlink()
             shard.write_bytes(damaged)
             try:
@@ -115,18 +118,18 @@ def changes(share: tuple[int, int], limit: int | None) -> tuple[int, int, int]:
     return len(mine), refused, wrong
 
 
-def fuzz(share: int, count: int) -> dict[str, tuple[int, int, int]]:
-    """(tried, accepted, broken promises) of each codec."""
-    rng = np.random.default_rng(100 + share)
+def fuzz(part: int, count: int) -> dict[str, tuple[int, int, int]]:
+    """Decode `count` random and mutated payloads; return (tried, accepted, failures) of each codec."""
+    rng = np.random.default_rng(100 + part)
     counts = rng.integers(1, 1000, K)
     grids = rng.integers(K, size=(50, 8, 8))
     learned = codec.ContextCodec.learn(grids, rng.standard_normal((K, D)))
-    made = [codec.build(name, K, counts, (8, 8)) for name in codec.CODECS if name != "context"] + [learned]
+    codecs = [codec.build(name, K, counts, grid=(8, 8)) for name in codec.CODECS if name != "context"] + [learned]
     results = {}
-    for coder in made:
+    for coder in codecs:
         good = [coder.encode(ids.ravel()) for ids in grids]
-        accepted = broken = 0
-        for number in tqdm(range(count // len(made)), desc=coder.name, disable=share > 0):
+        accepted = failures = 0
+        for number in tqdm(range(count // len(codecs)), desc=coder.name, disable=part > 0):
             if number % 2:
                 data = rng.bytes(rng.integers(100))
             else:
@@ -137,20 +140,20 @@ def fuzz(share: int, count: int) -> dict[str, tuple[int, int, int]]:
             try:
                 ids = coder.decode(data, 64)
                 accepted += data not in good
-                broken += len(ids) != 64 or int(ids.max()) >= K
+                failures += len(ids) != 64 or int(ids.max()) >= K
             except codec.CodecError:
                 pass
             except Exception as error:
                 print(f"{coder.name}: {data.hex()}: {error!r}")
-                broken += 1
-        results[coder.name] = count // len(made), accepted, broken
+                failures += 1
+        results[coder.name] = count // len(codecs), accepted, failures
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--flips", type=int, default=10_000)
-    parser.add_argument("--changes", type=int, help="how many changes a process tries; all without it")
+    parser.add_argument("--changes", type=int, help="number of changes that each process tries; default: all")
     parser.add_argument("--fuzz", type=int, default=20_000_000)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -160,16 +163,16 @@ def main() -> None:
         tried, refused, wrong = (sum(column) for column in zip(*parts, strict=True))
         print(f"changes: {tried:,} of one shard, {refused:,} refused unverified, {wrong} silently wrong tokens")
         parts = list(pool.map(fuzz, range(PROCESSES), [options.fuzz // PROCESSES] * PROCESSES))
-    broken = 0
+    failed = 0
     for name in parts[0]:
         inputs, accepted, failures = (sum(part[name][column] for part in parts) for column in range(3))
-        broken += failures
-        print(f"fuzz {name}: {inputs:,} inputs, {accepted:,} accepted, {failures} promises broken")
+        failed += failures
+        print(f"fuzz {name}: {inputs:,} inputs, {accepted:,} accepted, {failures} failures")
     print(
         f"2 x {options.flips:,} flips, {tried:,} changes, {options.fuzz:,} fuzz inputs in "
-        f"{time.perf_counter() - started:.0f} s: {silent + wrong + broken} failures"
+        f"{time.perf_counter() - started:.0f} s: {silent + wrong + failed} failures"
     )
-    sys.exit(silent + wrong + broken > 0)
+    sys.exit(silent + wrong + failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Every training recipe killed at random moments, and started again with the same command, to the same bits.
+"""Check that training recipes killed at random moments and restarted with the same command give the same bits.
 
     python tests/long/kills.py [--kills 200] [--processes 1] [--recipes mtm_pretrain ...]
 
-Each trial runs a recipe's smoke preset, kills it (SIGKILL, one of its processes at random, then the rest) after a
-random part of the time that it takes undisturbed, starts it again, kills it again, eight times, and lets it end.
-Then weights, moving average, optimizer, every logged figure and every evaluation must be those of the run that
-nobody disturbed, to the bit. Processes are forked, so that a start takes no imports.
+Each trial runs the smoke preset of a recipe and kills it eight times (SIGKILL, its processes in random order),
+each time after a random fraction of the time that an undisturbed run takes, restarts it after each kill, and then
+lets it finish. Weights, moving average, optimizer, every logged figure and every evaluation must be those of the
+undisturbed run, bit for bit. Processes are forked, so that a start needs no imports.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TIMES = {"images_per_second", "data_wait", "mfu", "memory_gib"}
 
 
 def launch(function: Callable[[], None], processes: int, log: Path) -> list[int]:
-    """Forked children that see each other as a launcher's processes do; their numbers."""
+    """Fork children that run `function` as the processes of one launch; return their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,13 +55,13 @@ def launch(function: Callable[[], None], processes: int, log: Path) -> list[int]
 
 
 def finish(children: list[int], log: Path) -> None:
-    """Wait for children that must succeed."""
+    """Wait for the children; exit with their log if one failed."""
     if any(os.waitpid(child, 0)[1] for child in children):
-        raise SystemExit(f"a run that nobody killed failed:\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"a run failed without being killed:\n{log.read_text()[-3000:]}")
 
 
 def kill(children: list[int], seconds: float) -> int:
-    """Kill them after some time, one before the others; 1 if it was in time to kill one, else 0."""
+    """Kill the children in random order after `seconds`; return 1 if at least one was still running, else 0."""
     time.sleep(seconds)
     random.shuffle(children)
     for child in children:
@@ -70,7 +70,7 @@ def kill(children: list[int], seconds: float) -> int:
 
 
 def learned(run: Path) -> dict:
-    """All that must be the same."""
+    """Return everything of a run that must be the same: logged figures, weights, optimizer, evaluations."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = run / "checkpoints" / (run / "checkpoints/LATEST").read_text()
     files = [*last.glob("*.safetensors"), *run.glob("model*.safetensors"), run / "evaluations.jsonl"]
@@ -86,39 +86,39 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    random.seed(given.seed)
-    scripts = {name: runpy.run_path(str(SCRIPTS / f"{name}.py")) for name in {*given.recipes, "mtm_pretrain"}}
+    options = parser.parse_args()
+    random.seed(options.seed)
+    scripts = {name: runpy.run_path(str(SCRIPTS / f"{name}.py")) for name in {*options.recipes, "mtm_pretrain"}}
     modules = {name: SimpleNamespace(**script) for name, script in scripts.items()}
     with tempfile.TemporaryDirectory() as folder:
         root, log = Path(folder), Path(folder) / "log"
 
         def begin(name: str, out: Path, **settings: object) -> list[int]:
             config = replace(modules[name].PRESETS["smoke"], out=str(out), resume=True, **settings)
-            return launch(lambda: modules[name].main(config), given.processes, log)
+            return launch(lambda: modules[name].main(config), options.processes, log)
 
         finish(begin("mtm_pretrain", root / "pretrained"), log)
         more = {"finetune": {"checkpoint": str(root / "pretrained")}}
         expected, seconds = {}, {}
-        for name in given.recipes:
+        for name in options.recipes:
             started = time.perf_counter()
             finish(begin(name, root / name, **more.get(name, {})), log)
             expected[name], seconds[name] = learned(root / name), time.perf_counter() - started
         kills = trials = 0
-        while kills < given.kills:
-            name = given.recipes[trials % len(given.recipes)]
+        while kills < options.kills:
+            name = options.recipes[trials % len(options.recipes)]
             out = root / f"{name}-{trials}"
             for _ in range(KILLS_A_TRIAL):
                 kills += kill(begin(name, out, **more.get(name, {})), random.uniform(0, seconds[name]))
             finish(begin(name, out, **more.get(name, {})), log)
-            found = learned(out)
-            different = [key for key in expected[name] if found.get(key) != expected[name][key]]
+            result = learned(out)
+            different = [key for key in expected[name] if result.get(key) != expected[name][key]]
             if different:
                 raise SystemExit(f"{name}, trial {trials}: differs in {', '.join(different)}")
             trials += 1
             print(f"{kills} kills, {trials} trials", end="\r", flush=True)
-    runs = f"{trials} runs of {', '.join(given.recipes)}"
-    print(f"{kills} kills of {given.processes} process(es) in {runs}: 0 bits differ")
+    runs = f"{trials} runs of {', '.join(options.recipes)}"
+    print(f"{kills} kills of {options.processes} process(es) in {runs}: 0 bits differ")
 
 
 if __name__ == "__main__":

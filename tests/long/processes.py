@@ -1,11 +1,11 @@
-"""The same training on 1, 2 and 4 CPU processes, by DDP and FSDP, by two launchers, and across resumes.
+"""Check that training is the same on 1, 2 and 4 CPU processes, with DDP and FSDP, two launchers, and resumes.
 
     python tests/long/processes.py
 
-About 6 minutes on 2 CPU cores; DeepSpeed, where it is installed, takes another 3, and 3 once to build itself. Two
-launchers on this machine stand for two machines. Fails unless every loss of 22 steps is within 1e-6 of that of one
-process, the probes at the end count the same images right but for two of 360, and a run that goes on with the same
-processes ends with the same bits.
+About 6 minutes on 2 CPU cores; if DeepSpeed is installed, another 3, and 3 more once to build it. Two launchers on
+this machine stand for two machines. Fails unless every loss of 22 steps is within 1e-6 of that of one process, the
+numbers of images that the final probes classify correctly differ by at most two of 360, and a run resumed on the
+same processes ends with the same bits.
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ if importlib.util.find_spec("deepspeed"):
 
 
 def train(kind: str, processes: int, folder: Path, *arguments: str) -> None:
-    """Run the recipe into `folder` as a file of recipes/accelerate says, on so many CPU processes in all."""
+    """Run the recipe with a file of recipes/accelerate on `processes` CPU processes in total, into `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
@@ -67,19 +67,22 @@ def losses(folder: Path) -> list[float]:
 
 
 def probes(folder: Path) -> list[int]:
-    """How many of the 360 validation images the linear probe and k-NN have right."""
+    """Return how many of the 360 validation images the linear probe and k-NN classify correctly."""
     result = json.loads((folder / "result.json").read_text())
     return [round(3.6 * result[name]) for name in ("linear_probe_top1", "knn_top1")]
 
 
 def compare(folder: Path, one: Path, processes: int) -> float:
-    """Print a line of the table; the largest difference of a loss from that of one process."""
+    """Print a line of the table; return the largest difference of a loss from that of one process.
+
+    Exits if a difference is too large.
+    """
     if json.loads((folder / "result.json").read_text())["processes"] != processes:
         sys.exit(f"{folder.name} was not trained on {processes} processes")
     difference = max(abs(a - b) for a, b in zip(losses(folder), losses(one), strict=True))
     print(f"| {folder.name} | {difference:.1e} | {probes(folder)} |", flush=True)
     if difference > 1e-6 or any(abs(a - b) > 2 for a, b in zip(probes(folder), probes(one), strict=True)):
-        sys.exit(f"{folder.name} is another training than one process: {probes(one)}")
+        sys.exit(f"{folder.name} differs from one process: expected at most 1e-6 and probes {probes(one)} +- 2")
     return difference
 
 
@@ -91,7 +94,7 @@ def check_same_bits(folder: Path, expected: Path) -> None:
 
 def main() -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        print("DeepSpeed is not installed, and left out")
+        print("DeepSpeed is not installed and is skipped")
     print("| launch | largest difference of a loss | linear probe, k-NN of 360 |")
     print("|---|---|---|")
     differences = []

@@ -1,10 +1,11 @@
-"""Pre-training on the tokens of synthetic scenes helps segmentation: three seeds, equal steps, held-out scenes.
+"""Check that pre-training on tokens of synthetic scenes improves segmentation: three seeds, held-out scenes.
 
     python tests/long/segmentation_scenes.py [SEEDS]
 
-For each seed recipes/mtm_pretrain.py is trained on the scenes' tokens without their labels, and then
-recipes/segment_ade20k.py, preset `scenes`, from it and from scratch. Prints mIoU, aAcc and the course of mIoU, and
-the differences. Fails unless the pre-trained one is better for every seed and reaches 60 mIoU.
+For each seed recipes/mtm_pretrain.py is trained on the tokens of the scenes without labels. Then
+recipes/segment_ade20k.py, preset `scenes`, is trained from that model and from scratch for the same number of
+steps. Prints mIoU, aAcc, mIoU during training, and the differences. Fails unless the pre-trained model is better
+for every seed and reaches 60 mIoU.
 """
 
 import json
@@ -21,7 +22,7 @@ WANTED = 60.0
 
 
 def run(recipe: str, folder: Path, *arguments: object) -> dict:
-    """The result of a recipe, and its evaluations."""
+    """Run a recipe and return its result.json, with its evaluations as `course`."""
     line = [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, arguments), "--out", str(folder)]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     evaluations = folder / "evaluations.jsonl"
@@ -31,22 +32,22 @@ def run(recipe: str, folder: Path, *arguments: object) -> dict:
 
 def main() -> None:
     seeds, store = int(sys.argv[1]) if len(sys.argv) > 1 else 3, default_scenes().store
-    print("| seed | from | mIoU | aAcc | mIoU on the way | seconds |\n|---|---|---|---|---|---|", flush=True)
+    print("| seed | from | mIoU | aAcc | mIoU during training | seconds |\n|---|---|---|---|---|---|", flush=True)
     pairs = []
     with tempfile.TemporaryDirectory() as root:
         for seed in range(seeds):
             pretrained = Path(root, f"mtm-{seed}")
             before = run("mtm_pretrain", pretrained, "digits", *PRETRAINING, "--store", store, "--seed", seed)
-            found = []
+            scores = []
             for start, flags in (("MTM", ("--checkpoint", pretrained)), ("scratch", ())):
                 r = run("segment_ade20k", Path(root, f"{start}-{seed}"), "scenes", *flags, "--seed", seed)
-                course = ", ".join(f"{at['mIoU']:.1f}" for at in r["course"])
+                course = ", ".join(f"{evaluation['mIoU']:.1f}" for evaluation in r["course"])
                 seconds = f"{r['seconds']:.0f}" + (f" after {before['seconds']:.0f}" if flags else "")
                 print(
                     f"| {seed} | {start} | {r['mIoU']:.1f} | {r['aAcc']:.1f} | {course} | {seconds} |", flush=True
                 )
-                found.append(r["mIoU"])
-            pairs.append(found)
+                scores.append(r["mIoU"])
+            pairs.append(scores)
     gains = [pretrained - scratch for pretrained, scratch in pairs]
     means = [sum(column) / seeds for column in zip(*pairs, strict=True)]
     differences = ", ".join(f"{gain:.1f}" for gain in gains)

@@ -246,7 +246,7 @@ def test_grids_that_are_missing_or_not_those_of_the_payload_are_refused(store):
     replace_columns(store, height=pa.array([5] * 9 + [4], "int32"))
     s = TokenStore(store)
     assert (s[48][0] == IMAGES[48]).all()
-    with pytest.raises(StoreError, match=r"image 49 .*check does not match"):
+    with pytest.raises(StoreError, match=r"image 49 .*checksum does not match"):
         s[49]
     replace_columns(store, height=pa.array([5] * 10, "int64"))
     with pytest.raises(StoreError, match="expected a column 'height' of int32"):
@@ -294,7 +294,7 @@ def test_the_learned_table_is_checked(tmp_path):
     table.write_bytes(data)
     with pytest.raises(StoreError, match=r"codec.table: SHA-256"):
         TokenStore(path)
-    with pytest.raises(StoreError, match="check does not match"):
+    with pytest.raises(StoreError, match="checksum does not match"):
         TokenStore(path, verify=False)[0]
     table.unlink()
     with pytest.raises(StoreError, match=r"codec.table: missing"):

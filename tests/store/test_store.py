@@ -425,7 +425,7 @@ def test_a_damaged_image_names_split_image_and_shard(store):
     shard.write_bytes(data.replace(payload, payload[:-1] + bytes([payload[-1] ^ 1])))
     s = TokenStore(store, verify=False)
     s.ids([26, 28])
-    message = r"split 'train', image 27 \(.*data-00001-of-00003.arrow\): check does not match"
+    message = r"split 'train', image 27 \(.*data-00001-of-00003.arrow\): checksum does not match"
     for read in (lambda: s[27], lambda: s.ids([26, 27])):
         with pytest.raises(StoreError, match=message):
             read()
@@ -539,7 +539,7 @@ def test_shards_of_another_store_are_refused(store, tmp_path):
     splits = json.loads((store / layout.DOCUMENT).read_bytes())["splits"]
     size = TokenStore(tmp_path / "other").payload_bytes
     edit(store, splits={**splits, "validation": {**splits["validation"], "payload_bytes": size}})
-    with pytest.raises(StoreError, match="check does not match"):
+    with pytest.raises(StoreError, match="checksum does not match"):
         TokenStore(store, "validation")[0]
 
 
@@ -594,7 +594,7 @@ SPLIT = {"rows": 1, "payload_bytes": 1, "num_classes": 1}
         ({"grid": [2**20, 2**20]}, "grid"),
         ({"grid": [4, True]}, "grid"),
         ({"grid": [4]}, "grid"),
-        ({"grid": [2, 6]}, "number of tokens|check does not match"),
+        ({"grid": [2, 6]}, "number of tokens|checksum does not match"),
         ({"num_codes": 2**40}, "num_codes"),
         ({"num_codes": 19}, "expected 19 integers"),
         ({"code_dim": 2**40}, "code_dim"),

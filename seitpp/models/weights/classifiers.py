@@ -18,7 +18,7 @@ from seitpp.tensors import load_tensors, save_tensors
 
 def write_model(path: Path, model: nn.Module, *, kind: str, header: Mapping[str, Any]) -> None:
     """Write the tensors of a model and a `header` of JSON values; `read_model` checks the `kind`."""
-    save_tensors(path, model.state_dict(), kind, header)
+    save_tensors(path, model.state_dict(), key=kind, header=header)
 
 
 def read_model(path: Path, kind: str, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
