@@ -182,11 +182,9 @@ def main(config: Config) -> None:
     run.finish(result, image_facts(train, everything, validation))
 
 
-def zeros_loss(
-    images: int, device: torch.device, model: TokenAdapt, whole: Tokenizer, augmented: Tokenizer
-) -> Tensor:
+def zeros_loss(images: int, device: torch.device, model: TokenAdapt, *tokenizers: Tokenizer) -> Tensor:
     """Take a training step on zeros, from which the memory of a step is computed."""
-    for tokenizer in (whole, augmented):
+    for tokenizer in tokenizers:
         ids = tokenizer.encode(torch.zeros(images, 3, *tokenizer.spec.image_size, device=device))
     boxes = torch.zeros(images, 4, dtype=torch.long, device=device)
     flipped, matrices = boxes[:, 0].bool(), torch.zeros(images, 3, 3, device=device)

@@ -206,12 +206,10 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
     return model.tokenizer
 
 
-def zeros_loss(
-    images: int, device: torch.device, model: VQTraining, perceptual: VGGDistance | None = None
-) -> Tensor:
+def zeros_loss(images: int, device: torch.device, model: VQTraining, *perceptual: VGGDistance) -> Tensor:
     """Take a training step on zeros, from which the memory of a step is computed."""
     pixels = torch.zeros(images, 3, *model.tokenizer.spec.image_size, device=device)
-    return weighted_sum(vq_losses(model(pixels), pixels, perceptual))
+    return weighted_sum(vq_losses(model(pixels), pixels, *perceptual))
 
 
 def judge(tokenizer: Tokenizer, *, source: ImageSource, config: Config, run: Run) -> dict:
@@ -235,7 +233,7 @@ def judge(tokenizer: Tokenizer, *, source: ImageSource, config: Config, run: Run
     return {"codes_used": used.used, "perplexity": used.perplexity, "psnr": mean_psnr, "ssim": mean_ssim}
 
 
-def show(tokenizer: Tokenizer, source: ImageSource, device: torch.device, count: int = 8) -> dict[str, Tensor]:
+def show(tokenizer: Tokenizer, source: ImageSource, device: torch.device, *, count: int = 8) -> dict[str, Tensor]:
     """Return the rows of a picture: up to `count` evenly spaced images, and their reconstructions."""
     chosen = range(0, len(source), -(-len(source) // count))
     pixels = ImageDataset(source, tokenizer.spec.image_size).__getitems__(list(chosen))

@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
+from seitpp.augment.maps import crop_resize
+
 GROUND = ["errors", "files", "tensors", "codebook"]  # what every floor stands on
 ROOMS = ["codec", "store", "images", "tokenizers", "data", "augment", "models", "objectives", "engine"]
 TOP = ["plots", "export", "recipe", "cli"]
@@ -122,6 +126,63 @@ def test_functions_are_short_and_classes_small() -> None:
         else:
             public = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name[0] != "_"]
             assert len(public) <= 15, f"{name} has {len(public)} public methods"
+
+
+def public_signatures(path: Path) -> list[tuple[str, ast.FunctionDef, int]]:
+    """The name, the node and the number of its bound parameters (self, cls) of what others may call in a file."""
+    tree, found = ast.parse(path.read_text()), []
+    for scope in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        for node in scope.body:
+            name = getattr(node, "name", "_")
+            if isinstance(node, ast.FunctionDef) and (name[0] != "_" or name in ("__init__", "__call__")):
+                static = any(getattr(mark, "id", "") == "staticmethod" for mark in node.decorator_list)
+                bound = int(scope is not tree and not static)
+                found.append((f"{module(path)}.{getattr(scope, 'name', '')}.{name}", node, bound))
+    return found
+
+
+def bare_arrays(annotation: ast.AST | None) -> bool:
+    """Whether an annotation names arrays without their shape: `Tensor`, `list[np.ndarray]`.
+
+    Arrays by name, such as a state dict, have no shape in common.
+    """
+    if annotation is None:
+        return False
+    subscripted = getattr(annotation.value, "id", "") if isinstance(annotation, ast.Subscript) else ""
+    if subscripted in ("dict", "Mapping") or subscripted in vars(jaxtyping):
+        return False
+    if isinstance(annotation, ast.Name | ast.Attribute):
+        return ast.unparse(annotation) in ("Tensor", "torch.Tensor", "np.ndarray")
+    return any(map(bare_arrays, ast.iter_child_nodes(annotation)))
+
+
+def test_arrays_of_public_signatures_have_shapes() -> None:
+    """In the rooms that are all about arrays; what is written there is checked by tests/support/shapes.py."""
+    rooms = [f"seitpp.{room}" for room in ("codebook", "codec", "store", "augment", "models", "objectives")]
+    bare = [
+        name
+        for path in FILES
+        if any(below(module(path), room) for room in rooms)
+        for name, node, _ in public_signatures(path)
+        for annotation in (*(a.annotation for a in (*node.args.args, *node.args.kwonlyargs)), node.returns)
+        if bare_arrays(annotation)
+    ]
+    assert not bare
+
+
+def test_a_false_shape_is_found() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="boxes"):
+        crop_resize(torch.zeros(2, 3, 8, 8), torch.zeros(3, 4, dtype=torch.int64), 4)
+
+
+def test_at_most_three_arguments_go_by_position() -> None:
+    many = [
+        name
+        for path in FILES
+        for name, node, bound in public_signatures(path)
+        if len(node.args.posonlyargs + node.args.args) - bound > 3
+    ]
+    assert not many
 
 
 def test_no_two_recipes_tell_the_same() -> None:

@@ -109,7 +109,7 @@ def restart_due(step: int, *, steps: int, tokens: int, num_codes: int) -> bool:
 
 
 def vq_losses(
-    output: VQOutput, images: Float[Tensor, "batch 3 height width"], perceptual: nn.Module | None
+    output: VQOutput, images: Float[Tensor, "batch 3 height width"], perceptual: nn.Module | None = None
 ) -> dict[str, Float[Tensor, ""]]:
     """Return all terms of the loss by name; `weighted_sum` adds them up."""
     losses = {"pixels": F.mse_loss(output.images, images), **output.losses}

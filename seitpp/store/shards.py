@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Shaped
 
 from seitpp.store.layout import StoreError
 
@@ -32,7 +33,7 @@ def read_shard(path: Path) -> pa.RecordBatch:
     return batch
 
 
-def column_array(values: Sequence[Any] | np.ndarray, kind: pa.DataType, name: str) -> pa.Array:
+def column_array(values: Sequence[Any] | Shaped[np.ndarray, " values"], kind: pa.DataType, name: str) -> pa.Array:
     """Convert the values of column `name` to an Arrow array. Raises StoreError if they exceed one shard."""
     array = pa.array(values, kind)
     if isinstance(array, pa.ChunkedArray):
