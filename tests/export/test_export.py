@@ -171,7 +171,7 @@ def test_timm_takes_it_from_the_hub(tmp_path: Path) -> None:
 def test_the_example_of_the_card_repeats_the_evaluation(tmp_path: Path, kind: str) -> None:
     out = export_model(trained(tmp_path / "run", kind), tmp_path / "out")
     codebook, ids = torch.randn(64, 32), torch.randint(64, (8, 8, 8))
-    with StoreWriter(tmp_path / "store", codebook=codebook, grid=(8, 8), split="validation") as writer:
+    with StoreWriter(tmp_path / "store", codebook=codebook.numpy(), grid=(8, 8), split="validation") as writer:
         writer.add_batch(ids.numpy(), [0] * len(ids))
     found = {}
     text = example((out / "README.md").read_text()).replace("FOLDER", str(out))
