@@ -372,6 +372,6 @@ def test_what_cannot_be_evaluated_is_refused(
         ([*own, "--data", pictures, "--tokenizer", tokenizer, "--split", "test"], "test"),
         (["--checkpoint", tmp_path / "three"], "10 classes", "3 of", tmp_path / "three"),
         (["--checkpoint", tmp_path / "swapped"], "'0'", "'1'"),
-        ([*own, "--eval-window", 9], "9 x 9", "(8, 8)"),
+        ([*own, "--eval-window", 9], "9 x 9", "8 x 8"),
     ):
         refused(capfd, monkeypatch, evaluate, [*out, *arguments], *words)
