@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -50,6 +52,23 @@ def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
             f"{train.path}: got images with different grids, expected one grid: tokenize all images at one size"
         )
     return train, validation
+
+
+def open_once(accelerator: Accelerator, open_data: Callable[[], Data]) -> Data:
+    """Return what `open_data` returns; only the main process calls it and sends the result to the others.
+
+    So a folder of a million files is listed once. An error that the user can mend is raised on all processes.
+    """
+    opened: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            opened = [open_data(), None]
+        except UserError as error:
+            opened = [None, error]
+    data, error = broadcast_object_list(opened)
+    if error is not None:
+        raise error
+    return data
 
 
 def embedded(run: Run, make: Callable[[], Data]) -> Data:

@@ -1,0 +1,66 @@
+"""What a source took and what it left out, for the terminal and for the card of a store."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from seitpp.images.labels import Label
+
+SHOWN = 8  # classes or reasons on one line
+
+
+class LeftOut:
+    """Counts of what a source left out, by reason, each with the first name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Count one more name for a reason, or `count` of which `name` is the first."""
+        self.counts[reason] += count
+        self.first.setdefault(reason, name)
+
+    def __str__(self) -> str:
+        reasons = sorted(self.counts.items())
+        text = ", ".join(
+            f"{count:,} {reason} ({self.first[reason]}{', ..' * (count > 1)})" for reason, count in reasons
+        )
+        return text or "nothing"
+
+
+def inventory(
+    labels: Sequence[Label], class_names: Sequence[str] | None, left_out: LeftOut, *, unreadable: int = 0
+) -> dict[str, Any]:
+    """Return the record that a store keeps: images by class, those without a label, and what was left out and why.
+
+    `labels` are those of the images that were found; `unreadable` of them could not be read.
+    """
+    counts = Counter(label for value in labels if value is not None for label in _classes(value))
+    classes = range(len(class_names)) if class_names else sorted(counts)
+    return {
+        "found": len(labels),
+        "unreadable": unreadable,
+        "without_label": sum(value is None for value in labels),
+        "classes": {class_names[index] if class_names else str(index): counts[index] for index in classes},
+        "left_out": dict(sorted(left_out.counts.items())),
+    }
+
+
+def describe(record: dict[str, Any], origin: str, left_out: LeftOut) -> str:
+    """Say in two or three lines what a source has; `origin` is where its labels are from."""
+    classes = record["classes"]
+    lines = [f"{record['found']:,} images, {origin}"]
+    if classes:
+        ranked = sorted(classes.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{title} {count:,}" for title, count in ranked[:SHOWN])
+        last = f", .., {ranked[-1][0]} {ranked[-1][1]:,}" if len(ranked) > SHOWN else ""
+        lines.append(f"{len(classes):,} classes: {shown}{last}")
+    if record["without_label"] and classes:
+        lines.append(f"{record['without_label']:,} images without a label")
+    lines.append(f"left out: {left_out}")
+    return "\n".join(lines)
+
+
+def _classes(value: Label) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
