@@ -15,24 +15,25 @@
     accelerate launch recipes/tokenize_images.py --set flowers102 --data flowers-102 --tokenizer vitvqgan.ckpt \\
         --out flowers102-tokens
 
-The recipe reads a folder of images, Parquet files, webdataset tars, a data set on disk or hf://owner/name. It says
-what it took, where the labels are from, and what it left out and why; the card of the store has the same. Every
-twentieth image goes to the split validation, unless --hold-out says another number, or a split is named with
+The recipe reads a folder of images, Parquet files, webdataset tars, a data set on disk or hf://owner/name. It
+says what it took, where the labels are from, and what it left out and why; the card of the store has the same.
+Every twentieth image goes to the split validation, unless --hold-out says another number, or a split is named with
 --split or --source-split. With --splits, each split of the data becomes one of the store. An image without a label
 is stored without one. Where no tokenizer is named, a small one (patch_kmeans) is fitted to some of the images.
 A folder with images/ and annotations/ is read as ADE-20k: the store keeps the grid of each image and its
 annotation, lossless. If the command is interrupted, the same command continues after the last finished shard and
-writes the same bytes, also on another number of processes. With --skip-errors nothing that cannot be read stops it.
+writes the same bytes, also on another number of processes. With --skip-errors, no unreadable image stops it.
 With --compact the store keeps only the codes that its split `train` uses, the most frequent first, as the
 published token sets do. With --codebook it keeps the codes of a released codebook in their order, so that official
 models accept the ids. The tokenizer with these codes, or the one fitted here, is saved as
 OUT-tokenizer.safetensors, for --tokenizer of other commands. With --set, --data is the folder of a fine-grained
-data set as its authors distribute it, and both of its splits are written. With --out alone, the embedded digits are
-tokenized, in seconds. The speed of `published` and `ade20k` on a GPU is not measured. The recipe trains no model.
+data set as its authors distribute it, and both of its splits are written. With --out alone, the embedded digits
+are tokenized, in seconds. The speed of `published` and `ade20k` on a GPU is not measured. The recipe trains no
+model.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ from seitpp.engine.system import loader_workers
 from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
-from seitpp.images.decode import ImageError, Reading, Size, decode_image, fit_short_side, image_size
+from seitpp.images.decode import ImageError, Reading, Sample, Size, decode_image, fit_short_side, image_size
 from seitpp.images.inventory import describe, inventory
 from seitpp.images.labels import LabelRules, read_classes
 from seitpp.images.sources import ImageSource, hold_out, open_source, open_splits
@@ -105,7 +106,7 @@ PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
 # The tokenizer that is fitted where none is named: image size and patch by the median of the images' short sides.
 FITTED_SIZES = ((256, 8), (128, 8), (64, 4), (32, 2))
-FITTED_IMAGES, FITTED_CODES, FITTED_DIM = 256, 391, 32
+FITTED_IMAGES = 1000
 
 # Optional columns beside tokens and label, and their types; an annotation is stored if the images have any.
 COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64"}
@@ -117,7 +118,7 @@ def main(config: Config) -> None:
     accelerator = Accelerator()
     parts = open_once(accelerator, partial(open_parts, config))
     for split, source in parts.items():
-        accelerator.print(f"split {split}: {describe(record_of(source), source.labels.origin, source.left_out)}")
+        accelerator.print(f"split {split}: {describe(inventory(source), source.labels.origin, source.left_out)}")
     tokenizer = open_tokenizer(config, next(iter(parts.values())), accelerator)
     for split in missing_splits(config, list(parts)):
         tokenize(parts[split], tokenizer, config=replace(config, split=split), accelerator=accelerator)
@@ -191,12 +192,11 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
             tokenizer = keep_used_codes(tokenizer, staging, config)
         if config.compact or config.codebook:
             tokenizer.save(beside(config.out, "tokenizer.safetensors"))
-        unreadable = len(source) - staging.num_written()
-        staging.publish(record_of(source, unreadable))
+        staging.publish(inventory(source, len(source) - staging.num_written()))
         store = TokenStore(config.out, config.split, verify=False)
         summarize(store, totals=totals, seconds=seconds, annotated=annotated)
-        if unreadable:
-            print(f"skipped  {unreadable:10,} unreadable images of {len(source):,}, listed in {skipped}")
+        if len(store) < len(source):
+            print(f"skipped  {len(source) - len(store):10,} unreadable images of {len(source):,}, see {skipped}")
     accelerator.wait_for_everyone()
 
 
@@ -250,50 +250,48 @@ def open_tokenizer(config: Config, source: ImageSource, accelerator: Accelerator
 
 
 def fit_tokenizer(source: ImageSource, config: Config) -> Tokenizer:
-    """Fit a patch_kmeans tokenizer to evenly spaced images; their median size decides on its image size.
+    """Fit a tokenizer to evenly spaced images; their median short side decides on its image size.
 
     Raises UserError for an unreadable image unless --skip-errors is set.
     """
-    step = max(1, len(source) // FITTED_IMAGES)
-    samples, sides, images = [], [], []
-    for index in range(0, len(source), step):
+    chosen = range(0, len(source), max(1, len(source) // FITTED_IMAGES))
+    sides = [min(size) for size in readable_images(source, chosen, image_size, config)]
+    median = np.median(sides) if sides else 0
+    side, patch = next(sizes for sizes in FITTED_SIZES if sizes[0] <= median or sizes == FITTED_SIZES[-1])
+    reading = Reading(config.resize, intensity=config.intensity)
+
+    def decode(sample: Sample) -> torch.Tensor:
+        return torch.from_numpy(decode_image(sample, (side, side), reading=reading))[None]
+
+    shown = tqdm(chosen, desc=f"fitting a tokenizer at {side} pixels", unit="image")
+    return PatchKMeans.fit_to_images(readable_images(source, shown, decode, config), image_size=side, patch=patch)
+
+
+def readable_images(
+    source: ImageSource, indices: Iterable[int], read: Callable[[Sample], Any], config: Config
+) -> Iterator[Any]:
+    """Yield what `read` makes of images; leave out unreadable ones with --skip-errors, else raise ImageError."""
+    for index in indices:
         try:
-            samples.append(source.read(index))
-            sides.append(min(image_size(samples[-1])))
-        except ImageError as error:
+            yield read(source.read(index))
+        except ImageError:
             if not config.skip_errors:
                 raise
-            print(f"not used to fit the tokenizer: {error}")
-    if not samples:
-        raise UserError(f"{config.data}: no image could be read to fit a tokenizer")
-    side, patch = next(
-        sizes for sizes in FITTED_SIZES if sizes[0] <= np.median(sides) or sizes == FITTED_SIZES[-1]
-    )
-    reading = Reading(config.resize, intensity=config.intensity)
-    for sample in tqdm(samples, desc=f"fitting a tokenizer for {side} x {side} pixels", unit="image"):
-        images.append(decode_image(sample, (side, side), reading=reading))
-    pixels = torch.from_numpy(np.stack(images)).float() / 255
-    return PatchKMeans.fit(pixels, image_size=side, patch=patch, num_codes=FITTED_CODES, code_dim=FITTED_DIM)
 
 
 def missing_splits(config: Config, splits: list[str]) -> list[str]:
-    """Return the splits that the store does not have yet; all if it has all, since the store itself refuses them."""
+    """Return the splits that the store does not have yet; all where it has all, so that it refuses them itself."""
     if not has_store(config):
         return splits
     document = layout.read_document(Path(config.out))
     return [split for split in splits if split not in document["splits"]] or splits
 
 
-def record_of(source: ImageSource, unreadable: int = 0) -> dict[str, Any]:
-    """Return what the terminal and the store say of a source."""
-    return inventory(source.labels.values, source.class_names, source.left_out, unreadable=unreadable)
-
-
 def reading_of(config: Config, tokenizer: Tokenizer) -> Reading:
     """Return how images are read. Raises UserError for values that are no range."""
     if config.intensity is not None and not config.intensity[0] < config.intensity[1]:
         raise UserError(f"--intensity {config.intensity}: expected two values, the lower first")
-    return Reading(config.resize, tokenizer.spec.channels, config.intensity, config.scaled_decoding)
+    return Reading(config.resize, getattr(tokenizer.spec, "channels", 3), config.intensity, config.scaled_decoding)
 
 
 def description_of(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from seitpp.images.decode import ImageError, open_image
+from seitpp.images.inventory import LeftOut
+from seitpp.images.labels import Labels
 
 JPEG, PNG = {".jpg", ".jpeg"}, {".png"}
 # Default short side of the images in pixels: training on ADE-20k usually takes crops of 512 pixels.
@@ -48,6 +50,7 @@ class AnnotatedSource:
 
     def __init__(self, folder: str | Path, split: str | None):
         self.class_names = read_class_names(Path(folder))
+        self.labels, self.left_out = Labels([], self.class_names, "with label maps"), LeftOut()
         self._folders = [Path(folder, name, split or "") for name in ("images", "annotations")]
         self._images = _by_name(self._folders[0], JPEG)
         self._annotations = _by_name(self._folders[1], PNG)

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from seitpp.images.annotated import AnnotatedSample, smallest_png
 from seitpp.images.decode import RGB, Box, ImageError, Reading, Sample, Size, decode_image, image_size
-from seitpp.images.labels import Label
 from seitpp.images.sources import ImageSource
+from seitpp.store.labels import Label
 
 
 class Pixels(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seitpp.errors import UserError
-from seitpp.images.labels import Label
+from seitpp.store.labels import Label
 
 # (height, width) of every resized image, or a function from the original (height, width) to the resized one.
 Size = tuple[int, int] | Callable[[tuple[int, int]], tuple[int, int]]

@@ -1,10 +1,12 @@
 """What a source took and what it left out, for the terminal and for the card of a store."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seitpp.images.labels import Label
+from seitpp.store.labels import Label
+
+if TYPE_CHECKING:
+    from seitpp.images.sources import ImageSource
 
 SHOWN = 8  # classes or reasons on one line
 
@@ -29,21 +31,20 @@ class LeftOut:
         return text or "nothing"
 
 
-def inventory(
-    labels: Sequence[Label], class_names: Sequence[str] | None, left_out: LeftOut, *, unreadable: int = 0
-) -> dict[str, Any]:
-    """Return the record that a store keeps: images by class, those without a label, and what was left out and why.
+def inventory(source: "ImageSource", unreadable: int = 0) -> dict[str, Any]:
+    """Return what a store keeps of its source: images by class, those without a label, what was left out and why.
 
-    `labels` are those of the images that were found; `unreadable` of them could not be read.
+    `unreadable` of the images that were found could not be read.
     """
-    counts = Counter(label for value in labels if value is not None for label in _classes(value))
-    classes = range(len(class_names)) if class_names else sorted(counts)
+    values, names = source.labels.values, source.class_names
+    counts = Counter(label for value in values if value is not None for label in _classes(value))
+    classes = range(len(names)) if names and counts else sorted(counts)
     return {
-        "found": len(labels),
+        "found": len(source),
         "unreadable": unreadable,
-        "without_label": sum(value is None for value in labels),
-        "classes": {class_names[index] if class_names else str(index): counts[index] for index in classes},
-        "left_out": dict(sorted(left_out.counts.items())),
+        "without_label": sum(value is None for value in values),
+        "classes": {names[index] if names else str(index): counts[index] for index in classes},
+        "left_out": dict(sorted(source.left_out.counts.items())),
     }
 
 

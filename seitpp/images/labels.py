@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from seitpp.errors import UserError
+from seitpp.store.labels import Label
 
-# A class, several classes (perhaps none), or None where the label is unknown.
-Label = int | tuple[int, ...] | None
 # What a source says: a number or a name, several of them, or None.
 RawLabel = int | str | list[int | str] | None
 

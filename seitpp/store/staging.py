@@ -17,7 +17,7 @@ from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import BUILT, build, place, survey
 from seitpp.store.samples import Columns, Samples, check_samples, make_batch
-from seitpp.store.shards import write_shard
+from seitpp.store.shards import read_shard, write_shard
 from seitpp.store.spec import SplitSpec, check_inventory
 
 STAGED_NAME = re.compile(r"shard-(\d+)\.arrow")
@@ -125,6 +125,10 @@ class SplitStaging:
         num_codes = len(self._spec.codebook)
         staged = staged_shards(self.folder).values()
         return sum((survey(path, num_codes).counts for path in staged), np.zeros(num_codes, np.int64))
+
+    def num_written(self) -> int:
+        """Count the images of the finished shards."""
+        return sum(len(read_shard(path)) for path in staged_shards(self.folder).values())
 
     def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> None:
         """Restrict the codebook to the codes with ids `codes`, which get the ids 0, 1, ... in this order.
