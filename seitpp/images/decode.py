@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import tifffile
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from seitpp.errors import UserError
@@ -110,7 +111,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def is_image(head: bytes) -> bool:
-    """Return whether a file that begins with `head` (a few hundred bytes) is in a format that is read here."""
+    """Return whether a file that begins with `head` (4 KiB) is in a format that is read here."""
     if head.startswith(NPY):
         return True
     try:
@@ -183,20 +184,10 @@ def _values(sample: Sample) -> np.ndarray:
     if sample.data.startswith(NPY):
         return np.load(io.BytesIO(sample.data), allow_pickle=False)
     if sample.data[:4] in (b"II*\0", b"MM\0*"):
-        return _tiff(sample)
+        return tifffile.imread(io.BytesIO(sample.data))
     with Image.open(io.BytesIO(sample.data), formats=FORMATS) as image:
         turned = ImageOps.exif_transpose(image)
         return np.asarray(turned.convert("RGB") if turned.mode == "P" else turned)
-
-
-def _tiff(sample: Sample) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImageError(
-            f"{sample.name}: a TIFF with other bands than gray or RGB, which needs a package: pip install tifffile"
-        ) from error
-    return tifffile.imread(io.BytesIO(sample.data))
 
 
 def _decode_bands(sample: Sample, size: Size, box: Box | None, reading: Reading) -> np.ndarray:
@@ -223,6 +214,8 @@ def orientation(image: Image.Image, data: bytes) -> int:
     """Return the orientation 1 to 8 in the EXIF of an opened image; 1 where there is none or it is damaged."""
     # A PNG can have its EXIF behind the pixels, and Pillow decodes all of them to look for it.
     if image.format == "PNG" and b"eXIf" not in data and b"Raw profile type exif" not in data:
+        return 1
+    if image.format == "TIFF":  # Pillow turns it itself, and gives its sides as they are then
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

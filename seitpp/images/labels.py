@@ -124,7 +124,7 @@ def resolve(
             raise LabelError(
                 f"{name}: has no label ({origin}), but other images have: give it one, or pass --unlabeled keep"
             )
-        values.append(None if numbers is None else tuple(numbers) if several else numbers[0])
+        values.append(None if numbers is None else tuple(sorted(set(numbers))) if several else numbers[0])
     return Labels(values, final, origin, several)
 
 

@@ -22,7 +22,7 @@ TEXT = frozenset(
     ".cls .caption .zip .gz .tgz .rar .7z .db .ini .safetensors .ckpt .mp4 .avi .mov .lock .rst .toml .cfg .ipynb "
     ".eps .ps .svg".split()
 )
-HEAD = 512  # bytes that tell a format
+HEAD = 4096  # bytes that tell a format
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 
 
