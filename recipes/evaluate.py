@@ -48,7 +48,7 @@ class Config(RunConfig):
     tokenizer: str | None = None  # Tokenizer file for --data. None: the model must take pixels.
     split: str = "validation"  # Split of the store or of the images.
     eval_window: int | None = None  # Side of the central window in tokens. None: as in the model's own run.
-    workers: int = 8  # Number of processes that read batches, per evaluating process.
+    workers: int | None = None  # Processes that read batches, per evaluating one. None: by the CPU cores.
 
 
 PRESETS = {"published": Config()}
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
 
     # 3. Predictions for every image, exactly once.
     predictions = predict(
-        saved.model, data.dataset, inputs=data.inputs, accelerator=run.accelerator, workers=config.workers
+        saved.model, data.dataset, inputs=data.inputs, accelerator=run.accelerator, workers=run.workers
     )
 
     # 4. Results: accuracies, a table of the classes, and the confusion matrix.

@@ -215,7 +215,7 @@ def main(config: Config) -> None:
         def inputs(batch: Batch | Pixels) -> Tensor:
             return center_view(get_inputs(batch))
 
-        whole, where = training.unsharded(model), {"accelerator": run.accelerator, "workers": config.workers}
+        whole, where = training.unsharded(model), {"accelerator": run.accelerator, "workers": run.workers}
         return predict(whole, eval_images, inputs=inputs, **where).accuracies()
 
     for step, batch in training.steps(train, evaluate):

@@ -173,7 +173,7 @@ def main(config: Config) -> None:
 
     def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
         encoder = encoder or training.unsharded(model).encoder
-        return probe(encoder, **probed, accelerator=run.accelerator, workers=config.workers)
+        return probe(encoder, **probed, accelerator=run.accelerator, workers=run.workers)
 
     for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)

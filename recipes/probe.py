@@ -30,7 +30,7 @@ class Config(RunConfig):
 
     checkpoint: str | None = None  # Folder of a run of mtm_pretrain, or its model.safetensors; always needed.
     store: str | None = None  # Folder of a token store. None: the embedded digits.
-    workers: int = 8  # Number of processes that read batches, per evaluating process.
+    workers: int | None = None  # Processes that read batches, per evaluating one. None: by the CPU cores.
 
 
 PRESETS = {"published": Config()}
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         num_classes=train.num_classes,
         view=EvalView(window),
         accelerator=run.accelerator,
-        workers=config.workers,
+        workers=run.workers,
     )
     for name, value in result.items():
         run.print(f"{name:20} {value:6.2f} % of {len(validation):,} images")

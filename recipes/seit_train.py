@@ -190,7 +190,7 @@ def main(config: Config) -> None:
         scores = {}
         for suffix, weights in (("", model), ("_ema", ema.module)):
             whole, inputs = training.unsharded(weights), lambda batch: center_view(batch.ids)
-            where = {"accelerator": run.accelerator, "workers": config.workers}
+            where = {"accelerator": run.accelerator, "workers": run.workers}
             accuracies = predict(whole, eval_images, inputs=inputs, **where).accuracies()
             scores |= {f"{name}{suffix}": value for name, value in accuracies.items()}
         return scores

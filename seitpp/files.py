@@ -155,6 +155,11 @@ def remove_folder(path: Path) -> None:
         os.rmdir(path)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file."""
+    os.unlink(path)
+
+
 def empty_folder(path: Path, but: Collection[str] = ()) -> None:
     """Create a folder, or remove its content except the files named in `but`."""
     make_folder(path)

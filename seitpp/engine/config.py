@@ -49,7 +49,7 @@ class RunConfig:
     resume: ClassVar[bool] = False
     dry_run: ClassVar[bool] = False
     accumulation: ClassVar[int] = 1
-    workers: ClassVar[int] = 0
+    workers: ClassVar[int | None] = 0
     log_steps: ClassVar[int] = 1
     trackers: ClassVar[tuple[str, ...]] = ()
 
@@ -63,7 +63,7 @@ class TrainConfig(RunConfig):
     fraction: float = 1.0  # of the training images, chosen by the seed, as if the store were smaller
     compile: bool = False  # torch.compile; takes minutes, which pay off on a GPU
     accumulation: int | None = None  # micro-batches per update; None: as few as fit into a GPU's memory, else 1
-    workers: int = 8  # data loading processes, for each process that trains
+    workers: int | None = None  # data loading processes, for each process that trains; None: by the CPU cores
     checkpoint_epochs: float = 1
     log_steps: int = 20
     trackers: tuple[str, ...] = ()
@@ -130,18 +130,19 @@ def _from_file(config: Config, arguments: list[str]) -> tuple[Config, list[str]]
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read the config.json of a run.
+    """Read the config.json of a run; a field that an older run does not have has its default.
 
-    Raises ConfigError if the file cannot be read, or names the fields that differ from those of `kind`.
+    Raises ConfigError if the file cannot be read, or names the fields that `kind` does not have.
     """
     try:
         stored = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path} cannot be read as the config of a run: expected an object")
     fields = {field.name for field in dataclasses.fields(kind)}
-    stored = current_names(stored, fields) if isinstance(stored, dict) else stored
-    if not isinstance(stored, dict) or set(stored) != fields:
-        different = sorted(fields ^ set(stored))
-        raise ConfigError(f"{path} is the config of another recipe or version: differs in {', '.join(different)}")
+    stored = current_names(stored, fields)
+    if unknown := sorted(set(stored) - fields):
+        raise ConfigError(f"{path} is the config of another recipe or version: has {', '.join(unknown)}")
     # JSON has no tuples, and every sequence of a config is a tuple.
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
