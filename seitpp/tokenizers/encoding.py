@@ -8,12 +8,18 @@ from seitpp.tokenizers.base import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, decoded: DecodedBatch, device: torch.device) -> list[np.ndarray]:
-    """Return the ids (H, W) uint16 of each image. Images of equal size are encoded together."""
-    parts = decoded.pixels.split([3 * height * width for height, width in decoded.sizes])
+    """Return the ids (H, W) uint16 of each image. Images of equal size are encoded together.
+
+    The images must have the channels of the tokenizer.
+    """
+    channels = tokenizer.spec.channels
+    parts = decoded.pixels.split([channels * height * width for height, width in decoded.sizes])
     ids = {}
     for size in dict.fromkeys(decoded.sizes):
         indices = [index for index, other in enumerate(decoded.sizes) if other == size]
-        images = torch.stack([parts[index].view(3, *size) for index in indices]).to(device, non_blocking=True)
+        images = torch.stack([parts[index].view(channels, *size) for index in indices]).to(
+            device, non_blocking=True
+        )
         with tokenizer.at_size(size):
             encoded = tokenizer.encode(images.float() / 255).cpu().numpy().astype(np.uint16)
         ids.update(zip(indices, encoded, strict=True))

@@ -7,7 +7,7 @@ from torch import Tensor
 from seitpp.tensors import is_checkpoint, load_tensors
 from seitpp.tokenizers import patch_kmeans, refined, vit_vqgan
 from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
-from seitpp.tokenizers.patch_kmeans import PatchKMeans
+from seitpp.tokenizers.patch_kmeans import PatchKMeans, patch_values
 from seitpp.tokenizers.refined import RefinedPatchKMeans
 from seitpp.tokenizers.vit_vqgan import ViTVQGAN
 
@@ -37,7 +37,7 @@ def load(name_or_path: str | Path) -> Tokenizer:
 
 def _filled(spec: TokenizerSpec, tensors: dict[str, Tensor], path: Path) -> Tokenizer:
     # Checked before anything is allocated, since the header can claim any size.
-    expected = {"codebook": (spec.num_codes, spec.code_dim), "mean": (3 * spec.patch**2,)}
+    expected = {"codebook": (spec.num_codes, spec.code_dim), "mean": (patch_values(spec),)}
     for name, shape in expected.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             raise TokenizerError(
