@@ -14,6 +14,7 @@ are for recipes/finetune.py, probe.py and inpaint.py.
 """
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,11 +28,13 @@ from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
+from seitpp.engine.auto import settle
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.inputs import (
     adapt_zeros,
     check_codes,
     describe_store,
+    open_splits,
     open_stores,
     open_tokenadapt,
     store_facts,
@@ -87,6 +90,7 @@ class Config(TrainConfig):
 PRESETS = {"published": Config(compile=True)}
 PRESETS["coloradapt"] = replace(PRESETS["published"], preset="coloradapt", color="coloradapt")
 PRESETS["plain"] = replace(PRESETS["published"], preset="plain", tokenadapt_fraction=0.0)
+PRESETS["auto"] = replace(PRESETS["plain"], preset="auto")  # what is not named on the command line, `choose` sets
 PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
@@ -213,6 +217,11 @@ def write_report(run: Run, *, model: MTM, validation: TokenStore, grid: tuple[in
     )
 
 
+def choose(config: Config, named: Collection[str]) -> Config:
+    """Choose the settings of preset auto that are not `named`, for the training images of --store."""
+    return settle(config, named, open_splits(config.store, verify=False)[0]) if config.store else config
+
+
 def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:
     """Create a masked token model with random weights for the codebook of the store."""
     model = MTM(
@@ -273,4 +282,4 @@ def zeros_loss(grid: tuple[int, int], counts: tuple[int, int], tokenadapt_fracti
 
 
 if __name__ == "__main__":
-    run_recipe(main, PRESETS, default="digits")
+    run_recipe(main, PRESETS, default="digits", settle=choose)
