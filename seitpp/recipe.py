@@ -32,8 +32,8 @@ def run_recipe(
     """Parse the command line and call `main`.
 
     `settle` chooses the settings of preset AUTO that are not named on the command line. An error that the user can
-    fix is printed as one line on stderr, with exit status 2. A run that was stopped by a signal exits with 128 plus
-    the number of the signal.
+    fix is printed as one line on stderr, with exit status 2. A run stopped by a signal exits with 128 plus its
+    number.
     """
     config = None
     try:

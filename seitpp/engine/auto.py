@@ -1,8 +1,8 @@
 """The settings of mtm_pretrain's preset `auto`, chosen from the number of images, the grid and the device.
 
 `choose` returns every setting with its reason. The rules lead through two known runs: `published` (SeiT++: ViT-B,
-the 1.28 million images of ImageNet-1k, 400 epochs of batch 4096, on 8 GPUs) and `digits`, which was measured (a ViT
-of 3 blocks, 1,437 images, 100 epochs of batch 128, on a CPU). Each rule says what it takes from which; what lies
+the 1.28 million images of ImageNet-1k, 400 epochs of batch 4096, on 8 GPUs) and `digits`, which was measured (3
+blocks, 1,437 images, 100 epochs of batch 128, on a CPU). Each rule says what it takes from which; what lies
 between is a rule of thumb that was not measured. A setting that the user named stays as it is, and the rules after
 it build on it.
 """
@@ -191,8 +191,8 @@ def adapted(facts: Facts, _: Mapping) -> Choice:
 def batch_size(facts: Facts, _: Mapping) -> Choice:
     """Let the batch grow with the root of the number of images: 128 for 1,437 (digits), 4096 for 1.28 million.
 
-    It is a power of two, or the multiple of the processes below it. On a CPU it is at most that of the digits, for more
-    updates in the same time.
+    It is a power of two, or the multiple of the processes below it. On a CPU it is at most that of the digits, for
+    more updates in the same time.
     """
     grown = DIGITS_BATCH * math.sqrt(facts.images / 1437)
     batch = min(PUBLISHED_BATCH, 2 ** round(math.log2(grown)))
