@@ -148,6 +148,7 @@ def stored(config: Config, run: Run) -> tuple:
     if path is None:
         path = embedded(run, digits).store
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
+    store.require_classes("evaluate")
     codebook = torch.from_numpy(store.codebook)
     return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names
 

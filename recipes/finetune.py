@@ -260,6 +260,8 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     Raises UserError if the model does not take these tokens or a setting does not apply to it.
     """
     train, validation = open_stores(run, config.store)
+    for store in (train, validation):
+        store.require_classes("finetune")
     network = getattr(source.model, "encoder", source.model)
     kind = input_kind(network)
     if kind == "pixels":

@@ -148,6 +148,8 @@ def main(config: Config) -> None:
 
     # 2. Data: all sizes but the evaluation window and the model's input are read from the store.
     train, validation = open_stores(run, config.store)
+    for store in (train, validation):
+        store.require_classes("seit_train")
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, window = torch.from_numpy(train.codebook), window_of(train, config.eval_window, "--eval-window")
