@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -30,6 +30,8 @@ RENAMED = {
 class ConfigError(UserError):
     """Raised for a preset, a flag or a config file that the recipe does not know."""
 
+
+AUTO = "auto"  # the preset whose settings are chosen for the store and the device
 
 # Durations of a classifier's smoke preset: two epochs, with a checkpoint in the middle of each.
 SMOKE = {"epochs": 2, "warmup_epochs": 1, "checkpoint_epochs": 0.5, "evaluation_epochs": 1, "log_steps": 1}
@@ -72,10 +74,13 @@ class TrainConfig(RunConfig):
 def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> Config:
     """Read a config from command line arguments: [preset] [--config run/config.json] [--flag value ...].
 
-    The config begins as the preset (`default` if none is named) or the file; each flag sets one field. Raises
-    ConfigError for an unknown preset or flag, or an unusable file.
+    The config begins as the preset or the file; each flag sets one field. If no preset is named it is `default`,
+    or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag, or
+    an unusable file.
     """
     rest = list(arguments)
+    if AUTO in presets and "store" in named_settings(rest):
+        default = AUTO
     name = rest.pop(0) if rest and not rest[0].startswith("-") else default
     if name not in presets:
         raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(presets)}{suggest(name, presets)}")
@@ -83,6 +88,12 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     rest = _current_flags(config, rest)
     _check_flags(config, rest)
     return tyro.cli(type(config), default=config, args=rest)
+
+
+def named_settings(arguments: Sequence[str]) -> set[str]:
+    """Return the names of the settings whose flags are among the command line arguments."""
+    flags = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def current_names(settings: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The inputs of a run: its stores, images and codebooks, and training steps on zeros that measure memory."""
 
 from collections.abc import Callable, Sized
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from seitpp.augment import SoftLabels
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, fraction_of
 from seitpp.data.digits import digits
+from seitpp.data.selection import HELD_OUT, Selection, set_aside
 from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
@@ -26,15 +28,15 @@ from seitpp.store import TokenStore
 
 Data = TypeVar("Data")
 
-HELD_OUT = 20  # every 20th image is held out: the last ones of a sorted source would all be of one class
 ON_DIGITS = ("digits", "smoke")  # the presets that run on the embedded digits
 
 
 def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
     """Open the splits "train" and "validation" of a store, or of the embedded digits if none is named.
 
-    One process on each machine verifies the files. Raises UserError if the preset needs a store and none is named,
-    or if the images of the store have different grids.
+    Of a store with the split train alone, every 20th image is held out for validation. One process on each machine
+    verifies the files. Raises UserError if the preset needs a store and none is named, or if the images of the
+    store have different grids.
     """
     if store is None:
         preset = run.config.preset
@@ -45,13 +47,19 @@ def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
                 f"the embedded digits ({presets})"
             )
         store = embedded(run, digits).store
-    verify = run.accelerator.is_local_main_process
-    train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
+    return open_splits(store, verify=run.accelerator.is_local_main_process)
+
+
+def open_splits(path: str | Path, *, verify: bool) -> tuple[TokenStore, TokenStore]:
+    """Open the training and the validation images of a store, as `open_stores` does. Raises UserError as well."""
+    train = TokenStore(path, "train", verify)
     if train.grid is None:
         raise UserError(
             f"{train.path}: got images with different grids, expected one grid: tokenize all images at one size"
         )
-    return train, validation
+    # Beside train, a split of another name is probably meant for validation: TokenStore refuses it.
+    alone = train.splits == ["train"]
+    return set_aside(train) if alone else (train, TokenStore(path, "validation", verify))
 
 
 def open_once(accelerator: Accelerator, open_data: Callable[[], Data]) -> Data:
@@ -96,11 +104,13 @@ def train_subset(config: TrainConfig, dataset: Dataset) -> Dataset:
 
 
 def describe_store(store: TokenStore, config: RunConfig) -> str:
-    """Describe the size and the codes of a store, and how much of it is used for training, in one or two lines."""
+    """Describe the size and the codes of a store, and how much of it is used for training, in a few lines."""
     text = (
         f"{len(store):,} images, {store.payload_bytes / len(store):.1f} bytes each, grid {store.grid}, "
         f"K = {store.num_codes}, {store.num_classes} classes"
     )
+    if isinstance(store, Selection):
+        text = f"{text}\n{store.rule}"
     fraction = getattr(config, "fraction", 1)
     if fraction == 1:
         return text
@@ -123,6 +133,7 @@ def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) ->
             "codec": train.codec.name,
             "fingerprint": train.fingerprint,
             "tokenizer": train.tokenizer,
+            **({"validation": train.rule} if isinstance(train, Selection) else {}),
         },
         **(train_facts(train, config) if isinstance(config, TrainConfig) else {}),
     }
