@@ -192,7 +192,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
             tokenizer = keep_used_codes(tokenizer, staging, config)
         if config.compact or config.codebook:
             tokenizer.save(beside(config.out, "tokenizer.safetensors"))
-        staging.publish(inventory(source, len(source) - staging.num_written()))
+        staging.publish(inventory=inventory(source, len(source) - staging.num_written()))
         store = TokenStore(config.out, config.split, verify=False)
         summarize(store, totals=totals, seconds=seconds, annotated=annotated)
         if len(store) < len(source):
@@ -291,7 +291,7 @@ def reading_of(config: Config, tokenizer: Tokenizer) -> Reading:
     """Return how images are read. Raises UserError for values that are no range."""
     if config.intensity is not None and not config.intensity[0] < config.intensity[1]:
         raise UserError(f"--intensity {config.intensity}: expected two values, the lower first")
-    return Reading(config.resize, getattr(tokenizer.spec, "channels", 3), config.intensity, config.scaled_decoding)
+    return Reading(config.resize, tokenizer.spec.channels, config.intensity, config.scaled_decoding)
 
 
 def description_of(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
