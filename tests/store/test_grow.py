@@ -67,7 +67,7 @@ def holds(path: Path, numbers: list[int], labels: list[Label], split: str = "tra
 # Append
 
 
-@pytest.mark.parametrize("codec", ["ans", "huffman", "packed", "context"])
+@pytest.mark.parametrize("codec", ["ans", "huffman", "packed"])
 def test_append_keeps_what_is_there_and_the_table(tmp_path, codec):
     path = write(write(tmp_path / "s", LABELS, codec=codec), [1, 1], split="validation", codec=codec)
     before, counts, validation = TokenStore(path), TokenStore(path).counts, contents(path / "validation")
@@ -91,8 +91,9 @@ def test_append_keeps_what_is_there_and_the_table(tmp_path, codec):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["more", "most", "s"]
 
 
-def test_payloads_of_the_same_table_are_copied(tmp_path, monkeypatch):
-    write(tmp_path / "s", [0, 1])
+@pytest.mark.parametrize("codec", ["ans", "context"])
+def test_payloads_of_the_same_table_are_copied(tmp_path, monkeypatch, codec):
+    write(tmp_path / "s", [0, 1], codec=codec)
     shutil.copytree(tmp_path / "s", tmp_path / "t")
     monkeypatch.setattr(TokenStore, "__getitem__", None)  # no image is decoded
     append(tmp_path / "s", [tmp_path / "t"])
@@ -225,12 +226,11 @@ def states(append_now: Callable[[], None], folder: Path, copies: Path) -> list[P
         return operation
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, names in (
-            (os, ("fsync", "unlink", "rmdir", "replace")),
-            (Path, ("rename", "replace", "unlink")),
+        for module, name in (
+            *((os, name) for name in ("fsync", "unlink", "rmdir", "replace")),
+            *((Path, name) for name in ("rename", "replace", "unlink")),
         ):
-            for name in names:
-                patch.setattr(module, name, copied(getattr(module, name)))
+            patch.setattr(module, name, copied(getattr(module, name)))
         append_now()
     return list(found.values())
 
@@ -247,7 +247,7 @@ def test_killed_at_any_file_operation_it_is_the_old_or_the_new_store(tmp_path):
         assert datasets.load_from_disk(str(folder / "s" / "train")).num_rows in (2, 3)
         append(folder / "s", [other])  # finishes it, and does not append twice
         assert contents(folder) == wanted
-    assert len(left) > 10 and set(seen) == {2, 3} and seen == sorted(seen)
+    assert len(left) >= 10 and set(seen) == {2, 3} and seen == sorted(seen)
 
 
 def test_a_store_that_changes_meanwhile_is_not_replaced(tmp_path, monkeypatch):
