@@ -1,7 +1,7 @@
 """Build a store from staged shards: count the codes, encode with the exact counts, publish by renames."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -126,12 +126,12 @@ def _build(
         write_file(built / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
         if table is not None:
             write_file(built / layout.TABLE, table)
-    _describe(built, document)
+    describe(built, document)
     sync(built / spec.split)
     sync(built)
 
 
-def _describe(built: Path, document: dict[str, Any]) -> None:
+def describe(built: Path, document: dict[str, Any]) -> None:
     """Write the derived files, and tokens.json with its version and the checksums of all new files."""
     document = {**document, "version": layout.version_of(document["splits"])}
     splits = json.dumps({"splits": list(document["splits"])})
@@ -199,11 +199,15 @@ def _encode_all(
         Encoding(path, built / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)
     ]
     size = sum(parallel_map(_encode, tasks))
-    folder = built / spec.split
+    write_dataset_files(spec, built / spec.split)
+    return size
+
+
+def write_dataset_files(spec: SplitSpec, folder: Path) -> None:
+    """Write the files that `datasets` needs beside the shards in `folder`."""
     info = {"features": spec.features().to_dict()}
     write_file(folder / layout.DATASET_INFO, json.dumps(info).encode())
     write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder)).encode())
-    return size
 
 
 def _encode(task: Encoding) -> int:
@@ -233,15 +237,25 @@ def _state(split: str, folder: Path) -> dict[str, Any]:
 
 def _add(spec: SplitSpec, store: dict[str, Any], built: Path) -> None:
     """Add the split to an existing store, which can be read after every single rename."""
-    kept = {name: entry for name, entry in store["files"].items() if name not in layout.DERIVED}
+    withdraw(spec.path, store, built, names=layout.DERIVED)
+    (built / spec.split).rename(spec.path / spec.split)
+    replace_derived(spec.path, built)
+
+
+def withdraw(root: Path, store: dict[str, Any], built: Path, *, names: Collection[str]) -> None:
+    """Replace tokens.json of a store by one without the files `names`, which may then change."""
+    kept = {name: entry for name, entry in store["files"].items() if name not in names}
     withdrawn = built / "withdrawn"
     withdrawn.mkdir()
     layout.write_document(withdrawn, {**store, "files": kept})
-    (withdrawn / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
-    sync(spec.path)
-    (built / spec.split).rename(spec.path / spec.split)
+    (withdrawn / layout.DOCUMENT).replace(root / layout.DOCUMENT)
+    sync(root)
+
+
+def replace_derived(root: Path, built: Path) -> None:
+    """Replace the derived files of a store by those in the folder `built`, and then its tokens.json."""
     for name in layout.DERIVED:
-        (built / name).replace(spec.path / name)
-    sync(spec.path)
-    (built / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
-    sync(spec.path)
+        (built / name).replace(root / name)
+    sync(root)
+    (built / layout.DOCUMENT).replace(root / layout.DOCUMENT)
+    sync(root)

@@ -153,7 +153,7 @@ class SplitStaging:
                 f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}; write them"
             )
         if not self.published:
-            with _exclusive(self.folder / LOCK):
+            with exclusive(self.folder / LOCK):
                 self._publish(processes, check_inventory(inventory))
         remove_folder(self.folder)
         self._receipt.unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def write_staged(spec: SplitSpec, folder: Path, *, shard: int, samples: Samples)
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path` during the block. Raises StoreError if another process holds it."""
     descriptor = lock(path)
     if descriptor is None:
