@@ -88,8 +88,9 @@ def rehearse(main: Callable[[Config], None], config: Config) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError is for devices only; on a CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    # torch.OutOfMemoryError is for devices only; on a CPU and a Mac's GPU torch raises a plain RuntimeError.
+    words = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _fewer_images(config: TrainConfig) -> str:

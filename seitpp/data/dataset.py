@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from seitpp.errors import UserError
 from seitpp.store import TokenStore
+from seitpp.tensors import to_device
 
 FRACTION_KEY = 1 << 40  # larger than any epoch, the other numbers used with the seed
 
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device, without waiting for the copy if the memory is pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(to_device(tensor, device) for tensor in self))
 
 
 class MicroBatch(list[int]):

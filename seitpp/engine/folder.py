@@ -62,7 +62,7 @@ def choose_folder(
     return folder, False
 
 
-def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, overwrite: bool) -> int:
+def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, overwrite: bool) -> files.Lock:
     """Lock the folder from `choose_folder` and return the lock.
 
     For a new run, also empty the folder and write `settings` to its config.json. The fingerprints of what the
@@ -72,7 +72,7 @@ def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, ov
     files.make_folder(folder)
     lock = files.lock(folder / LOCK)
     if lock is None:
-        owner = (folder / LOCK).read_text()
+        owner = files.owner(folder / LOCK)
         raise RunError(f"{folder} is in use by {owner}: wait until it ends, stop it, or name another --out")
     if not resumed:
         if (folder / CONFIG).exists() and not overwrite:

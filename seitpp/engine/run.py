@@ -111,9 +111,7 @@ class Run:
         `training` calls this after it has checked data and model; a recipe without training calls it directly.
         Raises RunError as `enter_folder` does.
         """
-        self._lock = self.on_main(
-            lambda: enter_folder(self.out, self.settings, resumed=self.resumed, overwrite=self.config.overwrite)
-        )
+        self.on_main(self._enter_folder)
         if self.config.resume and not self.resumed:
             self.print(f"nothing to resume in {self.out}: the run starts from the beginning")
         if self.config.trackers:
@@ -123,6 +121,10 @@ class Run:
             self.accelerator.init_trackers(
                 "seitpp", config={name: str(value) for name, value in self.settings.items()}
             )
+
+    def _enter_folder(self) -> None:
+        config = self.config
+        self._lock = enter_folder(self.out, self.settings, resumed=self.resumed, overwrite=config.overwrite)
 
     def change_lengths(self) -> None:
         """Store the other length of a resumed run, and remove its result if it had finished."""

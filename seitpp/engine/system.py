@@ -1,12 +1,13 @@
 """Facts about the machine and the launch: processes, installed packages, memory, device, commit."""
 
 import importlib.util
+import math
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from seitpp.engine.folder import RunError
@@ -33,7 +34,7 @@ def cores() -> int:
     """Return the number of CPU cores that this process may use, by its affinity and its control group's quota."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on a Mac or Windows
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(allowed, int(_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))))
+    return max(1, int(min(allowed, _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))))
 
 
 def _quota(membership: Path, root: Path) -> float:
@@ -42,7 +43,7 @@ def _quota(membership: Path, root: Path) -> float:
     `membership` has a line NUMBER:CONTROLLERS:GROUP for each hierarchy. Each group above it limits it too.
     """
     lines = membership.read_text().splitlines() if membership.exists() else []
-    limits = [float(sys.maxsize)]
+    limits = [math.inf]
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -78,10 +79,21 @@ def check_installed(trackers: tuple[str, ...]) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on a GPU, or resident in this process on a CPU."""
+    """Return the peak memory in bytes: allocated on a GPU, or resident in this process on a CPU.
+
+    Of the GPU of a Mac, which counts no peak, it is what the driver has allocated so far.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # a Mac counts bytes, Linux KiB
 
 
 def device_name(device: torch.device) -> str:

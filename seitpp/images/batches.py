@@ -12,6 +12,7 @@ from seitpp.images.annotated import AnnotatedSample, smallest_png
 from seitpp.images.decode import RGB, Box, ImageError, Reading, Sample, Size, decode_image, image_size
 from seitpp.images.sources import ImageSource
 from seitpp.store.labels import Label
+from seitpp.tensors import to_device
 
 
 class Pixels(NamedTuple):
@@ -27,7 +28,7 @@ class Pixels(NamedTuple):
 
     def to(self, device: torch.device) -> "Pixels":
         """Copy the batch to a device, without waiting for the copy if the memory is pinned."""
-        return Pixels(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Pixels(*(to_device(tensor, device) for tensor in self))
 
 
 # A function from the indices and the sizes (height, width) of images to the box to crop from each. A training

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from seitpp.images.batches import DecodedBatch
+from seitpp.tensors import to_device
 from seitpp.tokenizers.base import Tokenizer
 
 
@@ -17,9 +18,7 @@ def encode(tokenizer: Tokenizer, decoded: DecodedBatch, device: torch.device) ->
     ids = {}
     for size in dict.fromkeys(decoded.sizes):
         indices = [index for index, other in enumerate(decoded.sizes) if other == size]
-        images = torch.stack([parts[index].view(channels, *size) for index in indices]).to(
-            device, non_blocking=True
-        )
+        images = to_device(torch.stack([parts[index].view(channels, *size) for index in indices]), device)
         with tokenizer.at_size(size):
             encoded = tokenizer.encode(images.float() / 255).cpu().numpy().astype(np.uint16)
         ids.update(zip(indices, encoded, strict=True))

@@ -1,7 +1,7 @@
 """The number of data loading processes follows from the cores that a process may use."""
 
+import math
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,10 @@ def limited(root: Path, *lines: str, **limits: str) -> float:
 
 def test_the_quota_is_the_smallest_of_all_groups_above_a_process(tmp_path: Path) -> None:
     inner, outer = "0::/slice/job", {"slice/cpu.max": "300000 100000\n"}
-    assert limited(tmp_path / "none", inner) == sys.maxsize == limited(tmp_path / "missing")
+    assert limited(tmp_path / "none", inner) == math.inf == limited(tmp_path / "missing")
     assert limited(tmp_path / "outer", inner, **outer, **{"slice/job/cpu.max": "max 100000\n"}) == 3
     assert limited(tmp_path / "inner", inner, **outer, **{"slice/job/cpu.max": "150000 100000\n"}) == 1.5
-    assert limited(tmp_path / "beside", inner, **{"slice/other/cpu.max": "100000 100000\n"}) == sys.maxsize
+    assert limited(tmp_path / "beside", inner, **{"slice/other/cpu.max": "100000 100000\n"}) == math.inf
     # In a container the path of the group may be that of the host.
     assert limited(tmp_path / "inside", "0::/docker/0123", **{"cpu.max": "200000 100000\n"}) == 2
     files = {
@@ -34,8 +34,8 @@ def test_the_quota_is_the_smallest_of_all_groups_above_a_process(tmp_path: Path)
     }
     old = ("5:memory:/job", "4:cpu,cpuacct:/job")
     assert limited(tmp_path / "version-1", *old, **files) == 4
-    assert limited(tmp_path / "free", *old, **files | {"cpu,cpuacct/job/cpu.cfs_quota_us": "-1\n"}) == sys.maxsize
-    assert limited(tmp_path / "damaged", inner, **{"slice/cpu.max": "?"}) == sys.maxsize
+    assert limited(tmp_path / "free", *old, **files | {"cpu,cpuacct/job/cpu.cfs_quota_us": "-1\n"}) == math.inf
+    assert limited(tmp_path / "damaged", inner, **{"slice/cpu.max": "?"}) == math.inf
 
 
 def test_workers_share_the_cores_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
