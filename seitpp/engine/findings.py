@@ -81,6 +81,6 @@ def gain(result: Mapping[str, Any], probed: int) -> str:
     if better:
         return f"The encoder has learned about the classes as far as {better[0]} shows: {compared}."
     return (
-        f"The encoder is not clearly better than an untrained one: {compared}; such differences can be chance. There "
-        "were too few images or updates, or tokens do not show what tells the classes apart."
+        f"The encoder is not clearly better than an untrained one: {compared}; such differences can be chance. "
+        "There were too few images or updates, or tokens do not show what tells the classes apart."
     )
