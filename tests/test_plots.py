@@ -21,8 +21,19 @@ RESULT = {
     "linear_probe_top1_untrained": 50.0,
     "knn_top1": 80.0,
     "knn_top1_untrained": 40.0,
+    "masked_loss_train": 2.0,
+    "masked_loss_validation": 2.5,
 }
-EVALUATIONS = [{"step": 5, "linear_probe_top1": 70.0, "knn_top1": 60.0}]
+EVALUATIONS = [
+    {"step": 3, "linear_probe_top1": 65.0, "knn_top1": 55.0},  # as an older version wrote it
+    {
+        "step": 5,
+        "linear_probe_top1": 70.0,
+        "knn_top1": 60.0,
+        "masked_loss_train": 3.0,
+        "masked_loss_validation": 3.5,
+    },
+]
 
 
 @pytest.fixture
@@ -45,17 +56,32 @@ def test_loss_by_ratio_shows_the_last_third_and_its_means(drawn, tmp_path: Path)
 def test_probe_curve_goes_from_untrained_to_trained(drawn, tmp_path: Path) -> None:
     plots.probe_curve(EVALUATIONS, RESULT, steps=18, path=tmp_path / "x.png")
     linear, neighbors = (line.get_xydata().tolist() for line in drawn[0].lines)
-    assert linear == [[0, 50], [5, 70], [18, 90]] and neighbors == [[0, 40], [5, 60], [18, 80]]
+    assert linear == [[0, 50], [3, 65], [5, 70], [18, 90]]
+    assert neighbors == [[0, 40], [3, 55], [5, 60], [18, 80]]
 
 
-@pytest.mark.parametrize("evaluations", [[], EVALUATIONS])
-def test_report_shows_every_picture(evaluations, tmp_path: Path) -> None:
-    pictures = {"original": torch.rand(2, 3, 8, 8)}
-    logs = {"records": RECORDS, "evaluations": evaluations}
-    plots.write_report(tmp_path, title="A <title>", result=RESULT, **logs, num_codes=64, pictures=pictures)
+def test_held_out_curve_ends_with_the_result(drawn, tmp_path: Path) -> None:
+    plots.held_out_curve(EVALUATIONS, RESULT, steps=18, path=tmp_path / "x.png")
+    train, held_out = (line.get_xydata().tolist() for line in drawn[0].lines)
+    assert train == [[5, 3], [18, 2]] and held_out == [[5, 3.5], [18, 2.5]]
+
+
+def test_loss_curve_shows_what_guessing_gives(drawn, tmp_path: Path) -> None:
+    plots.loss_curve(RECORDS, np.array([2, 1, 1, 0]), tmp_path / "x.png")
+    *_, uniform, frequencies = (line.get_ydata()[0] for line in drawn[0].lines)
+    assert (uniform, frequencies) == pytest.approx((np.log(4), 1.5 * np.log(2)))
+
+
+@pytest.mark.parametrize(("evaluations", "probes"), [([], True), (EVALUATIONS, True), ([], False)])
+def test_report_shows_every_picture_and_finding(evaluations, probes: bool, tmp_path: Path) -> None:
+    result = {name: value for name, value in RESULT.items() if probes or "top1" not in name}
+    data = {"records": RECORDS, "evaluations": evaluations, "counts": np.arange(64)}
+    said = {"findings": ["a < b", "c"], "pictures": {"original": torch.rand(2, 3, 8, 8)}}
+    plots.write_report(tmp_path, title="A <title>", result=result, **data, **said)
     page = (tmp_path / "report.html").read_text()
-    assert "<h1>A &lt;title&gt;</h1>" in page and "<td>linear_probe_top1</td><td>90</td>" in page
+    assert "<h1>A &lt;title&gt;</h1>" in page and "<li>a &lt; b</li>\n<li>c</li>" in page
+    assert ("<td>linear_probe_top1</td><td>90</td>" in page) == probes
     shown = re.findall(r'<img src="([^"]+)"', page)
-    assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png")) and len(shown) == 4
+    assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png")) and len(shown) == 4 + probes
     for name in shown:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -28,7 +28,7 @@ class Selection(TokenStore):
     def __init__(self, store: TokenStore, indices: np.ndarray, *, split: str, rule: str) -> None:
         self._store, self._indices, self.split, self.rule = store, indices, split, rule
         for name in SHARED:
-            setattr(self, name, getattr(store, name, None))
+            setattr(self, name, getattr(store, name))
         self.columns = {}
         self.payload_bytes = int(store.payload_sizes[indices].sum())
         self.num_labeled = self._count_labeled()
@@ -74,7 +74,7 @@ class Selection(TokenStore):
         return self._indices[np.asarray(indices, np.int64)]
 
     def _count_labeled(self) -> int:
-        if getattr(self._store, "num_labeled", len(self._store)) == len(self._store):
+        if self._store.num_labeled == len(self._store):
             return len(self)
         if not self.multi_label:
             return int((self.labels >= 0).sum())

@@ -82,7 +82,7 @@ def labeled_sets(train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]
 
 def _labeled(name: str, dataset: Dataset) -> Dataset:
     need = "linear probe and k-NN need one label for each image, of at least two classes"
-    if getattr(_store_of(dataset), "multi_label", False):
+    if _store_of(dataset).multi_label:
         raise ProbeError(f"{need}: the {name} images have several each")
     labels = _labels_of(dataset)
     known = np.flatnonzero(labels >= 0)
