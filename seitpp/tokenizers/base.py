@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, fields, replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from seitpp.codebook import LOOKUP_CELLS, LOOKUPS, full_precision, nearest
 from seitpp.errors import UserError
+from seitpp.tensors import save_tensors
 
 # Codebook rows at most this far apart are the same code, rounded differently.
 SAME_ROW = 1e-5
@@ -309,6 +311,17 @@ class Tokenizer(nn.Module, ABC):
             digest.update(name.encode() + data.numpy().tobytes())
         return digest.hexdigest()
 
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with the spec in its header, which `tokenizers.load` reads.
+
+        Raises TokenizerError for a network of another library that cannot be rebuilt from a file.
+        """
+        save_tensors(Path(path), self.state_dict(), key=HEADER, header=self._header())
+
+    def _header(self) -> dict:
+        """Return what `load` needs besides the tensors, ready for JSON: the spec."""
+        return self.spec.to_json()
+
     def description(self) -> dict:
         """Return what a store records about its tokenizer: fingerprint and spec, ready for JSON."""
         return {"fingerprint": self.fingerprint, "spec": self.spec.to_json()}
@@ -317,6 +330,30 @@ class Tokenizer(nn.Module, ABC):
 def height_and_width(size: ImageSize) -> tuple[int, int]:
     """Return an image size as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def require_equal_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], complaint: str) -> None:
+    """Raise TokenizerError that begins with `complaint` unless all tensors have the same names and shapes."""
+    problems = [
+        *(f"{name} is missing" for name in expected if name not in got),
+        *(f"{name} is unexpected" for name in got if name not in expected),
+        *(
+            f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in got and got[name].shape != tensor.shape
+        ),
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise TokenizerError(f"{complaint}: {'; '.join(problems[:5])}{more}")
+
+
+def fp32_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies, so that a tokenizer does not depend on its file staying as it is; floats become fp32."""
+    return {
+        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:

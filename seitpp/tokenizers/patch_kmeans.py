@@ -8,7 +8,6 @@ that channel. (31 + 1 channels at K = 391 gave 23.2 dB on crops of photographs, 
 import math
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seitpp.codebook import nearest
-from seitpp.tensors import save_tensors
-from seitpp.tokenizers.base import HEADER, ImageSize, Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tokenizers.base import ImageSize, Tokenizer, TokenizerError, TokenizerSpec
 from seitpp.tokenizers.counts import code_counts
 
 KIND = "patch_kmeans"
@@ -188,10 +186,6 @@ class PatchKMeans(Tokenizer):
 
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         self.codebook = rows
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file with the spec in its header, which `tokenizers.load` reads."""
-        save_tensors(Path(path), self.state_dict(), key=HEADER, header=self.spec.to_json())
 
 
 def patch_values(spec: TokenizerSpec) -> int:

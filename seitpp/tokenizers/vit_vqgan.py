@@ -10,6 +10,7 @@ Parameter names match the public enhancing-transformers checkpoints, so these lo
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors, save_tensors
-from seitpp.tokenizers.base import HEADER, ImageSize, Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors
+from seitpp.tokenizers.base import (
+    HEADER,
+    ImageSize,
+    Tokenizer,
+    TokenizerError,
+    TokenizerSpec,
+    fp32_copies,
+    require_equal_shapes,
+)
 from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, init_xavier, sincos_positions
 
 KIND = "vit_vqgan"
@@ -133,24 +142,24 @@ class ViTVQGAN(Tokenizer):
             spec, tensors = None, load_state_dict(path, TokenizerError, _wanted)
         else:
             spec, tensors = load_tensors(path, HEADER, TokenizerError, wanted=_wanted)
-        return cls._from_tensors(tensors, TokenizerSpec.from_json(spec) if spec else None, path)
+        return cls.from_tensors(tensors, spec, path)
 
     @classmethod
-    def _from_tensors(cls, tensors: dict[str, Tensor], spec: TokenizerSpec | None, path: Path) -> "ViTVQGAN":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping | None, path: Path) -> "ViTVQGAN":
+        """Build the tokenizer from the tensors and the header of a file; tensors outside it are ignored.
+
+        Raises TokenizerError naming `path` if tensors of the tokenizer are missing or do not match.
+        """
+        tensors = {name: tensor for name, tensor in tensors.items() if _wanted(name)}
+        spec = TokenizerSpec.from_json(header) if header else None
         read_spec, encoder, decoder = _configuration(tensors, path)
         if spec is not None:  # from the header that `save` writes: shapes do not tell a grid that is not square
             read_spec = replace(spec, num_codes=read_spec.num_codes, code_dim=read_spec.code_dim)
         with torch.device("meta"):
             tokenizer = cls(read_spec, encoder, decoder)
-        _require_equal_shapes(tokenizer.state_dict(), tensors, path)
-        # Copies, so that the tokenizer does not depend on the file staying as it is.
-        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
-        tokenizer.load_state_dict(copies, assign=True)
+        require_equal_shapes(tokenizer.state_dict(), tensors, f"{path} is not a complete ViT-VQGAN")
+        tokenizer.load_state_dict(fp32_copies(tensors), assign=True)
         return tokenizer.requires_grad_().eval()
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, which `from_checkpoint` and `tokenizers.load` read."""
-        save_tensors(Path(path), self.state_dict(), key=HEADER, header=self.spec.to_json())
 
     @property
     def codebook(self) -> Tensor:
@@ -236,21 +245,6 @@ def _shape(tensors: dict[str, Tensor], side: str) -> TransformerShape:
     depth = 1 + max(int(match[1]) for match in blocks if match)
     heads = tensors[QKV.format(side)].shape[0] // (3 * HEAD)
     return TransformerShape(tensors[POSITIONS[side]].shape[2], depth, heads, tensors[MLP.format(side)].shape[0])
-
-
-def _require_equal_shapes(expected: dict[str, Tensor], got: dict[str, Tensor], path: Path) -> None:
-    problems = [
-        *(f"{name} is missing" for name in expected if name not in got),
-        *(f"{name} is unexpected" for name in got if name not in expected),
-        *(
-            f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in got and got[name].shape != tensor.shape
-        ),
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise TokenizerError(f"{path} is not a complete ViT-VQGAN: {'; '.join(problems[:5])}{more}")
 
 
 def _interpolated(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
