@@ -1,18 +1,21 @@
-"""Evaluate a classifier on a token store or on images: top-1, top-5, per-class accuracy, confusion matrix.
+"""Evaluate a classifier on a token store or on images: top-1, top-5, balanced and per-class accuracy, confusions.
 
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-digits
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-published --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint base.pth --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet/val --tokenizer tokenizer.safetensors
+    accelerate launch recipes/evaluate.py --checkpoint RUN --store imagenet-tokens --classes names.txt
 
 --checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
 With --data and --tokenizer the images are tokenized, and the central window of the tokens is classified. A model
 that was fine-tuned on pixels takes --data alone. On any number of processes every image counts exactly once. The
-digits take seconds.
+digits take seconds. Classes are found by name: images of some of the model's classes, in any order, are evaluated
+among these alone, and --classes leaves out all images and predictions of other classes.
 The recipe writes config.json, result.json, per_class.csv, confusion.csv and confusion.png into --out. It trains
 nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +27,12 @@ from torch.utils.data import Dataset
 
 from seitpp import TokenStore, files, plots, tokenizers
 from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
+from seitpp.augment.maps import both_sides
 from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
-from seitpp.engine.evaluate import predict
+from seitpp.engine.confusion import Confusions
+from seitpp.engine.evaluate import ClassMap, Predictions, class_map, predict
 from seitpp.engine.inputs import check_codes, embedded
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -47,7 +52,10 @@ class Config(RunConfig):
     data: str | None = None  # Images to evaluate on, as for recipes/tokenize_images.py.
     tokenizer: str | None = None  # Tokenizer file for --data. None: the model must take pixels.
     split: str = "validation"  # Split of the store or of the images.
-    eval_window: int | None = None  # Side of the central window in tokens. None: as in the model's own run.
+    # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
+    eval_window: int | tuple[int, int] | None = None
+    # Text file with one class name a line: only these are evaluated. None: all classes of the images.
+    classes: str | None = None
     workers: int = 8  # Number of processes that read batches, per evaluating process.
 
 
@@ -69,25 +77,29 @@ def main(config: Config) -> None:
             f"{config.checkpoint} has no classification head: fine-tune it first, with recipes/finetune.py"
         )
     data = open_data(config, run, saved)
-    check_classes(saved, data, config.checkpoint)
+    classes = evaluated_classes(config, saved, data)
+    names = classes.names if classes else class_names(saved, data)
     run.start()
-    run.describe(f"{len(data.dataset):,} images", model=saved.model)
-
-    # 3. Predictions for every image, exactly once.
-    predictions = predict(
-        saved.model, data.dataset, inputs=data.inputs, accelerator=run.accelerator, workers=config.workers
+    run.describe(
+        f"{len(data.dataset):,} images; {len(names):,} of {saved.model.num_classes:,} classes of the model",
+        model=saved.model,
     )
 
-    # 4. Results: accuracies, a table of the classes, and the confusion matrix.
-    result = predictions.accuracies()
+    # 3. Predictions for every image, exactly once.
+    where = {"inputs": data.inputs, "accelerator": run.accelerator, "workers": config.workers}
+    predictions = predict(saved.model, data.dataset, **where, classes=classes)
+    check_labels(predictions, len(names), config.checkpoint)
+
+    # 4. Results: accuracies, a table of the classes, and their confusions.
+    result, images = predictions.accuracies(), len(predictions.labels)
     for name, value in result.items():
-        run.print(f"{name} {value:6.2f} % of {len(predictions.labels):,} images")
+        run.print(f"{name} {value:6.2f} % of {images:,} images")
     if run.is_main:
-        counts = predictions.confusion(saved.model.num_classes).cpu()
-        names = data.class_names or [str(label) for label in range(len(counts))]
-        write_tables(run.out, counts, names)
-        plots.confusion(counts, names, run.out / "confusion.png")
-    run.finish(result)
+        pairs = predictions.labels.numpy(), predictions.ranked[:, 0].numpy()
+        found = Confusions.count(*pairs, len(names))
+        write_tables(run.out, found, names)
+        plots.confusion(found, names, run.out / "confusion.png")
+    run.finish(result, {"images": images, "classes": len(names)})
 
 
 class Data(NamedTuple):
@@ -104,7 +116,7 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     if kind == "pixels":
         if not config.data or config.tokenizer:
             raise UserError(f"{config.checkpoint} takes pixels: name images with --data and leave --tokenizer out")
-        return pixels(config, run, input_size(saved.model)[0])
+        return pixels(config, run, input_size(saved.model))
     if (config.data is None) != (config.tokenizer is None) or (config.data and config.store):
         raise UserError(
             f"{config.checkpoint} takes tokens: expected --store, or --data and --tokenizer, got "
@@ -115,17 +127,17 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     source = config.tokenizer or config.store or "the embedded digits"
     check_codes(codebook.numpy(), source=source, saved=saved, checkpoint=config.checkpoint)
     size = input_size(saved.model)
-    window = (config.eval_window, config.eval_window) if config.eval_window else saved.window or size or grid
-    maps = {"codebook": codebook, "size": size and size[0]} if kind == "maps" else {}
+    window = both_sides(config.eval_window or saved.window or size or grid)
+    maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
     view = EvalView(window, **maps).to(run.device)
     return Data(dataset, lambda batch: view(ids(batch)), class_names)
 
 
-def pixels(config: Config, run: Run, size: int) -> Data:
+def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
     """Open the images of --data; each is cropped to its center (`CentralBoxes`)."""
     source = open_source(config.data, config.split)
     view = EvalPixelView().to(run.device)
-    dataset = ImageDataset(source, (size, size), CentralBoxes(size))
+    dataset = ImageDataset(source, size, CentralBoxes(size))
     return Data(dataset, lambda batch: view(batch.images), source.class_names)
 
 
@@ -152,40 +164,66 @@ def stored(config: Config, run: Run) -> tuple:
     return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names
 
 
-def check_classes(saved: Loaded, data: Data, checkpoint: str) -> None:
-    """Raise UserError if the images have other classes than the model, or the same in another order."""
-    classes, names = saved.model.num_classes, data.class_names
-    if names and len(names) != classes:
-        raise UserError(
-            f"the images have {len(names)} classes, expected the {classes} of {checkpoint}: name its data set"
-        )
-    if names and saved.class_names and names != saved.class_names:
-        pairs = zip(names, saved.class_names, strict=True)
-        label, name, expected = next((label, *pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise UserError(
-            f"class {label} of the images is {name!r}, expected {expected!r} as in {checkpoint}: name images with "
-            "the same classes in the same order"
-        )
+def evaluated_classes(config: Config, saved: Loaded, data: Data) -> ClassMap | None:
+    """Return the classes to evaluate, None if they are exactly those of the model.
 
-
-def write_tables(folder: Path, counts: Tensor, names: list[str]) -> None:
-    """Write per_class.csv, one line per class, and confusion.csv, one per occurring pair of label and prediction.
-
-    `counts` is the confusion matrix (classes, classes): rows are labels, columns are predictions.
+    Raises UserError if they cannot be found among the classes of the model.
     """
-    classes = []
-    for label, row in enumerate(counts):
-        wrong = row.clone()
-        wrong[label] = 0
-        images, correct = int(row.sum()), int(row[label])
-        percent = f"{100 * correct / images:.2f}" if images else ""
-        classes.append([names[label], images, percent, names[int(wrong.argmax())] if wrong.any() else ""])
-    files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
-    pairs = [
-        [names[label], names[predicted], int(counts[label, predicted])]
-        for label, predicted in counts.nonzero().tolist()
+    known, names, number = saved.class_names, data.class_names, saved.model.num_classes
+    if known is None:
+        if config.classes or (names and len(names) != number):
+            what = f"--classes {config.classes}" if config.classes else f"images of {len(names):,} classes"
+            raise UserError(
+                f"{config.checkpoint} has {number:,} classes without names, got {what}: name images of exactly its "
+                "classes, or a run on a store with class names"
+            )
+        return None
+    chosen = read_class_names(config.classes) if config.classes else None
+    if chosen is None and names in (None, known):
+        return None
+    return class_map(known, names or known, chosen, model=config.checkpoint)
+
+
+def read_class_names(path: str) -> list[str]:
+    """Read a text file with one class name a line. Raises UserError if there is none, or a name twice."""
+    if not Path(path).is_file():
+        raise UserError(f"--classes {path}: no such file, expected one class name a line")
+    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice or not names:
+        got = f"{twice[0]!r} twice" if twice else "no name"
+        raise UserError(f"--classes {path}: got {got}, expected one class name a line, each once")
+    return names
+
+
+def class_names(saved: Loaded, data: Data) -> list[str]:
+    """Return the names of the model's classes, its numbers if nobody knows them."""
+    return data.class_names or saved.class_names or [str(label) for label in range(saved.model.num_classes)]
+
+
+def check_labels(predictions: Predictions, classes: int, checkpoint: str) -> None:
+    """Raise UserError if an image has a class that the model does not have."""
+    largest = int(predictions.labels.max())
+    if largest >= classes:
+        raise UserError(
+            f"an image has class {largest}, expected 0 to {classes - 1}, the classes of {checkpoint}: name images "
+            "of its classes"
+        )
+
+
+def write_tables(folder: Path, found: Confusions, names: list[str]) -> None:
+    """Write per_class.csv, one line per class, and confusion.csv, one per occurring pair of label and prediction."""
+    columns = zip(
+        names, found.images_of.tolist(), found.correct_of.tolist(), found.taken_for.tolist(), strict=True
+    )
+    classes = [
+        [name, images, f"{100 * correct / images:.2f}" if images else "", names[taken] if taken >= 0 else ""]
+        for name, images, correct, taken in columns
     ]
-    files.replace_csv(folder / "confusion.csv", ["label", "predicted", "images"], pairs)
+    files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
+    pairs = zip(found.labels.tolist(), found.predictions.tolist(), found.images.tolist(), strict=True)
+    rows = [[names[label], names[predicted], images] for label, predicted, images in pairs]
+    files.replace_csv(folder / "confusion.csv", ["label", "predicted", "images"], rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp.augment import SoftLabels
+from seitpp.augment.maps import Sides, both_sides
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, fraction_of
 from seitpp.data.digits import digits
@@ -126,18 +127,19 @@ def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, A
     }
 
 
-def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:
-    """Return the size of the window that the model sees: `side` x `side` tokens, or the whole grid if None.
+def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, int]:
+    """Return the size of the window that the model sees: a square, (height, width), or the whole grid if None.
 
     Raises UserError, which names `flag`, if the grid is smaller.
     """
-    if side is None:
+    if size is None:
         return store.grid
-    if side > min(store.grid):
-        raise UserError(
-            f"{flag} {side} from the grid {store.grid} of {store.path}: expected at most its shorter side"
-        )
-    return side, side
+    window = both_sides(size)
+    if window[0] > store.grid[0] or window[1] > store.grid[1]:
+        got = size if isinstance(size, int) else f"{size[0]} {size[1]}"
+        limit = "its shorter side" if isinstance(size, int) else "its height and width"
+        raise UserError(f"{flag} {got} from the grid {store.grid} of {store.path}: expected at most {limit}")
+    return window
 
 
 def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:

@@ -11,6 +11,8 @@ from seitpp.models.weights.pretrained import input_kind, input_size
 METRICS = {
     "top1": "top-1, %",
     "top5": "top-5, %",
+    "balanced_accuracy": "mean accuracy of the classes, %",
+    "mAP": "mean average precision, %",
     "linear_probe_top1": "linear probe of the frozen encoder, top-1, %",
     "linear_probe_top1_untrained": "the same before training, top-1, %",
     "knn_top1": "k-NN by the features of the frozen encoder, top-1, %",
@@ -80,7 +82,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {output} = model(transform(Image.open("PICTURE").convert("RGB"))[None])
 """
     codebook = ", torch.from_numpy(store.codebook)" if kind == "maps" else ""
-    resized = f", {size[0]}" if kind == "maps" and size else ""
+    resized = f", {size}" if kind == "maps" and size else ""
     return f"""import timm
 import torch
 import seitpp.models  # registers {name} with timm

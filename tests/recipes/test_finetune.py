@@ -323,11 +323,6 @@ def test_what_cannot_be_fine_tuned_is_refused(
         tmp_path / "adapt.pth",
     )
     oblong = random_store(tmp_path / "oblong", codebook, (12, 8))
-    save_pretrained(
-        tmp_path / "oblong.mtm",
-        tiny_mtm(grid=(12, 8)),
-        codebook_fingerprint(codebook),
-    )
     for arguments, *words in (
         ([], "--checkpoint"),
         (["--checkpoint", tmp_path / "none"], "no model file", tmp_path / "none"),
@@ -340,7 +335,9 @@ def test_what_cannot_be_fine_tuned_is_refused(
         ([*mtm, "--size", 9], "--size 9", "(8, 8)"),
         (["--checkpoint", tmp_path / "pixels"], "takes pixels", "--data"),
         (["--checkpoint", tmp_path / "adapt.pth"], "adapt.pth", "TokenAdapt"),
-        (["--checkpoint", tmp_path / "oblong.mtm", "--store", oblong], "(12, 8)", "--size"),
+        ([*seit, "--store", oblong, "--size", 12], "--size 12", "(12, 8)", "shorter side"),
+        ([*seit, "--store", oblong, "--size", 8, 12], "--size 8 12", "(12, 8)", "height and width"),
+        ([*seit, "--data", pictures, "--class-balance", "weights"], "--class-balance weights"),
         ([*seit, "--data", pictures, "--store", other_store], "--store"),
         ([*seit, "--data", pictures, "--color", "paper"], "--color"),
         ([*seit, "--data", pictures, "--tokenadapt", tmp_path], "--tokenadapt"),
