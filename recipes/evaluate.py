@@ -11,13 +11,15 @@ With --data and --tokenizer the images are tokenized, and the central window of 
 that was fine-tuned on pixels takes --data alone. On any number of processes every image counts exactly once. The
 digits take seconds. Classes are found by name: images of some of the model's classes, in any order, are evaluated
 among these alone, and --classes leaves out all images and predictions of other classes.
-The recipe writes config.json, result.json, per_class.csv, confusion.csv and confusion.png into --out. It trains
-nothing.
+Images with several classes are judged by mAP, the mean average precision of the classes that occur.
+The recipe writes config.json, result.json, per_class.csv, and except for mAP confusion.csv and confusion.png into
+--out. It trains nothing.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,7 @@ from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.confusion import Confusions
-from seitpp.engine.evaluate import ClassMap, Predictions, class_map, predict
+from seitpp.engine.evaluate import ClassMap, Predictions, class_map, class_precisions, mean_of_known, predict
 from seitpp.engine.inputs import check_codes, embedded
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -85,16 +87,24 @@ def main(config: Config) -> None:
         model=saved.model,
     )
 
-    # 3. Predictions for every image, exactly once.
-    where = {"inputs": data.inputs, "accelerator": run.accelerator, "workers": config.workers}
-    predictions = predict(saved.model, data.dataset, **where, classes=classes)
-    check_labels(predictions, len(names), config.checkpoint)
+    # 3. Every image exactly once: scores, and tables of the classes.
+    where = {"inputs": data.inputs, "accelerator": run.accelerator, "workers": config.workers, "classes": classes}
+    if data.multi_label:
+        precisions = class_precisions(saved.model, data.dataset, **where)
+        result, images = {"mAP": mean_of_known(precisions)}, len(data.dataset)
+    else:
+        predictions = predict(saved.model, data.dataset, **where)
+        check_labels(predictions, len(names), config.checkpoint)
+        result, images = predictions.accuracies(), len(predictions.labels)
 
-    # 4. Results: accuracies, a table of the classes, and their confusions.
-    result, images = predictions.accuracies(), len(predictions.labels)
+    # 4. Results.
     for name, value in result.items():
         run.print(f"{name} {value:6.2f} % of {images:,} images")
-    if run.is_main:
+    if run.is_main and data.multi_label:
+        percent = ["" if isnan(value) else f"{100 * value:.2f}" for value in precisions.tolist()]
+        rows = zip(names, percent, strict=True)
+        files.replace_csv(run.out / "per_class.csv", ["class", "average_precision"], rows)
+    elif run.is_main:
         pairs = predictions.labels.numpy(), predictions.ranked[:, 0].numpy()
         found = Confusions.count(*pairs, len(names))
         write_tables(run.out, found, names)
@@ -103,11 +113,12 @@ def main(config: Config) -> None:
 
 
 class Data(NamedTuple):
-    """A dataset, the function that turns its batch into the input of the model, and the class names if known."""
+    """A dataset, the function that turns its batch into the input of the model, and its classes."""
 
     dataset: Dataset
     inputs: Callable[[Any], Tensor]
     class_names: list[str] | None
+    multi_label: bool = False  # whether images have several classes
 
 
 def open_data(config: Config, run: Run, saved: Loaded) -> Data:
@@ -123,14 +134,14 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
             f"--store {config.store} --data {config.data} --tokenizer {config.tokenizer}"
         )
     tokens = tokenized if config.data else stored
-    dataset, ids, codebook, grid, class_names = tokens(config, run)
+    dataset, ids, codebook, grid, class_names, *multi_label = tokens(config, run)
     source = config.tokenizer or config.store or "the embedded digits"
     check_codes(codebook.numpy(), source=source, saved=saved, checkpoint=config.checkpoint)
     size = input_size(saved.model)
     window = both_sides(config.eval_window or saved.window or size or grid)
     maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
     view = EvalView(window, **maps).to(run.device)
-    return Data(dataset, lambda batch: view(ids(batch)), class_names)
+    return Data(dataset, lambda batch: view(ids(batch)), class_names, *multi_label)
 
 
 def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
@@ -155,13 +166,15 @@ def tokenized(config: Config, run: Run) -> tuple:
 
 
 def stored(config: Config, run: Run) -> tuple:
-    """Open --store, or the embedded digits: (dataset, batch -> ids, codebook, grid, class names)."""
+    """Open --store, or the embedded digits: (dataset, batch -> ids, codebook, grid, class names, multi-label)."""
     path = config.store
     if path is None:
         path = embedded(run, digits).store
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
+    store.require_classes("evaluate")
     codebook = torch.from_numpy(store.codebook)
-    return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names
+    dataset = TokenDataset(store)
+    return dataset, lambda batch: batch.ids, codebook, store.grid, store.class_names, store.multi_label
 
 
 def evaluated_classes(config: Config, saved: Loaded, data: Data) -> ClassMap | None:
@@ -174,8 +187,8 @@ def evaluated_classes(config: Config, saved: Loaded, data: Data) -> ClassMap | N
         if config.classes or (names and len(names) != number):
             what = f"--classes {config.classes}" if config.classes else f"images of {len(names):,} classes"
             raise UserError(
-                f"{config.checkpoint} has {number:,} classes without names, got {what}: name images of exactly its "
-                "classes, or a run on a store with class names"
+                f"{config.checkpoint} has {number:,} classes without names, got {what}: name images of exactly "
+                "its classes, or a run on a store with class names"
             )
         return None
     chosen = read_class_names(config.classes) if config.classes else None
@@ -212,13 +225,11 @@ def check_labels(predictions: Predictions, classes: int, checkpoint: str) -> Non
 
 
 def write_tables(folder: Path, found: Confusions, names: list[str]) -> None:
-    """Write per_class.csv, one line per class, and confusion.csv, one per occurring pair of label and prediction."""
-    columns = zip(
-        names, found.images_of.tolist(), found.correct_of.tolist(), found.taken_for.tolist(), strict=True
-    )
+    """Write per_class.csv, one line per class, and confusion.csv, one per pair of label and prediction."""
+    columns = (column.tolist() for column in (found.images_of, found.correct_of, found.taken_for))
     classes = [
         [name, images, f"{100 * correct / images:.2f}" if images else "", names[taken] if taken >= 0 else ""]
-        for name, images, correct, taken in columns
+        for name, images, correct, taken in zip(names, *columns, strict=True)
     ]
     files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
     pairs = zip(found.labels.tolist(), found.predictions.tolist(), found.images.tolist(), strict=True)

@@ -72,6 +72,7 @@ from seitpp.models import (
 )
 from seitpp.objectives import soft_label_loss, top1_accuracy
 from seitpp.recipe import run_recipe
+from seitpp.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def main(config: Config) -> None:
     # 2. Data, augmentation and model, for tokens or for pixels.
     task = (pixel_task if config.data else token_task)(config, run, source)
     train, validation, model = task.train.images, task.validation, task.model.to(run.device)
-    order = task.train.order
+    order, multi_label = task.train.order, task.store is not None and task.store.multi_label
     view, center_view = task.view.to(run.device), task.center_view.to(run.device)
     get_inputs = attrgetter(task.field)
     if config.optimizer == "lamb":  # scales an update by the norm of the weight: with std 2e-5 the head would stay
@@ -208,7 +209,9 @@ def main(config: Config) -> None:
         clip=config.clip,
         flops_per_image=count_flops(model, task.zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
-            classifier_trial(task.zeros, config.tokenadapt_fraction), tuple(filter(None, [task.adapt])), 4
+            classifier_trial(task.zeros, config.tokenadapt_fraction, task.store),
+            tuple(filter(None, [task.adapt])),
+            multiple=4,
         ),
     )
     run.describe(f"{len(train):,} images, {model.num_classes} classes", view, training, model=model)
@@ -221,7 +224,7 @@ def main(config: Config) -> None:
             return center_view(get_inputs(batch))
 
         whole, where = training.unsharded(model), {"accelerator": run.accelerator, "workers": config.workers}
-        return score_classifier(whole, eval_images, inputs=inputs, **where)
+        return score_classifier(whole, eval_images, inputs=inputs, **where, multi_label=multi_label)
 
     for step, batch in training.steps(train, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
@@ -236,9 +239,9 @@ def main(config: Config) -> None:
     run.print("\n".join(f"{name} {value:6.2f} % of {len(eval_images):,} images" for name, value in result.items()))
     if run.is_main:
         unfreeze(model)
-        save_classifier(run.out / "model.safetensors", model, **task.header)
+        save_classifier(run.out / "model.safetensors", model, **task.header, multi_label=multi_label)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
-        shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top5"]}
+        shown = {"names": ["loss", "accuracy", "lr"], "scores": list(result)}
         plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, task.facts)
 
@@ -256,6 +259,7 @@ class Task(NamedTuple):
     header: dict[str, Any]  # codebook fingerprint, class names and evaluation window, for save_classifier
     zeros: Tensor  # one model input, filled with zeros
     facts: dict[str, Any]  # about the data, for result.json
+    store: TokenStore | None = None  # the training split, of tokens
     adapt: TokenAdapt | None = None
 
 
@@ -265,6 +269,8 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     Raises UserError if the model does not take these tokens or a setting does not apply to it.
     """
     train, validation = open_stores(run, config.store)
+    for store in (train, validation):
+        store.require_classes("finetune")
     network = getattr(source.model, "encoder", source.model)
     kind = input_kind(network)
     if kind == "pixels":
@@ -319,6 +325,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         {"codebook": codebook_fingerprint(train.codebook), "class_names": train.class_names, "window": window},
         torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
         store_facts(train, validation, config),
+        train,
         adapt,
     )
 

@@ -154,6 +154,8 @@ def main(config: Config) -> None:
 
     # 2. Data: all sizes but the evaluation window and the model's input are read from the store.
     train, validation = open_stores(run, config.store)
+    for store in (train, validation):
+        store.require_classes("seit_train")
     images, order, class_weights = balanced(
         train_subset(config, TokenDataset(train)),
         train,
@@ -188,7 +190,7 @@ def main(config: Config) -> None:
         data_fingerprint=train.fingerprint,
         flops_per_image=count_flops(model, zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
-            classifier_trial(zeros, config.tokenadapt_fraction), tuple(filter(None, [adapt])), multiple=4
+            classifier_trial(zeros, config.tokenadapt_fraction, train), tuple(filter(None, [adapt])), multiple=4
         ),
     )
     run.describe(describe_store(train, config), view, training, model=model)
@@ -201,7 +203,7 @@ def main(config: Config) -> None:
         for suffix, weights in (("", model), ("_ema", ema.module)):
             whole, inputs = training.unsharded(weights), lambda batch: center_view(batch.ids)
             where = {"accelerator": run.accelerator, "workers": config.workers}
-            own = score_classifier(whole, eval_images, inputs=inputs, **where)
+            own = score_classifier(whole, eval_images, inputs=inputs, **where, multi_label=train.multi_label)
             scores |= {f"{name}{suffix}": value for name, value in own.items()}
         return scores
 
@@ -220,11 +222,12 @@ def main(config: Config) -> None:
         run.print(f"{name:12} {value:6.2f} % of {len(eval_images):,} images")
     if run.is_main:
         codebook = codebook_fingerprint(train.codebook)
-        header = {"class_names": train.class_names, "window": window}
+        header = {"class_names": train.class_names, "window": window, "multi_label": train.multi_label}
         save_classifier(run.out / "model.safetensors", model, codebook, **header)
         save_classifier(run.out / "model_ema.safetensors", average, codebook, **header)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
-        shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top1_ema"]}
+        score = "mAP" if train.multi_label else "top1"
+        shown = {"names": ["loss", "accuracy", "lr"], "scores": [score, f"{score}_ema"]}
         plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, store_facts(train, validation, config))
 

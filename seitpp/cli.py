@@ -17,6 +17,7 @@ from seitpp.codec import CODECS
 from seitpp.errors import UserError, fail, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, hub, layout, release
+from seitpp.store.labels import Label
 from seitpp.store.recode import recode as recode_store
 
 if TYPE_CHECKING:
@@ -75,10 +76,8 @@ def show(store: Path, *, tokenizer: Path | None, out: Path, count: int, split: s
     decode = _decoder(source, tokenizer)
     positions = _spread(len(source), count)
     images = [decode(source[position][0]) for position in positions]
-    names = source.class_names or {}
-    labels = source.labels[positions].tolist()
+    titles = [_title(source, source[position][1]) for position in positions]
     out.parent.mkdir(parents=True, exist_ok=True)
-    titles = [str(names[label] if names else label) for label in labels]
     replace_file(out, partial(_draw, images, titles))
     print(f"{out}: {len(images)} of {len(source):,} images of split {source.split!r}")
     if tokenizer is None:
@@ -160,6 +159,13 @@ def _open(store: Path, split: str | None) -> TokenStore:
     return TokenStore(store, split or next(iter(layout.read_document(store)["splits"])))
 
 
+def _title(store: TokenStore, label: Label) -> str:
+    if label is None:
+        return "no label"
+    classes = label if isinstance(label, tuple) else (label,)
+    return ", ".join(store.class_names[one] if store.class_names else str(one) for one in classes) or "no class"
+
+
 def _spread(total: int, count: int) -> list[int]:
     """Return at most `count` of `total` positions, evenly spread from the first to the last."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
@@ -224,7 +230,12 @@ def _print_store(store: TokenStore, document: dict) -> None:
     print(f"tokenizer    {' '.join([*([spec['kind']] if 'kind' in spec else []), fingerprint[:16]])}")
     names = store.class_names or []
     shown = ", ".join(names[:SHOWN_CLASSES]) + (", .." if len(names) > SHOWN_CLASSES else "")
-    print(f"classes      {store.num_classes}{': ' + shown if names else ''}\n")
+    several = ", several an image" if store.multi_label else ""
+    print(f"classes      {store.num_classes}{several}{': ' + shown if names else ''}")
+    for split, entry in document["splits"].items():
+        if "num_labeled" in entry:
+            print(f"no label     {entry['rows'] - entry['num_labeled']:,} of {entry['rows']:,} images of {split}")
+    print()
 
 
 def _print_splits(splits: Iterable[TokenStore], figures: Iterable[Figures]) -> None:

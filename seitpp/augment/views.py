@@ -35,9 +35,10 @@ class SeitPPView(nn.Module):
 
     A fraction `tokenadapt_fraction` of the images, evenly spread over the batch, is augmented by `adapt`, a
     trained TokenAdapt for this grid and size; the others get a random resized crop. `size` is the side of the crop
-    in tokens, or its height and width, None to keep the whole grid; `scale` is the range of the crop's area as a fraction of the grid.
-    `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in `nearest`. Raises
-    ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the sizes do not fit.
+    in tokens, or its height and width, None to keep the whole grid; `scale` is the range of the crop's area as a
+    fraction of the grid. `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in
+    `nearest`. Raises ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the
+    sizes do not fit.
     """
 
     def __init__(
@@ -255,11 +256,11 @@ def _random_resized_crop(maps: Tensor, keys: Keys, size: Sides, *, scale: tuple[
 class SeitView(nn.Module):
     """The view for supervised training (SeiT): ids -> Token-EDA -> vectors -> crop -> color augmentation -> mix.
 
-    `size` is the side of the maps in tokens, or their height and width. `crop`: "resized" (random resized crop, its area in the range `scale`
-    of fractions of the grid), "window" (a random window, not resized) or None (the whole grid). `eda` and `color`
-    are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those of Mix. With `adapt`, a
-    trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction` of the images is
-    augmented by it instead of the crop. Raises ViewError as SeitPPView.
+    `size` is the side of the maps in tokens, or their height and width. `crop`: "resized" (random resized crop,
+    its area in the range `scale` of fractions of the grid), "window" (a random window, not resized) or None (the
+    whole grid). `eda` and `color` are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those
+    of Mix. With `adapt`, a trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction`
+    of the images is augmented by it instead of the crop. Raises ViewError as SeitPPView.
     """
 
     def __init__(

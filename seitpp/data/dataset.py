@@ -21,7 +21,11 @@ TURN = 1 << 40  # larger than any index of an image
 
 
 class Batch(NamedTuple):
-    """A batch of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64."""
+    """A batch of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64.
+
+    A label is -1 where it is not known. Of a store whose images have several classes, `labels` are (B, classes)
+    uint8: 1 for each class of the image, 0 for the others, and 255 for all where they are not known.
+    """
 
     indices: Tensor
     ids: Tensor
@@ -55,7 +59,8 @@ class TokenDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         chosen = np.asarray(indices, dtype=np.int64)
-        return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), self.store.labels[chosen])))
+        labels = self.store.multi_hot(chosen) if self.store.multi_label else self.store.labels[chosen]
+        return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), labels)))
 
 
 class Chosen(Dataset):
@@ -84,10 +89,11 @@ def indices_within(dataset: Dataset) -> np.ndarray:
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Choose `per_class` images of each class at random; return their increasing indices (n,) int64.
 
-    `labels` (N,) int64 are those of all images. Raises UserError if a class has fewer images.
+    `labels` (N,) int64 are those of all images, -1 where one has none: it is not chosen. Raises UserError if a
+    class has fewer images.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
-    chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
+    chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels[labels >= 0])]
     if min(map(len, chosen)) < per_class:
         raise UserError(
             f"{per_class} labels per class: one class has {min(map(len, chosen))} images; use fewer labels"
@@ -148,9 +154,9 @@ class BatchOrder:
 class BalancedOrder(BatchOrder):
     """An order in which every class is equally often in an epoch, which has as many images as without it.
 
-    `labels` (N,) int64 are the classes of all images. With C classes that occur, an epoch has N / C images of each,
-    one more of randomly chosen ones. It shows the images of a rare class several times, each equally often up to
-    one, and a part of those of a frequent class, another part in each epoch. The order depends on (seed, epoch).
+    `labels` (N,) int64 are the classes of all images. With C classes that occur, an epoch has N / C images of
+    each, one more of randomly chosen ones. It shows the images of a rare class several times, each equally often
+    up to one, and a part of those of a frequent class, another part in each epoch. It depends on (seed, epoch).
 
     It consists of draws: the index of an image plus TURN times the number of its earlier draws in the epoch.
     `DrawnImages` reads them. Raises UserError as BatchOrder does.

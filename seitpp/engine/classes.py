@@ -41,8 +41,8 @@ def balanced(
     if balance == "sampling":
         if store.multi_label:
             raise UserError(
-                f"--class-balance sampling draws one class at a time, but images of {store.path} have several: pass "
-                "--class-balance weights"
+                f"--class-balance sampling draws one class at a time, but images of {store.path} have several: "
+                "pass --class-balance weights"
             )
         order = BalancedOrder(store.labels[indices_within(images)], batch_size, seed)
         return OrderedImages(DrawnImages(images), order, None)

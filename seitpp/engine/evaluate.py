@@ -34,8 +34,8 @@ class ClassMap(NamedTuple):
     """The classes of an evaluation: n outputs of a model, and what the labels of the data are among them.
 
     `outputs` (n,) int64 are numbers of the model's classes; the others cannot be predicted. `labels` (m,) int64
-    has the number in 0 .. n - 1 of each of the data's m classes, -1 for a class that is left out. `names` are the n
-    class names.
+    has the number in 0 .. n - 1 of each of the data's m classes, -1 for a class that is left out. `names` are the
+    n class names.
     """
 
     outputs: Tensor
@@ -82,10 +82,10 @@ def score_classifier(
     workers: int = 0,
     multi_label: bool = False,
 ) -> dict[str, float]:
-    """Return the accuracies of `predict`, or with `multi_label` the mean average precision in percent, as "mAP"."""
+    """Return the accuracies of `predict`, or with `multi_label` the mean average precision in percent, "mAP"."""
     where = {"inputs": inputs, "accelerator": accelerator, "workers": workers}
     if multi_label:
-        return {"mAP": mean_of_known(predict_scores(model, dataset, **where))}
+        return {"mAP": mean_of_known(class_precisions(model, dataset, **where))}
     return predict(model, dataset, **where).accuracies()
 
 
@@ -125,7 +125,7 @@ def predict(
 
 
 @torch.no_grad()
-def predict_scores(
+def class_precisions(
     model: nn.Module,
     dataset: Dataset,
     *,
@@ -193,8 +193,8 @@ def class_map(
     if unknown := [name for name in names if name not in numbers]:
         more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
         raise UserError(
-            f"class {unknown[0]!r}{more} is not among the {len(numbers):,} classes of {model}: name images, or with "
-            "--classes, classes that it knows"
+            f"class {unknown[0]!r}{more} is not among the {len(numbers):,} classes of {model}: name images, or "
+            "with --classes, classes that it knows"
         )
     places = {name: place for place, name in enumerate(names)}
     labels = [places.get(name, -1) for name in data_names]

@@ -180,17 +180,19 @@ def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
         adapt.invert(torch.zeros(images, adapt.settings["code_dim"], 2 * height, 2 * width, device=device))
 
 
-def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
+def classifier_trial(zeros: Tensor, adapted: float = 0.0, store: TokenStore | None = None) -> Trial:
     """Return a training step of a classifier on zeros, from which its memory is computed.
 
     `zeros` has the shape and dtype of one input; the fraction `adapted` of the images passes through TokenAdapt
-    before the model.
+    before the model. Labels have the shape and dtype of those of `store`, if there is one.
     """
+    several = store is not None and store.multi_label
 
     def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
         if adapt:
             adapt_zeros(adapt, round(adapted * images), device)
-        labels = torch.zeros(images, dtype=torch.long, device=device)
+        shape, dtype = ((images, store.num_classes), torch.uint8) if several else ((images,), torch.long)
+        labels = torch.zeros(shape, dtype=dtype, device=device)
         targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
         inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)
         return soft_label_loss(model(inputs), targets, 0.1)

@@ -20,6 +20,7 @@ from seitpp.codec import Codec
 from seitpp.files import empty_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
+from seitpp.store.labels import read_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import column_array, read_shard, write_shard
 from seitpp.store.spec import SplitSpec, fingerprint
@@ -35,7 +36,8 @@ class Survey(NamedTuple):
 
     rows: int
     counts: Int64[np.ndarray, " codes"]
-    largest_label: int  # -1 without images
+    largest_label: int  # -1 without labels
+    num_labeled: int
 
 
 class Encoding(NamedTuple):
@@ -47,17 +49,25 @@ class Encoding(NamedTuple):
     new_ids: Int32[np.ndarray, " codes"] | None
 
 
-def build(spec: SplitSpec, folder: Path, staged: list[Path], *, processes: int = 1) -> dict[str, Any] | None:
+def build(
+    spec: SplitSpec,
+    folder: Path,
+    staged: list[Path],
+    *,
+    processes: int = 1,
+    inventory: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
     """Encode the `staged` shards into folder/BUILT; return tokens.json of the existing store, None if it is new.
 
-    Shards without images are left out. The bytes depend neither on `processes` nor on who staged a shard. Raises
-    StoreError if there are no images, or if the split cannot be added to the store any more.
+    Shards without images are left out. The bytes depend neither on `processes` nor on who staged a shard.
+    `inventory` is that of SplitStaging.publish, checked. Raises StoreError if there are no images, or if the split
+    cannot be added to the store any more.
     """
     # Read again: another split may have been published in the meantime.
     store = spec.existing()
     empty_folder(folder / BUILT)
     with _parallel(processes) as parallel_map:
-        _build(spec, folder / BUILT, staged, store, parallel_map)
+        _build(spec, folder / BUILT, staged, store=store, inventory=inventory, parallel_map=parallel_map)
     return store
 
 
@@ -87,7 +97,9 @@ def _build(
     spec: SplitSpec,
     built: Path,
     staged: list[Path],
+    *,
     store: dict[str, Any] | None,
+    inventory: dict[str, Any] | None,
     parallel_map: Callable[..., Any],
 ) -> None:
     """Write the new files and tokens.json of the whole store, synced, into the folder `built`."""
@@ -101,7 +113,14 @@ def _build(
     (built / spec.split).mkdir()
     payload_bytes = _encode_all(spec, built, filled, document["codec"], table, parallel_map)
     classes = spec.class_names or range(1 + max(survey.largest_label for survey in surveys))
-    split = {"rows": rows, "payload_bytes": payload_bytes, "num_classes": len(classes)}
+    split = layout.split_entry(
+        rows,
+        payload_bytes,
+        len(classes),
+        num_labeled=sum(survey.num_labeled for survey in surveys),
+        multi_label=spec.multi_label,
+        inventory=inventory,
+    )
     document = {**document, "splits": {**document["splits"], spec.split: split}}
     if store is None:
         write_file(built / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
@@ -113,7 +132,8 @@ def _build(
 
 
 def _describe(built: Path, document: dict[str, Any]) -> None:
-    """Write the derived files, and tokens.json with the checksums of all new files."""
+    """Write the derived files, and tokens.json with its version and the checksums of all new files."""
+    document = {**document, "version": layout.version_of(document["splits"])}
     splits = json.dumps({"splits": list(document["splits"])})
     write_file(built / layout.DATASET_DICT, splits.encode())
     write_file(built / layout.CARD, card(document).encode())
@@ -126,7 +146,7 @@ def _describe(built: Path, document: dict[str, Any]) -> None:
 def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
     return {
         "format": layout.FORMAT,
-        "version": layout.VERSION,
+        "version": layout.VERSIONS[0],
         "grid": spec.grid,
         "num_codes": len(spec.codebook),
         "code_dim": spec.codebook.shape[1],
@@ -142,8 +162,9 @@ def survey(staged: Path, num_codes: int, new_ids: Int32[np.ndarray, " codes"] | 
     """Count the rows and codes of a staged shard and find its largest label; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
     ids = _ids(b"".join(ids.as_buffer() for ids in batch.column("tokens")), new_ids)
-    labels = batch.column("label").to_numpy()
-    return Survey(len(batch), np.bincount(ids, minlength=num_codes), int(labels.max(initial=-1)))
+    labels = read_labels(batch)
+    counts = np.bincount(ids, minlength=num_codes)
+    return Survey(len(batch), counts, labels.largest(), int(labels.known.sum()))
 
 
 def _ids(staged: pa.Buffer | bytes, new_ids: np.ndarray | None) -> np.ndarray:

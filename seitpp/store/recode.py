@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import datasets
+import numpy as np
 from tqdm import tqdm
 
 from seitpp.files import new_folder
@@ -20,8 +21,8 @@ BATCH = 1024
 def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: str) -> None:
     """Write all splits of `store` into the new store `out` with the codec named `codec`.
 
-    Ids, labels, class names, tokenizer and additional columns stay exactly the same. Raises StoreError for a
-    damaged store and for columns that would be lost, UserError if `out` exists.
+    Ids, labels, class names, tokenizer, inventories and additional columns stay exactly the same. Raises
+    StoreError for a damaged store and for columns that would be lost, UserError if `out` exists.
     """
     root = Path(store)
     splits = [TokenStore(root, split) for split in layout.read_document(root)["splits"]]
@@ -53,11 +54,13 @@ def _recode_split(source: TokenStore, out: Path, codec: str) -> None:
         class_names=source.class_names,
         tokenizer=source.tokenizer,
         columns=source.columns,
+        multi_label=source.multi_label,
+        inventory=source.inventory,
     )
     with writer, tqdm(total=len(source), desc=source.split, unit=" images", disable=None) as bar:
         for start in range(0, len(source), BATCH):
             part = range(start, min(start + BATCH, len(source)))
-            ids = source.ids(part) if source.grid else [source[position][0] for position in part]
+            ids, labels = zip(*(source[position] for position in part), strict=True)
             others = {name: column[part] for name, column in columns.items()}
-            writer.add_batch(ids, source.labels[part.start : part.stop], others)
+            writer.add_batch(np.stack(ids) if source.grid else ids, labels, others)
             bar.update(len(part))

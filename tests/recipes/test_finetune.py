@@ -276,7 +276,7 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
         adapt = TokenAdapt(width=64, heads=1, mlp=64)
         save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(codebook))
         where["tokenadapt"] = str(tmp_path / "adapt.safetensors")
-    config = replace(config, precision="no", out=str(tmp_path / "run"), **where)
+    config = replace(config, precision="no", batch_size=8, out=str(tmp_path / "run"), **where)
     stem = {"num_codes": 391} if preset in ("published", "digits", "smoke") else {}
     name = "mtm_vit_nano" if stem else "seit_vit_nano"
     source = Loaded(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
