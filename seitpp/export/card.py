@@ -64,7 +64,8 @@ def _what(saved: Loaded, averaged: bool) -> str:
         "maps": f"images as tokens: maps of {sides} code vectors of dimension {spec['in_chans']}",
         "ids": f"images as tokens: {sides} ids of a codebook with {spec.get('num_codes')} codes",
     }[input_kind(model)]
-    what = f"A classifier of {model.num_classes:,} classes" if model.num_classes else "The encoder of an MTM"
+    classes = f"{model.num_classes:,} {'independent ' if saved.multi_label else ''}classes"
+    what = f"A classifier of {classes}" if model.num_classes else "The encoder of an MTM"
     weights = "; the weights are the moving average of those of the run" if averaged else ""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"{what} with {parameters:.1f} M parameters{weights}. It takes {inputs}."

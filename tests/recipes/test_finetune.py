@@ -282,7 +282,7 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
     source = Loaded(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
     make = finetune.pixel_task if preset == "pixels" else finetune.token_task
     task = make(config, Run("finetune", config), source)
-    batch = task.train.__getitems__(MicroBatch(range(8), epoch=0))
+    batch = task.train.images.__getitems__(MicroBatch(range(8), epoch=0))
     for inputs in (
         task.view(getattr(batch, task.field), batch.labels, Keys(0, 0, batch.indices))[0],
         task.center_view(getattr(batch, task.field)),

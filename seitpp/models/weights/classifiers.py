@@ -52,9 +52,7 @@ class Loaded(NamedTuple):
     spec: ClassifierSpec | None = None  # None: not written by save_classifier
     # Height and width of the central window of tokens on which the model was evaluated; None: its input size.
     window: tuple[int, int] | None = None
-    multi_label: bool = (
-        False  # trained on images with several classes: its logits are those of independent classes
-    )
+    multi_label: bool = False  # trained on images with several classes: each logit is that of one class alone
 
 
 def classifier_spec(model: nn.Module) -> ClassifierSpec:
