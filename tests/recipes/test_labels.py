@@ -1,4 +1,4 @@
-"""Several classes an image, few images of a class, some of the classes, and grids that are no squares, in recipes."""
+"""Several classes an image, rare classes, some of the classes, and grids that are no squares, in recipes."""
 
 import csv
 import shutil
@@ -21,7 +21,7 @@ from seitpp.models import load_pretrained
 RANDOM = np.random.default_rng(0)
 CODEBOOK = RANDOM.standard_normal((40, 16)).astype("f4")
 # Two steps an epoch, of 32 of the 64 training images.
-LENGTH = ["--batch-size", 32, "--warmup-epochs", 1, "--checkpoint-epochs", 1, "--evaluation-epochs", 1]
+LENGTH = ["--batch-size", 32, "--warmup-epochs", 1, "--checkpoint-epochs", 1, "--evaluation-epochs", 2]
 
 
 def store_of(path: Path, labels: dict[str, list], grid: tuple[int, int], names: str = "abcde") -> Path:
@@ -96,17 +96,10 @@ def test_several_classes_from_training_to_export(several: Path, tmp_path: Path) 
     assert saved.multi_label and saved.window == (8, 16) and saved.class_names == list("abcde")
     assert "5 independent classes" in (tmp_path / "exported/README.md").read_text()
 
-
-def test_several_classes_after_pretraining(several: Path, tmp_path: Path) -> None:
-    """One class to several by fine-tuning, through a model on ids; mixing and its labels are those of any run."""
-    few = ["smoke", "--store", several, *LENGTH]
-    settings = ["--epochs", 2, "--cutmix", 1, "--smoothing", 0]
-    call(seit_train, *few, "--epochs", 1, "--out", tmp_path / "before")
-    call(finetune, *few, *settings, "--checkpoint", tmp_path / "before", "--out", tmp_path / "run")
-    call(evaluate, "smoke", "--checkpoint", tmp_path / "run", "--store", several, "--out", tmp_path / "judged")
-    assert result_of(tmp_path / "judged")["mAP"] == result_of(tmp_path / "run")["mAP"]
-    assert load_pretrained(tmp_path / "run").multi_label
-    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["loss"] == pytest.approx(np.log(2), abs=1e-3), "a new head"
+    tuned = ["smoke", "--store", several, *LENGTH, "--epochs", 1, "--warmup-epochs", 0, "--smoothing", 0]
+    call(finetune, *tuned, "--checkpoint", tmp_path / "exported", "--out", tmp_path / "tuned")
+    assert lines_of(tmp_path / "tuned/metrics.jsonl")[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    assert result_of(tmp_path / "tuned")["mAP"] > 0 and load_pretrained(tmp_path / "tuned").multi_label
 
 
 def test_oblong_maps_from_training_to_export(oblong: Path, classifier: Path, tmp_path: Path) -> None:
@@ -192,7 +185,6 @@ def test_labels_that_do_not_fit_are_refused(
         (evaluate, [*judge, oblong, "--eval-window", 8, 17], "8 x 17", "8 x 16"),
     ):
         refused(capfd, monkeypatch, module, [*out, *arguments], *words)
-    assert not (tmp_path / "run").exists()
 
 
 def store_of_missing(path: Path, labels: dict[str, list]) -> Path:
