@@ -14,6 +14,8 @@ from torch import Tensor
 
 from seitpp import files, tokenizers
 from seitpp.augment import EvalView, Keys
+from seitpp.engine.confusion import Confusions
+from seitpp.fonts import drawn_names
 from seitpp.models import MTM, MaskPlan
 from seitpp.models.masking import fill_hidden, hidden_tokens
 from seitpp.objectives import mask_plan
@@ -31,7 +33,6 @@ GOLDEN_SECTION, FIRST_HUE = 0.618034, 0.58
 VERDICTS = ((0.88, 0.88, 0.88), (0.8, 0.1, 0.1), (0.0, 0.0, 0.0))  # colors of a correct, wrong, ignored pixel
 SEGMENTED_SIDE = 2.0  # inches of a segmented image
 LOG_SPAN = 30  # ratio of the largest to the smallest value above which an axis is logarithmic
-NAMED_CLASSES = 50  # more class names would be unreadable
 RATIO_BINS = 20  # bins of mask ratios from 0 to 1
 PROBES = {"linear_probe_top1": "linear probe", "knn_top1": "k-NN"}
 HELD_OUT = {"masked_loss_train": "training images", "masked_loss_validation": "held-out images"}
@@ -257,17 +258,23 @@ def training_curves(
     curves(evaluations, scores, out / "validation.png")
 
 
-def confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Draw the confusion matrix `counts` (labels, predictions), with each row divided by its sum."""
-    classes = len(class_names)
-    fractions = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    side = min(12.0, 3.5 + 0.22 * classes)
+def confusion(found: Confusions, class_names: Sequence[str], path: Path) -> None:
+    """Draw how often each class is taken for each, as fractions of the label's images.
+
+    Of more than 50 classes, those with most wrong images are drawn. A name that no installed font can draw is
+    replaced by the number of its class.
+    """
+    shown = found.most_confused()
+    texts, families = drawn_names([class_names[number] for number in shown], shown.tolist())
+    side = 3.5 + 0.22 * len(shown)
     figure, axis = plt.subplots(figsize=(side + 1, side))
-    image = axis.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    image = axis.imshow(found.fractions(shown), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axis.set(xlabel="predicted", ylabel="label")
-    if classes <= NAMED_CLASSES:
-        axis.set_xticks(range(classes), class_names, rotation=90)
-        axis.set_yticks(range(classes), class_names)
+    if len(shown) < found.num_classes:
+        axis.set_title(f"the {len(shown)} of {found.num_classes:,} classes with most wrong images")
+    as_written = {"family": families, "parse_math": False}
+    axis.set_xticks(range(len(shown)), texts, rotation=90, **as_written)
+    axis.set_yticks(range(len(shown)), texts, **as_written)
     figure.colorbar(image, label="fraction of the label's images", fraction=0.046)
     _save(figure, path)
 

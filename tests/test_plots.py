@@ -1,6 +1,7 @@
 """The pictures of a report: what is in them, read from the axes before they are saved."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from seitpp import plots
+from seitpp.engine.confusion import Confusions
 
 RATIOS = [0.4, 0.41, 0.44, 0.62, 0.63, 1.0]
 RECORDS = [
@@ -85,3 +87,36 @@ def test_report_shows_every_picture_and_finding(evaluations, probes: bool, tmp_p
     assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png")) and len(shown) == 4 + probes
     for name in shown:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_confusion_shows_names_that_a_font_can_draw(drawn, tmp_path: Path) -> None:
+    """U+1D81 is in a font of matplotlib, not in its first; U+10FFFE is in none, as Chinese on many machines."""
+    names = ["cat", "\u1d81 hook", "\U0010fffe", "$5 and $6", "a name as long as those of ImageNet, with synonyms"]
+    found = Confusions.count(np.array([0, 1, 2, 2, 3, 4]), np.array([0, 1, 0, 2, 3, 4]), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a character that it cannot draw
+        plots.confusion(found, names, tmp_path / "x.png")
+    shown = ["cat", "\u1d81 hook", "2", "$5 and $6", "a name as long as those of.."]
+    for labels in (drawn[0].get_xticklabels(), drawn[0].get_yticklabels()):
+        assert [label.get_text() for label in labels] == shown
+    assert drawn[0].get_title() == "" and drawn[0].images[0].get_array()[2].tolist() == [0.5, 0, 0.5, 0, 0]
+
+
+def test_confusion_of_many_classes_shows_those_with_most_wrong_images(drawn, tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(200), 4)
+    predicted = labels.copy()
+    predicted[400:500] = 7  # all images of classes 100 to 124
+    predicted[0] = 60
+    plots.confusion(
+        Confusions.count(labels, predicted, 200), [f"class {n}" for n in range(200)], tmp_path / "x.png"
+    )
+    shown = [label.get_text() for label in drawn[0].get_yticklabels()]
+    assert len(shown) == 50 and {
+        "class 0",
+        "class 7",
+        "class 60",
+        *(f"class {n}" for n in range(100, 125)),
+    } <= set(shown)
+    assert drawn[0].get_title() == "the 50 of 200 classes with most wrong images"
+    rows = drawn[0].images[0].get_array()
+    assert rows[shown.index("class 110"), shown.index("class 7")] == 1 and rows[shown.index("class 0")].sum() == 1

@@ -18,6 +18,7 @@ from seitpp.store import TokenStore
 from seitpp.tensors import to_device
 
 FRACTION_KEY = 1 << 40  # larger than any epoch, the other numbers used with the seed
+TURN = 1 << 40  # larger than any index of an image
 
 
 class Batch(NamedTuple):
@@ -77,6 +78,13 @@ class Chosen(Dataset):
         if isinstance(indices, MicroBatch):
             chosen = MicroBatch(chosen, indices.epoch)
         return self.dataset.__getitems__(chosen)
+
+
+def indices_within(dataset: Dataset) -> np.ndarray:
+    """Return the indices (n,) int64 of a dataset's images in the whole one from which they were chosen."""
+    if isinstance(dataset, Chosen):
+        return indices_within(dataset.dataset)[dataset.indices]
+    return np.arange(len(dataset))
 
 
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -142,6 +150,55 @@ class BatchOrder:
             for micro in range(accumulation):
                 start = position * self.batch_size + (micro * ranks + rank) * size
                 yield order[start : start + size]
+
+
+class BalancedOrder(BatchOrder):
+    """An order in which every class is equally often in an epoch, which has as many images as without it.
+
+    `labels` (N,) int64 are the classes of all images. With C classes that occur, an epoch has N / C images of
+    each, one more of randomly chosen ones. It shows the images of a rare class several times, each equally often
+    up to one, and a part of those of a frequent class, another part in each epoch. It depends on (seed, epoch).
+
+    It consists of draws: the index of an image plus TURN times the number of its earlier draws in the epoch.
+    `DrawnImages` reads them. Raises UserError as BatchOrder does.
+    """
+
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int):
+        super().__init__(len(labels), batch_size, seed)
+        _, images = np.unique(labels, return_counts=True)
+        self.classes = np.split(np.argsort(labels, kind="stable"), np.cumsum(images)[:-1])
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Return the draws (num_images,) int64 of an epoch."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        least, rest = divmod(self.num_images, len(self.classes))
+        sizes = np.full(len(self.classes), least)
+        sizes[generator.permutation(len(sizes))[:rest]] += 1
+        draws = [_draws(images, size, generator) for images, size in zip(self.classes, sizes, strict=True)]
+        return generator.permutation(np.concatenate(draws))
+
+
+def _draws(images: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    turns = range(-(-size // len(images)))
+    return np.concatenate([generator.permutation(images) + turn * TURN for turn in turns])[:size]
+
+
+class DrawnImages(Dataset):
+    """A dataset read by the draws of a BalancedOrder; the `indices` of its batches are the draws.
+
+    So the random numbers of an image that is drawn several times in an epoch differ.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draws: list[int]) -> Any:
+        turns, images = np.divmod(draws, TURN)
+        batch = self.dataset.__getitems__(images.tolist())
+        return batch._replace(indices=batch.indices + torch.from_numpy(turns * TURN))
 
 
 class _MicroBatches(Sampler):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp.augment import SoftLabels
+from seitpp.augment.maps import Sides, both_sides
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, fraction_of
 from seitpp.data.digits import digits
@@ -156,18 +157,19 @@ def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, A
     }
 
 
-def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:
-    """Return the size of the window that the model sees: `side` x `side` tokens, or the whole grid if None.
+def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, int]:
+    """Return the size of the window that the model sees: a square, (height, width), or the whole grid if None.
 
     Raises UserError, which names `flag`, if the grid is smaller.
     """
-    if side is None:
+    if size is None:
         return store.grid
-    if side > min(store.grid):
-        raise UserError(
-            f"{flag} {side} from the grid {store.grid} of {store.path}: expected at most its shorter side"
-        )
-    return side, side
+    window = both_sides(size)
+    if window[0] > store.grid[0] or window[1] > store.grid[1]:
+        got = size if isinstance(size, int) else f"{size[0]} {size[1]}"
+        limit = "its shorter side" if isinstance(size, int) else "its height and width"
+        raise UserError(f"{flag} {got} from the grid {store.grid} of {store.path}: expected at most {limit}")
+    return window
 
 
 def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:
@@ -208,17 +210,19 @@ def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
         adapt.invert(torch.zeros(images, adapt.settings["code_dim"], 2 * height, 2 * width, device=device))
 
 
-def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
+def classifier_trial(zeros: Tensor, adapted: float = 0.0, store: TokenStore | None = None) -> Trial:
     """Return a training step of a classifier on zeros, from which its memory is computed.
 
     `zeros` has the shape and dtype of one input; the fraction `adapted` of the images passes through TokenAdapt
-    before the model.
+    before the model. Labels have the shape and dtype of those of `store`, if there is one.
     """
+    several = store is not None and store.multi_label
 
     def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
         if adapt:
             adapt_zeros(adapt, round(adapted * images), device)
-        labels = torch.zeros(images, dtype=torch.long, device=device)
+        shape, dtype = ((images, store.num_classes), torch.uint8) if several else ((images,), torch.long)
+        labels = torch.zeros(shape, dtype=dtype, device=device)
         targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
         inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)
         return soft_label_loss(model(inputs), targets, 0.1)
