@@ -40,7 +40,7 @@ from downstream.finegrained.sets import SetName, differences, read_set
 from seitpp import TokenStore, tokenizers
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.errors import UserError
-from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
+from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations, open_annotated
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
 from seitpp.images.decode import Size, fit_short_side
 from seitpp.images.sources import DatasetSource, ImageSource, open_source
@@ -201,7 +201,10 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, To
             "--data without --tokenizer: name a tokenizer file (recipes/tokenizer_train.py trains one)"
         )
     if has_annotations(config.data):
-        return AnnotatedSource(config.data, config.source_split), tokenizers.load(config.tokenizer)
+        source = open_annotated(config.data, config.source_split)
+        if not config.skip_errors:
+            source.check_pairs()
+        return source, tokenizers.load(config.tokenizer)
     return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
 
 
