@@ -187,15 +187,9 @@ def main(config: Config) -> None:
     score, model = evaluate(), training.unsharded(model)
     run.print(score.table())
     if run.is_main:
-        path, fingerprint = run.out / "model.safetensors", codebook_fingerprint(source.codebook)
-        save_segmenter(
-            path,
-            model,
-            codebook=fingerprint,
-            class_names=names,
-            pixels_per_token=pixels_per_token,
-            short_side=source.short_side,
-        )
+        facts = {"codebook": codebook_fingerprint(source.codebook), "class_names": names}
+        sizes = {"pixels_per_token": pixels_per_token, "short_side": source.short_side}
+        save_segmenter(run.out / "model.safetensors", model, **facts, **sizes)
         score.write_csv(run.out / "per_class.csv")
         evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
         shown = {"names": ["loss", "decode.acc_seg", "lr"], "scores": ["mIoU", "aAcc", "mAcc"]}
