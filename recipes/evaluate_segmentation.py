@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +28,21 @@ from torch.utils.data import Dataset
 from downstream.segmentation.data import SegmentedTokens, WholeImage, WholePixels, WholeTokens
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.mmseg import load_mmseg
-from downstream.segmentation.view import TokenAdaptMirror
+from downstream.segmentation.sources import mask_rules
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.engine.config import RunConfig
-from seitpp.engine.inputs import check_codebook, embedded, open_tokenadapt
+from seitpp.engine.inputs import embedded
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
-from seitpp.images.annotated import AnnotatedSource
+from seitpp.images.annotated import SHORT_SIDE, open_annotated
 from seitpp.images.decode import fit_short_side
+from seitpp.images.masks import Layout
 from seitpp.models.weights.pretrained import model_file
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Tokenizer
+
+if TYPE_CHECKING:  # needs the optional mmsegmentation
+    from downstream.segmentation.model import SavedSegmenter
 
 REPORT_IMAGES = 6  # number of images in the report
 
@@ -49,10 +53,15 @@ class Config(RunConfig):
 
     checkpoint: str | None = None  # a run's folder, or a model file
     store: str | None = None  # a token store with annotations; without store and data: the scenes
-    data: str | None = None  # images and annotations in the layout of ADE20K
+    data: str | None = None  # a folder of images with masks
     tokenizer: str | None = None  # tokenizes the data; with a store it decodes the tokens for the report
+    # Only with data: the arrangement of the folder, and which value of its masks is which class.
+    layout: Layout | None = None
+    classes: str | None = None
+    ignore_label: tuple[int, ...] = ()
+    background_class: bool = False
     split: str = "validation"  # of the store or of the data
-    short_side: int = 512  # only with data: the short side in pixels after the resize
+    short_side: int | None = None  # only with data: in pixels after the resize; None: that of the training
     sliding_window: int | None = None  # in tokens; None: the size of the training crops
     stride: int | None = None  # in tokens; None: two thirds of the window
     scales: tuple[float, ...] = (1.0,)  # more than one: multi-scale testing
@@ -62,15 +71,15 @@ class Config(RunConfig):
 
 PRESETS = {"published": Config()}
 PRESETS["scenes"] = replace(PRESETS["published"], preset="scenes", precision="no", workers=0)
-PRESETS["smoke"] = replace(PRESETS["scenes"], preset="smoke", short_side=64)
+PRESETS["smoke"] = replace(PRESETS["scenes"], preset="smoke")
 
 
 def main(config: Config) -> None:
     load_mmseg()
     # Only these modules need the optional mmsegmentation, whose absence load_mmseg reports in one line.
-    from downstream.segmentation.evaluation import count_pixels, mirror_whole, stride_of
-    from downstream.segmentation.inference import predict_labels, slide_logits, view_scores
+    from downstream.segmentation.evaluation import count_pixels
     from downstream.segmentation.model import load_segmenter
+    from downstream.segmentation.prediction import open_predictor
 
     # 1. Run: output folder and processes.
     if config.checkpoint is None:
@@ -79,36 +88,25 @@ def main(config: Config) -> None:
 
     # 2. Model and data, which must have the same codebook and classes.
     saved = load_segmenter(model_file(Path(config.checkpoint)))
-    model = saved.model.to(run.device)
-    data = open_images(config, run) if config.data else open_tokens(config, run, saved.pixels_per_token)
-    if saved.codebook:
-        check_codebook(data.codebook, source=data.path, expected=saved.codebook, checkpoint=config.checkpoint)
+    data = open_images(config, run, saved.short_side) if config.data else open_tokens(config, run, saved)
     check_classes(saved.class_names, data, config.checkpoint)
-    codebook = torch.from_numpy(data.codebook).to(run.device)
-    window = config.sliding_window or saved.window[0]
-    windows = {
-        "window": window,
-        "stride": stride_of(window, config.stride),
-        "pixels_per_token": saved.pixels_per_token,
-    }
-    mirror = None
-    if config.flip:
-        adapt = open_tokenadapt(config.flip, data.codebook, data.path)
-        mirror_boxes = TokenAdaptMirror(codebook, window, adapt).to(run.device)
-        mirror = mirror_whole(mirror_boxes, codebook=codebook, window=window, lookup=data.lookup)
+    predictor = open_predictor(
+        saved,
+        data.codebook,
+        lookup=data.lookup,
+        names=(config.checkpoint, data.path),
+        device=run.device,
+        window=config.sliding_window,
+        stride=config.stride,
+        scales=config.scales,
+        flip=config.flip,
+    )
     run.start()
-    run.describe(f"{len(data.dataset):,} images of {data.path}", model=model)
+    run.describe(data.about, model=predictor.model)
 
     # 3. Prediction and pixel counts of all images.
     def predict(image: WholeImage) -> Tensor:
-        ids = data.ids(image.inputs)
-        if config.scales == (1.0,) and mirror is None:
-            scores = slide_logits(model, model.backbone.from_ids(ids, codebook), **windows)
-        else:
-            scores = view_scores(
-                model, ids, codebook, **windows, scales=config.scales, mirror=mirror, lookup=data.lookup
-            )
-        return predict_labels(scores, image.labels.shape[1:])
+        return predictor(data.ids(image.inputs), image.labels.shape[1:])
 
     score = count_pixels(
         predict, data.dataset, saved.class_names, accelerator=run.accelerator, workers=run.workers
@@ -157,10 +155,12 @@ class Data(NamedTuple):
     lookup: str
     class_names: list[str]
     path: str
+    about: str  # the path, and how masks are read
 
 
-def open_tokens(config: Config, run: Run, pixels_per_token: int) -> Data:
+def open_tokens(config: Config, run: Run, saved: "SavedSegmenter") -> Data:
     """Open the tokens and annotations of the store, by default of the scenes."""
+    mask_rules(config)
     path, file = config.store, config.tokenizer
     if path is None:
         scenes = embedded(run, partial(default_scenes, FEW_SCENES if config.preset == "smoke" else SCENES))
@@ -168,7 +168,7 @@ def open_tokens(config: Config, run: Run, pixels_per_token: int) -> Data:
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
     decode = partial(decoded, tokenizers.load(file)) if file else painted(store.codebook)
     return Data(
-        dataset=WholeTokens(SegmentedTokens(store, pixels_per_token)),
+        dataset=WholeTokens(SegmentedTokens(store, saved.pixels_per_token)),
         ids=lambda ids: ids,
         picture=decode,
         picture_name="decoded tokens" if file else "codes",
@@ -176,6 +176,7 @@ def open_tokens(config: Config, run: Run, pixels_per_token: int) -> Data:
         lookup=store.lookup,
         class_names=store.class_names,
         path=str(store.path),
+        about=f"{len(store):,} images of {store.path}",
     )
 
 
@@ -191,19 +192,21 @@ def painted(codebook: np.ndarray) -> Callable[[Tensor], Tensor]:
     return lambda ids: plots.paint_codes(ids.cpu().long(), torch.from_numpy(codebook))[0]
 
 
-def open_images(config: Config, run: Run) -> Data:
-    """Open the images and annotations of a folder, with the tokenizer for them."""
+def open_images(config: Config, run: Run, trained_side: int | None) -> Data:
+    """Open the images and masks of a folder, with the tokenizer for them; they get the size of the training."""
     if config.store or config.tokenizer is None:
         wrong = "with --store" if config.store else "without --tokenizer"
         raise UserError(f"got --data {wrong}, expected --data with --tokenizer and without --store")
     tokenizer = tokenizers.load(config.tokenizer).to(run.device).eval()
-    source = AnnotatedSource(config.data, config.split)
+    source = open_annotated(config.data, config.split, mask_rules(config))
+    source.check_pairs()
+    short_side = config.short_side or trained_side or SHORT_SIDE
 
     def ids(images: Tensor) -> Tensor:
         with tokenizer.at_size(tuple(images.shape[2:])):
             return tokenizer.encode(images / 255)
 
-    size = partial(fit_short_side, short_side=config.short_side, multiple=tokenizer.side_multiple)
+    size = partial(fit_short_side, short_side=short_side, multiple=tokenizer.side_multiple)
     return Data(
         dataset=WholePixels(source, size),
         ids=ids,
@@ -213,6 +216,7 @@ def open_images(config: Config, run: Run) -> Data:
         lookup=tokenizer.spec.lookup,
         class_names=source.class_names,
         path=config.data,
+        about=str(source),
     )
 
 

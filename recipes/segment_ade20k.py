@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from downstream.segmentation.data import WholeImage
 from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.mmseg import load_mmseg
-from downstream.segmentation.sources import PixelSource, Source, TokenSource, pixels_a_token
+from downstream.segmentation.sources import PixelSource, Source, TokenSource, mask_rules, pixels_a_token
 from downstream.segmentation.view import SegmentView
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.augment import ColorPreset, Keys
@@ -38,6 +38,7 @@ from seitpp.engine.memory import Trial
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.masks import Layout
 from seitpp.models import input_kind
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Tokenizer
@@ -50,9 +51,13 @@ class Config(TrainConfig):
     """Settings of a run; the defaults are those of MAE and BEiT: ViT-B on ADE20K for 160,000 iterations."""
 
     store: str | None = None  # a token store with annotations; the presets scenes and smoke create one if None
-    data: str | None = None  # images and annotations in the layout of ADE20K, to train on pixels
+    data: str | None = None  # images with masks and their splits train and validation, to train on pixels
     tokenizer: str | None = None  # only with data: the tokenizer file
     short_side: int = 512  # only with data: the short side in pixels after the resize, before the random scale
+    layout: Layout | None = None  # only with data: how the folder is arranged; None: recognized
+    classes: str | None = None  # only with data: a file of class names; None: those of the set
+    ignore_label: tuple[int, ...] = ()  # only with data: values of masks without a class
+    background_class: bool = False  # only with data: value 0 of masks is a class, that of the first name
     checkpoint: str | None = None  # pre-trained weights: a run's folder or a model file; None: from scratch
     model: str = "mtm_vit_base"  # only without checkpoint: the name of the ViT
     tokenadapt: str | None = None  # to mirror half of the images: a run of recipes/tokenadapt_train.py or a file
@@ -182,8 +187,9 @@ def main(config: Config) -> None:
     score, model = evaluate(), training.unsharded(model)
     run.print(score.table())
     if run.is_main:
-        path, fingerprint = run.out / "model.safetensors", codebook_fingerprint(source.codebook)
-        save_segmenter(path, model, codebook=fingerprint, class_names=names, pixels_per_token=pixels_per_token)
+        facts = {"codebook": codebook_fingerprint(source.codebook), "class_names": names}
+        sizes = {"pixels_per_token": pixels_per_token, "short_side": source.short_side}
+        save_segmenter(run.out / "model.safetensors", model, **facts, **sizes)
         score.write_csv(run.out / "per_class.csv")
         evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
         shown = {"names": ["loss", "decode.acc_seg", "lr"], "scores": ["mIoU", "aAcc", "mAcc"]}
@@ -223,6 +229,7 @@ def zeros_loss(source: Source, crop: int) -> Trial:
 def token_source(config: Config, run: Run) -> Source:
     """Open the splits train and validation of the store, by default of the scenes."""
     store = config.store
+    mask_rules(config)
     if config.tokenizer:
         raise UserError(
             "got --tokenizer without --data, expected both or neither: add --data, or remove --tokenizer"
@@ -247,7 +254,7 @@ def token_source(config: Config, run: Run) -> Source:
 
 
 def pixel_source(config: Config, run: Run) -> Source:
-    """Open images and annotations in the layout of ADE20K, to be tokenized inside the backbone."""
+    """Open images with masks, to be tokenized inside the backbone."""
     for name in ("store", "color", "tokenadapt"):
         if getattr(config, name):
             raise UserError(f"got --{name} and --data, expected one of them: --data is for training on pixels")
@@ -258,6 +265,7 @@ def pixel_source(config: Config, run: Run) -> Source:
         run,
         config.data,
         tokenizer,
+        rules=mask_rules(config),
         crop=config.crop_size,
         short_side=config.short_side,
         scale=config.scale,

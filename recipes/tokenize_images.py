@@ -51,11 +51,13 @@ from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.inputs import open_once
 from seitpp.engine.system import loader_workers
 from seitpp.errors import UserError
-from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations
+from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations, open_annotated
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
 from seitpp.images.decode import ImageError, Reading, Sample, Size, decode_image, fit_short_side, image_size
 from seitpp.images.inventory import describe, inventory
-from seitpp.images.labels import LabelRules, read_classes
+from seitpp.images.labels import LabelRules, read_class_names
+from seitpp.images.layouts import Layout
+from seitpp.images.masks import MaskRules
 from seitpp.images.sources import ImageSource, hold_out, open_source, open_splits
 from seitpp.images.tables import DatasetSource
 from seitpp.recipe import run_recipe
@@ -78,6 +80,9 @@ class Config:
     label_column: str | None = None  # Column of a table with the labels. None: label, or the only one that can be.
     label_key: str | None = None  # Key of the labels in the JSON files of a tar. None: label, or one like it.
     classes: str | None = None  # File with one class a line, or a store: the classes in their order.
+    ignore_label: tuple[int, ...] = ()  # Values of masks that are no class. (): as their layout has it.
+    background_class: bool = False  # Value 0 of masks is a class of its own, the first.
+    layout: Layout | None = None  # How images and masks are arranged. None: recognized by the names of folders.
     unlabeled: Literal["refuse", "keep"] = "refuse"  # Images without a label among others that have one.
     resize: Literal["squash", "center_crop", "pad"] = "squash"  # How images of another aspect ratio are fitted.
     # Values that become black and white. None: the range of 8 or 16 bits.
@@ -118,7 +123,7 @@ def main(config: Config) -> None:
     accelerator = Accelerator()
     parts = open_once(accelerator, partial(open_parts, config))
     for split, source in parts.items():
-        accelerator.print(f"split {split}: {describe(inventory(source), source.labels.origin, source.left_out)}")
+        accelerator.print(f"split {split}: {source if isinstance(source, AnnotatedSource) else describe(source)}")
     tokenizer = open_tokenizer(config, next(iter(parts.values())), accelerator)
     for split in missing_splits(config, list(parts)):
         tokenize(parts[split], tokenizer, config=replace(config, split=split), accelerator=accelerator)
@@ -211,13 +216,17 @@ def open_parts(config: Config) -> dict[str, ImageSource]:
             print(f"warning: {difference}")
         return {split: DatasetSource(data, config.data, LabelRules()) for split, data in splits.items()}
     if has_annotations(config.data):
-        return {config.split or "train": AnnotatedSource(config.data, config.source_split)}
+        rules = MaskRules(config.layout, config.classes, config.ignore_label, config.background_class)
+        source = open_annotated(config.data, config.source_split, rules)
+        if not config.skip_errors:
+            source.check_pairs()
+        return {config.split or "train": source}
     classes = config.classes or (config.out if has_store(config) else None)
     rules = LabelRules(
         file=config.labels,
         column=config.label_column,
         key=config.label_key,
-        classes=classes and (read_classes(classes) if config.classes else TokenStore(classes).class_names),
+        classes=classes and (read_class_names(classes) if config.classes else TokenStore(classes).class_names),
         unlabeled=config.unlabeled,
     )
     if config.splits:

@@ -46,7 +46,7 @@ class SegmentedTokens(Dataset):
 
     `pixels_per_token` is the number p of pixels along one side of a token. Label maps whose size is not p times
     the token grid are resized with nearest-neighbor interpolation. Raises AnnotationError if the store has no
-    binary column `annotation` or no class names.
+    binary column `annotation`, or fewer than two classes with names.
     """
 
     def __init__(self, store: TokenStore, pixels_per_token: int):
@@ -60,6 +60,11 @@ class SegmentedTokens(Dataset):
             raise AnnotationError(
                 f"{store.path}: no class names, expected one for each class of the label maps; write the store "
                 "with them"
+            )
+        if len(store.class_names) < 2:
+            raise AnnotationError(
+                f"{store.path}: the class {store.class_names[0]!r} alone, expected 2 or more: any prediction "
+                "would be right; write it again, with --background-class if 0 is the background in its masks"
             )
         self.store, self.pixels_per_token = store, pixels_per_token
         self._annotations = store.column(ANNOTATION)
@@ -142,7 +147,7 @@ class WholeTokens(Dataset):
 
 
 class WholePixels(Dataset):
-    """Images in the layout of ADE20K, resized to `size` and loaded one at a time like those of WholeTokens."""
+    """Images with masks, resized to `size` and loaded one at a time like those of WholeTokens."""
 
     def __init__(self, source: AnnotatedSource, size: Size):
         self.source, self.size = source, size

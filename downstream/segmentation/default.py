@@ -17,8 +17,9 @@ import torch
 from downstream.segmentation.data import ANNOTATION
 from downstream.segmentation.scenes import write_scenes
 from seitpp import files
-from seitpp.images.annotated import AnnotatedSource, smallest_png
+from seitpp.images.annotated import AnnotatedSource, open_annotated, smallest_png
 from seitpp.images.decode import decode_image
+from seitpp.images.masks import MaskRules
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 
@@ -64,7 +65,8 @@ def _create(settings: SceneSettings, folder: Path) -> None:
     """Write the images in the layout of ADE20K, fit a tokenizer to them, and write a store with both splits."""
     counts = {"training": settings.training, "validation": settings.validation}
     write_scenes(folder / "images", settings.num_classes, images=counts, size=settings.size)
-    sources = {split: AnnotatedSource(folder / "images", source) for split, source in SPLITS.items()}
+    rules = MaskRules(ignore_label=(0,))
+    sources = {split: open_annotated(folder / "images", source, rules) for split, source in SPLITS.items()}
     indices = range(min(FIT_IMAGES, settings.training))
     tokenizer = PatchKMeans.fit(
         torch.cat([_pixels(sources["train"], index, settings.size) for index in indices]),

@@ -146,7 +146,8 @@ class SavedSegmenter(NamedTuple):
     """A token segmenter loaded from a file, in eval mode, with its metadata.
 
     `codebook` is the fingerprint of the codebook (None: unknown); `pixels_per_token` is the number of label pixels
-    along one side of a token; `window` is the training crop's (height, width) in tokens.
+    along one side of a token; `window` is the training crop's (height, width) in tokens; `short_side` is that of
+    the training images in pixels (None: unknown).
     """
 
     model: TokenSegmenter
@@ -154,6 +155,7 @@ class SavedSegmenter(NamedTuple):
     class_names: list[str]
     pixels_per_token: int
     window: tuple[int, int]
+    short_side: int | None
 
 
 def save_segmenter(
@@ -163,6 +165,7 @@ def save_segmenter(
     codebook: str | None,
     class_names: Sequence[str],
     pixels_per_token: int,
+    short_side: int | None,
 ) -> None:
     """Write a segmenter as one safetensors file; the tokenizer of one that takes pixels is not written."""
     spec = classifier_spec(model.backbone.vit)
@@ -173,6 +176,7 @@ def save_segmenter(
         "codebook": codebook,
         "class_names": list(class_names),
         "patch": pixels_per_token,
+        "short_side": short_side,
     }
     write_model(path, model, kind="segmenter", header=header)
 
@@ -188,4 +192,6 @@ def load_segmenter(path: Path) -> SavedSegmenter:
     backbone, names = TokenViT(**header["backbone"]), header["class_names"]
     model = build_segmenter(backbone, len(names), channels=header["channels"])
     model.load_state_dict(tensors)
-    return SavedSegmenter(model.eval(), header["codebook"], names, header["patch"], backbone.window)
+    return SavedSegmenter(
+        model.eval(), header["codebook"], names, header["patch"], backbone.window, header.get("short_side")
+    )

@@ -11,7 +11,7 @@ from downstream.segmentation.data import IGNORED, decode_labels
 from downstream.segmentation.mmseg import load_mmseg
 from seitpp.data.dataset import MicroBatch
 from seitpp.images.annotated import AnnotatedSource
-from seitpp.images.decode import open_image
+from seitpp.images.decode import decode_image
 from seitpp.tensors import to_device
 
 LONG_SIDE = 4  # the long side after the resize is at most 4 times the short side (mmsegmentation: 2048 x 512)
@@ -34,7 +34,7 @@ class PixelBatch(NamedTuple):
 
 
 class PixelPipeline(Dataset):
-    """A data set of ADE20K images augmented by mmsegmentation's usual training pipeline: RandomResize of
+    """A data set of images with masks, augmented by mmsegmentation's usual training pipeline: RandomResize of
     (4 short_side, short_side) by a factor in `scale`, RandomCrop, RandomFlip, PhotoMetricDistortion, Pad.
 
     `crop` and `short_side` are in pixels; `max_share` is RandomCrop's `cat_max_ratio`. The random numbers for an
@@ -78,8 +78,7 @@ class PixelPipeline(Dataset):
     def _augmented(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a crop (crop, crop, 3) BGR and its labels (crop, crop), both uint8."""
         sample = self.source.read(index)
-        with open_image(sample.data, sample.name) as image:
-            pixels = np.asarray(image.convert("RGB"))[..., ::-1]
+        pixels = np.ascontiguousarray(decode_image(sample, lambda size: size)[::-1].transpose(1, 2, 0))
         labels = decode_labels(sample.annotation, sample.name)
         results = {"img": pixels, "img_shape": labels.shape, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}
         np.random.seed([self.seed, epoch, index])  # noqa: NPY002 (the pipeline draws from the global generator)

@@ -15,8 +15,9 @@ from seitpp.data.dataset import BatchOrder
 from seitpp.engine.inputs import image_facts, store_facts, train_subset
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
-from seitpp.images.annotated import AnnotatedSource
+from seitpp.images.annotated import open_annotated
 from seitpp.images.decode import fit_short_side
+from seitpp.images.masks import Layout, MaskRules
 from seitpp.store import TokenStore
 from seitpp.tokenizers import Tokenizer
 
@@ -27,9 +28,10 @@ if TYPE_CHECKING:  # the backbone needs the optional mmsegmentation, these class
 class Source(Protocol):
     """Training and validation images with label maps, and their conversion to the inputs of a backbone.
 
-    `pixels_per_token` is the number of pixels along one side of a token. `cells` is the number of input cells
-    along it: 1 for tokens, `pixels_per_token` for pixels. `tokenizer` is the one inside a backbone that takes
-    pixels, else None. `name` and `fingerprint` identify the data; str(source) describes it for the log.
+    `pixels_per_token` is the number of pixels along one side of a token. `short_side` is that of the images in
+    pixels (None: unknown). `cells` is the number of input cells along a token: 1 for tokens, `pixels_per_token`
+    for pixels. `tokenizer` is the one inside a backbone that takes pixels, else None. `name` and `fingerprint`
+    identify the data; str(source) describes it for the log.
     """
 
     train: Dataset
@@ -39,6 +41,7 @@ class Source(Protocol):
     codebook: np.ndarray
     class_names: list[str]
     pixels_per_token: int
+    short_side: int | None
     cells: int
     name: str
     fingerprint: str
@@ -65,6 +68,7 @@ class TokenSource:
         self.order = BatchOrder(len(self.train), run.config.batch_size, run.config.seed)
         self.codebook, self.class_names = train.codebook, train.class_names
         self.name, self.fingerprint, self.lookup = str(train.path), train.fingerprint, train.lookup
+        self.short_side = short_side_of(train, self.pixels_per_token)
         self.view, self.facts = view, store_facts(train, validation, run.config)
 
     def augmented(self, batch: Segmented, keys: Keys, backbone: "TokenViT") -> tuple[Tensor, Tensor]:
@@ -89,9 +93,9 @@ class TokenSource:
 
 
 class PixelSource:
-    """Images and annotations in the layout of ADE20K, augmented by mmsegmentation's pipeline.
+    """The splits train and validation of images with masks, augmented by mmsegmentation's pipeline.
 
-    `crop` is in tokens, `short_side` in pixels.
+    `rules` are what the user says about the masks; `crop` is in tokens, `short_side` in pixels.
     """
 
     def __init__(
@@ -100,13 +104,17 @@ class PixelSource:
         data: str,
         tokenizer: Tokenizer,
         *,
+        rules: MaskRules,
         crop: int,
         short_side: int,
         scale: tuple[float, float],
         max_share: float,
     ):
-        train, validation = (AnnotatedSource(data, split) for split in ("training", "validation"))
+        train, validation = (open_annotated(data, split, rules) for split in ("train", "validation"))
+        train.check_pairs()
+        validation.check_pairs()
         self.tokenizer, self.pixels_per_token = tokenizer, tokenizer.spec.patch
+        self.short_side = short_side
         self.cells, batch_size, seed = self.pixels_per_token, run.config.batch_size, run.config.seed
         self.pipeline = PixelPipeline(
             train,
@@ -132,7 +140,14 @@ class PixelSource:
         return image.inputs / 255
 
     def __str__(self) -> str:
-        return f"{self.pipeline}\n{len(self.train):,} images of {self.name}"
+        return f"{self.pipeline}\n{len(self.train):,} of {self.pipeline.source}"
+
+
+def short_side_of(store: TokenStore, pixels_per_token: int) -> int | None:
+    """Return the short side in pixels of the images of a store, None if the store does not say it."""
+    if store.grid:
+        return pixels_per_token * min(store.grid)
+    return (store.tokenizer or {}).get("short_side")
 
 
 def pixels_a_token(store: TokenStore) -> int:
@@ -147,3 +162,24 @@ def pixels_a_token(store: TokenStore) -> int:
             f"{store.path}: got a store without a description of its tokenizer, expected one with the number of "
             "pixels per token: write the store with recipes/tokenize_images.py"
         ) from error
+
+
+class MaskFlags(Protocol):
+    """The flags of a recipe that say how the masks of --data are read."""
+
+    data: str | None
+    layout: Layout | None
+    classes: str | None
+    ignore_label: tuple[int, ...]
+    background_class: bool
+
+
+def mask_rules(flags: MaskFlags) -> MaskRules:
+    """Return what the flags say about masks. Raises UserError if they are given without --data."""
+    rules = MaskRules(flags.layout, flags.classes, flags.ignore_label, flags.background_class)
+    if flags.data is None and rules != MaskRules():
+        raise UserError(
+            "got --layout, --classes, --ignore-label or --background-class without --data, expected them with "
+            "images: a store has read its masks already, remove them"
+        )
+    return rules

@@ -77,7 +77,7 @@ class Evaluation:
             num_classes=self._num_classes,
             view=self._view,
             accelerator=self._run.accelerator,
-            workers=self._run.config.workers,
+            workers=self._run.workers,
         )
 
 

@@ -1,4 +1,4 @@
-"""Images with annotations (label maps) in the folder layout of ADE-20k, and compact PNG annotations."""
+"""Images with masks (label maps) in the layouts of ADE-20k, Pascal VOC and Cityscapes, and in pairs of folders."""
 
 import io
 from collections.abc import Iterable
@@ -8,120 +8,169 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from seitpp.images.decode import ImageError, open_image
-from seitpp.images.inventory import LeftOut
+from seitpp.images.class_lists import ClassList, read_classes
+from seitpp.images.decode import ImageError, Sample, image_size, open_image
 from seitpp.images.labels import Labels
+from seitpp.images.layouts import Listing, find_layout, list_files
+from seitpp.images.masks import (
+    COLOR,
+    DEPTH,
+    GRAY,
+    PALETTE,
+    MaskClasses,
+    MaskRules,
+    decode_mask,
+    mask_classes,
+)
 
-JPEG, PNG = {".jpg", ".jpeg"}, {".png"}
 # Default short side of the images in pixels: training on ADE-20k usually takes crops of 512 pixels.
 SHORT_SIDE = 512
-# Annotation values are bytes, and one of them marks ignored pixels.
-MAX_CLASSES = 255
-# Positions in a PNG file of the bit depth and of the color type, and two color types.
-DEPTH, COLOR = 24, 25
-GRAY, PALETTE = 0, 3
+NAMED_FILES = 3  # files that a message about many names
 
 
 class AnnotatedSample(NamedTuple):
-    """An encoded image, like `Sample`, with the bytes of its annotation file."""
+    """An encoded image, like `Sample`, with its label map.
+
+    `label` is the class that covers most of the image, None if all pixels are ignored. `annotation` is a PNG file
+    of one channel: 0 is ignored, v is class v - 1. `mask_bytes` is the size of the mask file as it came.
+    """
 
     data: bytes
     name: str
-    label: int
+    label: int | None
     annotation: bytes
-
-
-def has_annotations(folder: str | Path) -> bool:
-    """Return whether `folder` has images/SPLIT/ and annotations/SPLIT/ for at least one split."""
-    images, annotations = (
-        {path.name for path in Path(folder, name).glob("*") if path.is_dir()} for name in ("images", "annotations")
-    )
-    return bool(images & annotations)
+    mask_bytes: int
 
 
 class AnnotatedSource:
-    """Images FOLDER/images/SPLIT/NAME.jpg with annotations FOLDER/annotations/SPLIT/NAME.png, sorted by name.
+    """Images with masks, sorted by name. `classes` says which value of a mask is which class.
 
-    In an annotation, value 0 is ignored and value v is class v - 1 (reduce_zero_label of mmsegmentation). The
-    label of an image is its most frequent class, 0 if all pixels are ignored. Without `split`, it has all splits.
-    An image without annotation, or an annotation without image, is an error only when it is read. Raises
-    ImageError if there are no images or no class names.
+    `class_names` are those of the classes. An image without a mask, or a mask without an image, is an error only
+    when it is read, see `check_pairs`.
     """
 
-    def __init__(self, folder: str | Path, split: str | None):
-        self.class_names = read_class_names(Path(folder))
-        self.labels, self.left_out = Labels([], self.class_names, "with label maps"), LeftOut()
-        self._folders = [Path(folder, name, split or "") for name in ("images", "annotations")]
-        self._images = _by_name(self._folders[0], JPEG)
-        self._annotations = _by_name(self._folders[1], PNG)
-        if not self._images:
-            raise ImageError(f"{self._folders[0]}: no images below it, expected .jpg; check folder and split")
-        self._names = sorted({*self._images, *self._annotations})
+    def __init__(self, listing: Listing, classes: MaskClasses):
+        self.listing, self.classes, self.class_names = listing, classes, list(classes.names)
+        self.labels, self.left_out = Labels([], self.class_names, "label maps"), listing.left_out
+        self.names = sorted({*listing.images, *listing.masks})
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def read(self, index: int) -> AnnotatedSample:
-        """Read image `index`. Raises ImageError that names the file if the image or its annotation is invalid."""
-        name = self._names[index]
-        image, annotation = self._images.get(name), self._annotations.get(name)
+        """Read image `index`. Raises ImageError that names the file if the image or its mask is invalid."""
+        listing, name = self.listing, self.names[index]
+        image, mask = listing.images.get(name), listing.masks.get(name)
         if image is None:
+            raise ImageError(f"{mask}: a mask without image, expected {listing.expected_image(name)}; add it")
+        if mask is None:
+            raise ImageError(f"{image}: an image without mask, expected {listing.expected_mask(name)}; add it")
+        data, file = _read(image), _read(mask)
+        labels = self.classes.labels(file, str(mask))
+        _check_size(labels.shape, data, image=image, mask=mask)
+        counts = np.bincount(labels.ravel(), minlength=2)[1:]
+        label = int(counts.argmax()) if counts.any() else None
+        annotation = file if _is_label_map(file, labels) else _png(Image.fromarray(labels), compress_level=1)
+        return AnnotatedSample(
+            data, image.relative_to(listing.image_folder).as_posix(), label, annotation, len(file)
+        )
+
+    def check_pairs(self) -> None:
+        """Raise ImageError that counts and names the files if an image has no mask or a mask has no image."""
+        images, masks = self.listing.images, self.listing.masks
+        parts = []
+        for files, others, what in (
+            (images, masks, "images without mask"),
+            (masks, images, "masks without image"),
+        ):
+            alone = [str(files[name]) for name in self.names if name in files and name not in others]
+            if alone:
+                parts.append(f"{what}: {len(alone)} ({_few(alone)})")
+        if parts:
+            pairs = len(images.keys() & masks.keys())
             raise ImageError(
-                f"{annotation}: an annotation without image, expected {self._folders[0] / name}.jpg; add it"
+                f"{', '.join(parts)}, beside {pairs} pairs; add or remove files (tokenize_images.py leaves them "
+                "out with --skip-errors)"
             )
-        if annotation is None:
-            raise ImageError(
-                f"{image}: an image without annotation, expected {self._folders[1] / name}.png; add it"
-            )
-        data, annotated = _read(image), _read(annotation)
-        label = self._label(annotated, annotation, _size(data, image))
-        return AnnotatedSample(data, str(image.relative_to(self._folders[0])), label, annotated)
 
-    def _label(self, annotated: bytes, path: Path, size: tuple[int, int]) -> int:
-        """Check an annotation and return its most frequent class."""
-        values, classes = decode_annotation(annotated, str(path)), len(self.class_names)
-        if values.shape != size:
-            raise ImageError(f"{path}: {_by(values.shape)} pixels, but its image has {_by(size)} (height x width)")
-        if values.max() > classes:
-            row, column = np.unravel_index(values.argmax(), values.shape)
-            raise ImageError(
-                f"{path}: value {values.max()} in row {row}, column {column}, expected the classes 1 to {classes} "
-                "or 0 (ignored)"
-            )
-        counts = np.bincount(values.ravel(), minlength=classes + 1)
-        return int(counts[1:].argmax())
+    def __str__(self) -> str:
+        return (
+            f"{len(self):,} images with masks, {self.listing.image_folder}, layout {self.listing.layout}; "
+            f"{len(self.class_names)} classes; {self.classes}; left out: {self.left_out}"
+        )
 
 
-def read_class_names(folder: Path) -> list[str]:
-    """Read the class names, including synonyms, from the file objectInfo*.txt in the folder.
+def open_annotated(data: str | Path, split: str | None, rules: MaskRules | None = None) -> AnnotatedSource:
+    """Open the images and masks of the folder `data`, or only those of its split `split`.
 
-    Raises ImageError unless there is exactly one such file, in the format of ADE-20k: separated by tabs, with a
-    header that includes Idx and Name, followed by the classes 1, 2, ... with distinct names.
+    `split` is the set's own name or one of train, validation and test, which also mean training, val, valid and
+    testing. `rules` are what the user says about the masks. Raises ImageError for a folder of no known layout, a
+    split that it does not have, class names that are missing or unreadable, and where nothing says whether value 0
+    of a mask is a class.
     """
-    files = sorted(folder.glob("objectInfo*.txt"))
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "no objectInfo*.txt"
+    rules = rules or MaskRules()
+    listing = list_files(Path(data), split, rules.layout)
+    if not listing.images.keys() & listing.masks.keys():
+        images, masks = (_few(map(str, files.values())) or "none" for files in (listing.images, listing.masks))
         raise ImageError(
-            f"{folder}: {names}, expected one objectInfo*.txt beside images/ and annotations/ with the classes, "
-            "as in ADE-20k: separated by tabs, with the columns Idx (1, 2, ..) and Name"
+            f"{listing.image_folder}: no image has a mask of its name: images {images}; masks {masks} below "
+            f"{listing.mask_folder}; check folder and split"
         )
-    try:
-        lines = files[0].read_text(encoding="utf-8").splitlines()
-        header, *rows = ([cell.strip() for cell in line.split("\t")] for line in lines if line.strip())
-        numbers, names = zip(
-            *((int(row[header.index("Idx")]), row[header.index("Name")]) for row in rows), strict=True
-        )
-    except (ValueError, IndexError) as error:
-        raise ImageError(f"{files[0]}: expected a header and rows with Idx and Name, separated by tabs") from error
-    if numbers != tuple(range(1, len(rows) + 1)) or len(set(names)) != len(names) or len(names) > MAX_CLASSES:
+    return AnnotatedSource(listing, _classes_of(listing, rules))
+
+
+def has_annotations(folder: str | Path) -> bool:
+    """Return whether `folder` has images and masks in one of the layouts."""
+    return find_layout(Path(folder)) is not None
+
+
+def _classes_of(listing: Listing, rules: MaskRules) -> MaskClasses:
+    """Return which value is which class; where that rests on numbers that nobody wrote, check the masks."""
+    if rules.classes:
+        own = listing.layout in (
+            "voc",
+            "cityscapes",
+        )  # they say what 0 and 255 are, whatever the classes are called
+        first, ignored = (listing.first, listing.ignored) if own else (None, ())
+        listed = read_classes(rules.classes)
+    else:
+        first, ignored, listed = listing.first, listing.ignored, listing.classes
+    if listed is None:
         raise ImageError(
-            f"{files[0]}: expected at most {MAX_CLASSES} classes, numbered 1, 2, .. in order, all names different"
+            f"{listing.mask_folder}: no class names, expected --classes FILE with a name a line, or an "
+            "objectInfo*.txt of ADE-20k beside the folders"
         )
-    return list(names)
+    classes = mask_classes(listed, rules, first=first, ignored=ignored)
+    counted = listed.values is None and listed.colors is None and classes.values[0] == 1
+    if counted and (rules.classes or 0 not in rules.ignore_label):
+        _check_last(listing, classes, listed)
+    return classes
+
+
+def _check_last(listing: Listing, classes: MaskClasses, listed: ClassList) -> None:
+    """Raise ImageError if masks have the value 0, but not the last one of names that count from 1.
+
+    Then 0 may be the first of the names, which would shift all classes by one.
+    """
+    last, masks, zeros = classes.values[-1], 0, False
+    for path in listing.every_mask():
+        try:
+            values = decode_mask(_read(path), str(path))
+        except ImageError:  # it is named when it is read as a part of the set
+            continue
+        masks, zeros = masks + 1, zeros or bool((values == 0).any())
+        if (values == last).any():
+            return
+    if zeros:
+        raise ImageError(
+            f"{listed.file}: {len(listed.names)} names, but no value {last} in {masks} masks that have 0; if 0 is "
+            "the first name, pass --background-class; if it is no class, pass --ignore-label 0, and write the "
+            "numbers before the names of --classes (1 NAME)"
+        )
 
 
 def decode_annotation(data: bytes, name: str) -> np.ndarray:
-    """Decode a PNG annotation to values (h, w): gray of 8 or 16 bits, or the indices (not colors) of a palette.
+    """Decode a stored annotation to values (h, w): PNG, gray of 8 or 16 bits, or the indices of a palette.
 
     Raises ImageError that names the file for all other formats, whose values would be ambiguous.
     """
@@ -144,24 +193,28 @@ def smallest_png(data: bytes) -> bytes:
     gray, palette = Image.fromarray(values), Image.fromarray(values)
     palette.putpalette(np.arange(int(values.max()) + 1, dtype=np.uint8).repeat(3).tobytes())
     original = [data] if data[DEPTH] <= 8 else []
-    return min([*original, _png(palette), _png(gray)], key=len)
+    return min([*original, _png(palette, optimize=True), _png(gray, optimize=True)], key=len)
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image, **options: int) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
+    image.save(file, "PNG", **options)
     return file.getvalue()
 
 
-def _by_name(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """Return {name: path} of the files below a folder; a name is the relative path without suffix."""
-    files: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in files:
-            raise ImageError(f"{path}: has the same name as {files[name].name}; remove one of the two")
-        files[name] = path
-    return files
+def _is_label_map(file: bytes, labels: np.ndarray) -> bool:
+    """Return whether a mask file is a PNG of 8 bits that has the values of `labels` already."""
+    if not file.startswith(b"\x89PNG") or file[DEPTH] != 8 or file[COLOR] not in (GRAY, PALETTE):
+        return False
+    return np.array_equal(decode_annotation(file, "mask"), labels)
+
+
+def _check_size(size: tuple[int, int], data: bytes, *, image: Path, mask: Path) -> None:
+    """Raise ImageError unless a mask has the size of its image as a viewer shows it, turned by its EXIF."""
+    upright = image_size(Sample(data, str(image), None))
+    if size != upright:
+        turned = "; its EXIF turns the image, turn the mask" if size == upright[::-1] else "; resize it"
+        raise ImageError(f"{mask}: {_by(size)} pixels, but its image has {_by(upright)} (height x width){turned}")
 
 
 def _read(path: Path) -> bytes:
@@ -171,10 +224,11 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _size(data: bytes, path: Path) -> tuple[int, int]:
-    with open_image(data, str(path)) as image:
-        return image.height, image.width
-
-
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
+
+
+def _few(names: Iterable[str]) -> str:
+    """Return the first of many names."""
+    names = list(names)
+    return ", ".join([*names[:NAMED_FILES], *([".."] if len(names) > NAMED_FILES else [])])

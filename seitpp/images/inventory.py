@@ -23,6 +23,11 @@ class LeftOut:
         self.counts[reason] += count
         self.first.setdefault(reason, name)
 
+    def extend(self, other: "LeftOut") -> None:
+        """Add the counts of `other`."""
+        self.counts.update(other.counts)
+        self.first = {**other.first, **self.first}
+
     def __str__(self) -> str:
         reasons = sorted(self.counts.items())
         text = ", ".join(
@@ -48,8 +53,9 @@ def inventory(source: "ImageSource", unreadable: int = 0) -> dict[str, Any]:
     }
 
 
-def describe(record: dict[str, Any], origin: str, left_out: LeftOut) -> str:
-    """Say in two or three lines what a source has; `origin` is where its labels are from."""
+def describe(source: "ImageSource") -> str:
+    """Say in a few lines what a source has, where its labels are from, and what was left out."""
+    record, origin = inventory(source), source.labels.origin
     classes = record["classes"]
     lines = [f"{record['found']:,} images, {origin}"]
     if classes:
@@ -59,8 +65,7 @@ def describe(record: dict[str, Any], origin: str, left_out: LeftOut) -> str:
         lines.append(f"{len(classes):,} classes: {shown}{last}")
     if record["without_label"] and classes:
         lines.append(f"{record['without_label']:,} images without a label")
-    lines.append(f"left out: {left_out}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"left out: {source.left_out}"])
 
 
 def _classes(value: Label) -> tuple[int, ...]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from seitpp.errors import UserError
+from seitpp.images.class_lists import read_classes
 from seitpp.store.labels import Label
+from seitpp.store.layout import read_document
 
 # What a source says: a number or a name, several of them, or None.
 RawLabel = int | str | list[int | str] | None
@@ -60,27 +62,16 @@ def unlabeled(names: Sequence[str]) -> Labels:
     return Labels([None] * len(names), None, NO_LABELS)
 
 
-def read_classes(path: str | Path) -> tuple[str, ...]:
-    """Read class names: a text file with one a line, a JSON list, or the tokens.json of a store (or its folder).
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Read class names in their order, from a file of `seitpp.images.class_lists` or from a store.
 
-    Raises LabelError if there is no such file, or if names repeat.
+    Raises UserError if there is no such file, or if the store has no class names.
     """
-    file = Path(path) / "tokens.json" if Path(path).is_dir() else Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if file.suffix == ".json" else [line.strip() for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise LabelError(
-            f"--classes {path}: cannot be read ({reason}); name a file with one class a line"
-        ) from error
-    if isinstance(names, Mapping):
-        names = names.get("class_names")
-    names = [name for name in names or () if name != ""]
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise LabelError(
-            f"--classes {path}: expected class names, each once, at least one: one a line, or a store"
-        )
+    if not Path(path).is_dir():
+        return read_classes(path).names
+    names = read_document(Path(path))["class_names"]
+    if names is None:
+        raise LabelError(f"--classes {path}: a store without class names; name a file with one class a line")
     return tuple(names)
 
 

@@ -214,8 +214,7 @@ def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> I
     for suffix, kind in ((".parquet", ParquetSource), (".tar", TarSource)):
         if files := [folder / name for name in walked.packed if name.endswith(suffix)]:
             source = kind(files if folder != path else _of_split(files, path, split), rules)
-            source.left_out.counts.update(walked.left_out.counts)
-            source.left_out.first = {**walked.left_out.first, **source.left_out.first}
+            source.left_out.extend(walked.left_out)
             return source
     raise ImageError(
         f"{path}: Arrow files without dataset_info.json, expected the whole folder that save_to_disk wrote"

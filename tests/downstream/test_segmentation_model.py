@@ -293,6 +293,7 @@ def test_pixels_with_the_tokenizer_inside(tokenizer: PatchKMeans, tmp_path: Path
         codebook=None,
         class_names=list(map(str, range(CLASSES))),
         pixels_per_token=PATCH,
+        short_side=None,
     )
     of_tokens = load_segmenter(tmp_path / "model").model
     tokenizer.set_image_size(32)
@@ -313,13 +314,12 @@ def test_a_saved_segmenter_gives_the_same_logits(tmp_path: Path, kind: str) -> N
     model, names = segmenter(kind, 12), [f"class {i}" for i in range(CLASSES)]
     for buffer in model.decode_head.buffers():
         buffer += 1
-    save_segmenter(
-        tmp_path / "model.safetensors", model, codebook="abc", class_names=names, pixels_per_token=PATCH
-    )
+    facts = {"codebook": "abc", "class_names": names, "pixels_per_token": PATCH, "short_side": 64}
+    save_segmenter(tmp_path / "model.safetensors", model, **facts)
     saved = load_segmenter(tmp_path)
     inputs = model.backbone.from_ids(some_ids(2, 12, 12), CODEBOOK)
     assert torch.equal(saved.model(inputs, mode="tensor"), model(inputs, mode="tensor"))
-    assert saved[1:] == ("abc", names, PATCH, (12, 12)) and not saved.model.training
+    assert saved[1:] == ("abc", names, PATCH, (12, 12), 64) and not saved.model.training
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from support.paths import RECIPES
 from downstream.segmentation.scenes import class_names, scene, write_scenes
 from seitpp import TokenStore, tokenizers
 from seitpp.errors import UserError
-from seitpp.images.annotated import AnnotatedSource, decode_annotation, smallest_png
+from seitpp.images.annotated import decode_annotation, open_annotated, smallest_png
 from seitpp.images.decode import ImageError, decode_image, fit_short_side
+from seitpp.images.masks import MaskRules
 from seitpp.store import StoreError, spec
 from seitpp.tokenizers import PatchKMeans, TokenizerSpec, ViTVQGAN
 from seitpp.tokenizers.refined import refine
@@ -191,11 +192,11 @@ def test_values_up_to_the_largest_survive_too() -> None:
         assert np.array_equal(read_png(smallest_png(png(values, compress_level=0))), values)
 
 
-def test_an_image_that_is_ignored_altogether_has_label_0(tmp_path) -> None:
+def test_an_image_that_is_ignored_altogether_has_no_label(tmp_path) -> None:
     write_scenes(tmp_path, images={"training": 1}, size=32)
     (path,) = (tmp_path / "annotations/training").iterdir()
     path.write_bytes(png(np.zeros((32, 32), np.uint8)))
-    assert AnnotatedSource(tmp_path, "training").read(0).label == 0
+    assert open_annotated(tmp_path, "training", MaskRules(ignore_label=(0,))).read(0).label is None
 
 
 # Bad input: what is done to scene_000001 of four, and how the one line about it goes
@@ -227,16 +228,21 @@ too_large[3, 5] = 7
 BAD = {
     "a label without a class": (
         write_values(too_large),
-        r"annotations/training/scene_000001.png: value 7 in row 3, column 5, expected the classes 1 to 6 or 0",
+        r"annotations/training/scene_000001.png: row 3, column 5 has the value 7, expected a class, 1 to 6, or 0 ",
     ),
-    "16-bit label": (write_values(np.full((32, 32), 300, np.uint16)), r"scene_000001.png: value 300 in row 0, "),
+    "16-bit label": (
+        write_values(np.full((32, 32), 300, np.uint16)),
+        r"scene_000001.png: row 0, column 0 has the value 300",
+    ),
     "no annotation": (
         lambda image, annotation: annotation.unlink(),
-        r"images/training/scene_000001.jpg: an image without annotation, expected .*/scene_000001.png",
+        r"images without mask: 1 \(.*/scene_000001.jpg\), beside 3|"
+        r"scene_000001.jpg: an image without mask, expected .*/scene_000001.png",
     ),
     "no image": (
         lambda image, annotation: image.unlink(),
-        r"scene_000001.png: an annotation without image, expected .*images/training/scene_000001.jpg",
+        r"masks without image: 1 \(.*/scene_000001.png\), beside 3|"
+        r"scene_000001.png: a mask without image, expected .*images/training/scene_000001.jpg",
     ),
     "another size": (
         write_values(np.ones((32, 30), np.uint8)),
@@ -246,12 +252,12 @@ BAD = {
     "cut image": (lambda image, annotation: image.write_bytes(b"JFIF"), r"scene_000001.jpg: cannot be read"),
     "three channels": (
         write_values(np.ones((32, 32, 3), np.uint8)),
-        r"scene_000001.png: PNG of 8 bits with 3 channels, expected a PNG with one channel",
+        r"scene_000001.png: PNG of 8 bits with 3 channels \(RGB\), expected one channel .* colors of its classes",
     ),
-    "four bits": (packed_gray, r"scene_000001.png: PNG of 4 bits with 1 channels, expected"),
+    "four bits": (packed_gray, r"scene_000001.png: PNG of 4 bits with 1 channels \(L\), expected"),
     "lossy": (
         lambda image, annotation: Image.new("L", (32, 32)).save(annotation, "JPEG"),
-        r"scene_000001.png: JPEG, expected a PNG",
+        r"scene_000001.png: JPEG, expected a mask without loss",
     ),
     "a link to nowhere": (
         lambda image, annotation: (annotation.unlink(), annotation.symlink_to("gone.png")),
@@ -282,13 +288,13 @@ HEADER = "Idx\tRatio\tTrain\tVal\tName\n"
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"no objectInfo\*.txt, expected one"),
+        ({}, r"no class names, expected --classes FILE .* or an objectInfo\*.txt"),
         ({"objectInfo1.txt": HEADER, "objectInfo2.txt": HEADER}, "objectInfo1.txt, objectInfo2.txt, expected one"),
         ({"objectInfo.txt": ""}, "expected a header and rows with Idx and Name"),
         ({"objectInfo.txt": "1\t0.5\t3\t1\twall\n"}, "expected a header and rows with Idx and Name"),
         ({"objectInfo.txt": HEADER + "1\twall\n"}, "expected a header and rows with Idx and Name"),
         ({"objectInfo.txt": HEADER + "2\t0.5\t3\t1\twall\n"}, "numbered 1, 2, .. in order"),
-        ({"objectInfo.txt": HEADER + "1\t0\t0\t0\tdoor\n2\t0\t0\t0\tdoor\n"}, "all names different"),
+        ({"objectInfo.txt": HEADER + "1\t0\t0\t0\tdoor\n2\t0\t0\t0\tdoor\n"}, "the name door occurs twice"),
         ({"objectInfo.txt": HEADER + "".join(f"{i}\t0\t0\t0\tc{i}\n" for i in range(1, 257))}, "at most 255"),
     ],
 )
@@ -298,7 +304,7 @@ def test_class_names_that_are_not_as_expected_are_refused(files, message, tmp_pa
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ImageError, match=message):
-        AnnotatedSource(tmp_path, "training")
+        open_annotated(tmp_path, "training")
 
 
 def test_class_names_keep_their_synonyms(tmp_path) -> None:
@@ -307,17 +313,17 @@ def test_class_names_keep_their_synonyms(tmp_path) -> None:
     names = ["wall", "building, edifice", "bed "]
     rows = [f"{number} \t0.1\t9\t9\t{name}\r\n" for number, name in enumerate(names, 1)]
     (tmp_path / "objectInfo150.txt").write_text(HEADER.replace("\n", "\r\n") + "".join(rows), newline="")
-    assert AnnotatedSource(tmp_path, None).class_names == ["wall", "building, edifice", "bed"]
+    assert open_annotated(tmp_path, None).class_names == ["wall", "building, edifice", "bed"]
 
 
 def test_a_split_without_images_and_two_images_of_one_name_are_refused(ade, tmp_path) -> None:
-    with pytest.raises(ImageError, match=r"images/test: no images below it, expected .jpg"):
-        AnnotatedSource(ade, "test")
+    with pytest.raises(ImageError, match=r"no split 'test' of images and masks, it has training, validation"):
+        open_annotated(ade, "test")
     shutil.copytree(ade, tmp_path / "ade")
     image = tmp_path / "ade/images/training/scene_000001.jpg"
     shutil.copy(image, image.with_suffix(".jpeg"))
     with pytest.raises(ImageError, match=r"scene_000001.jpg: has the same name as scene_000001.jpeg"):
-        AnnotatedSource(tmp_path / "ade", "training")
+        open_annotated(tmp_path / "ade", "training")
 
 
 # Tokenizers at other sizes

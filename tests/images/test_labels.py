@@ -10,7 +10,7 @@ from support.pictures import CLASSES, as_folder, make_tar, photograph_crops, wri
 
 from seitpp import StoreWriter
 from seitpp.errors import UserError
-from seitpp.images.labels import LabelError, LabelRules, read_classes, read_label_file, resolve
+from seitpp.images.labels import LabelError, LabelRules, read_class_names, read_label_file, resolve
 from seitpp.images.sources import open_source
 from seitpp.images.tables import choose_columns
 
@@ -148,14 +148,14 @@ def test_a_label_is_never_invented() -> None:
 
 
 def test_class_lists(tmp_path) -> None:
-    assert read_classes(write(tmp_path / "names.txt", "b\n\na\n")) == ("b", "a")
-    assert read_classes(write(tmp_path / "names.json", '["b", "a"]')) == ("b", "a")
+    assert read_class_names(write(tmp_path / "names.txt", "b\n\na\n")) == ("b", "a")
+    assert read_class_names(write(tmp_path / "names.json", '["b", "a"]')) == ("b", "a")
     codebook = np.eye(2, dtype=np.float32)
     with StoreWriter(tmp_path / "store", codebook=codebook, grid=(1, 1), class_names=["b", "a"]) as writer:
         writer.add(np.array([[0]]), 1)
-    assert read_classes(tmp_path / "store") == ("b", "a")
+    assert read_class_names(tmp_path / "store") == ("b", "a")
     for text in ("", "a\na\n"):
-        with pytest.raises(LabelError, match="expected class names, each once"):
-            read_classes(write(tmp_path / "bad.txt", text))
-    with pytest.raises(LabelError, match="No such file"):
-        read_classes(Path(tmp_path / "gone.txt"))
+        with pytest.raises(UserError, match=r"expected names of classes|the name a occurs twice"):
+            read_class_names(write(tmp_path / "bad.txt", text))
+    with pytest.raises(UserError, match="No such file"):
+        read_class_names(Path(tmp_path / "gone.txt"))

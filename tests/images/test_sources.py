@@ -83,7 +83,7 @@ def test_a_folder_as_people_have_it(samples, tmp_path) -> None:
     assert source.labels.values == [0, 1, 1, 1, 1, 1] and source.class_names == ["a", "b", "empty"]
     with pytest.raises(ImageError, match=r"^b/gone.jpg: cannot be read \(No such file"):
         source.read(3)
-    text = describe(inventory(source), source.labels.origin, source.left_out)
+    text = describe(source)
     assert "6 images, classes by folder names\n3 classes: b 5, a 1, empty 0" in text
     assert source.left_out.counts == {
         "hidden": 4, ".txt file": 1, ".mp4 file": 1, "no image by its content": 1, "packed file beside images": 2

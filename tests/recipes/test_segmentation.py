@@ -32,7 +32,7 @@ from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, MicroBatch
 from seitpp.engine.config import parse
 from seitpp.engine.optim import warmup_linear
-from seitpp.images.annotated import AnnotatedSource
+from seitpp.images.annotated import open_annotated
 from seitpp.models import TokenAdapt
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.recipe import rehearse
@@ -273,7 +273,7 @@ def test_the_scenes_are_the_same_wherever_they_are_made(tmp_path: Path, monkeypa
 
 def pipeline(scenes: Scenes, seed: int = 0) -> PixelPipeline:
     return PixelPipeline(
-        AnnotatedSource(scenes.images, "training"),
+        open_annotated(scenes.images, "training"),
         seed=seed,
         crop=32,
         short_side=64,
