@@ -57,6 +57,20 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PictureConfig(RunConfig):
+    """The settings of every recipe that applies a trained model to new pictures."""
+
+    checkpoint: str | None = None  # folder of a run, or a model file; always needed
+    ema: bool = True  # the moving average of the weights, if the run has one
+    data: str | None = None  # pictures, as for recipes/tokenize_images.py; None: the held-out digits
+    source_split: str | None = None  # the part of the data to read; None: all
+    tokenizer: str | None = None  # that of the model's tokens; None: the model takes pixels, or the digits
+    tokenizer_kind: str | None = None  # None: recognized
+    skip_errors: bool = False  # leave out pictures that cannot be read, and list them in OUT/skipped.txt
+    workers: int | None = None  # data loading processes, for each process that computes; None: by the CPU cores
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """The settings of every recipe that trains."""
 

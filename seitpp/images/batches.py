@@ -93,17 +93,22 @@ class DecodedBatch(NamedTuple):
 
 
 class DecodedImages(Dataset):
-    """A torch dataset of decoded and resized images of a source; errors of images are returned, not raised."""
+    """A torch dataset of decoded and resized images of a source; errors of images are returned, not raised.
 
-    def __init__(self, source: ImageSource, size: Size, reading: Reading = RGB):
-        self.source, self.size, self.reading = source, size, reading
+    With `boxes`, each image is first cropped to the box that this function returns for it; else `reading` says how
+    it is fitted to the size.
+    """
+
+    def __init__(self, source: ImageSource, size: Size, reading: Reading = RGB, boxes: Boxes | None = None):
+        self.source, self.size, self.reading, self.boxes = source, size, reading, boxes
 
     def __getitems__(self, indices: list[int]) -> DecodedBatch:
         images, kept, errors = [], [], []
         for index in indices:
             try:
                 sample = self.source.read(index)
-                images.append(decode_image(sample, self.size, reading=self.reading))
+                box = self.boxes([index], [image_size(sample)])[0] if self.boxes else None
+                images.append(decode_image(sample, self.size, box, reading=self.reading))
             except ImageError as error:
                 errors.append(str(error))
             else:

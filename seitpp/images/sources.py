@@ -29,6 +29,7 @@ from seitpp.images.tars import TarSource
 from seitpp.images.walk import SPLITS, Walked, looks_like_splits, walk
 
 HUB = "hf://"
+ANY_LABELS = LabelRules()  # those that the data have themselves
 # Names of splits in data -> names in a store; others keep theirs.
 STORE_SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -118,16 +119,17 @@ class Relabeled:
         return self.source.read(index)._replace(label=self.labels.values[index])
 
 
-def open_source(data: str, split: str | None = None, rules: LabelRules | None = None) -> ImageSource:
-    """Detect the kind of `data` and open it, or only its split `split`; `rules` say where its labels are.
+def open_source(data: str, split: str | None = None, rules: LabelRules | None = ANY_LABELS) -> ImageSource:
+    """Detect the kind of `data` and open it, or only its split `split`.
+
+    `rules` say where its labels are; without them (None) no labels are read.
 
     It is a folder of images, DATA/CLASS/NAME.jpg or flat; of Parquet or tar files; what `save_to_disk` of
     `datasets` wrote; one Parquet or tar file; or a data set of the hub, "hf://owner/name". A split is a subfolder,
     or the packed files whose names begin with it. Raises ImageError otherwise, and for data with several splits
     if none is named; LabelError for labels that are missing or unclear.
     """
-    rules = rules or LabelRules()
-    if rules.file is None:
+    if rules is None or rules.file is None:
         return _opened(data, split, rules)
     source = _opened(data, split, None)
     raw, unused = by_name(source.names, read_label_file(rules.file), rules.file)
@@ -202,7 +204,7 @@ def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> I
     if split is None and (splits := split_names(str(path))):
         raise ImageError(
             f"{path}: has the splits {', '.join(splits)}, which are no classes: name one with --source-split, or "
-            "write all of them with --splits"
+            "tokenize all of them with --splits"
         )
     folder = path / split if split and (path / split).is_dir() else path
     with tqdm(desc=f"listing {folder}", unit="image", delay=2.0) as bar:
@@ -227,7 +229,8 @@ def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
         return opened
     if split is None and len(opened) > 1:
         raise ImageError(
-            f"{path}: has the splits {', '.join(opened)}: name one with --source-split, or write all with --splits"
+            f"{path}: has the splits {', '.join(opened)}: name one with --source-split, or "
+            "tokenize all of them with --splits"
         )
     name = split or next(iter(opened))
     if name not in opened:

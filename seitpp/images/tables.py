@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from seitpp.images.decode import ImageError, Sample
@@ -99,7 +100,7 @@ class ParquetSource:
         schema = _open_parquet(paths[0]).schema_arrow
         self.columns = choose_columns(datasets.Features.from_arrow_schema(schema), rules, str(paths[0]))
         self._groups: list[tuple[Path, int]] = []
-        rows, raw, self.names = [], [], []
+        rows, raw, paths_inside, self.names = [], [], [], []
         for path in paths:
             file = _open_parquet(path)
             wanted = [name for name in (self.columns.image, self.columns.label) if name]
@@ -112,10 +113,12 @@ class ParquetSource:
                 rows.append(file.metadata.row_group(group).num_rows)
             if self.columns.label:
                 raw += file.read(columns=[self.columns.label], use_threads=False)[self.columns.label].to_pylist()
+            paths_inside += _paths_in(file, self.columns.image)
             self.names += [f"{path.name}#{index}" for index in range(len(self.names), sum(rows))]
         self._ends = np.cumsum(rows).tolist()
         if not self.names:
             raise ImageError(f"{paths[0]}: no rows in {len(paths)} Parquet file(s); check the path")
+        self.names = _names(paths_inside, self.names)
         self.labels = _labels_of(raw, self.names, rules, self.columns)
         self.class_names = self.labels.class_names
         self._held: tuple[int, list[Any]] = (-1, [])
@@ -141,8 +144,7 @@ class ParquetSource:
             self._held = number, table[self.columns.image].to_pylist()
         rows = self._held[1]
         image = rows[index - (self._ends[number] - len(rows))]
-        name = (image.get("path") if isinstance(image, dict) else None) or self.names[index]
-        return Sample(_data(image, path.parent, self.names[index]), name, self.labels.values[index])
+        return Sample(_data(image, path.parent, self.names[index]), self.names[index], self.labels.values[index])
 
 
 class DatasetSource:
@@ -154,7 +156,9 @@ class DatasetSource:
     def __init__(self, data: datasets.Dataset, name: str, rules: LabelRules | None):
         self.left_out = LeftOut()
         self.columns = choose_columns(data.features, rules, name)
-        self.names = [f"{name}#{index}" for index in range(len(data))]
+        column = data.select_columns([self.columns.image]).with_format("arrow")[:][self.columns.image]
+        paths = pc.struct_field(column, "path").to_pylist() if pa.types.is_struct(column.type) else []
+        self.names = _names(paths, [f"{name}#{index}" for index in range(len(data))])
         raw = data.with_format(None)[self.columns.label][:] if self.columns.label else []
         self.labels = _labels_of(list(raw), self.names, rules, self.columns)
         self.class_names = self.labels.class_names
@@ -170,8 +174,20 @@ class DatasetSource:
     def read(self, index: int) -> Sample:
         """Read image `index`. Raises ImageError if its file cannot be read."""
         image = self._data[index][self.columns.image]
-        name = (image.get("path") if isinstance(image, dict) else None) or self.names[index]
-        return Sample(_data(image, Path(), self.names[index]), name, self.labels.values[index])
+        return Sample(_data(image, Path(), self.names[index]), self.names[index], self.labels.values[index])
+
+
+def _paths_in(file: pq.ParquetFile, image: str) -> list[str | None]:
+    """Return the paths that an image column of {bytes, path} has, without reading the bytes."""
+    if not pa.types.is_struct(file.schema_arrow.field(image).type):
+        return [None] * file.metadata.num_rows
+    column = file.read(columns=[f"{image}.path"], use_threads=False)[image]
+    return pc.struct_field(column, "path").to_pylist()
+
+
+def _names(paths: list[str | None], numbered: list[str]) -> list[str]:
+    """Return the names of images: their paths if all have one and none repeats, else numbers of rows."""
+    return paths if all(paths) and len(set(paths)) == len(numbered) else numbered
 
 
 def _labels_of(raw: list[RawLabel], names: Sequence[str], rules: LabelRules | None, columns: Columns) -> Labels:

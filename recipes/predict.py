@@ -1,0 +1,134 @@
+"""Predict the classes of new pictures, or with a segmenter the class of every pixel.
+
+    accelerate launch recipes/predict.py --checkpoint runs/finetune-digits
+    accelerate launch recipes/predict.py --checkpoint RUN --data photos --tokenizer tokens-tokenizer.safetensors
+    accelerate launch --multi_gpu --num_processes 8 recipes/predict.py --checkpoint RUN --data photos \\
+        --tokenizer tokens-tokenizer.safetensors
+    accelerate launch recipes/predict.py --checkpoint runs/segment_ade20k-published --data photos \\
+        --tokenizer vitvqgan.ckpt
+
+--checkpoint is the folder of a run of finetune, seit_train or segment_ade20k, or a model file; one that was
+fine-tuned on pixels takes no --tokenizer. --data is whatever tokenize_images reads: labels are not needed.
+Pictures are read as those of the run's store were. The recipe writes OUT/predictions.csv: name, class and
+probability of the five most likely classes, the most likely first; for a model of several classes an image, each
+has a probability of its own. For a segmenter it writes OUT/labels/NAME.png at the picture's own size, a palette PNG whose value v is
+class v, with OUT/legend.png and OUT/classes.txt. Without --data, the held-out digits are classified, in seconds. A
+picture that cannot be read stops it; with --skip-errors it is listed in OUT/skipped.txt. Speed on a GPU is not
+measured.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from seitpp import files
+from seitpp.engine.config import PictureConfig
+from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
+from seitpp.engine.run import Run
+from seitpp.errors import UserError
+from seitpp.images.sources import ImageSource
+from seitpp.models import MTM, Loaded, load_pretrained, model_file
+from seitpp.recipe import run_recipe
+from seitpp.tensors import header_keys
+from seitpp.tokenizers import Tokenizer
+
+TOP = 5  # classes of a picture
+
+
+@dataclass(frozen=True)
+class Config(PictureConfig):
+    """Settings of predictions: the model and the pictures."""
+
+
+PRESETS = {"published": Config()}
+PRESETS["digits"] = replace(PRESETS["published"], preset="digits", precision="no", workers=0)
+PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
+
+
+def main(config: Config) -> None:
+    # 1. Run: the output folder and the processes.
+    if config.checkpoint is None:
+        raise UserError("nothing to predict with: name a run's folder or a model file with --checkpoint")
+    run = Run("predict", config)
+
+    # 2. Pictures, and the tokenizer of the model.
+    source, tokenizer = open_data(config, run)
+    run.start()
+    run.describe(f"{len(source):,} pictures; left out: {source.left_out}")
+
+    # 3. Predictions, each process for its part of the pictures.
+    segments = "segmenter" in header_keys(model_file(Path(config.checkpoint), config.ema))
+    errors = (write_maps if segments else write_table)(config, run, source, tokenizer)
+    finish(run, errors, len(source))
+
+
+def write_table(config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> list[str]:
+    """Write OUT/predictions.csv; return a line for each picture of this process that could not be read."""
+    saved = load_pretrained(config.checkpoint, config.ema)
+    if isinstance(saved.model, MTM):
+        raise UserError(f"{config.checkpoint} has no classification head: fine-tune it with recipes/finetune.py")
+    pictures = open_pictures(source, saved, tokenizer=tokenizer, run=run)
+    errors: list[str] = []
+    own = list(rows(pictures, saved, run, errors))
+    table = gather_object(own)
+    if run.is_main:
+        best = min(TOP, saved.model.num_classes)
+        more = [f"{column}_{place}" for place in range(2, best + 1) for column in ("class", "probability")]
+        files.replace_csv(run.out / "predictions.csv", ["name", "class", "probability", *more], table)
+        for name, title, probability, *_ in table[:TOP]:
+            print(f"{name}: {title} {probability}")
+        print(f"{len(table):,} pictures in {run.out / 'predictions.csv'}")
+    return errors
+
+
+@torch.no_grad()
+def rows(pictures: Pictures, saved: Loaded, run: Run, errors: list[str]) -> Iterator[list[str]]:
+    """Yield the row of each picture of this process: its name, then its likeliest classes and probabilities."""
+    model = saved.model.to(run.device).eval()
+    names = saved.class_names or [str(number) for number in range(model.num_classes)]
+    for batch in pictures.batches(run.accelerator, run.workers):
+        errors += batch.errors
+        if not batch.kept:
+            continue
+        with run.accelerator.autocast():
+            logits = model(pictures.inputs(batch)).float()
+        probabilities = logits.sigmoid() if saved.multi_label else logits.softmax(dim=1)
+        best = probabilities.topk(min(TOP, len(names)), dim=1)
+        for record, numbers, values in zip(batch.kept, best.indices.tolist(), best.values.tolist(), strict=True):
+            cells = [[names[number], f"{value:.4f}"] for number, value in zip(numbers, values, strict=True)]
+            yield [record.file_name, *(cell for pair in cells for cell in pair)]
+
+
+def write_maps(config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> list[str]:
+    """Write OUT/labels/NAME.png; return a line for each picture of this process that could not be read."""
+    from downstream.segmentation.mmseg import load_mmseg
+
+    load_mmseg()
+    # These modules import the optional mmsegmentation; without it, load_mmseg has raised an error of one line.
+    from downstream.segmentation.model import load_segmenter
+    from downstream.segmentation.prediction import open_predictor, write_label_maps
+
+    if tokenizer is None:
+        raise UserError(f"{config.checkpoint} is a segmenter of tokens: name its tokenizer with --tokenizer")
+    saved = load_segmenter(model_file(Path(config.checkpoint), config.ema))
+    predictor = open_predictor(
+        saved,
+        tokenizer.codebook.detach().cpu().float().numpy(),
+        lookup=tokenizer.spec.lookup,
+        names=(config.checkpoint, config.tokenizer or "the digits"),
+        device=run.device,
+    )
+    short_side = {"short_side": saved.short_side} if saved.short_side else {}
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    errors = write_label_maps(
+        predictor, source, run.out, tokenizer=tokenizer, **short_side, rank=rank, ranks=ranks
+    )
+    run.print(f"label maps in {run.out / 'labels'}, their colors in {run.out / 'legend.png'}")
+    return errors
+
+
+if __name__ == "__main__":
+    run_recipe(main, PRESETS, default="digits")

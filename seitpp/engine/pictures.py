@@ -1,0 +1,122 @@
+"""New pictures as the inputs of a trained model: decoded, tokenized, and viewed as in its own evaluation."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, tqdm
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from seitpp import tokenizers
+from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
+from seitpp.data.digits import DigitsSource, digits
+from seitpp.engine.config import PictureConfig
+from seitpp.engine.inputs import check_codes, embedded, open_once
+from seitpp.engine.run import Run
+from seitpp.errors import UserError
+from seitpp.files import replace_text
+from seitpp.images.batches import DecodedBatch, DecodedImages
+from seitpp.images.decode import Reading
+from seitpp.images.sources import ImageSource, open_source
+from seitpp.models import Loaded, input_kind, input_size
+from seitpp.tokenizers import Tokenizer
+from seitpp.tokenizers.encoding import encode
+
+BATCH = 64  # pictures at a time
+
+
+class Pictures(NamedTuple):
+    """A dataset of decoded pictures, and the function that turns a batch of it into the input of the model."""
+
+    images: DecodedImages
+    inputs: Callable[[DecodedBatch], Tensor]
+
+    def batches(self, accelerator: Accelerator, workers: int) -> Iterator[DecodedBatch]:
+        """Yield this process's pictures in batches: the source's order, cut into one part for each process."""
+        total, rank, ranks = len(self.images), accelerator.process_index, accelerator.num_processes
+        own = range(rank * total // ranks, (rank + 1) * total // ranks)
+        chosen = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
+        loader = DataLoader(self.images, batch_sampler=chosen, collate_fn=_as_it_is, num_workers=workers)
+        yield from tqdm(loader, total=len(chosen), unit="batch")
+
+
+def open_data(config: PictureConfig, run: Run) -> tuple[ImageSource, Tokenizer | None]:
+    """Open the pictures of a recipe without their labels, and the tokenizer that it names; else the digits'.
+
+    Without a tokenizer, but with pictures, the model is to take pixels: the tokenizer is None.
+    """
+    if config.data is None:
+        source = DigitsSource(config.source_split or "validation")
+    else:
+        source = open_once(run.accelerator, partial(open_source, config.data, config.source_split, None))
+        if config.tokenizer is None:
+            return source, None
+    path = config.tokenizer or embedded(run, digits).tokenizer
+    return source, tokenizers.load(path, config.tokenizer_kind).to(run.device).eval()
+
+
+def finish(run: Run, errors: list[str], pictures: int) -> None:
+    """Finish a run on `pictures`; `errors` has a line for each picture of this process that could not be read.
+
+    Raises UserError with the first of all processes, unless the config says skip_errors.
+    """
+    errors = gather_object(errors)
+    if errors and not run.config.skip_errors:
+        raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors")
+    if run.is_main and errors:
+        replace_text(run.out / "skipped.txt", "".join(f"{error}\n" for error in errors))
+        print(f"{len(errors):,} of {pictures:,} pictures could not be read, see {run.out / 'skipped.txt'}")
+    run.finish({"pictures": pictures - len(errors), "skipped": len(errors)})
+
+
+def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | None, run: Run) -> Pictures:
+    """Open pictures for a model of tokens, with its tokenizer, or of pixels, without one.
+
+    Raises UserError if the model takes the other, or was trained on another codebook.
+    """
+    checkpoint, device = run.config.checkpoint, run.device
+    reading = reading_of_run(checkpoint, tokenizer.spec.channels if tokenizer else 3)
+    model = getattr(saved.model, "encoder", saved.model)
+    kind, size = input_kind(model), input_size(model)
+    if (kind == "pixels") != (tokenizer is None):
+        takes = (
+            "pixels: leave --tokenizer out" if kind == "pixels" else "tokens: name its tokenizer with --tokenizer"
+        )
+        raise UserError(f"{checkpoint} takes {takes}")
+    if tokenizer is None:
+        pixels = EvalPixelView().to(device)
+        images = DecodedImages(source, size, reading, CentralBoxes(size))
+        return Pictures(images, lambda batch: pixels(_stacked(batch, size).to(device)))
+    codebook = tokenizer.codebook.detach().cpu()
+    check_codes(codebook.numpy(), source=run.config.tokenizer or "the digits", saved=saved, checkpoint=checkpoint)
+    maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
+    view = EvalView(saved.window or size or tokenizer.spec.grid, **maps).to(device)
+
+    def inputs(batch: DecodedBatch) -> Tensor:
+        ids = np.stack(encode(tokenizer, batch, device)).astype(np.int64)
+        return view(torch.from_numpy(ids).to(device))
+
+    return Pictures(DecodedImages(source, tokenizer.spec.image_size, reading), inputs)
+
+
+def reading_of_run(checkpoint: str, channels: int) -> Reading:
+    """Return how the images of a run's store were read, as its result.json says; the default where it does not."""
+    result = Path(checkpoint) / "result.json"
+    record = json.loads(result.read_text()) if result.is_file() else {}
+    tokenizer = (record.get("data") or {}).get("tokenizer") or {}
+    return Reading.from_json(tokenizer.get("reading"), channels)
+
+
+def _stacked(batch: DecodedBatch, size: tuple[int, int]) -> Tensor:
+    return batch.pixels.view(len(batch.sizes), 3, *size)
+
+
+def _as_it_is(batch: DecodedBatch) -> DecodedBatch:
+    """Return the batch unchanged: the dataset returns whole batches."""
+    return batch
