@@ -19,6 +19,7 @@ from support.paths import ROOT
 
 from seitpp import StoreWriter, TokenStore, cli
 from seitpp.codec import CODECS
+from seitpp.data.dataset import fraction_of
 from seitpp.data.digits import digits
 from seitpp.plots import paint_codes
 from seitpp.store import layout
@@ -153,6 +154,33 @@ def test_a_store_without_source_sizes_and_names(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "one for each image" in out and "not recorded" in out and "image files" not in out
     assert rows(out)["train"][1:5] == ["1", "of", "2", "0.000"] and rows(out)["train"][-1] == "-"
+
+
+def test_missing_and_several_labels_are_said_and_shown(tmp_path, monkeypatch, capsys):
+    titles: list[str] = []
+    monkeypatch.setattr(cli, "_draw", lambda images, names, path: titles.extend(names) or path.touch())
+    for multi_label, labels in ((False, [1, None, -1]), (True, [(0, 2), (), None])):
+        path = tmp_path / str(multi_label)
+        with StoreWriter(
+            path, codebook=np.eye(2), grid=(1, 4), class_names=CLASSES, multi_label=multi_label
+        ) as writer:
+            writer.add_batch(np.ones((3, 1, 4), int), labels)
+        run(monkeypatch, "info", path)
+        run(monkeypatch, "show", path, "--out", tmp_path / f"{multi_label}.png")
+    out = capsys.readouterr().out
+    assert "no label     2 of 3 images of train" in out and "no label     1 of 3 images of train" in out
+    assert "classes      3: digit" in out and "classes      3, several an image: digit" in out
+    assert titles == ["letter", "no label", "no label", "digit, other", "no class", "no label"]
+
+
+def test_subset_is_the_share_that_training_takes(store, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "subset", store, tmp_path / "a", "--fraction", 0.2, "--seed", 5)
+    run(monkeypatch, "subset", store, tmp_path / "b", "--fraction", 0.5, "--split", "validation")
+    assert capsys.readouterr().out.splitlines()[0].endswith("a: train 10 images, validation 7 images")
+    for folder, split, fraction, seed in (("a", "train", 0.2, 5), ("b", "validation", 0.5, 0)):
+        chosen = fraction_of(SIZES[split], fraction, seed)
+        assert (TokenStore(tmp_path / folder, split).ids(range(len(chosen))) == sample(split)[0][chosen]).all()
+    assert len(TokenStore(tmp_path / "b")) == 50
 
 
 def test_verify_names_the_damaged_image_or_file(store, monkeypatch, capsys):
@@ -340,6 +368,13 @@ def test_the_hub_without_a_network(store, tmp_path, monkeypatch, capsys):
         (["info", "--codec=ans", "x"], "unknown flag --codec; seitpp info --help"),
         (["info"], "arguments are required: STORE; seitpp info --help"),
         (["info", "a", "b"], "unrecognized arguments: b"),
+        (["subset", "a", "b"], "one of the arguments --fraction --classes is required"),
+        (
+            ["subset", "a", "b", "--classes", "c", "--seed", "1"],
+            "--seed and --split: got --classes",
+        ),
+        (["append", "nowhere", "elsewhere"], "nowhere: no such folder"),
+        (["merge", "out", "nowhere"], "nowhere: no token store"),
         (["show", "a", "--out", "b.png", "--count", "many"], "invalid int value: 'many'"),
         (["info", "nowhere"], "nowhere: no token store"),
     ],
