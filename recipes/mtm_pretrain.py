@@ -1,27 +1,33 @@
-"""Pre-train a masked token model (SeiT++) and evaluate its frozen encoder by linear probing and k-NN.
+"""Pre-train a masked token model (SeiT++) and evaluate it: on hidden tokens, and its frozen encoder by probes.
 
     accelerate launch recipes/mtm_pretrain.py                                    # the embedded digits
+    accelerate launch recipes/mtm_pretrain.py --store tokens                     # any store: preset auto
     accelerate launch recipes/mtm_pretrain.py published --store imagenet-tokens --tokenadapt RUN  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/mtm_pretrain.py plain --store imagenet-tokens
 
 `digits` (the default) takes about 2 minutes on a CPU and lifts the linear probe from about 60 to 86-88 % and
-k-NN from about 45 to 83-86 % (three seeds, tests/long/mtm_digits.py). `published` is the run of the paper: ViT-B
-on ImageNet-1k tokens for 400 epochs, half of the images augmented by TokenAdapt (recipes/tokenadapt_train.py).
-`plain` has no TokenAdapt, `coloradapt` adds ColorAdapt. Their time on GPUs is not measured.
-The recipe reads a token store. It writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/,
-model.safetensors, report.html with its pictures, and result.json into --out. It does not fine-tune: the weights
-are for recipes/finetune.py, probe.py and inpaint.py.
+k-NN from about 45 to 83-86 % (three seeds, tests/long/mtm_digits.py). `auto` (the default with --store) chooses
+model, batch, epochs and more for the number of images, the grid and the device, and prints each choice with its
+reason; a flag has the last word. `published` is the run of the paper: ViT-B on ImageNet-1k tokens for 400 epochs,
+half of the images augmented by TokenAdapt (recipes/tokenadapt_train.py). `plain` has no TokenAdapt, `coloradapt`
+adds ColorAdapt. Their time on GPUs is not measured.
+The recipe reads a token store; of one with the split train alone, every 20th image is held out. Linear probe and
+k-NN need images with one label each, of two classes or more, and are left out otherwise. The recipe writes
+config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, report.html with its pictures, and
+result.json with findings in words into --out. It does not fine-tune: the weights are for recipes/finetune.py,
+probe.py and inpaint.py.
 """
 
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from seitpp import plots
+from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
@@ -59,7 +65,8 @@ class Config(TrainConfig):
     """Settings of pre-training. The defaults are ViT-B, ImageNet-1k, 400 epochs, batch size 4096 (SeiT++)."""
 
     store: str | None = None  # Folder of a token store. None: the embedded digits.
-    tokenizer: str | None = None  # Tokenizer file that decodes tokens for the report. None: codes are colors.
+    # Tokenizer file that decodes tokens for the report. None: the one beside the store, else codes are colors.
+    tokenizer: str | None = None
     # Initial weights: folder of a run, a model file, or an official checkpoint. None: random weights.
     init_from: str | None = None
     model: str = "mtm_vit_base"  # Name of the encoder in timm's registry.
@@ -204,7 +211,8 @@ def write_report(
 ) -> None:
     """Write report.html: what is `said` about the result, curves, and validation images filled by the model."""
     config, on_digits = run.config, run.config.store is None
-    decode = plots.picture_decoder(digits().tokenizer if on_digits else config.tokenizer, validation.codebook)
+    tokenizer = digits().tokenizer if on_digits else config.tokenizer or tokenizer_beside(validation)
+    decode = plots.picture_decoder(tokenizer, validation.codebook)
     originals = digits_images("validation")[0] if on_digits else None
     pictures = plots.reconstructions(
         model, validation, grid=grid, seed=config.seed, decode=decode, originals=originals
@@ -219,6 +227,13 @@ def write_report(
         findings=said,
         pictures=pictures,
     )
+
+
+def tokenizer_beside(store: TokenStore) -> Path | None:
+    """Return the tokenizer that tokenize_images saved beside the store, if it is there and has the same codes."""
+    path = Path(f"{store.path}-tokenizer.safetensors")
+    same = path.is_file() and torch.equal(tokenizers.load(path).codebook, torch.from_numpy(store.codebook))
+    return path if same else None
 
 
 def choose(config: Config, named: Collection[str]) -> Config:

@@ -47,10 +47,6 @@ def main(config: Config) -> None:
 
     # 2. Data and model: the same codebook, and a grid that is large enough for the model.
     train, validation = open_stores(run, config.store)
-    for store in (train, validation):
-        store.require_classes("probe")
-    if train.multi_label:
-        raise UserError(f"{train.path}: its images have several classes each, expected one for a probe")
     path = Path(config.checkpoint)
     model, codebook, *_ = load_mtm(path / "model.safetensors" if path.is_dir() else path)
     check_codebook(train.codebook, source=str(train.path), expected=codebook, checkpoint=config.checkpoint)

@@ -102,13 +102,13 @@ def reconstructions(
     originals: torch.Tensor | None,
     shown: int = 8,
 ) -> dict[str, torch.Tensor]:
-    """Reconstruct the first `shown` validation images with half of their patches hidden from the model.
+    """Reconstruct `shown` validation images, evenly spread, with half of their patches hidden from the model.
 
     Returns rows of images (n, 3, height, width) by name; `decode` maps ids to images, and `originals` are shown
     beside them.
     """
     device = model.mask_token.device
-    indices = torch.arange(min(shown, len(validation)))
+    indices = torch.linspace(0, len(validation) - 1, min(shown, len(validation))).round().long()
     ids = EvalView(grid)(torch.from_numpy(validation.ids(indices.numpy()))).to(device)
     patches = model.encoder.patch_embed.num_patches
     noise = Keys(seed, 0, indices.to(device)).uniform("report", patches)
@@ -117,7 +117,7 @@ def reconstructions(
     images = [(ids[i : i + 1], MaskPlan(*(part[i : i + 1] for part in plan))) for i in range(len(ids))]
     filled = torch.cat([fill_hidden(model(*image), *image) for image in images]).cpu()
     tokens = decode(ids.cpu())
-    rows = {} if originals is None else {"original": originals[: len(ids)]}
+    rows = {} if originals is None else {"original": originals[indices]}
     return rows | {
         "decoded tokens": tokens,
         "masked input": gray_out(tokens, hidden_tokens(plan, grid).cpu()),

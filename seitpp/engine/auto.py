@@ -28,7 +28,7 @@ NANO, TINY, SMALL, BASE = "mtm_vit_nano", "mtm_vit_tiny", "mtm_vit_small", "mtm_
 FEWEST = {BASE: 1_000_000, SMALL: 50_000, TINY: 10_000, NANO: 0}
 DECODERS = {NANO: (96, 2, 4), TINY: (192, 4, 6)}  # width, depth, heads; the published one for all other models
 PUBLISHED_DECODER = (512, 4, 16)
-PUBLISHED_EPOCHS, DIGITS_EPOCHS = 400, 100
+PUBLISHED_EPOCHS, DIGITS_EPOCHS, DIGITS_UPDATES = 400, 100, 1100
 PUBLISHED_BATCH, DIGITS_BATCH = 4096, 128
 PUBLISHED_LR, DIGITS_LR = 2.4e-3, 3e-3  # at the peak, of the batches above
 LR_BATCH = 256  # the batch size that --base-lr is for
@@ -116,7 +116,10 @@ def choose(facts: Facts, said: Mapping[str, Any]) -> dict[str, Choice]:
 
 def table(facts: Facts, chosen: Mapping[str, Choice]) -> str:
     """Format the choices, one per line: setting, value, reason."""
-    lines = [f"{name:20} {choice.value!s:14} {choice.reason}" for name, choice in chosen.items()]
+    lines = []
+    for name, (value, reason) in chosen.items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        lines.append(f"{name:20} {text:14} {reason}")
     return "\n".join([f"preset auto: {facts}", f"{'setting':20} {'value':14} why", *lines])
 
 
@@ -222,19 +225,25 @@ def base_lr(facts: Facts, values: Mapping) -> Choice:
 
 
 def epochs(facts: Facts, values: Mapping) -> Choice:
-    """Take the published 400 epochs on GPUs; elsewhere at most 100 (digits), and no more than the time allows."""
+    """Take 400 epochs on GPUs (published), elsewhere 100 (digits), but no more than the time allows.
+
+    Of few images it takes more epochs until there are as many updates as for the digits.
+    """
+    known, name = (PUBLISHED_EPOCHS, "published") if facts.device == "cuda" else (DIGITS_EPOCHS, "for the digits")
+    wanted = max(known, math.ceil(DIGITS_UPDATES / max(1, facts.images // values["batch_size"])))
+    reason = (
+        f"as {name}" if wanted == known else f"few images: as many updates as for the digits, {DIGITS_UPDATES:,}"
+    )
     if facts.device == "cuda":
         if facts.images >= FEWEST[BASE] and facts.processes < 8:
-            return Choice(PUBLISHED_EPOCHS, "as published, on 8 GPUs; with fewer it takes as many times longer")
-        return Choice(PUBLISHED_EPOCHS, "as published")
+            reason = "as published, on 8 GPUs; with fewer it takes as many times longer"
+        return Choice(wanted, reason)
     budget = BUDGETS[facts.device] / (facts.images * patches(facts.grid, values["crop_size"]))
-    if budget >= DIGITS_EPOCHS:
-        return Choice(DIGITS_EPOCHS, "as for the digits")
+    if budget >= wanted:
+        return Choice(wanted, reason)
     if budget < 1:
         return Choice(1, "the fewest; a run of more than hours needs a GPU")
-    where = (
-        "about an hour on one slow CPU core" if facts.device == "cpu" else "meant for some hours on an Apple GPU"
-    )
+    where = "about an hour on a slow CPU core" if facts.device == "cpu" else "meant for some hours on an Apple GPU"
     return Choice(round(budget), f"{where}; more are better")
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 import mtm_pretrain
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 from seitpp import StoreWriter
 from seitpp.engine.auto import SAID, Facts, check_maskable, choose, patches, table
@@ -16,6 +18,7 @@ from seitpp.errors import UserError
 from seitpp.recipe import run_recipe
 
 PRESETS = mtm_pretrain.PRESETS
+PAGE = (ROOT / "docs/recipes.md").read_text()
 
 
 def values(facts: Facts, **said) -> dict:
@@ -37,12 +40,20 @@ def test_the_known_runs_are_what_is_chosen_for_their_images() -> None:
 
 def test_a_cpu_is_busy_for_minutes_to_an_hour() -> None:
     """At 8,000 to 24,000 patches a second, the slow and the fast core on which the small model was measured."""
-    for images, grid in ((5_000, (32, 32)), (1_437, (8, 8)), (20_000, (16, 16)), (60_000, (14, 14))):
+    for images, grid in ((5_000, (32, 32)), (1_437, (8, 8)), (200, (32, 32)), (20_000, (16, 16))):
         chosen = values(Facts(images, grid, "cpu", cores=2))
         work = images * chosen["epochs"] * patches(grid, chosen["crop_size"])
         assert work / 24_000 / 60 > 1 and work / 8_000 / 60 < 90, (images, grid)
         assert chosen["model"] == "mtm_vit_nano" and chosen["precision"] == "no" and not chosen["compile"]
-        assert images // chosen["batch_size"] * chosen["epochs"] > 500, "updates enough to learn something"
+        assert images // chosen["batch_size"] * chosen["epochs"] >= 1100, "as many updates as for the digits"
+
+
+def test_the_page_of_the_recipe_says_what_is_chosen() -> None:
+    rows = re.findall(r"^\| ([\d,]+)[^|]*\| (a CPU|a GPU) \| `(\w+)` \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 4
+    for images, device, model, batch, epochs in rows:
+        chosen = values(Facts(int(images.replace(",", "")), (32, 32), "cpu" if "CPU" in device else "cuda"))
+        assert (model, int(batch), int(epochs)) == (chosen["model"], chosen["batch_size"], chosen["epochs"])
 
 
 def test_a_hundred_thousand_images_on_one_gpu() -> None:

@@ -173,7 +173,7 @@ def own_images(path: Path, labels: list, grid: tuple[int, int]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("grid", [(7, 9), (4, 6), (2, 4)])
+@pytest.mark.parametrize("grid", [(7, 9), (2, 4)])
 def test_a_store_of_own_images_is_all_that_must_be_named(
     grid: tuple[int, int], tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -181,9 +181,8 @@ def test_a_store_of_own_images_is_all_that_must_be_named(
     store, out = own_images(tmp_path / "tokens", [None] * 100, grid), tmp_path / "run"
     call(monkeypatch, "--store", store, "--epochs", "2", "--out", out)
     printed, result = capsys.readouterr().out, json.loads((out / "result.json").read_text())
-    assert (
-        "preset auto: 95 training images" in printed and "epochs               2              you said" in printed
-    )
+    assert "preset auto: 95 training images" in printed
+    assert "\nepochs               2              you said\n" in printed
     assert json.loads((out / "config.json").read_text())["preset"] == "auto"
     held_out = "tokens has no split 'validation': every 20th image of its split 'train' is held out, 5 of 100"
     assert held_out in printed and result["data"]["validation"] == held_out
