@@ -38,7 +38,7 @@ from seitpp.images.annotated import AnnotatedSource
 from seitpp.images.decode import fit_short_side
 from seitpp.models.weights.pretrained import model_file
 from seitpp.recipe import run_recipe
-from seitpp.tokenizers import Tokenizer
+from seitpp.tokenizers import Kind, Tokenizer
 
 REPORT_IMAGES = 6  # number of images in the report
 
@@ -51,6 +51,8 @@ class Config(RunConfig):
     store: str | None = None  # a token store with annotations; without store and data: the scenes
     data: str | None = None  # images and annotations in the layout of ADE20K
     tokenizer: str | None = None  # tokenizes the data; with a store it decodes the tokens for the report
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     split: str = "validation"  # of the store or of the data
     short_side: int = 512  # only with data: the short side in pixels after the resize
     sliding_window: int | None = None  # in tokens; None: the size of the training crops
@@ -166,7 +168,7 @@ def open_tokens(config: Config, run: Run, pixels_per_token: int) -> Data:
         scenes = embedded(run, partial(default_scenes, FEW_SCENES if config.preset == "smoke" else SCENES))
         path, file = scenes.store, file or scenes.tokenizer
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
-    decode = partial(decoded, tokenizers.load(file)) if file else painted(store.codebook)
+    decode = partial(decoded, tokenizers.load(file, config.tokenizer_kind)) if file else painted(store.codebook)
     return Data(
         dataset=WholeTokens(SegmentedTokens(store, pixels_per_token)),
         ids=lambda ids: ids,
@@ -196,7 +198,7 @@ def open_images(config: Config, run: Run) -> Data:
     if config.store or config.tokenizer is None:
         wrong = "with --store" if config.store else "without --tokenizer"
         raise UserError(f"got --data {wrong}, expected --data with --tokenizer and without --store")
-    tokenizer = tokenizers.load(config.tokenizer).to(run.device).eval()
+    tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     source = AnnotatedSource(config.data, config.split)
 
     def ids(images: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives import MASK_RATIOS, mask_plan
 from seitpp.recipe import run_recipe
 from seitpp.store import TokenStore
+from seitpp.tokenizers import Kind
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Config(TrainConfig):
     """Settings of pre-training. The defaults are ViT-B, ImageNet-1k, 400 epochs, batch size 4096 (SeiT++)."""
 
     store: str | None = None  # Folder of a token store. None: the embedded digits.
-    tokenizer: str | None = None  # Tokenizer file that decodes tokens for the report. None: codes are colors.
+    tokenizer: str | None = None  # Tokenizer that decodes tokens for the report. None: codes are colors.
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     # Initial weights: folder of a run, a model file, or an official checkpoint. None: random weights.
     init_from: str | None = None
     model: str = "mtm_vit_base"  # Name of the encoder in timm's registry.
@@ -197,7 +200,8 @@ def main(config: Config) -> None:
 def write_report(run: Run, *, model: MTM, validation: TokenStore, grid: tuple[int, int], result: dict) -> None:
     """Write report.html: results, curves, and validation images with masked tokens predicted by the model."""
     config, on_digits = run.config, run.config.store is None
-    decode = plots.picture_decoder(digits().tokenizer if on_digits else config.tokenizer, validation.codebook)
+    tokenizer = digits().tokenizer if on_digits else config.tokenizer
+    decode = plots.picture_decoder(tokenizer, validation.codebook, kind=config.tokenizer_kind)
     originals = digits_images("validation")[0] if on_digits else None
     pictures = plots.reconstructions(
         model, validation, grid=grid, seed=config.seed, decode=decode, originals=originals

@@ -40,7 +40,7 @@ from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import input_kind
 from seitpp.recipe import run_recipe
-from seitpp.tokenizers import Tokenizer
+from seitpp.tokenizers import Kind, Tokenizer
 
 DEFAULTS = {"scenes": SCENES, "smoke": FEW_SCENES}  # data of a preset if neither --store nor --data is given
 
@@ -51,7 +51,9 @@ class Config(TrainConfig):
 
     store: str | None = None  # a token store with annotations; the presets scenes and smoke create one if None
     data: str | None = None  # images and annotations in the layout of ADE20K, to train on pixels
-    tokenizer: str | None = None  # only with data: the tokenizer file
+    tokenizer: str | None = None  # only with data: the file or folder of the tokenizer
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     short_side: int = 512  # only with data: the short side in pixels after the resize, before the random scale
     checkpoint: str | None = None  # pre-trained weights: a run's folder or a model file; None: from scratch
     model: str = "mtm_vit_base"  # only without checkpoint: the name of the ViT
@@ -253,7 +255,7 @@ def pixel_source(config: Config, run: Run) -> Source:
             raise UserError(f"got --{name} and --data, expected one of them: --data is for training on pixels")
     if config.tokenizer is None:
         raise UserError("got --data without --tokenizer, expected both: name the tokenizer of the checkpoint")
-    tokenizer = tokenizers.load(config.tokenizer)
+    tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind)
     return PixelSource(
         run,
         config.data,

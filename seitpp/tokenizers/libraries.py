@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from seitpp.tensors import load_state_dict, load_tensors
 from seitpp.tokenizers.adapters import NETWORK, Adapter, ChameleonVQ, DiffusersVQ, Emu3VQ, JanusVQ, TorchScriptVQ
-from seitpp.tokenizers.base import HEADER, TokenizerError, TokenizerSpec, require_equal_shapes
+from seitpp.tokenizers.base import HEADER, TokenizerError, TokenizerSpec, fp32_copies, require_equal_shapes
 
 DIFFUSERS, COSMOS = "diffusers", "cosmos"
 DIFFUSERS_CLASS = "VQModel"
