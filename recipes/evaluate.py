@@ -42,6 +42,7 @@ from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.images.sources import open_source
 from seitpp.models import MTM, Loaded, input_kind, input_size, load_pretrained
 from seitpp.recipe import run_recipe
+from seitpp.tokenizers import Kind
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Config(RunConfig):
     ema: bool = True  # Evaluate the moving average of the weights if the run has one.
     store: str | None = None  # Folder of a token store. None, and no --data: the embedded digits.
     data: str | None = None  # Images to evaluate on, as for recipes/tokenize_images.py.
-    tokenizer: str | None = None  # Tokenizer file for --data. None: the model must take pixels.
+    tokenizer: str | None = None  # Tokenizer for --data: a file or a folder. None: the model must take pixels.
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     split: str = "validation"  # Split of the store or of the images.
     # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
     eval_window: int | tuple[int, int] | None = None
@@ -155,7 +158,7 @@ def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
 def tokenized(config: Config, run: Run) -> tuple:
     """Open the images of --data with their tokenizer: (dataset, batch -> ids, codebook, grid, class names)."""
     source = open_source(config.data, config.split)
-    tokenizer = tokenizers.load(config.tokenizer).to(run.device).eval()
+    tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     spec, codebook = tokenizer.spec, tokenizer.codebook.detach().cpu()
     dataset = ImageDataset(source, spec.image_size)
 

@@ -39,7 +39,7 @@ from seitpp.images.decode import fit_short_side
 from seitpp.images.masks import Layout
 from seitpp.models.weights.pretrained import model_file
 from seitpp.recipe import run_recipe
-from seitpp.tokenizers import Tokenizer
+from seitpp.tokenizers import Kind, Tokenizer
 
 if TYPE_CHECKING:  # needs the optional mmsegmentation
     from downstream.segmentation.model import SavedSegmenter
@@ -60,6 +60,8 @@ class Config(RunConfig):
     classes: str | None = None
     ignore_label: tuple[int, ...] = ()
     background_class: bool = False
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     split: str = "validation"  # of the store or of the data
     short_side: int | None = None  # only with data: in pixels after the resize; None: that of the training
     sliding_window: int | None = None  # in tokens; None: the size of the training crops
@@ -166,7 +168,7 @@ def open_tokens(config: Config, run: Run, saved: "SavedSegmenter") -> Data:
         scenes = embedded(run, partial(default_scenes, FEW_SCENES if config.preset == "smoke" else SCENES))
         path, file = scenes.store, file or scenes.tokenizer
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
-    decode = partial(decoded, tokenizers.load(file)) if file else painted(store.codebook)
+    decode = partial(decoded, tokenizers.load(file, config.tokenizer_kind)) if file else painted(store.codebook)
     return Data(
         dataset=WholeTokens(SegmentedTokens(store, saved.pixels_per_token)),
         ids=lambda ids: ids,
@@ -197,7 +199,7 @@ def open_images(config: Config, run: Run, trained_side: int | None) -> Data:
     if config.store or config.tokenizer is None:
         wrong = "with --store" if config.store else "without --tokenizer"
         raise UserError(f"got --data {wrong}, expected --data with --tokenizer and without --store")
-    tokenizer = tokenizers.load(config.tokenizer).to(run.device).eval()
+    tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     source = open_annotated(config.data, config.split, mask_rules(config))
     source.check_pairs()
     short_side = config.short_side or trained_side or SHORT_SIDE

@@ -43,6 +43,7 @@ from seitpp.errors import UserError
 from seitpp.models import MTM, load_pretrained
 from seitpp.models.inpainting import decoding_plan, fill_iteratively, hidden_patches
 from seitpp.recipe import run_recipe
+from seitpp.tokenizers import Kind
 
 BATCH_SIZE = 64
 
@@ -54,7 +55,9 @@ class Config(RunConfig):
     # Folder of a run of mtm_pretrain, its model.safetensors, or an official MTM checkpoint; always needed.
     checkpoint: str | None = None
     store: str | None = None  # Folder of a token store. None: the embedded digits.
-    tokenizer: str | None = None  # Tokenizer file that decodes tokens for the picture. None: codes are colors.
+    tokenizer: str | None = None  # Tokenizer that decodes tokens for the picture. None: codes are colors.
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     # Top, left, height and width of the hidden region, as fractions of the grid.
     region: tuple[float, float, float, float] = (0.25, 0.25, 0.5, 0.5)
     rounds: int = 8  # Number of rounds, each of which fixes the most confident patches.
@@ -83,7 +86,7 @@ def main(config: Config) -> None:
     patch_embed = model.encoder.patch_embed
     region = region_tokens(config.region, patch_embed.img_size, patch_embed.grid_size).to(run.device)
     tokenizer = digits().tokenizer if config.store is None else config.tokenizer
-    decode = plots.picture_decoder(tokenizer, validation.codebook)
+    decode = plots.picture_decoder(tokenizer, validation.codebook, kind=config.tokenizer_kind)
 
     # 3. Results for a few images before the folder is created, because this call refuses invalid settings.
     fill = partial(fill_region, model, region=region, config=config, run=run)

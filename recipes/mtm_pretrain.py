@@ -58,6 +58,7 @@ from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives import MASK_RATIOS, mask_plan
 from seitpp.recipe import run_recipe
 from seitpp.store import TokenStore
+from seitpp.tokenizers import Kind
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Config(TrainConfig):
     store: str | None = None  # Folder of a token store. None: the embedded digits.
     # Tokenizer file that decodes tokens for the report. None: the one beside the store, else codes are colors.
     tokenizer: str | None = None
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     # Initial weights: folder of a run, a model file, or an official checkpoint. None: random weights.
     init_from: str | None = None
     model: str = "mtm_vit_base"  # Name of the encoder in timm's registry.
@@ -212,7 +215,7 @@ def write_report(
     """Write report.html: what is `said` about the result, curves, and validation images filled by the model."""
     config, on_digits = run.config, run.config.store is None
     tokenizer = digits().tokenizer if on_digits else config.tokenizer or tokenizer_beside(validation)
-    decode = plots.picture_decoder(tokenizer, validation.codebook)
+    decode = plots.picture_decoder(tokenizer, validation.codebook, kind=config.tokenizer_kind)
     originals = digits_images("validation")[0] if on_digits else None
     pictures = plots.reconstructions(
         model, validation, grid=grid, seed=config.seed, decode=decode, originals=originals

@@ -41,7 +41,7 @@ from seitpp.errors import UserError
 from seitpp.images.masks import Layout
 from seitpp.models import input_kind
 from seitpp.recipe import run_recipe
-from seitpp.tokenizers import Tokenizer
+from seitpp.tokenizers import Kind, Tokenizer
 
 DEFAULTS = {"scenes": SCENES, "smoke": FEW_SCENES}  # data of a preset if neither --store nor --data is given
 
@@ -52,7 +52,9 @@ class Config(TrainConfig):
 
     store: str | None = None  # a token store with annotations; the presets scenes and smoke create one if None
     data: str | None = None  # images with masks and their splits train and validation, to train on pixels
-    tokenizer: str | None = None  # only with data: the tokenizer file
+    tokenizer: str | None = None  # only with data: the file or folder of the tokenizer
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     short_side: int = 512  # only with data: the short side in pixels after the resize, before the random scale
     layout: Layout | None = None  # only with data: how the folder is arranged; None: recognized
     classes: str | None = None  # only with data: a file of class names; None: those of the set
@@ -260,7 +262,7 @@ def pixel_source(config: Config, run: Run) -> Source:
             raise UserError(f"got --{name} and --data, expected one of them: --data is for training on pixels")
     if config.tokenizer is None:
         raise UserError("got --data without --tokenizer, expected both: name the tokenizer of the checkpoint")
-    tokenizer = tokenizers.load(config.tokenizer)
+    tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind)
     return PixelSource(
         run,
         config.data,

@@ -42,7 +42,7 @@ from seitpp.models import TokenAdapt
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives.adapt import TokenizerPair, adapt_loss, tokenizer_pair
 from seitpp.recipe import run_recipe
-from seitpp.tokenizers import PatchKMeans, Tokenizer
+from seitpp.tokenizers import Kind, PatchKMeans, Tokenizer
 
 FIT_IMAGES = 400  # number of training images that a tokenizer is fitted to if none is named
 
@@ -58,6 +58,8 @@ class Config(TrainConfig):
     validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
     # Tokenizer file; it must take both image sizes. None: that of the digits; preset photos fits patch_kmeans.
     tokenizer: str | None = None
+    # Kind of the tokenizer, only needed where its files do not show it (cosmos).
+    tokenizer_kind: Kind | None = None
     load_size: int = 256  # Side in pixels to which images are resized.
     image_size: int = 256  # Side in pixels of the random crops that are tokenized.
     crop_size: int = 28  # Side of the augmented grid in tokens.
@@ -283,7 +285,7 @@ def open_tokenizer(config: Config, run: Run, train: Dataset) -> Tokenizer:
     if config.image_size > config.load_size:
         raise UserError(f"--image-size {config.image_size}: expected at most --load-size {config.load_size}")
     if config.tokenizer is not None:
-        return tokenizers.load(config.tokenizer)
+        return tokenizers.load(config.tokenizer, config.tokenizer_kind)
     if config.preset == "photos":
         chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[:FIT_IMAGES].tolist()
         images = train.__getitems__(chosen).images / 255

@@ -42,6 +42,7 @@ from seitpp.objectives import VQTraining, restart_due
 from seitpp.objectives.vq import WEIGHTS, vq_losses, weighted_sum
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, refine, tally, usage
+from seitpp.tokenizers.base import height_and_width
 from seitpp.tokenizers.transformer import TransformerShape
 
 NEED_DATA = {"published", "photos"}
@@ -57,17 +58,20 @@ class Config(TrainConfig):
     split: str | None = None  # Split of --data to train on. None: all of it.
     validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
     kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"  # Kind of tokenizer.
-    image_size: int = 256  # Side of the tokenized images in pixels.
+    # Size of the tokenized images in pixels: height and width, or the side of a square.
+    image_size: int | tuple[int, int] = 256
+    bands: int = 3  # Number of channels of the images.
     patch: int = 8  # Side of a token's patch in pixels.
     num_codes: int = 8192  # Number of codes in the codebook.
     code_dim: int = 32  # Dimension of a code vector.
     fit_images: int = 200  # patch_kmeans only: number of random training images to fit, all held in memory.
-    # patch_kmeans only: updates of a small transformer on either side; the grid must be a multiple of 8 tokens.
+    # patch_kmeans only: updates of a small transformer on either side.
     refine_steps: int = 0
     width: int = 768  # vit_vqgan only: number of channels of encoder and decoder.
     depth: int = 12  # vit_vqgan only: number of transformer blocks of the encoder, and of the decoder.
     heads: int = 12  # vit_vqgan only: number of attention heads, of 64 channels each.
-    load_size: int = 288  # vit_vqgan only: side in pixels to which training images are resized before the crop.
+    # vit_vqgan only: size in pixels to which training images are resized before the crop, like --image-size.
+    load_size: int | tuple[int, int] = 288
     # vit_vqgan only: torchvision's file of VGG16 weights for the perceptual loss. None: no perceptual loss.
     perceptual_vgg: str | None = None
     adversarial: bool = False  # vit_vqgan only: add a discriminator and its adversarial loss.
@@ -112,7 +116,8 @@ def main(config: Config) -> None:
     check_settings(config)
     train, validation = open_data(config)
     size = config.load_size if config.kind == "vit_vqgan" else config.image_size
-    images = train_subset(config, ImageDataset(train, (size, size)))
+    images = train_subset(config, ImageDataset(train, height_and_width(size)))
+    check_bands(images, config.bands)
     run.describe(f"{len(images):,} images to train on, {len(validation):,} held out")
 
     # 3. The tokenizer, fitted or trained.
@@ -133,8 +138,17 @@ def check_settings(config: Config) -> None:
     for name in other_kind[config.kind]:
         if getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} has no meaning for --kind {config.kind}: leave it out")
-    if config.kind == "vit_vqgan" and config.load_size < config.image_size:
+    loaded, cropped = height_and_width(config.load_size), height_and_width(config.image_size)
+    if config.kind == "vit_vqgan" and (loaded[0] < cropped[0] or loaded[1] < cropped[1]):
         raise UserError(f"--load-size {config.load_size}: expected at least --image-size {config.image_size}")
+    if config.perceptual_vgg and config.bands != 3:
+        raise UserError(f"--perceptual-vgg with --bands {config.bands}: VGG16 takes 3 channels, leave it out")
+
+
+def check_bands(images: Dataset, bands: int) -> None:
+    """Raise UserError unless the first image has this number of channels."""
+    if (found := images.__getitems__([0]).images.shape[1]) != bands:
+        raise UserError(f"--bands {bands}: the images are read with {found} channels, name their number")
 
 
 def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
@@ -168,10 +182,16 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
         )
     # 1. Model.
     order = BatchOrder(len(images), config.batch_size, config.seed)
-    size = config.image_size, config.image_size
-    spec = TokenizerSpec("vit_vqgan", size, config.patch, num_codes=config.num_codes, code_dim=config.code_dim)
+    spec = TokenizerSpec.unscaled(
+        "vit_vqgan",
+        config.image_size,
+        config.patch,
+        num_codes=config.num_codes,
+        code_dim=config.code_dim,
+        channels=config.bands,
+    )
     shape = TransformerShape(config.width, config.depth, config.heads, 4 * config.width)
-    discriminator = Discriminator(config.image_size) if config.adversarial else None
+    discriminator = Discriminator(spec.image_size, channels=config.bands) if config.adversarial else None
     model = VQTraining(ViTVQGAN(spec, shape, shape), discriminator).to(run.device)
     perceptual = load_vgg_distance(config.perceptual_vgg).to(run.device) if config.perceptual_vgg else None
 
@@ -186,7 +206,7 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
     tokens = config.batch_size * spec.grid[0] * spec.grid[1]
     for step, batch in training.steps(images):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
-        pixels = crop_and_flip(batch.images, keys, config.image_size)
+        pixels = crop_and_flip(batch.images, keys, spec.image_size)
         output = training.wrapped(pixels)
         with run.accelerator.autocast():
             losses = vq_losses(output, pixels, perceptual)
@@ -208,7 +228,8 @@ def train_by_gradient(config: Config, run: Run, images: Dataset) -> Tokenizer:
 
 def zeros_loss(images: int, device: torch.device, model: VQTraining, *perceptual: VGGDistance) -> Tensor:
     """Take a training step on zeros, from which the memory of a step is computed."""
-    pixels = torch.zeros(images, 3, *model.tokenizer.spec.image_size, device=device)
+    spec = model.tokenizer.spec
+    pixels = torch.zeros(images, spec.channels, *spec.image_size, device=device)
     return weighted_sum(vq_losses(model(pixels), pixels, *perceptual))
 
 

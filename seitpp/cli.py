@@ -66,14 +66,22 @@ def verify(store: Path) -> None:
     _print_splits(splits, figures)
 
 
-def show(store: Path, *, tokenizer: Path | None, out: Path, count: int, split: str | None) -> None:
+def show(
+    store: Path,
+    *,
+    tokenizer: Path | None,
+    tokenizer_kind: str | None,
+    out: Path,
+    count: int,
+    split: str | None,
+) -> None:
     """Draw images of a split, spread evenly over it, decoded by their tokenizer or with one color per code."""
     if out.exists() or out.suffix != ".png":
         raise CliError(f"--out {out}: expected a new file whose name ends in .png, since nothing is overwritten")
     if count < 1:
         raise CliError(f"--count {count}: expected 1 or more")
     source = _open(store, split)
-    decode = _decoder(source, tokenizer)
+    decode = _decoder(source, tokenizer, tokenizer_kind)
     positions = _spread(len(source), count)
     images = [decode(source[position][0]) for position in positions]
     titles = [_title(source, source[position][1]) for position in positions]
@@ -227,10 +235,10 @@ def _source_bytes(store: TokenStore) -> int | None:
     return int(store.column(SOURCE_BYTES)[range(len(store))].sum())
 
 
-def _decoder(store: TokenStore, path: Path | None) -> Callable[[np.ndarray], "Tensor"]:
-    """Return a function from ids (H, W) to an image (3, height, width) in [0, 1], by the tokenizer file `path`.
+def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable[[np.ndarray], "Tensor"]:
+    """Return a function from ids (H, W) to an image (C, height, width) in [0, 1], by the tokenizer at `path`.
 
-    Without a file each code has its own color. Raises CliError if the tokenizer is not that of the store.
+    Without a path each code has its own color. Raises CliError if the tokenizer is not that of the store.
     """
     import torch
 
@@ -239,7 +247,7 @@ def _decoder(store: TokenStore, path: Path | None) -> Callable[[np.ndarray], "Te
     if path is None:
         decode = partial(plots.paint_codes, codebook=torch.from_numpy(store.codebook.copy()))
     else:
-        tokenizer = tokenizers.load(path)
+        tokenizer = tokenizers.load(path, kind)
         recorded = (store.tokenizer or {}).get("fingerprint", tokenizer.fingerprint)
         if recorded != tokenizer.fingerprint:
             raise CliError(
@@ -374,6 +382,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add(verify, store)
     command = add(show, store)
     command.add_argument("--tokenizer", type=Path, metavar="FILE", help="decodes the ids (default: draw colors)")
+    command.add_argument("--tokenizer-kind", metavar="KIND", help="where the files do not show it (cosmos)")
     command.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="a new file")
     command.add_argument("--count", type=int, default=25, metavar="N", help="number of images (default: 25)")
     command.add_argument("--split", metavar="NAME", help="split to show (default: the first)")

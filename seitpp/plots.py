@@ -61,13 +61,18 @@ SEGMENTATION_REPORT = {
 }
 
 
-def picture_decoder(tokenizer: str | Path | None, codebook: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """Return a function that maps ids (B, H, W) to images (B, 3, height, width) in [0, 1].
+def picture_decoder(
+    tokenizer: str | Path | None, codebook: np.ndarray, *, kind: str | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that maps ids (B, H, W) to images (B, C, height, width) in [0, 1].
 
-    It decodes with the tokenizer in the file `tokenizer`, or is `paint_codes` if that is None.
+    It decodes with the tokenizer at the path `tokenizer`, of the `kind` if the path does not show it, or is
+    `paint_codes` if that is None. Raises TokenizerError for a tokenizer that cannot decode.
     """
     if tokenizer:
-        return tokenizers.load(tokenizer).decode
+        loaded = tokenizers.load(tokenizer, kind)
+        loaded.decode(torch.zeros(1, *loaded.spec.grid, dtype=torch.long))  # fails here, not after hours
+        return loaded.decode
     return partial(paint_codes, codebook=torch.from_numpy(codebook))
 
 
@@ -156,16 +161,17 @@ def class_colors(classes: int) -> Tensor:
 
 
 def picture_grid(rows: Mapping[str, Sequence[Tensor]], path: Path, side: float = 1.3) -> None:
-    """Draw each entry of `rows`, images (3, height, width) in [0, 1], as one row with its name on the left.
+    """Draw each entry of `rows`, images (C, height, width) in [0, 1], as one row with its name on the left.
 
-    Each image is `side` inches wide.
+    Each image is `side` inches wide. Of more than three channels the first three are drawn, of fewer the first.
     """
     columns = max(len(images) for images in rows.values())
     size = side * columns + 1.5, (side + 0.05) * len(rows)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, images, strict=True):
-            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+            axis.imshow(shown.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)

@@ -27,10 +27,12 @@ MEASURES = (
 def quality(decoded: Tensor, images: Tensor) -> Tensor:
     """Compute PSNR in dB (100 for equal images) and SSIM (11 x 11 windows) of each image: (B, 2).
 
-    Both arguments are (B, 3, S, S) float in [0, 1].
+    Both arguments are (B, C, height, width) float in [0, 1]. The windows for images with a side of less than 6
+    pixels are as large as fits.
     """
+    window = min(11, 2 * min(images.shape[2:]) - 1)  # mirrored at the edges, by less than a side
     errors = (decoded - images).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return torch.stack([-10 * errors.log10(), ssim(decoded, images, 11).mean(dim=(1, 2, 3))], dim=1)
+    return torch.stack([-10 * errors.log10(), ssim(decoded, images, window).mean(dim=(1, 2, 3))], dim=1)
 
 
 def token_accuracy(predicted: Tensor, ids: Tensor) -> Tensor:

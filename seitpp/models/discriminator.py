@@ -29,23 +29,24 @@ class Discriminator(nn.Module):
     """The residual discriminator of StyleGAN2 (arXiv 1912.04958): one score per image, high for real images.
 
     It has no minibatch statistic, which would make a score depend on the other images of the process, and no
-    gradient penalty. The images are `side` x `side` pixels in [0, 1]; each stage halves the side, until it is at
-    most 4. A stage of s x s pixels has 16384 / s channels, at most `widest`.
+    gradient penalty. The images are in [0, 1] and have `size` (height, width), or one side of a square, in pixels;
+    each stage halves both sides, until the shorter one is at most 4. A stage whose shorter side is s has 16384 / s
+    channels, at most `widest`.
     """
 
-    def __init__(self, side: int, widest: int = 512):
+    def __init__(self, size: int | tuple[int, int], widest: int = 512, *, channels: int = 3):
         super().__init__()
-        sides = [side]
-        while sides[-1] > 4:
-            sides.append(sides[-1] // 2)
-        widths = [min(widest, 16384 // s) for s in sides]
-        self.colors = nn.Conv2d(3, widths[0], 1)
+        sizes = [(size, size) if isinstance(size, int) else size]
+        while min(sizes[-1]) > 4:
+            sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
+        widths = [min(widest, 16384 // min(s)) for s in sizes]
+        self.colors = nn.Conv2d(channels, widths[0], 1)
         self.stages = nn.Sequential(*map(Downsample, widths, widths[1:]))
         self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
-        self.hidden = nn.Linear(widths[-1] * sides[-1] ** 2, widths[-1])
+        self.hidden = nn.Linear(widths[-1] * sizes[-1][0] * sizes[-1][1], widths[-1])
         self.opinion = nn.Linear(widths[-1], 1)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1"]:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1"]:
         maps = self.stages(F.leaky_relu(self.colors(images * 2 - 1), 0.2))
         maps = F.leaky_relu(self.mix(maps), 0.2)
         return self.opinion(F.leaky_relu(self.hidden(maps.flatten(1)), 0.2))

@@ -37,7 +37,7 @@ class VQOutput(NamedTuple):
     `losses` has the term codebook, and with a discriminator the terms adversarial and discriminator.
     """
 
-    images: Float[Tensor, "batch 3 height width"]
+    images: Float[Tensor, "batch channels height width"]
     ids: Int64[Tensor, "batch rows columns"]
     vectors: Float[Tensor, "batch dim rows columns"]
     losses: dict[str, Float[Tensor, ""]]
@@ -56,7 +56,7 @@ class VQTraining(nn.Module):
         self.register_buffer("counts", torch.zeros(tokenizer.spec.num_codes, dtype=torch.long))
         self.register_buffer("restarted", torch.zeros((), dtype=torch.long))
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> VQOutput:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> VQOutput:
         """Reconstruct images in [0, 1] and compute the losses of the forward pass."""
         output = self.tokenizer(images)
         losses = {"codebook": output.loss}
@@ -109,7 +109,7 @@ def restart_due(step: int, *, steps: int, tokens: int, num_codes: int) -> bool:
 
 
 def vq_losses(
-    output: VQOutput, images: Float[Tensor, "batch 3 height width"], perceptual: nn.Module | None = None
+    output: VQOutput, images: Float[Tensor, "batch channels height width"], perceptual: nn.Module | None = None
 ) -> dict[str, Float[Tensor, ""]]:
     """Return all terms of the loss by name; `weighted_sum` adds them up."""
     losses = {"pixels": F.mse_loss(output.images, images), **output.losses}

@@ -107,8 +107,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    named = content.items() if isinstance(content, dict) else ()
-    return None, {key: value for key, value in named if isinstance(key, str) and isinstance(value, Tensor)}
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: got a {type(content).__name__}, expected a state dict of a tokenizer")
+    return None, {key: part for key, part in content.items() if isinstance(key, str) and isinstance(part, Tensor)}
 
 
 def _kind_of(header: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> str | None:

@@ -294,7 +294,8 @@ def network_of(tensors: Mapping[str, Tensor], code_dim: int, complaint: str) -> 
     except KeyError as error:
         raise TokenizerError(f"{complaint}: {error.args[0]} is missing") from error
     except (ValueError, RuntimeError) as error:
-        raise TokenizerError(f"{complaint}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"{complaint}: its layers do not fit together ({reason})") from error
     require_equal_shapes(network.state_dict(), tensors, complaint)
     network.load_state_dict(fp32_copies(tensors), assign=True)
     return network
