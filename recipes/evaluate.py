@@ -16,7 +16,6 @@ The recipe writes config.json, result.json, per_class.csv, and except for mAP co
 --out. It trains nothing.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isnan
@@ -35,11 +34,12 @@ from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.confusion import Confusions
 from seitpp.engine.evaluate import ClassMap, Predictions, class_map, class_precisions, mean_of_known, predict
-from seitpp.engine.inputs import check_codes, embedded
+from seitpp.engine.inputs import check_codes, embedded, require_labels
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
-from seitpp.images.sources import open_source
+from seitpp.images.labels import LabelRules, read_class_names
+from seitpp.images.sources import ImageSource, open_source
 from seitpp.models import MTM, Loaded, input_kind, input_size, load_pretrained
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Kind
@@ -59,7 +59,8 @@ class Config(RunConfig):
     split: str = "validation"  # Split of the store or of the images.
     # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
     eval_window: int | tuple[int, int] | None = None
-    # Text file with one class name a line: only these are evaluated. None: all classes of the images.
+    labels: str | None = None  # File with the labels of --data, as for recipes/tokenize_images.py.
+    # File with one class name a line, or a store: only these are evaluated. None: all classes of the images.
     classes: str | None = None
     workers: int | None = None  # Processes that read batches, per evaluating one. None: by the CPU cores.
 
@@ -121,7 +122,7 @@ class Data(NamedTuple):
     dataset: Dataset
     inputs: Callable[[Any], Tensor]
     class_names: list[str] | None
-    multi_label: bool = False  # whether images have several classes
+    multi_label: bool  # whether images have several classes
 
 
 def open_data(config: Config, run: Run, saved: Loaded) -> Data:
@@ -131,33 +132,42 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
         if not config.data or config.tokenizer:
             raise UserError(f"{config.checkpoint} takes pixels: name images with --data and leave --tokenizer out")
         return pixels(config, run, input_size(saved.model))
+    if config.labels and not config.data:
+        raise UserError(f"--labels {config.labels} is for --data: leave it out, a store has its own labels")
     if (config.data is None) != (config.tokenizer is None) or (config.data and config.store):
         raise UserError(
             f"{config.checkpoint} takes tokens: expected --store, or --data and --tokenizer, got "
             f"--store {config.store} --data {config.data} --tokenizer {config.tokenizer}"
         )
     tokens = tokenized if config.data else stored
-    dataset, ids, codebook, grid, class_names, *multi_label = tokens(config, run)
+    dataset, ids, codebook, grid, class_names, multi_label = tokens(config, run)
     source = config.tokenizer or config.store or "the embedded digits"
     check_codes(codebook.numpy(), source=source, saved=saved, checkpoint=config.checkpoint)
     size = input_size(saved.model)
     window = both_sides(config.eval_window or saved.window or size or grid)
     maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
     view = EvalView(window, **maps).to(run.device)
-    return Data(dataset, lambda batch: view(ids(batch)), class_names, *multi_label)
+    return Data(dataset, lambda batch: view(ids(batch)), class_names, multi_label)
 
 
 def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
     """Open the images of --data; each is cropped to its center (`CentralBoxes`)."""
-    source = open_source(config.data, config.split)
+    source = labeled_images(config)
     view = EvalPixelView().to(run.device)
     dataset = ImageDataset(source, size, CentralBoxes(size))
-    return Data(dataset, lambda batch: view(batch.images), source.class_names)
+    return Data(dataset, lambda batch: view(batch.images), source.class_names, source.labels.multi_label)
+
+
+def labeled_images(config: Config) -> ImageSource:
+    """Open the images of --data. Raises UserError if one has no label."""
+    source = open_source(config.data, config.split, LabelRules(file=config.labels))
+    require_labels(source, "evaluate", config.data)
+    return source
 
 
 def tokenized(config: Config, run: Run) -> tuple:
-    """Open the images of --data with their tokenizer: (dataset, batch -> ids, codebook, grid, class names)."""
-    source = open_source(config.data, config.split)
+    """Open the images of --data with their tokenizer; return what `stored` does."""
+    source = labeled_images(config)
     tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     spec, codebook = tokenizer.spec, tokenizer.codebook.detach().cpu()
     dataset = ImageDataset(source, spec.image_size)
@@ -165,7 +175,7 @@ def tokenized(config: Config, run: Run) -> tuple:
     def ids(batch: Pixels) -> Tensor:
         return tokenizer.encode(batch.images.float() / 255)
 
-    return dataset, ids, codebook, spec.grid, source.class_names
+    return dataset, ids, codebook, spec.grid, source.class_names, source.labels.multi_label
 
 
 def stored(config: Config, run: Run) -> tuple:
@@ -198,18 +208,6 @@ def evaluated_classes(config: Config, saved: Loaded, data: Data) -> ClassMap | N
     if chosen is None and names in (None, known):
         return None
     return class_map(known, names or known, chosen, model=config.checkpoint)
-
-
-def read_class_names(path: str) -> list[str]:
-    """Read a text file with one class name a line. Raises UserError if there is none, or a name twice."""
-    if not Path(path).is_file():
-        raise UserError(f"--classes {path}: no such file, expected one class name a line")
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice or not names:
-        got = f"{twice[0]!r} twice" if twice else "no name"
-        raise UserError(f"--classes {path}: got {got}, expected one class name a line, each once")
-    return names
 
 
 def class_names(saved: Loaded, data: Data) -> list[str]:

@@ -38,7 +38,7 @@ from seitpp.augment import (
 )
 from seitpp.augment.maps import both_sides
 from seitpp.codebook import codebook_fingerprint
-from seitpp.data.dataset import Batch, BatchOrder, Chosen, TokenDataset, few_labels, indices_within
+from seitpp.data.dataset import Batch, Chosen, TokenDataset, few_labels, indices_within
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, OrderedImages, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
@@ -50,6 +50,7 @@ from seitpp.engine.inputs import (
     open_images,
     open_stores,
     open_tokenadapt,
+    require_labels,
     store_facts,
     train_subset,
     window_of,
@@ -72,7 +73,6 @@ from seitpp.models import (
 )
 from seitpp.objectives import soft_label_loss, top1_accuracy
 from seitpp.recipe import run_recipe
-from seitpp.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Config(TrainConfig):
     # Alpha of the Beta distribution of Mixup; models of ids: only for the images augmented by TokenAdapt.
     mixup: float = 0.8
     smoothing: float = 0.1  # Label smoothing.
-    # Rare classes, tokens only: as they are, with a larger weight in the loss, or drawn as often as the others.
+    # Rare classes: as they are, with a larger weight in the loss, or drawn as often as the others.
     class_balance: ClassBalance = "none"
     drop_path: float = 0.1  # Stochastic depth rate.
     epochs: float = 100  # Length of training in epochs.
@@ -188,7 +188,7 @@ def main(config: Config) -> None:
     # 2. Data, augmentation and model, for tokens or for pixels.
     task = (pixel_task if config.data else token_task)(config, run, source)
     train, validation, model = task.train.images, task.validation, task.model.to(run.device)
-    order, multi_label = task.train.order, task.store is not None and task.store.multi_label
+    order, multi_label = task.train.order, task.multi_label
     view, center_view = task.view.to(run.device), task.center_view.to(run.device)
     get_inputs = attrgetter(task.field)
     if config.optimizer == "lamb":  # scales an update by the norm of the weight: with std 2e-5 the head would stay
@@ -209,7 +209,7 @@ def main(config: Config) -> None:
         clip=config.clip,
         flops_per_image=count_flops(model, task.zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
-            classifier_trial(task.zeros, config.tokenadapt_fraction, task.store),
+            classifier_trial(task.zeros, config.tokenadapt_fraction, model.num_classes if multi_label else None),
             tuple(filter(None, [task.adapt])),
             multiple=4,
         ),
@@ -259,7 +259,7 @@ class Task(NamedTuple):
     header: dict[str, Any]  # codebook fingerprint, class names and evaluation window, for save_classifier
     zeros: Tensor  # one model input, filled with zeros
     facts: dict[str, Any]  # about the data, for result.json
-    store: TokenStore | None = None  # the training split, of tokens
+    multi_label: bool  # whether images have several classes
     adapt: TokenAdapt | None = None
 
 
@@ -313,9 +313,9 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     if config.labels_per_class:
         labels = train.labels[indices_within(images)]
         images = Chosen(images, few_labels(labels, config.labels_per_class, config.seed))
-    order = {"batch_size": config.batch_size, "seed": config.seed}
+    order = {"batch_size": config.batch_size, "seed": config.seed, "device": run.device}
     return Task(
-        balanced(images, train, config.class_balance, **order, device=run.device),
+        balanced(images, train, config.class_balance, **order),
         TokenDataset(validation),
         "ids",
         view,
@@ -325,7 +325,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         {"codebook": codebook_fingerprint(train.codebook), "class_names": train.class_names, "window": window},
         torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
         store_facts(train, validation, config),
-        train,
+        train.multi_label,
         adapt,
     )
 
@@ -339,9 +339,9 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         if getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
-    if config.class_balance != "none":
-        raise UserError(f"--class-balance {config.class_balance} is for tokens, got --data: leave it out")
     train, validation = open_images(config.data, config.split, config.validation_split)
+    for images in (train, validation):
+        require_labels(images, "finetune", config.data)
     names = train.class_names
     if not names or names != validation.class_names:
         raise UserError(
@@ -352,8 +352,9 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
     boxes = RandomBoxes(config.seed, size, config.crop_scale)
     model = pixel_classifier_from(source.model, len(names), img_size=size, drop_path_rate=config.drop_path)
     images = train_subset(config, ImageDataset(train, size, boxes))
+    order = {"batch_size": config.batch_size, "seed": config.seed, "device": run.device}
     return Task(
-        OrderedImages(images, BatchOrder(len(images), config.batch_size, config.seed), None),
+        balanced(images, train, config.class_balance, **order),
         ImageDataset(validation, size, CentralBoxes(size)),
         "images",
         PixelView(config.cutmix, config.mixup, config.three_augment),
@@ -363,6 +364,7 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         {"codebook": None, "class_names": names},
         torch.zeros(3, *size),
         image_facts(images, train, validation),
+        train.labels.multi_label,
     )
 
 

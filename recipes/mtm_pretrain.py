@@ -77,7 +77,8 @@ class Config(TrainConfig):
     decoder_depth: int = 4  # Number of transformer blocks of the decoder.
     decoder_heads: int = 16  # Number of attention heads of the decoder.
     dropout: float = 0.1  # Dropout rate after the token embedding and in the decoder.
-    crop_size: int | None = 28  # Side of the random resized crop in tokens. None: the whole grid.
+    # Random resized crop in tokens: the side of a square, or height and width. None: the whole grid.
+    crop_size: int | tuple[int, int] | None = 28
     crop_scale: tuple[float, float] = (
         0.2,
         1.0,

@@ -179,6 +179,7 @@ def main(config: Config) -> None:
     zeros = torch.zeros(codebook.shape[1], *size)
 
     # 5. Optimization.
+    several = train.num_classes if train.multi_label else None
     schedule = Schedule.from_config(config, order, lr_batch=512)
     optimizer = OPTIMIZERS[config.optimizer](model, config.weight_decay, layer_decay=config.layer_decay)
     training = run.training(
@@ -190,7 +191,7 @@ def main(config: Config) -> None:
         data_fingerprint=train.fingerprint,
         flops_per_image=count_flops(model, zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
-            classifier_trial(zeros, config.tokenadapt_fraction, train), tuple(filter(None, [adapt])), multiple=4
+            classifier_trial(zeros, config.tokenadapt_fraction, several), tuple(filter(None, [adapt])), multiple=4
         ),
     )
     run.describe(describe_store(train, config), view, training, model=model)

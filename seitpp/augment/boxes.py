@@ -26,7 +26,7 @@ class RandomBoxes:
 
     def __call__(self, batch: MicroBatch, sizes: list[tuple[int, int]]) -> list[Box]:
         """Return a box (top, left, height, width) for each image, `sizes` (height, width); all in pixels."""
-        keys = Keys(self.seed, batch.epoch, torch.tensor(batch))
+        keys = Keys(self.seed, batch.epoch, batch.draws())
         return random_resized_boxes(keys, torch.tensor(sizes), self.scale, ratio=crop_ratio(self.size)).tolist()
 
 

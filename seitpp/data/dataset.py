@@ -41,12 +41,18 @@ class MicroBatch(list[int]):
     """The indices of the images of one micro-batch, and the `epoch` to which it belongs.
 
     A training loader passes it to the dataset. Since workers live for many epochs, a dataset needs the epoch to
-    draw new random numbers for an image in every epoch.
+    draw new random numbers for an image in every epoch. `turns` (n,) int64 are how often each image was drawn
+    before in the epoch, in a BalancedOrder; None: never.
     """
 
-    def __init__(self, indices: Iterable[int], epoch: int):
+    def __init__(self, indices: Iterable[int], epoch: int, turns: np.ndarray | None = None):
         super().__init__(indices)
-        self.epoch = epoch
+        self.epoch, self.turns = epoch, turns
+
+    def draws(self) -> Tensor:
+        """Return the numbers (n,) int64 on which the random numbers of the images depend, as in BalancedOrder."""
+        indices = torch.tensor(self)
+        return indices if self.turns is None else indices + torch.from_numpy(self.turns * TURN)
 
 
 class TokenDataset(Dataset):
@@ -76,7 +82,7 @@ class Chosen(Dataset):
     def __getitems__(self, indices: list[int]) -> Any:
         chosen = self.indices[indices].tolist()
         if isinstance(indices, MicroBatch):
-            chosen = MicroBatch(chosen, indices.epoch)
+            chosen = MicroBatch(chosen, indices.epoch, indices.turns)
         return self.dataset.__getitems__(chosen)
 
 
@@ -195,9 +201,9 @@ class DrawnImages(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, draws: list[int]) -> Any:
+    def __getitems__(self, draws: MicroBatch) -> Any:
         turns, images = np.divmod(draws, TURN)
-        batch = self.dataset.__getitems__(images.tolist())
+        batch = self.dataset.__getitems__(MicroBatch(images.tolist(), draws.epoch, turns))
         return batch._replace(indices=batch.indices + torch.from_numpy(turns * TURN))
 
 

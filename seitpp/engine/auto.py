@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from seitpp.augment.maps import Sides, both_sides
 from seitpp.data.dataset import fraction_of
 from seitpp.engine.config import Config
 from seitpp.engine.system import launched_processes
@@ -247,9 +248,9 @@ def epochs(facts: Facts, values: Mapping) -> Choice:
     return Choice(round(budget), f"{where}; more are better")
 
 
-def patches(grid: tuple[int, int], crop_size: int | None) -> int:
+def patches(grid: tuple[int, int], crop_size: Sides | None) -> int:
     """Return the number of patches that the model sees of an image."""
-    height, width = grid if crop_size is None else (crop_size, crop_size)
+    height, width = both_sides(crop_size or grid)
     return (height // PATCH) * (width // PATCH)
 
 

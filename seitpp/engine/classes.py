@@ -1,5 +1,6 @@
 """What a training makes of the frequencies of its classes: the order of its images, and weights of the loss."""
 
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch.utils.data import Dataset
 
 from seitpp.data.dataset import BalancedOrder, BatchOrder, DrawnImages, indices_within
 from seitpp.errors import UserError
+from seitpp.images.sources import ImageSource
 from seitpp.store import TokenStore
 
 COUNTED = 4096  # images whose multi-hot labels are in memory at once
@@ -27,38 +29,48 @@ class OrderedImages(NamedTuple):
 
 def balanced(
     images: Dataset,
-    store: TokenStore,
+    data: TokenStore | ImageSource,
     balance: ClassBalance,
     *,
     batch_size: int,
     seed: int,
     device: torch.device,
 ) -> OrderedImages:
-    """Order the images of a training by the setting --class-balance; `images` are all of a store's, or a subset.
+    """Order the images of a training by the setting --class-balance; `images` are all of `data`, or some.
 
     Raises UserError for a balanced order of images with several classes, and as BatchOrder does.
     """
     if balance == "sampling":
-        if store.multi_label:
+        if has_several(data):
             raise UserError(
-                f"--class-balance sampling draws one class at a time, but images of {store.path} have several: "
-                "pass --class-balance weights"
+                "--class-balance sampling draws one class at a time, but each image has several: pass "
+                "--class-balance weights"
             )
-        order = BalancedOrder(store.labels[indices_within(images)], batch_size, seed)
+        labels = data.labels if isinstance(data, TokenStore) else np.array(data.labels.values)
+        order = BalancedOrder(labels[indices_within(images)], batch_size, seed)
         return OrderedImages(DrawnImages(images), order, None)
     weights = None
     if balance == "weights":
-        weights = class_weights(class_counts(images, store)).to(device)
+        weights = class_weights(class_counts(images, data)).to(device)
     return OrderedImages(images, BatchOrder(len(images), batch_size, seed), weights)
 
 
-def class_counts(images: Dataset, store: TokenStore) -> np.ndarray:
+def has_several(data: TokenStore | ImageSource) -> bool:
+    """Return whether images have several classes each."""
+    return data.multi_label if isinstance(data, TokenStore) else data.labels.multi_label
+
+
+def class_counts(images: Dataset, data: TokenStore | ImageSource) -> np.ndarray:
     """Count the images of each class: (classes,) int64; images with several classes count for each of them."""
     indices = indices_within(images)
-    if not store.multi_label:
-        return np.bincount(store.labels[indices], minlength=store.num_classes)
+    if not isinstance(data, TokenStore):
+        labels = [data.labels.values[index] for index in indices]
+        classes = chain.from_iterable(labels) if data.labels.multi_label else labels
+        return np.bincount(list(classes), minlength=len(data.class_names))
+    if not data.multi_label:
+        return np.bincount(data.labels[indices], minlength=data.num_classes)
     parts = np.array_split(indices, -(-len(indices) // COUNTED))
-    return sum((store.multi_hot(part) == 1).sum(axis=0) for part in parts)
+    return sum((data.multi_hot(part) == 1).sum(axis=0) for part in parts)
 
 
 def class_weights(counts: np.ndarray) -> Tensor:

@@ -97,6 +97,16 @@ def open_images(data: str, split: str | None, validation_split: str | None) -> t
     return hold_out(source, HELD_OUT, data)
 
 
+def require_labels(source: ImageSource, purpose: str, data: str) -> None:
+    """Raise UserError unless every image of the source, called `data` in messages, has a label."""
+    missing = source.labels.values.count(None)
+    if missing:
+        raise UserError(
+            f"{purpose} needs classes: {missing:,} of {len(source):,} images of {data} have none "
+            f"({source.labels.origin}); name images with labels"
+        )
+
+
 def train_subset(config: TrainConfig, dataset: Dataset) -> Dataset:
     """Return the --fraction of the training images that the seed chooses. Raises UserError for a bad fraction."""
     if config.fraction == 1:
@@ -210,18 +220,17 @@ def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
         adapt.invert(torch.zeros(images, adapt.settings["code_dim"], 2 * height, 2 * width, device=device))
 
 
-def classifier_trial(zeros: Tensor, adapted: float = 0.0, store: TokenStore | None = None) -> Trial:
+def classifier_trial(zeros: Tensor, adapted: float = 0.0, several: int | None = None) -> Trial:
     """Return a training step of a classifier on zeros, from which its memory is computed.
 
     `zeros` has the shape and dtype of one input; the fraction `adapted` of the images passes through TokenAdapt
-    before the model. Labels have the shape and dtype of those of `store`, if there is one.
+    before the model. `several` is the number of classes if images have several each.
     """
-    several = store is not None and store.multi_label
 
     def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
         if adapt:
             adapt_zeros(adapt, round(adapted * images), device)
-        shape, dtype = ((images, store.num_classes), torch.uint8) if several else ((images,), torch.long)
+        shape, dtype = ((images, several), torch.uint8) if several else ((images,), torch.long)
         labels = torch.zeros(shape, dtype=dtype, device=device)
         targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
         inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)

@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.data import global_batches
 
 from seitpp import StoreWriter, TokenStore
+from seitpp.augment import RandomBoxes
 from seitpp.data.dataset import TURN, BalancedOrder, BatchOrder, Chosen, DrawnImages, TokenDataset, training_loader
 from seitpp.engine.classes import balanced, class_counts, class_weights
 from seitpp.errors import UserError
+from seitpp.images.batches import ImageDataset
+from seitpp.images.sources import open_source
 
 LABELS = np.repeat([4, 0, 2], [90, 3, 7])  # class 4 has 90 of 100 images; 1 and 3 have none
 
@@ -65,6 +69,26 @@ def test_draws_are_read_as_images_with_random_numbers_of_their_own(tmp_path: Pat
     assert np.array_equal(labels, LABELS[indices % TURN]) and indices.max() > TURN and (indices % TURN).min() >= 60
     assert np.array_equal(torch.cat([batch.ids for batch in batches])[:, 0, 0], (indices % TURN) % 8)
     assert sorted(labels.bincount().tolist()) == [0, 0, 13, 13, 14]
+
+
+def test_pictures_that_are_drawn_again_are_cropped_otherwise(tmp_path: Path) -> None:
+    for number in range(12):
+        folder = tmp_path / ("rare" if number < 2 else "usual")
+        folder.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(256, size=(24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    source = open_source(str(tmp_path))
+    images = Chosen(ImageDataset(source, (8, 8), RandomBoxes(0, (8, 8), (0.2, 1.0))), np.arange(12))
+    device = torch.device("cpu")
+    data = balanced(images, source, "sampling", batch_size=12, seed=0, device=device)
+    loader = training_loader(data.images, data.order, range(1), rank=0, ranks=1, accumulation=1, workers=0)
+    (batch,) = loader
+    assert batch.labels.bincount().tolist() == [6, 6]
+    for one in (0, 1):
+        crops = batch.images[batch.indices % TURN == one]
+        assert len(crops) == 3 and len({bytes(crop.numpy()) for crop in crops}) == 3
+    weighted = balanced(images, source, "weights", batch_size=12, seed=0, device=device)
+    assert weighted.class_weights.tolist() == pytest.approx([3, 0.6])
 
 
 def test_weights_are_inverse_frequencies_with_mean_1(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_oblong_maps_from_training_to_export(oblong: Path, classifier: Path, tmp
 
 def test_oblong_ids_and_oblong_pictures(oblong: Path, tmp_path: Path) -> None:
     few = ["smoke", *LENGTH, "--epochs", 1, "--warmup-epochs", 0]
-    call(mtm_pretrain, *few, "--store", oblong, "--out", tmp_path / "mtm")
+    call(mtm_pretrain, *few, "--store", oblong, "--crop-size", 6, 12, "--out", tmp_path / "mtm")
     line = [*few, "--epochs", 2, "--checkpoint", tmp_path / "mtm", "--store", oblong, "--size", 8, 12]
     call(finetune, *line, "--out", tmp_path / "tokens")
     resumed(finetune, line, tmp_path / "tokens", tmp_path / "again")
@@ -134,12 +134,21 @@ def test_oblong_ids_and_oblong_pictures(oblong: Path, tmp_path: Path) -> None:
         pixels = RANDOM.integers(256, size=(40, 70, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     pictures = ["--data", tmp_path / "pictures"]
-    call(
-        finetune, *few, *pictures, "--size", 32, 64, "--checkpoint", tmp_path / "mtm", "--out", tmp_path / "pixels"
-    )
+    line = [*few, *pictures, "--size", 32, 64, "--checkpoint", tmp_path / "mtm", "--class-balance", "sampling"]
+    call(finetune, *line, "--out", tmp_path / "pixels")
     assert load_pretrained(tmp_path / "pixels").model.patch_embed.img_size == (32, 64)
     call(evaluate, "smoke", "--checkpoint", tmp_path / "pixels", *pictures, "--out", tmp_path / "seen")
     assert accuracies(tmp_path / "seen") == accuracies(tmp_path / "pixels")
+
+    flat, names = tmp_path / "flat", {}
+    flat.mkdir()
+    for picture in (tmp_path / "pictures" / "validation").rglob("*.png"):
+        names[picture.name] = picture.parent.name
+        shutil.copy(picture, flat)
+    (tmp_path / "labels.csv").write_text("name,label\n" + "".join(f"{a},{b}\n" for a, b in names.items()))
+    flat = ["--data", flat, "--labels", tmp_path / "labels.csv", "--split", None]
+    call(evaluate, "smoke", "--checkpoint", tmp_path / "pixels", *flat, "--out", tmp_path / "flat-seen")
+    assert accuracies(tmp_path / "flat-seen") == accuracies(tmp_path / "pixels")
 
 
 def test_some_of_the_classes_are_judged_among_themselves(oblong: Path, classifier: Path, tmp_path: Path) -> None:
@@ -176,7 +185,7 @@ def test_labels_that_do_not_fit_are_refused(
     partly = store_of_missing(tmp_path / "partly", few)
     judge = ["--checkpoint", classifier, "--store"]
     for module, arguments, *words in (
-        (seit_train, ["--store", several, "--class-balance", "sampling"], "--class-balance weights", several),
+        (seit_train, ["--store", several, "--class-balance", "sampling"], "--class-balance weights"),
         (seit_train, ["--store", partly], "seit_train needs classes", "32 of 64", partly),
         (finetune, ["--store", partly, "--checkpoint", classifier], "finetune needs classes", partly),
         (evaluate, [*judge, partly, "--split", "train"], "evaluate needs classes", partly),
