@@ -1,20 +1,25 @@
-"""Evaluate a classifier on a token store or on images: top-1, top-5, per-class accuracy, confusion matrix.
+"""Evaluate a classifier on a token store or on images: top-1, top-5, balanced and per-class accuracy, confusions.
 
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-digits
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-published --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint base.pth --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet/val --tokenizer tokenizer.safetensors
+    accelerate launch recipes/evaluate.py --checkpoint RUN --store imagenet-tokens --classes names.txt
 
 --checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
 With --data and --tokenizer the images are tokenized, and the central window of the tokens is classified. A model
 that was fine-tuned on pixels takes --data alone. On any number of processes every image counts exactly once. The
-digits take seconds.
-The recipe writes config.json, result.json, per_class.csv, confusion.csv and confusion.png into --out. It trains
-nothing.
+digits take seconds. Classes are found by name: images of some of the model's classes, in any order, are evaluated
+among these alone, and --classes leaves out all images and predictions of other classes.
+Images with several classes are judged by mAP, the mean average precision of the classes that occur.
+The recipe writes config.json, result.json, per_class.csv, and except for mAP confusion.csv and confusion.png into
+--out. It trains nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +29,12 @@ from torch.utils.data import Dataset
 
 from seitpp import TokenStore, files, plots, tokenizers
 from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
+from seitpp.augment.maps import both_sides
 from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
-from seitpp.engine.evaluate import predict
+from seitpp.engine.confusion import Confusions
+from seitpp.engine.evaluate import ClassMap, Predictions, class_map, class_precisions, mean_of_known, predict
 from seitpp.engine.inputs import check_codes, embedded
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -47,8 +54,11 @@ class Config(RunConfig):
     data: str | None = None  # Images to evaluate on, as for recipes/tokenize_images.py.
     tokenizer: str | None = None  # Tokenizer file for --data. None: the model must take pixels.
     split: str = "validation"  # Split of the store or of the images.
-    eval_window: int | None = None  # Side of the central window in tokens. None: as in the model's own run.
-    workers: int = 8  # Number of processes that read batches, per evaluating process.
+    # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
+    eval_window: int | tuple[int, int] | None = None
+    # Text file with one class name a line: only these are evaluated. None: all classes of the images.
+    classes: str | None = None
+    workers: int | None = None  # Processes that read batches, per evaluating one. None: by the CPU cores.
 
 
 PRESETS = {"published": Config()}
@@ -69,33 +79,46 @@ def main(config: Config) -> None:
             f"{config.checkpoint} has no classification head: fine-tune it first, with recipes/finetune.py"
         )
     data = open_data(config, run, saved)
-    check_classes(saved, data, config.checkpoint)
+    classes = evaluated_classes(config, saved, data)
+    names = classes.names if classes else class_names(saved, data)
     run.start()
-    run.describe(f"{len(data.dataset):,} images", model=saved.model)
-
-    # 3. Predictions for every image, exactly once.
-    predictions = predict(
-        saved.model, data.dataset, inputs=data.inputs, accelerator=run.accelerator, workers=config.workers
+    run.describe(
+        f"{len(data.dataset):,} images; {len(names):,} of {saved.model.num_classes:,} classes of the model",
+        model=saved.model,
     )
 
-    # 4. Results: accuracies, a table of the classes, and the confusion matrix.
-    result = predictions.accuracies()
+    # 3. Every image exactly once: scores, and tables of the classes.
+    where = {"inputs": data.inputs, "accelerator": run.accelerator, "workers": run.workers, "classes": classes}
+    if data.multi_label:
+        precisions = class_precisions(saved.model, data.dataset, **where)
+        result, images = {"mAP": mean_of_known(precisions)}, len(data.dataset)
+    else:
+        predictions = predict(saved.model, data.dataset, **where)
+        check_labels(predictions, len(names), config.checkpoint)
+        result, images = predictions.accuracies(), len(predictions.labels)
+
+    # 4. Results.
     for name, value in result.items():
-        run.print(f"{name} {value:6.2f} % of {len(predictions.labels):,} images")
-    if run.is_main:
-        counts = predictions.confusion(saved.model.num_classes).cpu()
-        names = data.class_names or [str(label) for label in range(len(counts))]
-        write_tables(run.out, counts, names)
-        plots.confusion(counts, names, run.out / "confusion.png")
-    run.finish(result)
+        run.print(f"{name} {value:6.2f} % of {images:,} images")
+    if run.is_main and data.multi_label:
+        percent = ["" if isnan(value) else f"{100 * value:.2f}" for value in precisions.tolist()]
+        rows = zip(names, percent, strict=True)
+        files.replace_csv(run.out / "per_class.csv", ["class", "average_precision"], rows)
+    elif run.is_main:
+        pairs = predictions.labels.numpy(), predictions.ranked[:, 0].numpy()
+        found = Confusions.count(*pairs, len(names))
+        write_tables(run.out, found, names)
+        plots.confusion(found, names, run.out / "confusion.png")
+    run.finish(result, {"images": images, "classes": len(names)})
 
 
 class Data(NamedTuple):
-    """A dataset, the function that turns its batch into the input of the model, and the class names if known."""
+    """A dataset, the function that turns its batch into the input of the model, and its classes."""
 
     dataset: Dataset
     inputs: Callable[[Any], Tensor]
     class_names: list[str] | None
+    multi_label: bool = False  # whether images have several classes
 
 
 def open_data(config: Config, run: Run, saved: Loaded) -> Data:
@@ -104,28 +127,28 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     if kind == "pixels":
         if not config.data or config.tokenizer:
             raise UserError(f"{config.checkpoint} takes pixels: name images with --data and leave --tokenizer out")
-        return pixels(config, run, input_size(saved.model)[0])
+        return pixels(config, run, input_size(saved.model))
     if (config.data is None) != (config.tokenizer is None) or (config.data and config.store):
         raise UserError(
             f"{config.checkpoint} takes tokens: expected --store, or --data and --tokenizer, got "
             f"--store {config.store} --data {config.data} --tokenizer {config.tokenizer}"
         )
     tokens = tokenized if config.data else stored
-    dataset, ids, codebook, grid, class_names = tokens(config, run)
+    dataset, ids, codebook, grid, class_names, *multi_label = tokens(config, run)
     source = config.tokenizer or config.store or "the embedded digits"
     check_codes(codebook.numpy(), source=source, saved=saved, checkpoint=config.checkpoint)
     size = input_size(saved.model)
-    window = (config.eval_window, config.eval_window) if config.eval_window else saved.window or size or grid
-    maps = {"codebook": codebook, "size": size and size[0]} if kind == "maps" else {}
+    window = both_sides(config.eval_window or saved.window or size or grid)
+    maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
     view = EvalView(window, **maps).to(run.device)
-    return Data(dataset, lambda batch: view(ids(batch)), class_names)
+    return Data(dataset, lambda batch: view(ids(batch)), class_names, *multi_label)
 
 
-def pixels(config: Config, run: Run, size: int) -> Data:
+def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
     """Open the images of --data; each is cropped to its center (`CentralBoxes`)."""
     source = open_source(config.data, config.split)
     view = EvalPixelView().to(run.device)
-    dataset = ImageDataset(source, (size, size), CentralBoxes(size))
+    dataset = ImageDataset(source, size, CentralBoxes(size))
     return Data(dataset, lambda batch: view(batch.images), source.class_names)
 
 
@@ -143,49 +166,75 @@ def tokenized(config: Config, run: Run) -> tuple:
 
 
 def stored(config: Config, run: Run) -> tuple:
-    """Open --store, or the embedded digits: (dataset, batch -> ids, codebook, grid, class names)."""
+    """Open --store, or the embedded digits: (dataset, batch -> ids, codebook, grid, class names, multi-label)."""
     path = config.store
     if path is None:
         path = embedded(run, digits).store
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
+    store.require_classes("evaluate")
     codebook = torch.from_numpy(store.codebook)
-    return TokenDataset(store), lambda batch: batch.ids, codebook, store.grid, store.class_names
+    dataset = TokenDataset(store)
+    return dataset, lambda batch: batch.ids, codebook, store.grid, store.class_names, store.multi_label
 
 
-def check_classes(saved: Loaded, data: Data, checkpoint: str) -> None:
-    """Raise UserError if the images have other classes than the model, or the same in another order."""
-    classes, names = saved.model.num_classes, data.class_names
-    if names and len(names) != classes:
-        raise UserError(
-            f"the images have {len(names)} classes, expected the {classes} of {checkpoint}: name its data set"
-        )
-    if names and saved.class_names and names != saved.class_names:
-        pairs = zip(names, saved.class_names, strict=True)
-        label, name, expected = next((label, *pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise UserError(
-            f"class {label} of the images is {name!r}, expected {expected!r} as in {checkpoint}: name images with "
-            "the same classes in the same order"
-        )
+def evaluated_classes(config: Config, saved: Loaded, data: Data) -> ClassMap | None:
+    """Return the classes to evaluate, None if they are exactly those of the model.
 
-
-def write_tables(folder: Path, counts: Tensor, names: list[str]) -> None:
-    """Write per_class.csv, one line per class, and confusion.csv, one per occurring pair of label and prediction.
-
-    `counts` is the confusion matrix (classes, classes): rows are labels, columns are predictions.
+    Raises UserError if they cannot be found among the classes of the model.
     """
-    classes = []
-    for label, row in enumerate(counts):
-        wrong = row.clone()
-        wrong[label] = 0
-        images, correct = int(row.sum()), int(row[label])
-        percent = f"{100 * correct / images:.2f}" if images else ""
-        classes.append([names[label], images, percent, names[int(wrong.argmax())] if wrong.any() else ""])
-    files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
-    pairs = [
-        [names[label], names[predicted], int(counts[label, predicted])]
-        for label, predicted in counts.nonzero().tolist()
+    known, names, number = saved.class_names, data.class_names, saved.model.num_classes
+    if known is None:
+        if config.classes or (names and len(names) != number):
+            what = f"--classes {config.classes}" if config.classes else f"images of {len(names):,} classes"
+            raise UserError(
+                f"{config.checkpoint} has {number:,} classes without names, got {what}: name images of exactly "
+                "its classes, or a run on a store with class names"
+            )
+        return None
+    chosen = read_class_names(config.classes) if config.classes else None
+    if chosen is None and names in (None, known):
+        return None
+    return class_map(known, names or known, chosen, model=config.checkpoint)
+
+
+def read_class_names(path: str) -> list[str]:
+    """Read a text file with one class name a line. Raises UserError if there is none, or a name twice."""
+    if not Path(path).is_file():
+        raise UserError(f"--classes {path}: no such file, expected one class name a line")
+    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice or not names:
+        got = f"{twice[0]!r} twice" if twice else "no name"
+        raise UserError(f"--classes {path}: got {got}, expected one class name a line, each once")
+    return names
+
+
+def class_names(saved: Loaded, data: Data) -> list[str]:
+    """Return the names of the model's classes, its numbers if nobody knows them."""
+    return data.class_names or saved.class_names or [str(label) for label in range(saved.model.num_classes)]
+
+
+def check_labels(predictions: Predictions, classes: int, checkpoint: str) -> None:
+    """Raise UserError if an image has a class that the model does not have."""
+    largest = int(predictions.labels.max())
+    if largest >= classes:
+        raise UserError(
+            f"an image has class {largest}, expected 0 to {classes - 1}, the classes of {checkpoint}: name images "
+            "of its classes"
+        )
+
+
+def write_tables(folder: Path, found: Confusions, names: list[str]) -> None:
+    """Write per_class.csv, one line per class, and confusion.csv, one per pair of label and prediction."""
+    columns = (column.tolist() for column in (found.images_of, found.correct_of, found.taken_for))
+    classes = [
+        [name, images, f"{100 * correct / images:.2f}" if images else "", names[taken] if taken >= 0 else ""]
+        for name, images, correct, taken in zip(names, *columns, strict=True)
     ]
-    files.replace_csv(folder / "confusion.csv", ["label", "predicted", "images"], pairs)
+    files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
+    pairs = zip(found.labels.tolist(), found.predictions.tolist(), found.images.tolist(), strict=True)
+    rows = [[names[label], names[predicted], images] for label, predicted, images in pairs]
+    files.replace_csv(folder / "confusion.csv", ["label", "predicted", "images"], rows)
 
 
 if __name__ == "__main__":

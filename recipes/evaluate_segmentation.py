@@ -67,7 +67,7 @@ class Config(RunConfig):
     stride: int | None = None  # in tokens; None: two thirds of the window
     scales: tuple[float, ...] = (1.0,)  # more than one: multi-scale testing
     flip: str | None = None  # the TokenAdapt for flip testing: a run or a file; None: no flips
-    workers: int = 8
+    workers: int | None = None  # data loading processes, per evaluating process; None: by the CPU cores
 
 
 PRESETS = {"published": Config()}
@@ -110,7 +110,7 @@ def main(config: Config) -> None:
         return predictor(data.ids(image.inputs), image.labels.shape[1:])
 
     score = count_pixels(
-        predict, data.dataset, saved.class_names, accelerator=run.accelerator, workers=config.workers
+        predict, data.dataset, saved.class_names, accelerator=run.accelerator, workers=run.workers
     )
 
     # 4. Results: metrics, a table of the classes, and pictures.

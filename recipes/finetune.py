@@ -36,11 +36,13 @@ from seitpp.augment import (
     SeitPPFinetuneView,
     SeitView,
 )
+from seitpp.augment.maps import both_sides
 from seitpp.codebook import codebook_fingerprint
-from seitpp.data.dataset import Batch, BatchOrder, Chosen, TokenDataset, few_labels
+from seitpp.data.dataset import Batch, BatchOrder, Chosen, TokenDataset, few_labels, indices_within
 from seitpp.engine.accumulation import Sharing
+from seitpp.engine.classes import ClassBalance, OrderedImages, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
-from seitpp.engine.evaluate import predict
+from seitpp.engine.evaluate import score_classifier
 from seitpp.engine.inputs import (
     check_codes,
     classifier_trial,
@@ -70,6 +72,7 @@ from seitpp.models import (
 )
 from seitpp.objectives import soft_label_loss, top1_accuracy
 from seitpp.recipe import run_recipe
+from seitpp.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Config(TrainConfig):
     labels_per_class: int | None = None
     # Weights that are trained: all; attention, position embedding and head; or the head alone.
     trainable: Literal["all", "attention", "head"] = "all"
-    size: int | None = None  # Side of the input in tokens or pixels. None: the checkpoint's, or 224 pixels.
+    # Input in tokens or pixels: the side of a square, or height and width. None: the checkpoint's, or 224 pixels.
+    size: int | tuple[int, int] | None = None
     # Models of maps only: resized crop, crop without resizing ("window"), or none. Otherwise always resized.
     crop_mode: Literal["resized", "window"] | None = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions.
@@ -102,6 +106,8 @@ class Config(TrainConfig):
     # Alpha of the Beta distribution of Mixup; models of ids: only for the images augmented by TokenAdapt.
     mixup: float = 0.8
     smoothing: float = 0.1  # Label smoothing.
+    # Rare classes, tokens only: as they are, with a larger weight in the loss, or drawn as often as the others.
+    class_balance: ClassBalance = "none"
     drop_path: float = 0.1  # Stochastic depth rate.
     epochs: float = 100  # Length of training in epochs.
     warmup_epochs: float = 5  # Length of the linear warm-up of the learning rate, in epochs.
@@ -181,10 +187,10 @@ def main(config: Config) -> None:
 
     # 2. Data, augmentation and model, for tokens or for pixels.
     task = (pixel_task if config.data else token_task)(config, run, source)
-    train, validation, model = task.train, task.validation, task.model.to(run.device)
+    train, validation, model = task.train.images, task.validation, task.model.to(run.device)
+    order, multi_label = task.train.order, task.store is not None and task.store.multi_label
     view, center_view = task.view.to(run.device), task.center_view.to(run.device)
     get_inputs = attrgetter(task.field)
-    order = BatchOrder(len(train), config.batch_size, config.seed)
     if config.optimizer == "lamb":  # scales an update by the norm of the weight: with std 2e-5 the head would stay
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)
     set_trainable(model, config.trainable)
@@ -203,7 +209,9 @@ def main(config: Config) -> None:
         clip=config.clip,
         flops_per_image=count_flops(model, task.zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
-            classifier_trial(task.zeros, config.tokenadapt_fraction), tuple(filter(None, [task.adapt])), 4
+            classifier_trial(task.zeros, config.tokenadapt_fraction, task.store),
+            tuple(filter(None, [task.adapt])),
+            multiple=4,
         ),
     )
     run.describe(f"{len(train):,} images, {model.num_classes} classes", view, training, model=model)
@@ -215,15 +223,15 @@ def main(config: Config) -> None:
         def inputs(batch: Batch | Pixels) -> Tensor:
             return center_view(get_inputs(batch))
 
-        whole, where = training.unsharded(model), {"accelerator": run.accelerator, "workers": config.workers}
-        return predict(whole, eval_images, inputs=inputs, **where).accuracies()
+        whole, where = training.unsharded(model), {"accelerator": run.accelerator, "workers": run.workers}
+        return score_classifier(whole, eval_images, inputs=inputs, **where, multi_label=multi_label)
 
     for step, batch in training.steps(train, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
         with run.accelerator.autocast():  # for TokenAdapt
             inputs, targets = view(get_inputs(batch), batch.labels, keys)
         logits = training.wrapped(inputs)
-        loss = soft_label_loss(logits, targets, config.smoothing)
+        loss = soft_label_loss(logits, targets, config.smoothing, class_weights=task.train.class_weights)
         training.update(loss, accuracy=top1_accuracy(logits, targets.labels))
 
     # 5. Results: accuracies, weights, and curves.
@@ -231,9 +239,9 @@ def main(config: Config) -> None:
     run.print("\n".join(f"{name} {value:6.2f} % of {len(eval_images):,} images" for name, value in result.items()))
     if run.is_main:
         unfreeze(model)
-        save_classifier(run.out / "model.safetensors", model, **task.header)
+        save_classifier(run.out / "model.safetensors", model, **task.header, multi_label=multi_label)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
-        shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top5"]}
+        shown = {"names": ["loss", "accuracy", "lr"], "scores": list(result)}
         plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, task.facts)
 
@@ -241,7 +249,7 @@ def main(config: Config) -> None:
 class Task(NamedTuple):
     """The data, the augmentation and the model, which differ between tokens and pixels."""
 
-    train: Dataset
+    train: OrderedImages
     validation: Dataset
     field: str  # the field of a batch that holds the inputs: "ids" or "images"
     view: nn.Module  # training augmentation: (inputs, labels, keys) -> model input, soft labels
@@ -251,6 +259,7 @@ class Task(NamedTuple):
     header: dict[str, Any]  # codebook fingerprint, class names and evaluation window, for save_classifier
     zeros: Tensor  # one model input, filled with zeros
     facts: dict[str, Any]  # about the data, for result.json
+    store: TokenStore | None = None  # the training split, of tokens
     adapt: TokenAdapt | None = None
 
 
@@ -260,6 +269,8 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     Raises UserError if the model does not take these tokens or a setting does not apply to it.
     """
     train, validation = open_stores(run, config.store)
+    for store in (train, validation):
+        store.require_classes("finetune")
     network = getattr(source.model, "encoder", source.model)
     kind = input_kind(network)
     if kind == "pixels":
@@ -278,8 +289,6 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     if config.size is None:  # a linear stem or a ResNet was evaluated on another window than its input size
         size = input_size(network) or source.window or size
         window = source.window or size
-    if size[0] != size[1]:
-        raise UserError(f"got the grid {size}, expected a square: pass a side of at most {min(size)} with --size")
     model = classifier_from(source.model, train.num_classes, img_size=size, drop_path_rate=config.drop_path)
     codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
     adapt = None
@@ -287,7 +296,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
         view = SeitPPFinetuneView(
             codebook,
-            size=size[0],
+            size=size,
             scale=config.crop_scale,
             adapt=adapt,
             tokenadapt_fraction=config.tokenadapt_fraction,
@@ -298,14 +307,15 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         center_view = EvalView(window)
     else:
         crop = {"crop": config.crop_mode, "scale": config.crop_scale}
-        view = SeitView(codebook, size=size[0], **crop, eda=config.eda, color=config.color, **mixed)
-        center_view = EvalView(window, codebook, size[0])
-    images, labels = train_subset(config, TokenDataset(train)), train.labels
+        view = SeitView(codebook, size=size, **crop, eda=config.eda, color=config.color, **mixed)
+        center_view = EvalView(window, codebook, size)
+    images = train_subset(config, TokenDataset(train))
     if config.labels_per_class:
-        labels = labels[images.indices] if isinstance(images, Chosen) else labels
+        labels = train.labels[indices_within(images)]
         images = Chosen(images, few_labels(labels, config.labels_per_class, config.seed))
+    order = {"batch_size": config.batch_size, "seed": config.seed}
     return Task(
-        images,
+        balanced(images, train, config.class_balance, **order, device=run.device),
         TokenDataset(validation),
         "ids",
         view,
@@ -315,6 +325,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         {"codebook": codebook_fingerprint(train.codebook), "class_names": train.class_names, "window": window},
         torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
         store_facts(train, validation, config),
+        train,
         adapt,
     )
 
@@ -328,6 +339,8 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         if getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
+    if config.class_balance != "none":
+        raise UserError(f"--class-balance {config.class_balance} is for tokens, got --data: leave it out")
     train, validation = open_images(config.data, config.split, config.validation_split)
     names = train.class_names
     if not names or names != validation.class_names:
@@ -335,20 +348,20 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
             f"{config.data}: the splits have different classes or none, expected the same class names in both: "
             "name labeled splits with --split and --validation-split"
         )
-    size = config.size or 224
-    boxes = RandomBoxes(config.seed, config.crop_scale)
+    size = both_sides(config.size or 224)
+    boxes = RandomBoxes(config.seed, size, config.crop_scale)
     model = pixel_classifier_from(source.model, len(names), img_size=size, drop_path_rate=config.drop_path)
-    images = train_subset(config, ImageDataset(train, (size, size), boxes))
+    images = train_subset(config, ImageDataset(train, size, boxes))
     return Task(
-        images,
-        ImageDataset(validation, (size, size), CentralBoxes(size)),
+        OrderedImages(images, BatchOrder(len(images), config.batch_size, config.seed), None),
+        ImageDataset(validation, size, CentralBoxes(size)),
         "images",
         PixelView(config.cutmix, config.mixup, config.three_augment),
         EvalPixelView(),
         model,
         f"{len(train)} images of {len(names)} classes",
         {"codebook": None, "class_names": names},
-        torch.zeros(3, size, size),
+        torch.zeros(3, *size),
         image_facts(images, train, validation),
     )
 

@@ -14,11 +14,11 @@ are for recipes/finetune.py, probe.py and inpaint.py.
 """
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from seitpp import plots
@@ -27,21 +27,24 @@ from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
+from seitpp.engine.auto import check_maskable, settle
 from seitpp.engine.config import TrainConfig
+from seitpp.engine.findings import findings
 from seitpp.engine.inputs import (
     adapt_zeros,
     check_codes,
     describe_store,
+    open_splits,
     open_stores,
     open_tokenadapt,
     store_facts,
     train_subset,
     window_of,
 )
+from seitpp.engine.masked import Evaluation
 from seitpp.engine.memory import Trial
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import Schedule, adamw
-from seitpp.engine.probe import probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
@@ -87,6 +90,7 @@ class Config(TrainConfig):
 PRESETS = {"published": Config(compile=True)}
 PRESETS["coloradapt"] = replace(PRESETS["published"], preset="coloradapt", color="coloradapt")
 PRESETS["plain"] = replace(PRESETS["published"], preset="plain", tokenadapt_fraction=0.0)
+PRESETS["auto"] = replace(PRESETS["plain"], preset="auto")  # what is not named on the command line, `choose` sets
 PRESETS["digits"] = replace(
     PRESETS["published"],
     preset="digits",
@@ -127,6 +131,7 @@ def main(config: Config) -> None:
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, grid = torch.from_numpy(train.codebook), window_of(train, config.crop_size, "--crop-size")
+    check_maskable(grid, train.grid)
 
     # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
@@ -163,17 +168,14 @@ def main(config: Config) -> None:
     )
     run.describe(describe_store(train, config), view, training, model=model)
 
-    # 6. Training, with evaluations of the current encoder.
-    probed = {
-        "train": run.eval_subset(images),
-        "validation": run.eval_subset(TokenDataset(validation)),
-        "num_classes": train.num_classes,
-        "view": EvalView(grid),
-    }
+    # 6. Training, with evaluations of the current model.
+    evaluation = Evaluation(
+        run, images, TokenDataset(validation), num_classes=train.num_classes, view=EvalView(grid)
+    )
+    run.print(str(evaluation))
 
-    def evaluate(encoder: VisionTransformer | None = None) -> dict[str, float]:
-        encoder = encoder or training.unsharded(model).encoder
-        return probe(encoder, **probed, accelerator=run.accelerator, workers=config.workers)
+    def evaluate() -> dict[str, float]:
+        return evaluation.scores(training.unsharded(model))
 
     for step, batch in training.steps(images, evaluate):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)
@@ -186,16 +188,21 @@ def main(config: Config) -> None:
 
     # 7. Results: the trained and the untrained encoder evaluated, the weights, and the report.
     model = training.unsharded(model).eval()
-    result = evaluate() | {f"{name}_untrained": value for name, value in evaluate(untrained).items()}
+    result = evaluation.scores(model)
+    result |= {f"{name}_untrained": value for name, value in evaluation.probes(untrained).items()}
+    said = findings(result, counts=train.counts, probed=evaluation.images, left_out=evaluation.left_out)
+    run.print("\n".join(["findings:", *(f"- {sentence}" for sentence in said)]))
     if run.is_main:
         save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(train.codebook))
         result["loss"] = run.log.read()[-1]["loss"]
-        write_report(run, model=model, validation=validation, grid=grid, result=result)
-    run.finish(result, store_facts(train, validation, config))
+        write_report(run, model=model, validation=validation, grid=grid, result=result, said=said)
+    run.finish(result | {"findings": said}, store_facts(train, validation, config))
 
 
-def write_report(run: Run, *, model: MTM, validation: TokenStore, grid: tuple[int, int], result: dict) -> None:
-    """Write report.html: results, curves, and validation images with masked tokens predicted by the model."""
+def write_report(
+    run: Run, *, model: MTM, validation: TokenStore, grid: tuple[int, int], result: dict, said: list[str]
+) -> None:
+    """Write report.html: what is `said` about the result, curves, and validation images filled by the model."""
     config, on_digits = run.config, run.config.store is None
     decode = plots.picture_decoder(digits().tokenizer if on_digits else config.tokenizer, validation.codebook)
     originals = digits_images("validation")[0] if on_digits else None
@@ -208,9 +215,15 @@ def write_report(run: Run, *, model: MTM, validation: TokenStore, grid: tuple[in
         result=result,
         records=run.log.read(),
         evaluations=run.evaluations.read(),
-        num_codes=validation.num_codes,
+        counts=validation.counts,
+        findings=said,
         pictures=pictures,
     )
+
+
+def choose(config: Config, named: Collection[str]) -> Config:
+    """Choose the settings of preset auto that are not `named`, for the training images of --store."""
+    return settle(config, named, open_splits(config.store, verify=False)[0]) if config.store else config
 
 
 def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:
@@ -273,4 +286,4 @@ def zeros_loss(grid: tuple[int, int], counts: tuple[int, int], tokenadapt_fracti
 
 
 if __name__ == "__main__":
-    run_recipe(main, PRESETS, default="digits")
+    run_recipe(main, PRESETS, default="digits", settle=choose)

@@ -6,8 +6,9 @@
 The features are the output of the cls token concatenated with the mean output of the patches, for the central
 window of the size that the model was trained on. The digits take seconds. For ViT-B on ImageNet-1k the features
 take about 5 GB; the time is not measured.
-The recipe reads the model.safetensors of a run and a token store with a train and a validation split, and writes
-config.json and result.json into --out. It trains nothing but the linear probe.
+The recipe reads the model.safetensors of a run and a token store whose images have one label each, of at least two
+classes; images without a label are left out, and of a store with the split train alone every 20th image is held
+out. It writes config.json and result.json into --out, and trains nothing but the linear probe.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from seitpp.augment import EvalView
 from seitpp.data.dataset import TokenDataset
 from seitpp.engine.config import RunConfig
 from seitpp.engine.inputs import check_codebook, open_stores, store_facts
-from seitpp.engine.probe import probe
+from seitpp.engine.probe import labeled_sets, probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_mtm
@@ -30,7 +31,7 @@ class Config(RunConfig):
 
     checkpoint: str | None = None  # Folder of a run of mtm_pretrain, or its model.safetensors; always needed.
     store: str | None = None  # Folder of a token store. None: the embedded digits.
-    workers: int = 8  # Number of processes that read batches, per evaluating process.
+    workers: int | None = None  # Processes that read batches, per evaluating one. None: by the CPU cores.
 
 
 PRESETS = {"published": Config()}
@@ -46,6 +47,10 @@ def main(config: Config) -> None:
 
     # 2. Data and model: the same codebook, and a grid that is large enough for the model.
     train, validation = open_stores(run, config.store)
+    for store in (train, validation):
+        store.require_classes("probe")
+    if train.multi_label:
+        raise UserError(f"{train.path}: its images have several classes each, expected one for a probe")
     path = Path(config.checkpoint)
     model, codebook, *_ = load_mtm(path / "model.safetensors" if path.is_dir() else path)
     check_codebook(train.codebook, source=str(train.path), expected=codebook, checkpoint=config.checkpoint)
@@ -55,10 +60,10 @@ def main(config: Config) -> None:
             f"{train.path}: got the grid {train.grid}, expected at least the {window} tokens that "
             f"{config.checkpoint} takes: name a store with larger grids"
         )
+    images = labeled_sets(TokenDataset(train), TokenDataset(validation))
     run.start()
 
-    # 3. Probe.
-    images = TokenDataset(train), TokenDataset(validation)
+    # 3. Probe, on the images that have a label.
     result = probe(
         model.encoder,
         train=images[0],
@@ -66,10 +71,10 @@ def main(config: Config) -> None:
         num_classes=train.num_classes,
         view=EvalView(window),
         accelerator=run.accelerator,
-        workers=config.workers,
+        workers=run.workers,
     )
     for name, value in result.items():
-        run.print(f"{name:20} {value:6.2f} % of {len(validation):,} images")
+        run.print(f"{name:20} {value:6.2f} % of {len(images[1]):,} images")
     run.finish(result, store_facts(train, validation, config))
 
 

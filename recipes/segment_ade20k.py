@@ -176,7 +176,7 @@ def main(config: Config) -> None:
             logits = slide_logits(whole, inputs, **windows, pixels_per_token=pixels_per_token // cells)
             return predict_labels(logits, image.labels.shape[1:])
 
-        return count_pixels(predict, validation, names, accelerator=run.accelerator, workers=config.workers)
+        return count_pixels(predict, validation, names, accelerator=run.accelerator, workers=run.workers)
 
     for step, batch in training.steps(source.train, lambda: evaluate().summary()):
         keys = Keys(config.seed, step // order.steps_per_epoch, batch.indices)

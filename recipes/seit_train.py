@@ -29,11 +29,13 @@ from torch import Tensor, nn
 import seitpp.models  # noqa: F401 (registers our models in timm)
 from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
+from seitpp.augment.maps import both_sides
 from seitpp.codebook import codebook_fingerprint
-from seitpp.data.dataset import BatchOrder, TokenDataset
+from seitpp.data.dataset import TokenDataset
 from seitpp.engine.accumulation import Sharing
+from seitpp.engine.classes import ClassBalance, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
-from seitpp.engine.evaluate import predict
+from seitpp.engine.evaluate import score_classifier
 from seitpp.engine.inputs import (
     classifier_trial,
     describe_store,
@@ -61,8 +63,10 @@ class Config(TrainConfig):
     store: str | None = None  # Folder of a token store. None: the embedded digits.
     model: str = "seit_vit_base"  # Name of the network in timm's registry.
     stem: Literal["linear", "conv2", "conv4", "deconv"] = "conv4"  # Kind of Stem-Adapter.
-    eval_window: int | None = 28  # Side of the central window in evaluation, in tokens. None: the whole grid.
-    size: int | None = 28  # Side of the model's input in tokens. None: the side of the evaluation window.
+    # Central window in evaluation, in tokens: the side of a square, or height and width. None: the whole grid.
+    eval_window: int | tuple[int, int] | None = 28
+    # The model's input in tokens: the side of a square, or height and width. None: as the evaluation window.
+    size: int | tuple[int, int] | None = 28
     # "resized": random resized crop (Token-RRC); "window": random crop without resizing; None: no crop.
     crop_mode: Literal["resized", "window"] | None = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions of the grid.
@@ -74,6 +78,8 @@ class Config(TrainConfig):
     cutmix: float = 1.0  # Alpha of the Beta distribution of Token-CutMix. 0: no CutMix.
     mixup: float = 0.0  # Alpha of the Beta distribution of Mixup. 0: no Mixup.
     smoothing: float = 0.1  # Label smoothing.
+    # Rare classes: as they are, with a larger weight in the loss, or drawn as often as the others.
+    class_balance: ClassBalance = "none"
     drop_path: float = 0.1  # Stochastic depth rate.
     epochs: float = 300  # Length of training in epochs.
     warmup_epochs: float = 5  # Length of the linear warm-up of the learning rate, in epochs.
@@ -148,10 +154,18 @@ def main(config: Config) -> None:
 
     # 2. Data: all sizes but the evaluation window and the model's input are read from the store.
     train, validation = open_stores(run, config.store)
-    images = train_subset(config, TokenDataset(train))
-    order = BatchOrder(len(images), config.batch_size, config.seed)
+    for store in (train, validation):
+        store.require_classes("seit_train")
+    images, order, class_weights = balanced(
+        train_subset(config, TokenDataset(train)),
+        train,
+        config.class_balance,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=run.device,
+    )
     codebook, window = torch.from_numpy(train.codebook), window_of(train, config.eval_window, "--eval-window")
-    size = config.size or window[0]
+    size = both_sides(config.size or window)
 
     # 3. Augmentation: ids -> EDA -> vectors -> crop or TokenAdapt -> color -> CutMix; evaluation: the center.
     adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
@@ -162,7 +176,7 @@ def main(config: Config) -> None:
     model = new_model(config, size, train).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
-    zeros = torch.zeros(codebook.shape[1], size, size)
+    zeros = torch.zeros(codebook.shape[1], *size)
 
     # 5. Optimization.
     schedule = Schedule.from_config(config, order, lr_batch=512)
@@ -176,7 +190,7 @@ def main(config: Config) -> None:
         data_fingerprint=train.fingerprint,
         flops_per_image=count_flops(model, zeros.unsqueeze(0).to("meta")),
         sharing=Sharing(
-            classifier_trial(zeros, config.tokenadapt_fraction), tuple(filter(None, [adapt])), multiple=4
+            classifier_trial(zeros, config.tokenadapt_fraction, train), tuple(filter(None, [adapt])), multiple=4
         ),
     )
     run.describe(describe_store(train, config), view, training, model=model)
@@ -188,9 +202,9 @@ def main(config: Config) -> None:
         scores = {}
         for suffix, weights in (("", model), ("_ema", ema.module)):
             whole, inputs = training.unsharded(weights), lambda batch: center_view(batch.ids)
-            where = {"accelerator": run.accelerator, "workers": config.workers}
-            accuracies = predict(whole, eval_images, inputs=inputs, **where).accuracies()
-            scores |= {f"{name}{suffix}": value for name, value in accuracies.items()}
+            where = {"accelerator": run.accelerator, "workers": run.workers}
+            own = score_classifier(whole, eval_images, inputs=inputs, **where, multi_label=train.multi_label)
+            scores |= {f"{name}{suffix}": value for name, value in own.items()}
         return scores
 
     for step, batch in training.steps(images, evaluate):
@@ -198,7 +212,7 @@ def main(config: Config) -> None:
         with run.accelerator.autocast():  # for TokenAdapt
             maps, targets = view(batch.ids, batch.labels, keys)
         logits = training.wrapped(maps)
-        loss = soft_label_loss(logits, targets, config.smoothing)
+        loss = soft_label_loss(logits, targets, config.smoothing, class_weights=class_weights)
         training.update(loss, accuracy=top1_accuracy(logits, targets.labels))
 
     # 7. Results: accuracies, weights, and curves.
@@ -208,17 +222,18 @@ def main(config: Config) -> None:
         run.print(f"{name:12} {value:6.2f} % of {len(eval_images):,} images")
     if run.is_main:
         codebook = codebook_fingerprint(train.codebook)
-        header = {"class_names": train.class_names, "window": window}
+        header = {"class_names": train.class_names, "window": window, "multi_label": train.multi_label}
         save_classifier(run.out / "model.safetensors", model, codebook, **header)
         save_classifier(run.out / "model_ema.safetensors", average, codebook, **header)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
-        shown = {"names": ["loss", "accuracy", "lr"], "scores": ["top1", "top1_ema"]}
+        score = "mAP" if train.multi_label else "top1"
+        shown = {"names": ["loss", "accuracy", "lr"], "scores": [score, f"{score}_ema"]}
         plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, store_facts(train, validation, config))
 
 
-def new_view(config: Config, *, codebook: Tensor, size: int, adapt: TokenAdapt | None) -> SeitView:
-    """Create the training augmentation from ids to maps of `size` x `size` vectors and their labels."""
+def new_view(config: Config, *, codebook: Tensor, size: tuple[int, int], adapt: TokenAdapt | None) -> SeitView:
+    """Create the training augmentation from ids to maps of `size` vectors and their labels."""
     view = SeitView(
         codebook,
         size=size,
@@ -236,8 +251,8 @@ def new_view(config: Config, *, codebook: Tensor, size: int, adapt: TokenAdapt |
     return view
 
 
-def new_model(config: Config, size: int, store: TokenStore) -> nn.Module:
-    """Create a timm classifier with random weights for maps (B, D, size, size) of the store."""
+def new_model(config: Config, size: tuple[int, int], store: TokenStore) -> nn.Module:
+    """Create a timm classifier with random weights for maps (B, D, *size) of the store."""
     return timm.create_model(
         config.model,
         stem=config.stem,

@@ -228,7 +228,7 @@ def judge(
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     operations = augmentations(config)
     sums = torch.zeros(len(operations), len(MEASURES), device=run.device)
-    for batch in evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=config.workers):
+    for batch in evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=run.workers):
         for row, settings in zip(sums, operations.values(), strict=True):
             output = augmented(model, pair=pair, batch=batch.to(run.device), config=config, settings=settings)
             row += compare(output, pair.augmented).sum(dim=0)

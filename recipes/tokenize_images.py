@@ -1,8 +1,11 @@
-"""Tokenize a collection of images into a token store of about one kilobyte per image.
+"""Tokenize images into a token store of about one kilobyte per image.
 
+    accelerate launch recipes/tokenize_images.py --data photos --out tokens
     accelerate launch recipes/tokenize_images.py --data photos --tokenizer tokenizer.safetensors --out tokens
     accelerate launch --multi_gpu --num_processes 8 recipes/tokenize_images.py published --data imagenet \\
         --source-split train --tokenizer vitvqgan.ckpt --compact --out imagenet-tokens
+    accelerate launch recipes/tokenize_images.py published --data imagenet/val --labels LOC_val_solution.csv \\
+        --split validation --tokenizer imagenet-tokens-tokenizer.safetensors --out imagenet-tokens
     accelerate launch recipes/tokenize_images.py --data photos --tokenizer vitvqgan.ckpt --out photos-tokens \\
         --codebook codebook.ckpt
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
@@ -12,23 +15,29 @@
     accelerate launch recipes/tokenize_images.py --set flowers102 --data flowers-102 --tokenizer vitvqgan.ckpt \\
         --out flowers102-tokens
 
-The recipe reads a folder of images, Parquet files, webdataset tars or a named data set. It writes one split of the
-store --out, which may already contain other splits. A folder with images/ and annotations/ is read as ADE-20k: the
-store keeps the grid of each image and its annotation, lossless. If the command is interrupted, the same command
-continues after the last finished shard and writes the same bytes, also on another number of processes.
+The recipe reads a folder of images, Parquet files, webdataset tars, a data set on disk or hf://owner/name. It
+says what it took, where the labels are from, and what it left out and why; the card of the store has the same.
+Every twentieth image goes to the split validation, unless --hold-out says another number, or a split is named with
+--split or --source-split. With --splits, each split of the data becomes one of the store. An image without a label
+is stored without one. Where no tokenizer is named, a small one (patch_kmeans) is fitted to some of the images.
+A folder with images/ and annotations/ is read as ADE-20k: the store keeps the grid of each image and its
+annotation, lossless. If the command is interrupted, the same command continues after the last finished shard and
+writes the same bytes, also on another number of processes. With --skip-errors, no unreadable image stops it.
 With --compact the store keeps only the codes that its split `train` uses, the most frequent first, as the
 published token sets do. With --codebook it keeps the codes of a released codebook in their order, so that official
-models accept the ids. The tokenizer with these codes is saved as OUT-tokenizer.safetensors, for --tokenizer of
-other commands. With --set, --data is the folder of a fine-grained data set as its authors distribute it, and both
-of its splits are written. With --out alone, the embedded digits are tokenized, in seconds. The speed of
-`published` and `ade20k` on a GPU is not measured. The recipe trains nothing.
+models accept the ids. The tokenizer with these codes, or the one fitted here, is saved as
+OUT-tokenizer.safetensors, for --tokenizer of other commands. With --set, --data is the folder of a fine-grained
+data set as its authors distribute it, and both of its splits are written. With --out alone, the embedded digits
+are tokenized, in seconds. The speed of `published` and `ade20k` on a GPU is not measured. The recipe trains no
+model.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,15 +48,28 @@ from torch.utils.data import DataLoader
 from downstream.finegrained.sets import SetName, differences, read_set
 from seitpp import TokenStore, tokenizers
 from seitpp.data.digits import DigitsSource, digits
+from seitpp.engine.inputs import open_once
+from seitpp.engine.system import loader_workers
 from seitpp.errors import UserError
-from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations, open_annotated
+from seitpp.images.annotated import (
+    SHORT_SIDE,
+    AnnotatedSource,
+    has_annotations,
+    open_annotated,
+    open_annotated_splits,
+)
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
-from seitpp.images.decode import Size, fit_short_side
-from seitpp.images.sources import DatasetSource, ImageSource, open_source
+from seitpp.images.decode import ImageError, Reading, Sample, Size, decode_image, fit_short_side, image_size
+from seitpp.images.inventory import describe, inventory
+from seitpp.images.labels import LabelRules, read_class_names
+from seitpp.images.layouts import Layout
+from seitpp.images.masks import MaskRules
+from seitpp.images.sources import ImageSource, hold_out, open_source, open_splits
+from seitpp.images.tables import DatasetSource
 from seitpp.recipe import run_recipe
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
-from seitpp.tokenizers import Tokenizer, TokenizerError, by_frequency
+from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerError, by_frequency
 from seitpp.tokenizers.encoding import encode
 
 
@@ -55,29 +77,47 @@ from seitpp.tokenizers.encoding import encode
 class Config:
     """Settings of tokenization: the images, the tokenizer and the split of the store."""
 
-    data: str | None = None  # Folder, .parquet or .tar files, or name of a data set. None: the embedded digits.
+    data: str | None = None  # Folder, .parquet or .tar file, or hf://owner/name. None: the embedded digits.
     set: SetName | None = None  # Name of the fine-grained data set in the folder --data. None: other images.
     source_split: str | None = None  # Split of --data to read. None: all of it.
-    tokenizer: str | None = None  # Tokenizer file; needed with --data. None: the tokenizer of the digits.
+    splits: bool = False  # Read every split of --data, and write each under its own name.
+    hold_out: int = 20  # Every how many images one goes to the split validation, where no split is named; 0: none.
+    labels: str | None = None  # File with the label of every image by its name: CSV, TSV, words, JSON, JSON lines.
+    label_column: str | None = None  # Column of a table with the labels. None: label, or the only one that can be.
+    label_key: str | None = None  # Key of the labels in the JSON files of a tar. None: label, or one like it.
+    classes: str | None = None  # File with one class a line, or a store: the classes in their order.
+    ignore_label: tuple[int, ...] = ()  # Values of masks that are no class. (): as their layout has it.
+    background_class: bool = False  # Value 0 of masks is a class of its own, the first.
+    layout: Layout | None = None  # How images and masks are arranged. None: recognized by the names of folders.
+    unlabeled: Literal["refuse", "keep"] = "refuse"  # Images without a label among others that have one.
+    resize: Literal["squash", "center_crop", "pad"] = "squash"  # How images of another aspect ratio are fitted.
+    # Values that become black and white. None: the range of 8 or 16 bits.
+    intensity: tuple[float, float] | None = None
+    scaled_decoding: bool = False  # Decode large JPEGs at a half, a quarter or an eighth: faster, other ids.
+    tokenizer: str | None = None  # Tokenizer file. None: one fitted to the images, or that of the digits.
     compact: bool = False  # Keep only the codes that the split train uses, code 0 the most frequent.
     # Keep only the codes of this file: a released codebook.ckpt, or the .safetensors codebook of a store.
     codebook: str | None = None
     out: str | None = None  # Folder of the store; always needed.
-    split: str = "train"  # Split of the store that is written.
+    split: str | None = None  # Split of the store that is written. None: train, and what is held out.
     # Short side in pixels, so that each image has its own grid. None: the tokenizer's size; with annotations 512.
     short_side: int | None = None
     codec: str = "ans"  # Codec of the ids: escape, packed, huffman, ans or context.
     keep_source: bool = False  # Also store the file name and the file size in bytes of each image, as columns.
     skip_errors: bool = False  # Skip images that cannot be read, and list them in OUT-SPLIT-skipped.txt.
     batch_size_per_process: int = 64  # Number of images per forward pass, on each process.
-    workers: int = 4  # Number of processes that decode images, per tokenizing process.
+    workers: int | None = None  # Processes that decode images, per tokenizing process. None: one for each core.
 
 
-PRESETS = {"published": Config(batch_size_per_process=256, workers=16)}
+PRESETS = {"published": Config(batch_size_per_process=256)}
 PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size_per_process=16)
-PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128, workers=0)
+PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
+
+# The tokenizer that is fitted where none is named: image size and patch by the median of the images' short sides.
+FITTED_SIZES = ((256, 8), (128, 8), (64, 4), (32, 2))
+FITTED_IMAGES = 1000
 
 # Optional columns beside tokens and label, and their types; an annotation is stored if the images have any.
 COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64"}
@@ -87,15 +127,12 @@ def main(config: Config) -> None:
     if config.out is None:
         raise UserError("no store to write: name a folder with --out")
     accelerator = Accelerator()
-    (tokenize_set if config.set else tokenize_split)(config, accelerator)
-
-
-def tokenize_split(config: Config, accelerator: Accelerator) -> None:
-    """Write one split from --data, or from the embedded digits."""
-    source, tokenizer = open_data(config, accelerator)
-    if isinstance(source, AnnotatedSource) and config.short_side is None:
-        config = replace(config, short_side=SHORT_SIDE)
-    tokenize(source, tokenizer, config=config, accelerator=accelerator)
+    parts = open_once(accelerator, partial(open_parts, config))
+    for split, source in parts.items():
+        accelerator.print(f"split {split}: {source if isinstance(source, AnnotatedSource) else describe(source)}")
+    tokenizer = open_tokenizer(config, next(iter(parts.values())), accelerator)
+    for split in missing_splits(config, list(parts)):
+        tokenize(parts[split], tokenizer, config=replace(config, split=split), accelerator=accelerator)
 
 
 def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accelerator: Accelerator) -> None:
@@ -105,8 +142,11 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
     """
     tokenizer = choose_codes(tokenizer, config).to(accelerator.device).eval()
     counting = config.compact and not has_store(config)  # asked before any process can have created the store
-    size, grid, description = sizing(tokenizer, config.short_side)
     annotated = isinstance(source, AnnotatedSource)
+    if annotated and config.short_side is None:
+        config = replace(config, short_side=SHORT_SIDE)
+    size, grid = sizing(tokenizer, config)
+    reading = reading_of(config, tokenizer)
     columns = [
         *(["annotation"] if annotated else []),
         *(["file_name", "source_bytes"] if config.keep_source else []),
@@ -121,8 +161,9 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
         codec=config.codec,
         split=config.split,
         class_names=source.class_names,
-        tokenizer=description,
+        tokenizer=description_of(tokenizer, config),
         columns={name: COLUMNS[name] for name in columns},
+        multi_label=source.labels.multi_label,
     )
     todo = sorted(set(range(staging.num_shards)) - staging.finished())
     accelerator.wait_for_everyone()  # no process writes a shard before all processes have listed them
@@ -135,19 +176,20 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
 
     # Decode, tokenize and write, shard by shard; the loader decodes ahead, also across shards.
     skipped = beside(config.out, f"{config.split}-skipped.txt")
-    batches = iter(decoding_loader(DecodedImages(source, size), staging=staging, shards=mine, config=config))
+    images = DecodedImages(source, size, reading)
+    batches = iter(decoding_loader(images, staging=staging, shards=mine, config=config))
     totals, started = np.zeros(4, np.int64), time.perf_counter()
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:
         for shard in mine:
             ids: list[np.ndarray] = []
             kept: list[ImageRecord] = []
-            for _ in batches_of(staging.images(shard), config.batch_size_per_process):
+            for batch in batches_of(staging.images(shard), config.batch_size_per_process):
                 decoded = next(batches)
                 if decoded.errors:
                     report_errors(decoded.errors, config.skip_errors, skipped)
                 ids += encode(tokenizer, decoded, accelerator.device)
                 kept += decoded.kept
-                bar.update(len(decoded.kept))
+                bar.update(len(batch))
             tokens = np.array(ids, np.uint16).reshape(-1, *grid) if grid else ids
             write_shard(staging, shard=shard, ids=tokens, kept=kept, columns=columns)
             totals += totals_of(kept)
@@ -161,51 +203,136 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
             tokenizer = keep_used_codes(tokenizer, staging, config)
         if config.compact or config.codebook:
             tokenizer.save(beside(config.out, "tokenizer.safetensors"))
-        staging.publish()
+        staging.publish(inventory=inventory(source, len(source) - staging.num_written()))
         store = TokenStore(config.out, config.split, verify=False)
         summarize(store, totals=totals, seconds=seconds, annotated=annotated)
+        if len(store) < len(source):
+            print(f"skipped  {len(source) - len(store):10,} unreadable images of {len(source):,}, see {skipped}")
     accelerator.wait_for_everyone()
 
 
-def tokenize_set(config: Config, accelerator: Accelerator) -> None:
-    """Write the splits of a fine-grained data set that the store does not have yet, one after the other.
-
-    Raises UserError if the store has all of them.
-    """
-    if config.data is None or config.tokenizer is None:
-        raise UserError(f"--set {config.set}: name its folder with --data and a tokenizer file with --tokenizer")
-    splits, tokenizer = read_set(config.set, config.data), tokenizers.load(config.tokenizer)
-    for difference in differences(config.set, splits):
-        accelerator.print(f"warning: {difference}")
-    first = next(iter(splits))
-    started = (Path(config.out) / first).exists()
-    written = TokenStore(config.out, first, verify=False).splits if started else []
-    missing = [split for split in splits if split not in written]
-    if not missing:
-        raise UserError(
-            f"{config.out}: has the splits {', '.join(splits)} already; name another folder with --out"
-        )
-    for split in missing:
-        source = DatasetSource(splits[split], config.data)
-        tokenize(source, tokenizer, config=replace(config, split=split), accelerator=accelerator)
-
-
-def open_data(config: Config, accelerator: Accelerator) -> tuple[ImageSource, Tokenizer]:
-    """Open --data and --tokenizer, or the embedded digits and their tokenizer."""
+def open_parts(config: Config) -> dict[str, ImageSource]:
+    """Open --data, or the embedded digits, as the splits of the store that are to be written: {name: source}."""
     if config.data is None:
-        with accelerator.main_process_first():
-            default = digits().tokenizer
-        return DigitsSource(config.source_split or config.split), tokenizers.load(config.tokenizer or default)
-    if config.tokenizer is None:
-        raise UserError(
-            "--data without --tokenizer: name a tokenizer file (recipes/tokenizer_train.py trains one)"
-        )
+        split = config.source_split or config.split or "train"
+        return {config.split or split: DigitsSource(split)}
+    if config.set:
+        splits = read_set(config.set, config.data)
+        for difference in differences(config.set, splits):
+            print(f"warning: {difference}")
+        return {split: DatasetSource(data, config.data, LabelRules()) for split, data in splits.items()}
     if has_annotations(config.data):
-        source = open_annotated(config.data, config.source_split)
+        return open_masks(config)
+    if config.layout or config.ignore_label or config.background_class:
+        raise UserError(
+            f"{config.data}: got --layout, --ignore-label or --background-class, expected images with masks, as "
+            "docs/segmentation.md says; check the folder"
+        )
+    classes = config.classes or (config.out if has_store(config) else None)
+    rules = LabelRules(
+        file=config.labels,
+        column=config.label_column,
+        key=config.label_key,
+        classes=classes and (read_class_names(classes) if config.classes else TokenStore(classes).class_names),
+        unlabeled=config.unlabeled,
+    )
+    if config.splits:
+        return open_splits(config.data, rules)
+    source = open_source(config.data, config.source_split, rules)
+    if config.split or config.source_split or not config.hold_out:
+        return {config.split or "train": source}
+    if len(source) < config.hold_out:
+        print(f"{len(source)} images, fewer than --hold-out {config.hold_out}: none is held out for validation")
+        return {"train": source}
+    train, validation = hold_out(source, config.hold_out, config.data)
+    return {"train": train, "validation": validation}
+
+
+def open_masks(config: Config) -> dict[str, ImageSource]:
+    """Open images with masks as the splits of the store that are to be written: {name: source}.
+
+    Raises UserError for files without a partner unless --skip-errors is set.
+    """
+    rules = MaskRules(config.layout, config.classes, config.ignore_label, config.background_class)
+    if config.splits:
+        parts = open_annotated_splits(config.data, rules)
+    else:
+        source = open_annotated(config.data, config.source_split, rules)
+        parts = {config.split or "train": source}
+        if not (config.split or config.source_split) and 0 < config.hold_out <= len(source):
+            parts = dict(zip(("train", "validation"), source.hold_out(config.hold_out), strict=True))
+    for source in parts.values():
         if not config.skip_errors:
             source.check_pairs()
-        return source, tokenizers.load(config.tokenizer)
-    return open_source(config.data, config.source_split), tokenizers.load(config.tokenizer)
+    return parts
+
+
+def open_tokenizer(config: Config, source: ImageSource, accelerator: Accelerator) -> Tokenizer:
+    """Load --tokenizer, or that of the digits, or one that is fitted to images of the source, once."""
+    if config.tokenizer is not None:
+        return tokenizers.load(config.tokenizer)
+    if config.data is None:
+        with accelerator.main_process_first():
+            return tokenizers.load(digits().tokenizer)
+    path = beside(config.out, "tokenizer.safetensors")
+    with accelerator.main_process_first():
+        if not path.exists():
+            if has_store(config):
+                raise UserError(f"{config.out}: name the tokenizer of this store with --tokenizer")
+            fit_tokenizer(source, config).save(path)
+    accelerator.print(f"tokenizer fitted to these images: {path}")
+    return tokenizers.load(path)
+
+
+def fit_tokenizer(source: ImageSource, config: Config) -> Tokenizer:
+    """Fit a tokenizer to evenly spaced images; their median short side decides on its image size.
+
+    Raises UserError for an unreadable image unless --skip-errors is set.
+    """
+    chosen = range(0, len(source), max(1, len(source) // FITTED_IMAGES))
+    sides = [min(size) for size in readable_images(source, chosen, image_size, config)]
+    median = np.median(sides) if sides else 0
+    side, patch = next(sizes for sizes in FITTED_SIZES if sizes[0] <= median or sizes == FITTED_SIZES[-1])
+    reading = Reading(config.resize, intensity=config.intensity)
+
+    def decode(sample: Sample) -> torch.Tensor:
+        return torch.from_numpy(decode_image(sample, (side, side), reading=reading))[None]
+
+    shown = tqdm(chosen, desc=f"fitting a tokenizer at {side} pixels", unit="image")
+    return PatchKMeans.fit_to_images(readable_images(source, shown, decode, config), image_size=side, patch=patch)
+
+
+def readable_images(
+    source: ImageSource, indices: Iterable[int], read: Callable[[Sample], Any], config: Config
+) -> Iterator[Any]:
+    """Yield what `read` makes of images; leave out unreadable ones with --skip-errors, else raise ImageError."""
+    for index in indices:
+        try:
+            yield read(source.read(index))
+        except ImageError:
+            if not config.skip_errors:
+                raise
+
+
+def missing_splits(config: Config, splits: list[str]) -> list[str]:
+    """Return the splits that the store does not have yet; all where it has all, so that it refuses them itself."""
+    if not has_store(config):
+        return splits
+    document = layout.read_document(Path(config.out))
+    return [split for split in splits if split not in document["splits"]] or splits
+
+
+def reading_of(config: Config, tokenizer: Tokenizer) -> Reading:
+    """Return how images are read. Raises UserError for values that are no range."""
+    if config.intensity is not None and not config.intensity[0] < config.intensity[1]:
+        raise UserError(f"--intensity {config.intensity}: expected two values, the lower first")
+    return Reading(config.resize, tokenizer.spec.channels, config.intensity, config.scaled_decoding)
+
+
+def description_of(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
+    """Return the description of the tokenizer and of how images were read, for the store."""
+    short_side = {} if config.short_side is None else {"short_side": config.short_side}
+    return {**tokenizer.description(), **short_side, "reading": reading_of(config, tokenizer).to_json()}
 
 
 def beside(out: str, name: str) -> Path:
@@ -245,26 +372,24 @@ def keep_used_codes(tokenizer: Tokenizer, staging: SplitStaging, config: Config)
     """Return the tokenizer restricted to the codes that the finished shards use, and renumber the shards."""
     counts = torch.from_numpy(staging.counts())
     compacted = tokenizer.compact(counts)
-    *_, description = sizing(compacted, config.short_side)
-    staging.keep(by_frequency(counts).numpy(), description)
+    staging.keep(by_frequency(counts).numpy(), description_of(compacted, config))
     return compacted
 
 
-def sizing(tokenizer: Tokenizer, short_side: int | None) -> tuple[Size, tuple[int, int] | None, dict]:
-    """Return the image size, the common grid (None: one per image), and the tokenizer's description for the store.
+def sizing(tokenizer: Tokenizer, config: Config) -> tuple[Size, tuple[int, int] | None]:
+    """Return the image size and the common grid (None: one per image).
 
     Raises UserError for a short side that the tokenizer cannot take.
     """
+    short_side, multiple = config.short_side, tokenizer.side_multiple
     if short_side is None:
-        return tokenizer.spec.image_size, tokenizer.spec.grid, tokenizer.description()
-    multiple = tokenizer.side_multiple
-    if short_side < multiple or short_side % multiple:
+        return tokenizer.spec.image_size, tokenizer.spec.grid
+    if short_side < multiple or short_side % multiple or config.resize != "squash":
         raise UserError(
-            f"--short-side {short_side}: expected a multiple of {multiple}, because the {tokenizer.spec.kind} "
-            f"tokenizer takes images whose sides are multiples of {multiple} pixels"
+            f"--short-side {short_side}: expected a multiple of {multiple} and no --resize, because the "
+            f"{tokenizer.spec.kind} tokenizer takes whole images whose sides are multiples of {multiple} pixels"
         )
-    size = partial(fit_short_side, short_side=short_side, multiple=multiple)
-    return size, None, {**tokenizer.description(), "short_side": short_side}
+    return partial(fit_short_side, short_side=short_side, multiple=multiple), None
 
 
 def batches_of(images: range, size: int) -> Iterator[range]:
@@ -281,7 +406,9 @@ def decoding_loader(
         for shard in shards
         for batch in batches_of(staging.images(shard), config.batch_size_per_process)
     ]
-    return DataLoader(images, batch_sampler=batches, collate_fn=as_it_is, num_workers=config.workers)
+    return DataLoader(
+        images, batch_sampler=batches, collate_fn=as_it_is, num_workers=loader_workers(config.workers)
+    )
 
 
 def as_it_is(batch: DecodedBatch) -> DecodedBatch:
@@ -306,7 +433,7 @@ def write_shard(
     columns: list[str],
 ) -> None:
     """Write the tokens, labels and columns of a shard to disk."""
-    labels = np.array([image.label for image in kept], dtype=np.int64)
+    labels = [image.label for image in kept]
     staging.write(shard, ids, labels, columns={name: [getattr(image, name) for image in kept] for name in columns})
 
 

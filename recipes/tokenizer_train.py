@@ -81,7 +81,7 @@ class Config(TrainConfig):
 
 PRESETS = {"published": Config()}
 PRESETS["photos"] = replace(
-    PRESETS["published"], preset="photos", kind="patch_kmeans", num_codes=391, precision="no", workers=2
+    PRESETS["published"], preset="photos", kind="patch_kmeans", num_codes=391, precision="no"
 )
 PRESETS["digits"] = replace(
     PRESETS["photos"], preset="digits", image_size=32, patch=4, num_codes=64, fit_images=2000, workers=0
@@ -221,7 +221,7 @@ def judge(tokenizer: Tokenizer, *, source: ImageSource, config: Config, run: Run
     dataset = run.eval_subset(ImageDataset(source, tokenizer.spec.image_size))
     counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
     sums = torch.zeros(2, device=run.device)
-    for batch in evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=config.workers):
+    for batch in evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=run.workers):
         images = batch.to(run.device).images.float() / 255
         ids = tokenizer.encode(images)
         decoded = tokenizer.decode(ids)

@@ -1,4 +1,4 @@
-"""Inspect, verify, recode and convert token stores, and share stores and models on the Hugging Face hub."""
+"""Inspect, verify, recode, grow and convert token stores, and share stores and models on the Hugging Face hub."""
 
 import argparse
 import math
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from seitpp.codec import CODECS
 from seitpp.errors import UserError, fail, suggest
 from seitpp.files import replace_file
-from seitpp.store import TokenStore, hub, layout, release
+from seitpp.store import TokenStore, grow, hub, layout, release
+from seitpp.store.labels import Label
 from seitpp.store.recode import recode as recode_store
 
 if TYPE_CHECKING:
@@ -75,10 +76,8 @@ def show(store: Path, *, tokenizer: Path | None, out: Path, count: int, split: s
     decode = _decoder(source, tokenizer)
     positions = _spread(len(source), count)
     images = [decode(source[position][0]) for position in positions]
-    names = source.class_names or {}
-    labels = source.labels[positions].tolist()
+    titles = [_title(source, source[position][1]) for position in positions]
     out.parent.mkdir(parents=True, exist_ok=True)
-    titles = [str(names[label] if names else label) for label in labels]
     replace_file(out, partial(_draw, images, titles))
     print(f"{out}: {len(images)} of {len(source):,} images of split {source.split!r}")
     if tokenizer is None:
@@ -96,6 +95,41 @@ def recode(store: Path, out: Path, codec: str) -> None:
         rows.append([source.split, f"{len(source):,}", *(f"{size / len(source):.1f}" for size in sizes)])
     _print_table(["bytes per image", "images", splits[0].codec.name, codec], rows)
     print(f"\non disk, with all tables: {_disk_bytes(store):,} bytes before, {_disk_bytes(out):,} after")
+
+
+def append(store: Path, others: list[Path], split: str) -> None:
+    """Append the images of other stores to a split; what is there stays as it is, byte by byte."""
+    grow.append(store, others, split=split)
+    print(f"{store}: {_sizes(store)}")
+
+
+def merge(out: Path, stores: list[Path]) -> None:
+    """Write a new store with the images of all stores, their classes joined by name."""
+    grow.merge(out, stores)
+    written = TokenStore(out, next(iter(layout.read_document(out)["splits"])), verify=False)
+    print(f"{out}: {_sizes(out)}, {written.num_classes:,} classes")
+
+
+def subset(
+    store: Path,
+    out: Path,
+    *,
+    fraction: float | None,
+    classes: list[str] | None,
+    seed: int | None,
+    split: str | None,
+) -> None:
+    """Write a new store with a fraction of the images of one split, or with the images of some classes."""
+    positions = None
+    if fraction is not None:
+        from seitpp.data.dataset import fraction_of
+
+        images = len(TokenStore(store, split or "train", verify=False))
+        positions = {split or "train": fraction_of(images, fraction, seed or 0)}
+    elif seed is not None or split is not None:
+        raise CliError("--seed and --split: got --classes, which takes all of its images; leave them out")
+    grow.subset(store, out, positions=positions, class_names=classes)
+    print(f"{out}: {_sizes(out)}")
 
 
 def import_release(sources: list[Path], *, out: Path, grid: list[int] | None, codec: str) -> None:
@@ -158,6 +192,13 @@ def main() -> None:
 
 def _open(store: Path, split: str | None) -> TokenStore:
     return TokenStore(store, split or next(iter(layout.read_document(store)["splits"])))
+
+
+def _title(store: TokenStore, label: Label) -> str:
+    if label is None:
+        return "no label"
+    classes = label if isinstance(label, tuple) else (label,)
+    return ", ".join(store.class_names[one] if store.class_names else str(one) for one in classes) or "no class"
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -224,7 +265,12 @@ def _print_store(store: TokenStore, document: dict) -> None:
     print(f"tokenizer    {' '.join([*([spec['kind']] if 'kind' in spec else []), fingerprint[:16]])}")
     names = store.class_names or []
     shown = ", ".join(names[:SHOWN_CLASSES]) + (", .." if len(names) > SHOWN_CLASSES else "")
-    print(f"classes      {store.num_classes}{': ' + shown if names else ''}\n")
+    several = ", several an image" if store.multi_label else ""
+    print(f"classes      {store.num_classes}{several}{': ' + shown if names else ''}")
+    for split, entry in document["splits"].items():
+        if "num_labeled" in entry:
+            print(f"no label     {entry['rows'] - entry['num_labeled']:,} of {entry['rows']:,} images of {split}")
+    print()
 
 
 def _print_splits(splits: Iterable[TokenStore], figures: Iterable[Figures]) -> None:
@@ -332,6 +378,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     command.add_argument("--count", type=int, default=25, metavar="N", help="number of images (default: 25)")
     command.add_argument("--split", metavar="NAME", help="split to show (default: the first)")
     add(recode, store, out).add_argument("--codec", required=True, **codec)
+    others = ("others", "folders of the stores to append", {"type": Path, "nargs": "+"})
+    command = add(append, store, others)
+    command.add_argument("--split", default="train", metavar="NAME", help="split to append to (default: train)")
+    add(merge, out, ("stores", "folders of the stores to join", {"type": Path, "nargs": "+"}))
+    command = add(subset, store, out)
+    chosen = command.add_mutually_exclusive_group(required=True)
+    share = "fraction of the images, chosen as --fraction of a training recipe; other splits stay whole"
+    chosen.add_argument("--fraction", type=float, metavar="F", help=share)
+    chosen.add_argument("--classes", nargs="+", metavar="NAME", help="images of these classes, of all splits")
+    command.add_argument("--seed", type=int, metavar="N", help="of --fraction, as of a recipe (default: 0)")
+    command.add_argument("--split", metavar="NAME", help="split of --fraction (default: train)")
     files = "folder of the released files, or single NAME-token.data.bin.gz files"
     command = add(import_release, ("sources", files, {"type": Path, "nargs": "+"}), out)
     command.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="token grid (default: square)")

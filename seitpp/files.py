@@ -7,21 +7,26 @@ make each of them fail, or kill the process at it. Nothing here imports torch.
 
 # ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import filelock
+
 from seitpp.errors import UserError
 
 CHUNK = 1 << 20
+WINDOWS = sys.platform == "win32"
+
+Lock = int | filelock.BaseFileLock
 
 
 def sha256(path: Path) -> str:
@@ -34,8 +39,10 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush the content of a file or folder to disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush the content of a file or folder to disk (fsync); Windows can do this to files only."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes what is open for writing
     try:
         os.fsync(descriptor)
     finally:
@@ -53,7 +60,8 @@ def append_file(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o666)
+    binary = getattr(os, "O_BINARY", 0)  # else Windows writes two bytes for a newline
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode | binary, 0o666)
     try:
         rest = memoryview(data)
         while rest:
@@ -71,8 +79,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            file.close()  # Windows renames no open file
             os.replace(file.name, path)
         except BaseException:
+            file.close()
             os.unlink(file.name)
             raise
     sync(path.parent)
@@ -155,6 +165,11 @@ def remove_folder(path: Path) -> None:
         os.rmdir(path)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file."""
+    os.unlink(path)
+
+
 def empty_folder(path: Path, but: Collection[str] = ()) -> None:
     """Create a folder, or remove its content except the files named in `but`."""
     make_folder(path)
@@ -190,12 +205,29 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def lock(path: Path) -> int | None:
-    """Lock the file `path` and write process id and host into it; return None if another process has locked it.
+def lock(path: Path) -> Lock | None:
+    """Lock the file `path` for this process; return None if another process has locked it (see `owner`).
 
-    The lock ends when the returned descriptor is closed or the process ends, even if it is killed. Forked children
-    do not hold it (it is a POSIX record lock, which also works on network file systems).
+    The lock ends at `unlock` or with the process, even if it is killed. Forked children do not hold it.
     """
+    if WINDOWS:
+        held = filelock.FileLock(path)
+        try:
+            held.acquire(timeout=0)
+        except filelock.Timeout:
+            return None
+        return held
+    return _lock_record(path)
+
+
+def _lock_record(path: Path) -> int | None:
+    """Lock by a POSIX record lock, which also works on network file systems, and write the owner into the file.
+
+    The locks of filelock are `flock`, which forked children hold too: the workers of a killed run would keep its
+    folder.
+    """
+    import fcntl  # not on Windows
+
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,9 +239,20 @@ def lock(path: Path) -> int | None:
     return descriptor
 
 
-def unlock(descriptor: int) -> None:
-    """Release a lock by the descriptor that `lock` returned."""
-    os.close(descriptor)
+def owner(path: Path) -> str:
+    """Say which process has locked a file, and on which host; Windows lets nobody read a locked file."""
+    try:
+        return path.read_text() or "another process"
+    except PermissionError:
+        return "another process"
+
+
+def unlock(held: Lock) -> None:
+    """Release a lock that `lock` returned."""
+    if isinstance(held, int):
+        os.close(held)
+    else:
+        held.release()
 
 
 def _umask() -> int:

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from seitpp import files, tokenizers
 from seitpp.augment import EvalView, Keys
+from seitpp.engine.confusion import Confusions
+from seitpp.fonts import drawn_names
 from seitpp.models import MTM, MaskPlan
 from seitpp.models.masking import fill_hidden, hidden_tokens
 from seitpp.objectives import mask_plan
 from seitpp.store import TokenStore
+from seitpp.store.layout import entropy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,13 +33,20 @@ GOLDEN_SECTION, FIRST_HUE = 0.618034, 0.58
 VERDICTS = ((0.88, 0.88, 0.88), (0.8, 0.1, 0.1), (0.0, 0.0, 0.0))  # colors of a correct, wrong, ignored pixel
 SEGMENTED_SIDE = 2.0  # inches of a segmented image
 LOG_SPAN = 30  # ratio of the largest to the smallest value above which an axis is logarithmic
-NAMED_CLASSES = 50  # more class names would be unreadable
 RATIO_BINS = 20  # bins of mask ratios from 0 to 1
 PROBES = {"linear_probe_top1": "linear probe", "knn_top1": "k-NN"}
+HELD_OUT = {"masked_loss_train": "training images", "masked_loss_validation": "held-out images"}
 # The image files of a report, each with its heading and caption.
 REPORT = {
-    "loss.png": ("Loss", "The loss of every update, and the level of a uniform guess."),
+    "loss.png": (
+        "Loss",
+        "The loss of every update, and the levels of a uniform guess and of one from how often each code occurs.",
+    ),
     "loss_by_ratio.png": ("Loss by mask ratio", "In one update, all images have the same mask ratio."),
+    "held_out.png": (
+        "Training and held-out images",
+        "The loss of images of both sets with half of their patches hidden. A growing gap is overfitting.",
+    ),
     "probes.png": ("Frozen encoder", "Step 0 is the untrained encoder."),
     "reconstructions.png": (
         "Validation images",
@@ -162,8 +172,11 @@ def picture_grid(rows: Mapping[str, Sequence[Tensor]], path: Path, side: float =
     _save(figure, path)
 
 
-def loss_curve(records: Sequence[dict], num_codes: int, path: Path) -> None:
-    """Plot the loss of every update, its running mean, and the loss ln K of a uniform guess."""
+def loss_curve(records: Sequence[dict], counts: np.ndarray, path: Path) -> None:
+    """Plot the loss of every update, its running mean, and the losses of two guesses.
+
+    A uniform guess has ln K, one from the `counts` (K,) of the codes has their entropy.
+    """
     steps, losses = (np.array([record[name] for record in records]) for name in ("step", "loss"))
     window = max(1, len(losses) // 50)
     figure, axis = plt.subplots(figsize=(7, 3.5))
@@ -171,7 +184,8 @@ def loss_curve(records: Sequence[dict], num_codes: int, path: Path) -> None:
     if len(losses) >= window:
         mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         axis.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} updates")
-    axis.axhline(log(num_codes), color="gray", linestyle=":", label=f"uniform guess, ln {num_codes}")
+    axis.axhline(log(len(counts)), color="gray", linestyle=":", label=f"uniform guess, ln {len(counts)}")
+    axis.axhline(log(2) * entropy(counts), color="gray", linestyle="--", label="guess from code frequencies")
     axis.set(xlabel="step", ylabel="loss (nats per hidden token)")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -211,6 +225,18 @@ def probe_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: 
     _save(figure, path)
 
 
+def held_out_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: Path) -> None:
+    """Plot the losses of training and held-out images during training, and of the `result` after `steps` steps."""
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for name, label in HELD_OUT.items():
+        points = {scores["step"]: scores[name] for scores in evaluations if name in scores} | {steps: result[name]}
+        axis.plot(points.keys(), points.values(), "o-", label=label)
+    axis.set(xlabel="step", ylabel="loss (nats per hidden token)")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
     """Plot each named value over the steps, one panel each; logarithmic if it spans more than a factor of 30."""
     figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
@@ -232,17 +258,23 @@ def training_curves(
     curves(evaluations, scores, out / "validation.png")
 
 
-def confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Draw the confusion matrix `counts` (labels, predictions), with each row divided by its sum."""
-    classes = len(class_names)
-    fractions = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    side = min(12.0, 3.5 + 0.22 * classes)
+def confusion(found: Confusions, class_names: Sequence[str], path: Path) -> None:
+    """Draw how often each class is taken for each, as fractions of the label's images.
+
+    Of more than 50 classes, those with most wrong images are drawn. A name that no installed font can draw is
+    replaced by the number of its class.
+    """
+    shown = found.most_confused()
+    texts, families = drawn_names([class_names[number] for number in shown], shown.tolist())
+    side = 3.5 + 0.22 * len(shown)
     figure, axis = plt.subplots(figsize=(side + 1, side))
-    image = axis.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    image = axis.imshow(found.fractions(shown), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axis.set(xlabel="predicted", ylabel="label")
-    if classes <= NAMED_CLASSES:
-        axis.set_xticks(range(classes), class_names, rotation=90)
-        axis.set_yticks(range(classes), class_names)
+    if len(shown) < found.num_classes:
+        axis.set_title(f"the {len(shown)} of {found.num_classes:,} classes with most wrong images")
+    as_written = {"family": families, "parse_math": False}
+    axis.set_xticks(range(len(shown)), texts, rotation=90, **as_written)
+    axis.set_yticks(range(len(shown)), texts, **as_written)
     figure.colorbar(image, label="fraction of the label's images", fraction=0.046)
     _save(figure, path)
 
@@ -254,19 +286,26 @@ def write_report(
     result: dict,
     records: Sequence[dict],
     evaluations: Sequence[dict],
-    num_codes: int,
+    counts: np.ndarray,
+    findings: Sequence[str],
     pictures: dict[str, Tensor],
 ) -> None:
-    """Write report.html to `folder`, with the result as a table and the images of `REPORT`.
+    """Write report.html to `folder`: `findings`, sentences about the result, the result, the images of `REPORT`.
 
-    `records` are the lines of metrics.jsonl, `evaluations` those of evaluations.jsonl, and `pictures` the rows of
-    `reconstructions`.
+    `records` are the lines of metrics.jsonl, `evaluations` those of evaluations.jsonl, `counts` (K,) how often
+    each code occurs, and `pictures` the rows of `reconstructions`. Without probes, their curve is left out.
     """
-    loss_curve(records, num_codes, folder / "loss.png")
+    steps, shown = records[-1]["step"], dict(REPORT)
+    loss_curve(records, counts, folder / "loss.png")
     loss_by_ratio(records, folder / "loss_by_ratio.png")
-    probe_curve(evaluations, result, steps=records[-1]["step"], path=folder / "probes.png")
+    held_out_curve(evaluations, result, steps=steps, path=folder / "held_out.png")
+    if result.keys() >= PROBES.keys():
+        probe_curve(evaluations, result, steps=steps, path=folder / "probes.png")
+    else:
+        del shown["probes.png"]
     picture_grid(pictures, folder / "reconstructions.png")
-    _write_page(folder, title, result, REPORT)
+    sentences = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings)
+    _write_page(folder, title, result, shown, top=f"<ul>\n{sentences}\n</ul>")
 
 
 def write_segmentation_report(
@@ -295,9 +334,9 @@ def write_segmentation_report(
 
 
 def _write_page(
-    folder: Path, title: str, result: dict, pictures: dict[str, tuple[str, str]], rest: str = ""
+    folder: Path, title: str, result: dict, pictures: dict[str, tuple[str, str]], rest: str = "", top: str = ""
 ) -> None:
-    """Write report.html: the result as a table, `pictures` as {file: (heading, text)}, and the HTML `rest`."""
+    """Write report.html: the HTML `top`, the result as a table, `pictures` {file: (heading, text)}, and `rest`."""
     rows = "\n".join(
         f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in result.items()
     )
@@ -315,6 +354,7 @@ td {{ padding: 0.1rem 1.5rem 0.1rem 0; }} td + td {{ text-align: right; font-var
 img {{ max-width: 100%; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
+{top}
 <table>
 {rows}
 </table>

@@ -6,12 +6,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 
-from seitpp.engine.config import Config, RunConfig, TrainConfig, parse
+from seitpp.engine.config import AUTO, Config, RunConfig, TrainConfig, load_config, named_settings, parse
+from seitpp.engine.folder import CONFIG
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError, fail
@@ -21,15 +22,24 @@ CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
 SUGGESTIONS = 4  # the most settings that an out-of-memory error suggests
 
 
-def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], default: str) -> None:
+def run_recipe(
+    main: Callable[[Config], None],
+    presets: Mapping[str, Config],
+    default: str,
+    *,
+    settle: Callable[[Config, Collection[str]], Config] | None = None,
+) -> None:
     """Parse the command line and call `main`.
 
-    An error that the user can fix is printed as one line on stderr, with exit status 2. A run that was stopped by
-    a signal exits with 128 plus the number of the signal.
+    `settle` chooses the settings of preset AUTO that are not named on the command line. An error that the user can
+    fix is printed as one line on stderr, with exit status 2. A run stopped by a signal exits with 128 plus its
+    number.
     """
     config = None
     try:
         config = parse(presets, default, sys.argv[1:])
+        if settle and config.preset == AUTO and "--config" not in sys.argv:
+            config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
         if isinstance(config, RunConfig) and config.dry_run:
             rehearse(main, config)
         else:
@@ -43,6 +53,15 @@ def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], de
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise
         fail(f"out of memory: {_fewer_images(config)}")
+
+
+def _settled(config: Config, named: set[str], settle: Callable[[Config, Collection[str]], Config]) -> Config:
+    """Take the settings of the run that is resumed, so that it goes on as it began, else choose them."""
+    path = Path(config.out or "") / CONFIG
+    stored = load_config(type(config), path) if config.resume and config.out and path.is_file() else None
+    if stored is None or stored.preset != AUTO:
+        return settle(config, named)
+    return dataclasses.replace(stored, **{name: getattr(config, name) for name in named})
 
 
 def rehearse(main: Callable[[Config], None], config: Config) -> None:
@@ -69,8 +88,9 @@ def rehearse(main: Callable[[Config], None], config: Config) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError is for devices only; on a CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    # torch.OutOfMemoryError is for devices only; on a CPU and a Mac's GPU torch raises a plain RuntimeError.
+    words = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _fewer_images(config: TrainConfig) -> str:

@@ -1,6 +1,6 @@
 """Files of tensors: safetensors with a JSON header, and checkpoints of `torch.save`, loaded without running code.
 
-The caller passes the class of the error to raise.
+The caller passes the class of the error to raise. Also the copy of a batch to a device.
 """
 
 import json
@@ -19,6 +19,17 @@ from seitpp.files import replace_file
 
 ADVICE = "save its state dict alone, as safetensors, where you trust the file"
 ERRORS = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, without waiting for the copy if the memory is pinned.
+
+    For the GPU of a Mac it waits, since the copy may else read memory that is in other use by then
+    (pytorch/pytorch#189690), and uint16, which this GPU does not have (pytorch/pytorch#159076), becomes int32.
+    """
+    if torch.device(device).type == "mps":
+        return (tensor.int() if tensor.dtype == torch.uint16 else tensor).to(device)
+    return tensor.to(device, non_blocking=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, header: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The pictures of a report: what is in them, read from the axes before they are saved."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from seitpp import plots
+from seitpp.engine.confusion import Confusions
 
 RATIOS = [0.4, 0.41, 0.44, 0.62, 0.63, 1.0]
 RECORDS = [
@@ -21,8 +23,19 @@ RESULT = {
     "linear_probe_top1_untrained": 50.0,
     "knn_top1": 80.0,
     "knn_top1_untrained": 40.0,
+    "masked_loss_train": 2.0,
+    "masked_loss_validation": 2.5,
 }
-EVALUATIONS = [{"step": 5, "linear_probe_top1": 70.0, "knn_top1": 60.0}]
+EVALUATIONS = [
+    {"step": 3, "linear_probe_top1": 65.0, "knn_top1": 55.0},  # as an older version wrote it
+    {
+        "step": 5,
+        "linear_probe_top1": 70.0,
+        "knn_top1": 60.0,
+        "masked_loss_train": 3.0,
+        "masked_loss_validation": 3.5,
+    },
+]
 
 
 @pytest.fixture
@@ -45,17 +58,65 @@ def test_loss_by_ratio_shows_the_last_third_and_its_means(drawn, tmp_path: Path)
 def test_probe_curve_goes_from_untrained_to_trained(drawn, tmp_path: Path) -> None:
     plots.probe_curve(EVALUATIONS, RESULT, steps=18, path=tmp_path / "x.png")
     linear, neighbors = (line.get_xydata().tolist() for line in drawn[0].lines)
-    assert linear == [[0, 50], [5, 70], [18, 90]] and neighbors == [[0, 40], [5, 60], [18, 80]]
+    assert linear == [[0, 50], [3, 65], [5, 70], [18, 90]]
+    assert neighbors == [[0, 40], [3, 55], [5, 60], [18, 80]]
 
 
-@pytest.mark.parametrize("evaluations", [[], EVALUATIONS])
-def test_report_shows_every_picture(evaluations, tmp_path: Path) -> None:
-    pictures = {"original": torch.rand(2, 3, 8, 8)}
-    logs = {"records": RECORDS, "evaluations": evaluations}
-    plots.write_report(tmp_path, title="A <title>", result=RESULT, **logs, num_codes=64, pictures=pictures)
+def test_held_out_curve_ends_with_the_result(drawn, tmp_path: Path) -> None:
+    plots.held_out_curve(EVALUATIONS, RESULT, steps=18, path=tmp_path / "x.png")
+    train, held_out = (line.get_xydata().tolist() for line in drawn[0].lines)
+    assert train == [[5, 3], [18, 2]] and held_out == [[5, 3.5], [18, 2.5]]
+
+
+def test_loss_curve_shows_what_guessing_gives(drawn, tmp_path: Path) -> None:
+    plots.loss_curve(RECORDS, np.array([2, 1, 1, 0]), tmp_path / "x.png")
+    *_, uniform, frequencies = (line.get_ydata()[0] for line in drawn[0].lines)
+    assert (uniform, frequencies) == pytest.approx((np.log(4), 1.5 * np.log(2)))
+
+
+@pytest.mark.parametrize(("evaluations", "probes"), [([], True), (EVALUATIONS, True), ([], False)])
+def test_report_shows_every_picture_and_finding(evaluations, probes: bool, tmp_path: Path) -> None:
+    result = {name: value for name, value in RESULT.items() if probes or "top1" not in name}
+    data = {"records": RECORDS, "evaluations": evaluations, "counts": np.arange(64)}
+    said = {"findings": ["a < b", "c"], "pictures": {"original": torch.rand(2, 3, 8, 8)}}
+    plots.write_report(tmp_path, title="A <title>", result=result, **data, **said)
     page = (tmp_path / "report.html").read_text()
-    assert "<h1>A &lt;title&gt;</h1>" in page and "<td>linear_probe_top1</td><td>90</td>" in page
+    assert "<h1>A &lt;title&gt;</h1>" in page and "<li>a &lt; b</li>\n<li>c</li>" in page
+    assert ("<td>linear_probe_top1</td><td>90</td>" in page) == probes
     shown = re.findall(r'<img src="([^"]+)"', page)
-    assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png")) and len(shown) == 4
+    assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png")) and len(shown) == 4 + probes
     for name in shown:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_confusion_shows_names_that_a_font_can_draw(drawn, tmp_path: Path) -> None:
+    """U+1D81 is in a font of matplotlib, not in its first; U+10FFFE is in none, as Chinese on many machines."""
+    names = ["cat", "\u1d81 hook", "\U0010fffe", "$5 and $6", "a name as long as those of ImageNet, with synonyms"]
+    found = Confusions.count(np.array([0, 1, 2, 2, 3, 4]), np.array([0, 1, 0, 2, 3, 4]), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a character that it cannot draw
+        plots.confusion(found, names, tmp_path / "x.png")
+    shown = ["cat", "\u1d81 hook", "2", "$5 and $6", "a name as long as those of.."]
+    for labels in (drawn[0].get_xticklabels(), drawn[0].get_yticklabels()):
+        assert [label.get_text() for label in labels] == shown
+    assert drawn[0].get_title() == "" and drawn[0].images[0].get_array()[2].tolist() == [0.5, 0, 0.5, 0, 0]
+
+
+def test_confusion_of_many_classes_shows_those_with_most_wrong_images(drawn, tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(200), 4)
+    predicted = labels.copy()
+    predicted[400:500] = 7  # all images of classes 100 to 124
+    predicted[0] = 60
+    plots.confusion(
+        Confusions.count(labels, predicted, 200), [f"class {n}" for n in range(200)], tmp_path / "x.png"
+    )
+    shown = [label.get_text() for label in drawn[0].get_yticklabels()]
+    assert len(shown) == 50 and {
+        "class 0",
+        "class 7",
+        "class 60",
+        *(f"class {n}" for n in range(100, 125)),
+    } <= set(shown)
+    assert drawn[0].get_title() == "the 50 of 200 classes with most wrong images"
+    rows = drawn[0].images[0].get_array()
+    assert rows[shown.index("class 110"), shown.index("class 7")] == 1 and rows[shown.index("class 0")].sum() == 1

@@ -13,6 +13,7 @@ from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource, decode_annotation
 from seitpp.images.decode import Size, decode_image
 from seitpp.store import TokenStore
+from seitpp.tensors import to_device
 
 ANNOTATION = "annotation"  # column of a store: the bytes of a PNG; 0 is ignored, v is class v - 1 (as in ADE20K)
 IGNORED = 255  # label of pixels that neither the loss nor the metric counts
@@ -37,7 +38,7 @@ class Segmented(NamedTuple):
 
     def to(self, device: torch.device) -> "Segmented":
         """Return the batch on `device`; the copy is asynchronous."""
-        return Segmented(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Segmented(*(to_device(tensor, device) for tensor in self))
 
 
 class SegmentedTokens(Dataset):
@@ -128,7 +129,7 @@ class WholeImage(NamedTuple):
 
     def to(self, device: torch.device) -> "WholeImage":
         """Return the image on `device`; the copy is asynchronous."""
-        return WholeImage(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return WholeImage(*(to_device(tensor, device) for tensor in self))
 
 
 class WholeTokens(Dataset):

@@ -12,6 +12,7 @@ from downstream.segmentation.mmseg import load_mmseg
 from seitpp.data.dataset import MicroBatch
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.images.decode import decode_image
+from seitpp.tensors import to_device
 
 LONG_SIDE = 4  # the long side after the resize is at most 4 times the short side (mmsegmentation: 2048 x 512)
 
@@ -29,7 +30,7 @@ class PixelBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "PixelBatch":
         """Return the batch on `device`; the copy is asynchronous."""
-        return PixelBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return PixelBatch(*(to_device(tensor, device) for tensor in self))
 
 
 class PixelPipeline(Dataset):

@@ -11,16 +11,37 @@ from seitpp.codebook import full_precision
 
 CUBIC_A = -0.75  # the bicubic kernel of torch's and OpenCV's interpolation
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+CROP_RATIO = (
+    3 / 4,
+    4 / 3,
+)  # range of width / height of a crop for a square, as in torchvision's RandomResizedCrop
+
+Sides = int | tuple[int, int]  # the side of a square, or height and width
+
+
+def both_sides(size: Sides) -> tuple[int, int]:
+    """Return height and width: those given, or twice the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def crop_ratio(size: Sides) -> tuple[float, float]:
+    """Return the range of width / height of random crops that are resized to `size`.
+
+    It lies around the ratio of `size`, so that on average a crop is not stretched; a square has `CROP_RATIO`.
+    """
+    height, width = both_sides(size)
+    aspect = width / height
+    return CROP_RATIO[0] * aspect, CROP_RATIO[1] * aspect
 
 
 def crop_resize(
     maps: Float[Tensor, "batch channels height width"],
     boxes: Int64[Tensor, "batch 4"],
-    size: int,
+    size: Sides,
     *,
     grids: Int64[Tensor, "batch 2"] | None = None,
-) -> Float[Tensor, "batch channels {size} {size}"]:
-    """Cut a box (top, left, height, width in cells) from each map and resize it bicubically to size x size.
+) -> Float[Tensor, "batch channels out_height out_width"]:
+    """Cut a box (top, left, height, width in cells) from each map and resize it bicubically to `size`.
 
     A = -0.75, half-pixel centers, no antialias, edges clamped inside the box (SeiT, Token-RRC), so it equals
     `F.interpolate(map[:, top:top+height, left:left+width], size, mode="bicubic")`. It is computed as two batched
@@ -31,13 +52,14 @@ def crop_resize(
     half precision would change the ids of the result.
     """
     inside = boxes[:, 2:] if grids is None else torch.minimum(boxes[:, 2:], grids - boxes[:, :2])
-    rows = _resize_weights(boxes[:, 0], boxes[:, 2], inside[:, 0], maps.shape[2], size).to(maps.dtype)
-    columns = _resize_weights(boxes[:, 1], boxes[:, 3], inside[:, 1], maps.shape[3], size).to(maps.dtype)
-    batch, channels, _, width = maps.shape
+    height, width = both_sides(size)
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], inside[:, 0], maps.shape[2], height).to(maps.dtype)
+    columns = _resize_weights(boxes[:, 1], boxes[:, 3], inside[:, 1], maps.shape[3], width).to(maps.dtype)
+    batch, channels, _, cells = maps.shape
     with full_precision(maps.device):
         # All columns and channels of an image in one matrix: one product per column would take four times as long.
         lines = rows @ maps.permute(0, 2, 3, 1).flatten(2)
-        lines = lines.view(batch, size, width, channels)
+        lines = lines.view(batch, height, cells, channels)
         return (columns.unsqueeze(1) @ lines).permute(0, 3, 1, 2)
 
 
@@ -75,7 +97,7 @@ def random_resized_boxes(
     grid: tuple[int, int] | Int64[Tensor, "batch 2"],
     scale: tuple[float, float],
     *,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ratio: tuple[float, float] = CROP_RATIO,
 ) -> Int64[Tensor, "batch 4"]:
     """Sample a box (top, left, height, width) for the random resized crop of each image.
 
@@ -127,12 +149,13 @@ def center_window(
 
 
 def random_window(
-    ids: Shaped[Tensor, "batch height width *vector"], keys: Keys, size: int
-) -> Shaped[Tensor, "batch {size} {size} *vector"]:
+    ids: Shaped[Tensor, "batch height width *vector"], keys: Keys, size: Sides
+) -> Shaped[Tensor, "batch out_height out_width *vector"]:
     """Return a random window of each grid of ids or vectors, without a resize (SeiT, simple crop)."""
-    line = torch.arange(size, device=ids.device)
-    top, left = keys.uniform("random_window", 2).unbind(dim=1)
-    rows = (top * (ids.shape[1] - size + 1)).long().unsqueeze(1) + line
-    columns = (left * (ids.shape[2] - size + 1)).long().unsqueeze(1) + line
+    starts = keys.uniform("random_window", 2).unbind(dim=1)
+    rows, columns = (
+        (start * (cells - side + 1)).long().unsqueeze(1) + torch.arange(side, device=ids.device)
+        for start, cells, side in zip(starts, ids.shape[1:3], both_sides(size), strict=True)
+    )
     batch = torch.arange(len(ids), device=ids.device).view(-1, 1, 1)
     return ids[batch, rows.unsqueeze(2), columns.unsqueeze(1)]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
@@ -30,16 +30,25 @@ def partners(indices: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
     return torch.arange(len(indices), device=indices.device) ^ 2
 
 
-class SoftLabels(NamedTuple):
-    """The labels of mixed images: class `labels` with `weight` in [0, 1], class `others` with 1 - `weight`."""
+# The labels of a batch: one class an image; or 1 for each class of an image, 0 for others, 255 where unknown.
+Labels = Int64[Tensor, " batch"] | UInt8[Tensor, "batch classes"]
 
-    labels: Int64[Tensor, " batch"]
-    others: Int64[Tensor, " batch"]
+
+class SoftLabels(NamedTuple):
+    """The labels of mixed images: `labels` with `weight` in [0, 1], `others` with 1 - `weight`.
+
+    Both are classes, or both are rows of several classes, as in `Labels`.
+    """
+
+    labels: Labels
+    others: Labels
     weight: Float32[Tensor, " batch"]
 
     def dense(self, num_classes: int, smoothing: float = 0.0) -> Float32[Tensor, "batch {num_classes}"]:
-        """Return the labels as probabilities; the fraction `smoothing` is spread evenly over all classes."""
-        own, other = (F.one_hot(labels, num_classes).float() for labels in self[:2])
+        """Return the labels as targets in [0, 1]; the fraction `smoothing` is spread evenly over all classes."""
+        own, other = (
+            (labels if labels.ndim == 2 else F.one_hot(labels, num_classes)).float() for labels in self[:2]
+        )
         mixed = other + self.weight.unsqueeze(1) * (own - other)
         return mixed * (1 - smoothing) + smoothing / num_classes
 
@@ -110,14 +119,14 @@ class Mix(nn.Module):
         self.cutmix, self.mixup = cutmix, mixup
 
     def forward(
-        self, maps: Float[Tensor, "batch dim height width"], labels: Int64[Tensor, " batch"], keys: Keys
+        self, maps: Float[Tensor, "batch dim height width"], labels: Labels, keys: Keys
     ) -> tuple[Float[Tensor, "batch dim height width"], SoftLabels]:
         """Return the mixed maps and their labels; `keys` are those of the same images.
 
         Raises PairingError if a method is on and the batch is no multiple of 4.
         """
         if not self.cutmix and not self.mixup:
-            return maps, SoftLabels(labels, labels, torch.ones_like(labels, dtype=torch.float32))
+            return maps, SoftLabels(labels, labels, torch.ones_like(keys.indices, dtype=torch.float32))
         mixed, weight = self._mix(maps, keys)
         return mixed, SoftLabels(labels, labels[partners(keys.indices)], weight)
 

@@ -5,11 +5,11 @@ The loader crops the images (`augment.boxes`); the rest is computed for whole ba
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
-from seitpp.augment.mix import Mix, SoftLabels
+from seitpp.augment.mix import Labels, Mix, SoftLabels
 
 # Mean and standard deviation of ImageNet's pixels, as in timm.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,7 +33,7 @@ class PixelView(nn.Module):
         self.three_augment, self.normalize, self.mix = three_augment, EvalPixelView(), Mix(cutmix, mixup)
 
     def forward(
-        self, images: UInt8[Tensor, "batch 3 height width"], labels: Int64[Tensor, " batch"], keys: Keys
+        self, images: UInt8[Tensor, "batch 3 height width"], labels: Labels, keys: Keys
     ) -> tuple[Float32[Tensor, "batch 3 height width"], SoftLabels]:
         """Return the augmented, normalized images and their labels; `keys` are those of the same images.
 

@@ -11,8 +11,17 @@ from seitpp.augment.color import ColorAugment, ColorPreset
 from seitpp.augment.geometry import apply_geometry, random_geometry
 from seitpp.augment.ids import TokenEDA
 from seitpp.augment.keyed import Keys
-from seitpp.augment.maps import center_window, crop_resize, random_resized_boxes, random_window, same_boxes
-from seitpp.augment.mix import Mix, SoftLabels
+from seitpp.augment.maps import (
+    Sides,
+    both_sides,
+    center_window,
+    crop_ratio,
+    crop_resize,
+    random_resized_boxes,
+    random_window,
+    same_boxes,
+)
+from seitpp.augment.mix import Labels, Mix, SoftLabels
 from seitpp.codebook import embed, nearest
 from seitpp.errors import UserError
 
@@ -26,16 +35,17 @@ class SeitPPView(nn.Module):
 
     A fraction `tokenadapt_fraction` of the images, evenly spread over the batch, is augmented by `adapt`, a
     trained TokenAdapt for this grid and size; the others get a random resized crop. `size` is the side of the crop
-    in tokens, None to keep the whole grid; `scale` is the range of the crop's area as a fraction of the grid.
-    `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in `nearest`. Raises
-    ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the sizes do not fit.
+    in tokens, or its height and width, None to keep the whole grid; `scale` is the range of the crop's area as a
+    fraction of the grid. `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in
+    `nearest`. Raises ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the
+    sizes do not fit.
     """
 
     def __init__(
         self,
         codebook: Float[Tensor, "codes dim"],
         *,
-        size: int | None,
+        size: Sides | None,
         scale: tuple[float, float] = (0.2, 1.0),
         adapt: nn.Module | None = None,
         tokenadapt_fraction: float = 0.5,
@@ -71,7 +81,7 @@ class SeitPPView(nn.Module):
     def _plain(self, maps: Tensor, keys: Keys) -> Tensor:
         if self.size is None:
             return maps
-        return crop_resize(maps, random_resized_boxes(keys, maps.shape[-2:], self.scale), self.size)
+        return _random_resized_crop(maps, keys, self.size, scale=self.scale)
 
     def extra_repr(self) -> str:
         if self.size is None:
@@ -95,7 +105,7 @@ class SeitPPFinetuneView(nn.Module):
         self,
         codebook: Float[Tensor, "codes dim"],
         *,
-        size: int,
+        size: Sides,
         scale: tuple[float, float] = (0.08, 1.0),
         adapt: nn.Module | None = None,
         tokenadapt_fraction: float = 0.5,
@@ -114,8 +124,8 @@ class SeitPPFinetuneView(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, ids: Integer[Tensor, "batch height width"], labels: Int64[Tensor, " batch"], keys: Keys
-    ) -> tuple[Int64[Tensor, "batch {self.size} {self.size}"], SoftLabels]:
+        self, ids: Integer[Tensor, "batch height width"], labels: Labels, keys: Keys
+    ) -> tuple[Int64[Tensor, "batch crop_height crop_width"], SoftLabels]:
         """Return the augmented ids and their labels; `keys` are those of the same images.
 
         Raises PairingError if images are paired and the batch, or a part of it, is no multiple of 4.
@@ -130,8 +140,8 @@ class SeitPPFinetuneView(nn.Module):
         return torch.cat([cropped, adapted])[order], labels
 
     def _plain(self, maps: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        boxes = random_resized_boxes(keys, maps.shape[-2:], self.scale)
-        mixed, targets = self.mix(crop_resize(maps, boxes, self.size), labels, keys)
+        cropped = _random_resized_crop(maps, keys, self.size, scale=self.scale)
+        mixed, targets = self.mix(cropped, labels, keys)
         return nearest(mixed, self.codebook, self.lookup), targets
 
     def extra_repr(self) -> str:
@@ -151,12 +161,13 @@ class TokenAdaptCrop(nn.Module):
     """TokenAdapt as an augmentation: vectors -> f -> flip, affine transform, crop and mix -> g -> ids.
 
     `adapt` is a trained TokenAdapt; it is frozen, and runs in the precision of the surrounding autocast. `size`
-    and `scale` are those of the view's crop. Raises ViewError if `adapt` is None or trained for another crop.
+    and `scale` are those of the view's crop. Raises ViewError if `adapt` is None, trained for another crop, or not
+    for squares.
     """
 
     def __init__(
         self,
-        size: int | None,
+        size: Sides | None,
         adapt: nn.Module | None,
         *,
         scale: tuple[float, float],
@@ -168,9 +179,14 @@ class TokenAdaptCrop(nn.Module):
                 "TokenAdapt: got no weights: train it with recipes/tokenadapt_train.py and pass its run with "
                 "--tokenadapt, or pass --tokenadapt-fraction 0 to do without"
             )
-        if adapt.crop != (size, size):
+        if size is None or adapt.crop != both_sides(size):
             raise ViewError(
                 f"TokenAdapt: got one for a crop of {adapt.crop}, but the crop is {size}: train it with this crop"
+            )
+        if adapt.grid[0] != adapt.grid[1] or adapt.crop[0] != adapt.crop[1]:
+            raise ViewError(
+                f"TokenAdapt: got the grid {adapt.grid} and a crop of {adapt.crop}, expected squares: pass "
+                "--tokenadapt-fraction 0 to do without"
             )
         self.adapt = adapt.eval().requires_grad_(False)
         self.scale, self.mix = scale, mix or Mix(0.0)
@@ -182,7 +198,7 @@ class TokenAdaptCrop(nn.Module):
         return self.mixed(maps, torch.zeros_like(keys.indices), keys)[0]
 
     def mixed(
-        self, maps: Float[Tensor, "batch dim height width"], labels: Int64[Tensor, " batch"], keys: Keys
+        self, maps: Float[Tensor, "batch dim height width"], labels: Labels, keys: Keys
     ) -> tuple[Int64[Tensor, "batch size size"], SoftLabels]:
         """Return the ids of the augmented images and their labels, mixed in the feature space between f and g.
 
@@ -200,7 +216,7 @@ class TokenAdaptCrop(nn.Module):
 
 
 def _adapting(
-    size: int | None,
+    size: Sides | None,
     adapt: nn.Module | None,
     fraction: float,
     scale: tuple[float, float],
@@ -232,21 +248,26 @@ def split_batch(
     return joined[: batch - through], joined[batch - through :], joined.argsort()
 
 
+def _random_resized_crop(maps: Tensor, keys: Keys, size: Sides, *, scale: tuple[float, float]) -> Tensor:
+    boxes = random_resized_boxes(keys, tuple(maps.shape[-2:]), scale, ratio=crop_ratio(size))
+    return crop_resize(maps, boxes, size)
+
+
 class SeitView(nn.Module):
     """The view for supervised training (SeiT): ids -> Token-EDA -> vectors -> crop -> color augmentation -> mix.
 
-    `size` is the side of the maps in tokens. `crop`: "resized" (random resized crop, its area in the range `scale`
-    of fractions of the grid), "window" (a random window, not resized) or None (the whole grid). `eda` and `color`
-    are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those of Mix. With `adapt`, a
-    trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction` of the images is
-    augmented by it instead of the crop. Raises ViewError as SeitPPView.
+    `size` is the side of the maps in tokens, or their height and width. `crop`: "resized" (random resized crop,
+    its area in the range `scale` of fractions of the grid), "window" (a random window, not resized) or None (the
+    whole grid). `eda` and `color` are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those
+    of Mix. With `adapt`, a trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction`
+    of the images is augmented by it instead of the crop. Raises ViewError as SeitPPView.
     """
 
     def __init__(
         self,
         codebook: Float[Tensor, "codes dim"],
         *,
-        size: int,
+        size: Sides,
         crop: Literal["resized", "window"] | None = "resized",
         scale: tuple[float, float] = (0.08, 1.0),
         eda: Literal["paper", "release"] | None = "release",
@@ -267,8 +288,8 @@ class SeitView(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, ids: Integer[Tensor, "batch height width"], labels: Int64[Tensor, " batch"], keys: Keys
-    ) -> tuple[Float[Tensor, "batch dim {self.size} {self.size}"], SoftLabels]:
+        self, ids: Integer[Tensor, "batch height width"], labels: Labels, keys: Keys
+    ) -> tuple[Float[Tensor, "batch dim crop_height crop_width"], SoftLabels]:
         """Return the augmented maps of vectors and their labels; `keys` are those of the same images.
 
         Raises ViewError if the grid does not fit `size`, PairingError if images are paired and the batch is no
@@ -285,7 +306,7 @@ class SeitView(nn.Module):
         return self.mix(maps, labels, keys)
 
     def _cut(self, maps: Tensor, keys: Keys) -> Tensor:
-        """Maps (B, D, H, W) -> (B, D, size, size), by the crop or by TokenAdapt."""
+        """Maps (B, D, H, W) -> (B, D, *size), by the crop or by TokenAdapt."""
         if not self.adapt:
             return self._crop(maps, keys)
         plain, through, order = split_batch(len(maps), self.tokenadapt_fraction, maps.device)
@@ -293,16 +314,16 @@ class SeitView(nn.Module):
         return torch.cat([self._crop(maps[plain], keys.of(plain)), adapted])[order]
 
     def _crop(self, maps: Tensor, keys: Keys) -> Tensor:
-        grid = maps.shape[2:]
         if self.crop == "resized":
-            return crop_resize(maps, random_resized_boxes(keys, grid, self.scale), self.size)
+            return _random_resized_crop(maps, keys, self.size, scale=self.scale)
+        grid, size = tuple(maps.shape[2:]), both_sides(self.size)
         if self.crop == "window":
-            _check_window(grid, (self.size, self.size))
-            return random_window(maps.permute(0, 2, 3, 1), keys, self.size).permute(0, 3, 1, 2)
-        if tuple(grid) != (self.size, self.size):
+            _check_window(grid, size)
+            return random_window(maps.permute(0, 2, 3, 1), keys, size).permute(0, 3, 1, 2)
+        if grid != size:
             raise ViewError(
-                f"grid: got {tuple(grid)} without a crop, expected {self.size} x {self.size} tokens, "
-                "the size of the maps: choose a crop"
+                f"grid: got {grid} without a crop, expected {size[0]} x {size[1]} tokens, the size of the maps: "
+                "choose a crop"
             )
         return maps
 
@@ -319,15 +340,15 @@ class SeitView(nn.Module):
 class EvalView(nn.Module):
     """The view for evaluation: the central window of the grid, as ids or as maps of vectors.
 
-    `window` is (height, width) in tokens. With `codebook` the view returns maps, with `size` these are resized to
-    size x size tokens (for the linear stem).
+    `window` is (height, width) in tokens. With `codebook` the view returns maps, with `size`, a side or height and
+    width, these are resized to so many tokens (for the linear stem).
     """
 
     def __init__(
         self,
         window: tuple[int, int],
         codebook: Float[Tensor, "codes dim"] | None = None,
-        size: int | None = None,
+        size: Sides | None = None,
     ):
         super().__init__()
         self.register_buffer("codebook", codebook)

@@ -15,12 +15,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from seitpp.errors import UserError
 from seitpp.store import TokenStore
+from seitpp.tensors import to_device
 
 FRACTION_KEY = 1 << 40  # larger than any epoch, the other numbers used with the seed
+TURN = 1 << 40  # larger than any index of an image
 
 
 class Batch(NamedTuple):
-    """A batch of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64."""
+    """A batch of a store: `indices` (B,) int64 in the split, `ids` (B, H, W) uint16, `labels` (B,) int64.
+
+    A label is -1 where it is not known. Of a store whose images have several classes, `labels` are (B, classes)
+    uint8: 1 for each class of the image, 0 for the others, and 255 for all where they are not known.
+    """
 
     indices: Tensor
     ids: Tensor
@@ -28,7 +34,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device, without waiting for the copy if the memory is pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(to_device(tensor, device) for tensor in self))
 
 
 class MicroBatch(list[int]):
@@ -54,7 +60,8 @@ class TokenDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         chosen = np.asarray(indices, dtype=np.int64)
-        return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), self.store.labels[chosen])))
+        labels = self.store.multi_hot(chosen) if self.store.multi_label else self.store.labels[chosen]
+        return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), labels)))
 
 
 class Chosen(Dataset):
@@ -73,13 +80,21 @@ class Chosen(Dataset):
         return self.dataset.__getitems__(chosen)
 
 
+def indices_within(dataset: Dataset) -> np.ndarray:
+    """Return the indices (n,) int64 of a dataset's images in the whole one from which they were chosen."""
+    if isinstance(dataset, Chosen):
+        return indices_within(dataset.dataset)[dataset.indices]
+    return np.arange(len(dataset))
+
+
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Choose `per_class` images of each class at random; return their increasing indices (n,) int64.
 
-    `labels` (N,) int64 are those of all images. Raises UserError if a class has fewer images.
+    `labels` (N,) int64 are those of all images, -1 where one has none: it is not chosen. Raises UserError if a
+    class has fewer images.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
-    chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
+    chosen = [order[labels[order] == label][:per_class] for label in np.unique(labels[labels >= 0])]
     if min(map(len, chosen)) < per_class:
         raise UserError(
             f"{per_class} labels per class: one class has {min(map(len, chosen))} images; use fewer labels"
@@ -135,6 +150,55 @@ class BatchOrder:
             for micro in range(accumulation):
                 start = position * self.batch_size + (micro * ranks + rank) * size
                 yield order[start : start + size]
+
+
+class BalancedOrder(BatchOrder):
+    """An order in which every class is equally often in an epoch, which has as many images as without it.
+
+    `labels` (N,) int64 are the classes of all images. With C classes that occur, an epoch has N / C images of
+    each, one more of randomly chosen ones. It shows the images of a rare class several times, each equally often
+    up to one, and a part of those of a frequent class, another part in each epoch. It depends on (seed, epoch).
+
+    It consists of draws: the index of an image plus TURN times the number of its earlier draws in the epoch.
+    `DrawnImages` reads them. Raises UserError as BatchOrder does.
+    """
+
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int):
+        super().__init__(len(labels), batch_size, seed)
+        _, images = np.unique(labels, return_counts=True)
+        self.classes = np.split(np.argsort(labels, kind="stable"), np.cumsum(images)[:-1])
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Return the draws (num_images,) int64 of an epoch."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        least, rest = divmod(self.num_images, len(self.classes))
+        sizes = np.full(len(self.classes), least)
+        sizes[generator.permutation(len(sizes))[:rest]] += 1
+        draws = [_draws(images, size, generator) for images, size in zip(self.classes, sizes, strict=True)]
+        return generator.permutation(np.concatenate(draws))
+
+
+def _draws(images: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    turns = range(-(-size // len(images)))
+    return np.concatenate([generator.permutation(images) + turn * TURN for turn in turns])[:size]
+
+
+class DrawnImages(Dataset):
+    """A dataset read by the draws of a BalancedOrder; the `indices` of its batches are the draws.
+
+    So the random numbers of an image that is drawn several times in an epoch differ.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draws: list[int]) -> Any:
+        turns, images = np.divmod(draws, TURN)
+        batch = self.dataset.__getitems__(images.tolist())
+        return batch._replace(indices=batch.indices + torch.from_numpy(turns * TURN))
 
 
 class _MicroBatches(Sampler):

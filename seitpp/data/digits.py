@@ -17,6 +17,8 @@ from torch import Tensor
 
 from seitpp import files
 from seitpp.images.decode import Sample
+from seitpp.images.inventory import LeftOut
+from seitpp.images.labels import Labels
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 
@@ -84,14 +86,17 @@ class DigitsSource:
     class_names: ClassVar[list[str]] = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str):
-        self._images, self._labels = digits_images(split)
+        self._images, labels = digits_images(split)
+        self.names = [f"digit-{index}.png" for index in range(len(labels))]
+        self.labels = Labels(labels.tolist(), self.class_names, "the digits")
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._images)
 
     def read(self, index: int) -> Sample:
         """Return image `index` as a gray PNG of 8 x 8 pixels."""
         pixels = self._images[index, 0].mul(255).round().byte().numpy()
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        return Sample(buffer.getvalue(), f"digit-{index}.png", int(self._labels[index]))
+        return Sample(buffer.getvalue(), self.names[index], self.labels.values[index])

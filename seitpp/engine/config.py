@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,6 +31,8 @@ class ConfigError(UserError):
     """Raised for a preset, a flag or a config file that the recipe does not know."""
 
 
+AUTO = "auto"  # the preset whose settings are chosen for the store and the device
+
 # Durations of a classifier's smoke preset: two epochs, with a checkpoint in the middle of each.
 SMOKE = {"epochs": 2, "warmup_epochs": 1, "checkpoint_epochs": 0.5, "evaluation_epochs": 1, "log_steps": 1}
 
@@ -49,7 +51,7 @@ class RunConfig:
     resume: ClassVar[bool] = False
     dry_run: ClassVar[bool] = False
     accumulation: ClassVar[int] = 1
-    workers: ClassVar[int] = 0
+    workers: ClassVar[int | None] = 0
     log_steps: ClassVar[int] = 1
     trackers: ClassVar[tuple[str, ...]] = ()
 
@@ -63,7 +65,7 @@ class TrainConfig(RunConfig):
     fraction: float = 1.0  # of the training images, chosen by the seed, as if the store were smaller
     compile: bool = False  # torch.compile; takes minutes, which pay off on a GPU
     accumulation: int | None = None  # micro-batches per update; None: as few as fit into a GPU's memory, else 1
-    workers: int = 8  # data loading processes, for each process that trains
+    workers: int | None = None  # data loading processes, for each process that trains; None: by the CPU cores
     checkpoint_epochs: float = 1
     log_steps: int = 20
     trackers: tuple[str, ...] = ()
@@ -72,10 +74,13 @@ class TrainConfig(RunConfig):
 def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> Config:
     """Read a config from command line arguments: [preset] [--config run/config.json] [--flag value ...].
 
-    The config begins as the preset (`default` if none is named) or the file; each flag sets one field. Raises
-    ConfigError for an unknown preset or flag, or an unusable file.
+    The config begins as the preset or the file; each flag sets one field. If no preset is named it is `default`,
+    or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag, or
+    an unusable file.
     """
     rest = list(arguments)
+    if AUTO in presets and "store" in named_settings(rest):
+        default = AUTO
     name = rest.pop(0) if rest and not rest[0].startswith("-") else default
     if name not in presets:
         raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(presets)}{suggest(name, presets)}")
@@ -83,6 +88,12 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     rest = _current_flags(config, rest)
     _check_flags(config, rest)
     return tyro.cli(type(config), default=config, args=rest)
+
+
+def named_settings(arguments: Sequence[str]) -> set[str]:
+    """Return the names of the settings whose flags are among the command line arguments."""
+    flags = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def current_names(settings: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
@@ -130,18 +141,19 @@ def _from_file(config: Config, arguments: list[str]) -> tuple[Config, list[str]]
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read the config.json of a run.
+    """Read the config.json of a run; a field that an older run does not have has its default.
 
-    Raises ConfigError if the file cannot be read, or names the fields that differ from those of `kind`.
+    Raises ConfigError if the file cannot be read, or names the fields that `kind` does not have.
     """
     try:
         stored = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path} cannot be read as the config of a run: expected an object")
     fields = {field.name for field in dataclasses.fields(kind)}
-    stored = current_names(stored, fields) if isinstance(stored, dict) else stored
-    if not isinstance(stored, dict) or set(stored) != fields:
-        different = sorted(fields ^ set(stored))
-        raise ConfigError(f"{path} is the config of another recipe or version: differs in {', '.join(different)}")
+    stored = current_names(stored, fields)
+    if unknown := sorted(set(stored) - fields):
+        raise ConfigError(f"{path} is the config of another recipe or version: has {', '.join(unknown)}")
     # JSON has no tuples, and every sequence of a config is a tuple.
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from seitpp import files
 from seitpp.engine.config import current_names
+from seitpp.engine.contents import content_fingerprint
 from seitpp.errors import UserError
 
 # Settings that do not change what a run computes: a resumed run may have other values.
@@ -13,7 +16,12 @@ FREE_SETTINGS = {
     *("out", "resume", "overwrite", "accumulation", "workers", "log_steps", "trackers"),
     *("compile", "grad_checkpointing", "dry_run"),
 }
-CONFIG, LOCK = "config.json", ".lock"
+# Settings that name what a run reads: a resumed run may read the same content elsewhere.
+INPUTS = ("store", "data", "tokenizer", "tokenadapt", "init_from", "checkpoint", "perceptual_vgg")
+# Settings that say how long a run trains: a resumed run may train longer.
+LENGTHS = ("epochs", "steps")
+CONFIG, CONTENTS, LOCK, RESULT = "config.json", "inputs.json", ".lock", "result.json"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class RunError(UserError):
@@ -21,23 +29,32 @@ class RunError(UserError):
 
 
 def choose_folder(
-    name: str, settings: Mapping, *, out: str | None, resume: bool, overwrite: bool
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    out: str | None,
+    resume: bool,
+    overwrite: bool,
+    defaults: Mapping[str, Any] = NOTHING,
 ) -> tuple[Path, bool]:
     """Return the folder of a run, and whether it holds a run that is to be resumed. Nothing is written.
 
     The folder is `out`, or the first unused one of runs/NAME, runs/NAME-2, ... With `resume` the run in `out`
     continues, or starts if there is none yet, so that the same command does both. Raises RunError for `resume`
     without `out`, and for a folder that is not empty, unless it holds a run and `overwrite` is set, or `resume` is
-    set and the run has the same settings.
+    set and the run has the same settings: settings in `INPUTS` need the same content, those in `LENGTHS` and
+    `FREE_SETTINGS` are not compared, and one that an older run does not have counts as its value in `defaults`.
     """
     if resume and not out:
         raise RunError("--resume without --out: name the folder of the run with --out")
     folder = Path(out) if out else _free_folder(Path("runs") / name)
     holds_run = (folder / CONFIG).is_file()
     if resume and holds_run:
-        _check_settings(folder, settings)
+        _check_settings(folder, settings, defaults)
         return folder, True
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+    if folder.exists() and (
+        not folder.is_dir() or any(path.name not in (LOCK, CONTENTS) for path in folder.iterdir())
+    ):
         if not holds_run:
             raise RunError(f"{folder} is not empty and holds no run (no {CONFIG}): name another --out")
         if not overwrite:
@@ -45,23 +62,43 @@ def choose_folder(
     return folder, False
 
 
-def enter_folder(folder: Path, settings: Mapping, *, resumed: bool, overwrite: bool) -> int:
+def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, overwrite: bool) -> files.Lock:
     """Lock the folder from `choose_folder` and return the lock.
 
-    For a new run, also empty the folder and write `settings` to its config.json. Raises RunError if another
-    process holds the lock, or has started a run there since the folder was chosen.
+    For a new run, also empty the folder and write `settings` to its config.json. The fingerprints of what the
+    settings point to are written to its inputs.json, if there are any and it does not have them yet. Raises
+    RunError if another process holds the lock, or has started a run there since the folder was chosen.
     """
     files.make_folder(folder)
     lock = files.lock(folder / LOCK)
     if lock is None:
-        owner = (folder / LOCK).read_text()
+        owner = files.owner(folder / LOCK)
         raise RunError(f"{folder} is in use by {owner}: wait until it ends, stop it, or name another --out")
     if not resumed:
         if (folder / CONFIG).exists() and not overwrite:
             raise RunError(f"{folder}: another process has started a run there meanwhile: name another --out")
         files.empty_folder(folder, but=(LOCK, CONFIG))
-        files.replace_json(folder / CONFIG, settings)
+    if not (folder / CONTENTS).exists() and (contents := _contents(settings)):
+        files.replace_json(folder / CONTENTS, contents)
+    if not resumed:
+        files.replace_json(folder / CONFIG, settings)  # last: it makes the folder that of a run
     return lock
+
+
+def planned_lengths(
+    folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] = NOTHING
+) -> dict[str, float]:
+    """Return the `LENGTHS` that the run in a folder was last planned with, where they are others in `settings`."""
+    stored = _stored_settings(folder, settings, defaults)
+    return {name: stored[name] for name in LENGTHS if name in settings and stored[name] != settings[name]}
+
+
+def change_lengths(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write other lengths into the config.json of a run, and remove the result of the shorter one."""
+    stored = json.loads((folder / CONFIG).read_text())
+    if (folder / RESULT).exists():
+        files.remove_file(folder / RESULT)
+    files.replace_json(folder / CONFIG, stored | {name: settings[name] for name in LENGTHS if name in settings})
 
 
 def _free_folder(folder: Path) -> Path:
@@ -69,12 +106,47 @@ def _free_folder(folder: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def _check_settings(folder: Path, settings: Mapping) -> None:
-    stored, given = json.loads((folder / CONFIG).read_text()), json.loads(json.dumps(settings))
-    stored = current_names(stored, given)
-    different = sorted(
-        k for k in stored.keys() | given if k not in FREE_SETTINGS and stored.get(k) != given.get(k)
-    )
-    if different:
-        changes = ", ".join(f"{key} {stored.get(key)!r} -> {given.get(key)!r}" for key in different)
-        raise RunError(f"the run in {folder} has other settings ({changes}): pass the same ones, or another --out")
+def _stored_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    stored = current_names(json.loads((folder / CONFIG).read_text()), settings)
+    return json.loads(json.dumps({name: defaults.get(name) for name in settings})) | stored
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    stored, given = _stored_settings(folder, settings, defaults), json.loads(json.dumps(settings))
+    lengths = {name for name in LENGTHS if stored.get(name) is not None and given.get(name) is not None}
+    compared = sorted((stored.keys() | given) - FREE_SETTINGS - lengths - {*INPUTS})
+    changes = [
+        f"{name} {stored.get(name)!r} -> {given.get(name)!r}"
+        for name in compared
+        if stored.get(name) != given.get(name)
+    ]
+    path = folder / CONTENTS
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    for name in INPUTS:
+        changes += _input_changes(name, stored.get(name), given.get(name), recorded=recorded)
+    if changes:
+        raise RunError(
+            f"the run in {folder} has other settings ({', '.join(changes)}): pass the same ones, or another --out"
+        )
+
+
+def _input_changes(name: str, stored: str | None, given: str | None, *, recorded: Mapping[str, str]) -> list[str]:
+    """Say how what a setting points to differs from what the run read; an empty list where it does not."""
+    if stored is None or given is None:
+        return [] if stored == given else [f"{name} {stored!r} -> {given!r}"]
+    content = content_fingerprint(given)
+    expected = recorded.get(name) or (content_fingerprint(stored) if stored != given else None)
+    if content is None or expected is None:
+        # The checkpoint knows the fingerprint of its store, which is compared when the store is open.
+        remote = name == "store" and ("://" in stored or "://" in given)
+        return [] if stored == given or remote else [f"{name} {stored!r} -> {given!r}"]
+    if content != expected:
+        return [f"{name} {given} has the content {content[:16]}, expected {expected[:16]} of {stored}"]
+    return []
+
+
+def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fingerprints of what the settings point to, by setting."""
+    named = {name: settings[name] for name in INPUTS if settings.get(name) is not None}
+    found = {name: content_fingerprint(value) for name, value in named.items()}
+    return {name: content for name, content in found.items() if content is not None}

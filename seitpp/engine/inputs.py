@@ -1,17 +1,22 @@
 """The inputs of a run: its stores, images and codebooks, and training steps on zeros that measure memory."""
 
 from collections.abc import Callable, Sized
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp.augment import SoftLabels
+from seitpp.augment.maps import Sides, both_sides
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, fraction_of
 from seitpp.data.digits import digits
+from seitpp.data.selection import HELD_OUT, Selection, set_aside
 from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
@@ -24,15 +29,15 @@ from seitpp.store import TokenStore
 
 Data = TypeVar("Data")
 
-HELD_OUT = 20  # every 20th image is held out: the last ones of a sorted source would all be of one class
 ON_DIGITS = ("digits", "smoke")  # the presets that run on the embedded digits
 
 
 def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
     """Open the splits "train" and "validation" of a store, or of the embedded digits if none is named.
 
-    One process on each machine verifies the files. Raises UserError if the preset needs a store and none is named,
-    or if the images of the store have different grids.
+    Of a store with the split train alone, every 20th image is held out for validation. One process on each machine
+    verifies the files. Raises UserError if the preset needs a store and none is named, or if the images of the
+    store have different grids.
     """
     if store is None:
         preset = run.config.preset
@@ -43,13 +48,36 @@ def open_stores(run: Run, store: str | None) -> tuple[TokenStore, TokenStore]:
                 f"the embedded digits ({presets})"
             )
         store = embedded(run, digits).store
-    verify = run.accelerator.is_local_main_process
-    train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
+    return open_splits(store, verify=run.accelerator.is_local_main_process)
+
+
+def open_splits(path: str | Path, *, verify: bool) -> tuple[TokenStore, TokenStore]:
+    """Open the training and the validation images of a store, as `open_stores` does. Raises UserError as well."""
+    train = TokenStore(path, "train", verify)
     if train.grid is None:
         raise UserError(
             f"{train.path}: got images with different grids, expected one grid: tokenize all images at one size"
         )
-    return train, validation
+    # Beside train, a split of another name is probably meant for validation: TokenStore refuses it.
+    alone = train.splits == ["train"]
+    return set_aside(train) if alone else (train, TokenStore(path, "validation", verify))
+
+
+def open_once(accelerator: Accelerator, open_data: Callable[[], Data]) -> Data:
+    """Return what `open_data` returns; only the main process calls it and sends the result to the others.
+
+    So a folder of a million files is listed once. An error that the user can mend is raised on all processes.
+    """
+    opened: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            opened = [open_data(), None]
+        except UserError as error:
+            opened = [None, error]
+    data, error = broadcast_object_list(opened)
+    if error is not None:
+        raise error
+    return data
 
 
 def embedded(run: Run, make: Callable[[], Data]) -> Data:
@@ -77,11 +105,13 @@ def train_subset(config: TrainConfig, dataset: Dataset) -> Dataset:
 
 
 def describe_store(store: TokenStore, config: RunConfig) -> str:
-    """Describe the size and the codes of a store, and how much of it is used for training, in one or two lines."""
+    """Describe the size and the codes of a store, and how much of it is used for training, in a few lines."""
     text = (
         f"{len(store):,} images, {store.payload_bytes / len(store):.1f} bytes each, grid {store.grid}, "
         f"K = {store.num_codes}, {store.num_classes} classes"
     )
+    if isinstance(store, Selection):
+        text = f"{text}\n{store.rule}"
     fraction = getattr(config, "fraction", 1)
     if fraction == 1:
         return text
@@ -104,6 +134,7 @@ def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) ->
             "codec": train.codec.name,
             "fingerprint": train.fingerprint,
             "tokenizer": train.tokenizer,
+            **({"validation": train.rule} if isinstance(train, Selection) else {}),
         },
         **(train_facts(train, config) if isinstance(config, TrainConfig) else {}),
     }
@@ -126,18 +157,19 @@ def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, A
     }
 
 
-def window_of(store: TokenStore, side: int | None, flag: str) -> tuple[int, int]:
-    """Return the size of the window that the model sees: `side` x `side` tokens, or the whole grid if None.
+def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, int]:
+    """Return the size of the window that the model sees: a square, (height, width), or the whole grid if None.
 
     Raises UserError, which names `flag`, if the grid is smaller.
     """
-    if side is None:
+    if size is None:
         return store.grid
-    if side > min(store.grid):
-        raise UserError(
-            f"{flag} {side} from the grid {store.grid} of {store.path}: expected at most its shorter side"
-        )
-    return side, side
+    window = both_sides(size)
+    if window[0] > store.grid[0] or window[1] > store.grid[1]:
+        got = size if isinstance(size, int) else f"{size[0]} {size[1]}"
+        limit = "its shorter side" if isinstance(size, int) else "its height and width"
+        raise UserError(f"{flag} {got} from the grid {store.grid} of {store.path}: expected at most {limit}")
+    return window
 
 
 def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:
@@ -178,17 +210,19 @@ def adapt_zeros(adapt: TokenAdapt, images: int, device: torch.device) -> None:
         adapt.invert(torch.zeros(images, adapt.settings["code_dim"], 2 * height, 2 * width, device=device))
 
 
-def classifier_trial(zeros: Tensor, adapted: float = 0.0) -> Trial:
+def classifier_trial(zeros: Tensor, adapted: float = 0.0, store: TokenStore | None = None) -> Trial:
     """Return a training step of a classifier on zeros, from which its memory is computed.
 
     `zeros` has the shape and dtype of one input; the fraction `adapted` of the images passes through TokenAdapt
-    before the model.
+    before the model. Labels have the shape and dtype of those of `store`, if there is one.
     """
+    several = store is not None and store.multi_label
 
     def loss(images: int, device: torch.device, model: nn.Module, adapt: TokenAdapt | None = None) -> Tensor:
         if adapt:
             adapt_zeros(adapt, round(adapted * images), device)
-        labels = torch.zeros(images, dtype=torch.long, device=device)
+        shape, dtype = ((images, store.num_classes), torch.uint8) if several else ((images,), torch.long)
+        labels = torch.zeros(shape, dtype=dtype, device=device)
         targets = SoftLabels(labels, labels, torch.zeros(images, device=device))
         inputs = torch.zeros(images, *zeros.shape, dtype=zeros.dtype, device=device)
         return soft_label_loss(model(inputs), targets, 0.1)

@@ -210,3 +210,5 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], fl
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

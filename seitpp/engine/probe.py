@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp.codebook import full_precision
-from seitpp.data.dataset import evaluation_loader
+from seitpp.data.dataset import Chosen, evaluation_loader
 from seitpp.engine.evaluate import Score, gather_in_order, indices_of
+from seitpp.errors import UserError
+from seitpp.store import TokenStore
 
 BLOCK, ENCODED = 1024, 256  # images per matrix product, images per forward pass
 NEIGHBORS, TEMPERATURE = 20, 0.07  # the usual weighted k-NN (Wu et al. 2018, "Unsupervised feature learning ...")
@@ -27,6 +30,10 @@ INDICES = 1 << 38  # a key combines a similarity of at most 25 bits with an inde
 NOBODY = torch.iinfo(torch.int64).min  # the key of no neighbor
 HISTORY = 20  # pairs of vectors that L-BFGS keeps; 100 give the same accuracy with 5 times the memory
 UNIT = 2.0**31  # sums of gradients are integer multiples of 1 / UNIT, at most as large as the number of images
+
+
+class ProbeError(UserError):
+    """Raised for images whose labels say nothing about an encoder: none, lists, or all the same."""
 
 
 class Features(NamedTuple):
@@ -63,6 +70,35 @@ class SoftmaxRegression(NamedTuple):
     def logits(self, standardized: Tensor) -> Tensor:
         """Compute the logits of standardized features: (n, C) -> (n, K) float32."""
         return torch.addmm(self.bias, standardized, self.weight)
+
+
+def labeled_sets(train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+    """Return the training and validation images that have a label, which a probe learns from and is measured on.
+
+    They are those of TokenDatasets, perhaps `Chosen`. Raises ProbeError unless both have at least two classes.
+    """
+    return _labeled("training", train), _labeled("validation", validation)
+
+
+def _labeled(name: str, dataset: Dataset) -> Dataset:
+    need = "linear probe and k-NN need one label for each image, of at least two classes"
+    if _store_of(dataset).multi_label:
+        raise ProbeError(f"{need}: the {name} images have several each")
+    labels = _labels_of(dataset)
+    known = np.flatnonzero(labels >= 0)
+    classes = len(np.unique(labels[known]))
+    if classes < 2:
+        have = "are all of one class" if classes else "have none"
+        raise ProbeError(f"{need}: the {len(labels):,} {name} images {have}")
+    return dataset if len(known) == len(labels) else Chosen(dataset, known)
+
+
+def _store_of(dataset: Dataset) -> TokenStore:
+    return _store_of(dataset.dataset) if isinstance(dataset, Chosen) else dataset.store
+
+
+def _labels_of(dataset: Dataset) -> np.ndarray:
+    return _labels_of(dataset.dataset)[dataset.indices] if isinstance(dataset, Chosen) else dataset.store.labels
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ The loop behind `training.steps` and `training.update` is in `seitpp/engine/trai
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from seitpp import __version__, files
 from seitpp.engine import checkpoint
 from seitpp.engine.config import RunConfig
 from seitpp.engine.distributed import ZeroLaunch, find_launch
-from seitpp.engine.folder import RunError, choose_folder, enter_folder
+from seitpp.engine.folder import RunError, change_lengths, choose_folder, enter_folder, planned_lengths
 from seitpp.engine.metrics import MetricsLog, Progress
 from seitpp.engine.optim import Schedule
 from seitpp.engine.precision import LossScaler, check_precision
-from seitpp.engine.system import check_installed, device_name, git_commit
+from seitpp.engine.system import check_installed, device_name, git_commit, loader_workers
 from seitpp.engine.training import Training
 from seitpp.errors import UserError
 
@@ -55,7 +55,8 @@ class Run:
         self.scaler = LossScaler(self.accelerator) if config.precision == "fp16" else None
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.recipe, self.config, self.settings = recipe, config, asdict(config)
-        self.out, self.resumed = self.on_main(self._choose_folder)
+        self.workers = loader_workers(config.workers)
+        self.out, self.resumed, self.planned = self.on_main(self._choose_folder)
         self.checkpoints = self.out / "checkpoints"
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
@@ -67,15 +68,19 @@ class Run:
         """Whether the run resumes from a checkpoint."""
         return self.resumed and bool(checkpoint.steps_in(self.checkpoints))
 
-    def _choose_folder(self) -> tuple[Path, bool]:
+    def _choose_folder(self) -> tuple[Path, bool, dict[str, float]]:
+        """Return the folder, whether a run is resumed, and its planned lengths that differ from those of now."""
         config = self.config
-        return choose_folder(
+        defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+        folder, resumed = choose_folder(
             f"{self.recipe}-{config.preset}",
             self.settings,
             out=config.out,
             resume=config.resume,
             overwrite=config.overwrite,
+            defaults=defaults,
         )
+        return folder, resumed, planned_lengths(folder, self.settings, defaults) if resumed else {}
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Call a function on the main process and return its value on every process.
@@ -106,9 +111,7 @@ class Run:
         `training` calls this after it has checked data and model; a recipe without training calls it directly.
         Raises RunError as `enter_folder` does.
         """
-        self._lock = self.on_main(
-            lambda: enter_folder(self.out, self.settings, resumed=self.resumed, overwrite=self.config.overwrite)
-        )
+        self.on_main(self._enter_folder)
         if self.config.resume and not self.resumed:
             self.print(f"nothing to resume in {self.out}: the run starts from the beginning")
         if self.config.trackers:
@@ -118,6 +121,14 @@ class Run:
             self.accelerator.init_trackers(
                 "seitpp", config={name: str(value) for name, value in self.settings.items()}
             )
+
+    def _enter_folder(self) -> None:
+        config = self.config
+        self._lock = enter_folder(self.out, self.settings, resumed=self.resumed, overwrite=config.overwrite)
+
+    def change_lengths(self) -> None:
+        """Store the other length of a resumed run, and remove its result if it had finished."""
+        self.on_main(lambda: change_lengths(self.out, self.settings))
 
     def training(
         self,
@@ -135,7 +146,8 @@ class Run:
         `ema`, a moving average of the weights, updated after every update; `flops_per_image`, for the MFU in the
         log; `sharing`, from which the size of micro-batches is chosen or checked. Raises RunError if the batch
         cannot be divided among the processes or does not fit into memory, UserError for an optimizer that this
-        launch does not support, CheckpointError for a checkpoint of another model or of other data.
+        launch does not support, CheckpointError for a checkpoint of another model or of other data, and RunError
+        for one that has more updates than the schedule.
         """
         return Training(self, model, optimizer, schedule=schedule, data_fingerprint=data_fingerprint, **more)
 
@@ -153,7 +165,8 @@ class Run:
                 for requires_grad in (True, False)
             )
             lines.append(f"{trainable + frozen:.2f} M parameters, {trainable:.2f} M of them trainable")
-        lines.append(f"{self.accelerator.num_processes} process(es); writing to {self.out}")
+        processes = self.accelerator.num_processes
+        lines.append(f"{processes} process(es), {self.workers} data loading ones each; writing to {self.out}")
         self.print("\n".join(lines))
 
     def eval_subset(self, dataset: Dataset) -> Dataset:

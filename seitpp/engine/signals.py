@@ -1,6 +1,5 @@
 """Stopping a run by SIGTERM or SIGINT: the first one lets it finish and save its step, a second one kills it."""
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -42,7 +41,7 @@ class StopRequest:
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self._received:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         self._received = number
         name = signal.Signals(number).name
         print(

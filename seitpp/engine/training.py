@@ -6,6 +6,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -69,6 +70,7 @@ class Training:
         self.wrapped, self.optimizer = run.launch.prepare(model, optimizer, ema=ema, settings=update)
         self._optimizer_state = run.launch.optimizer_state(optimizer)
         run.progress.step = self._restore()
+        self._check_plan()
         self._recorder = Recorder(run.accelerator, log=run.log, evaluations=run.evaluations, on_main=run.on_main)
         self._recorder.drop_lines_after(self.step)
         self._end = schedule.steps
@@ -110,7 +112,7 @@ class Training:
             rank=rank,
             ranks=ranks,
             accumulation=accumulation,
-            workers=self.config.workers,
+            workers=self.run.workers,
         )
         self.run.progress.speed = self._measured_speed()
         self._recorder.start(self.run.progress.speed, self._bar(), self.step)
@@ -217,6 +219,28 @@ class Training:
         )
         return loaded.step
 
+    def _check_plan(self) -> None:
+        """Say what changes with another length of a resumed run, and store it.
+
+        Raises RunError if more updates are done than planned now.
+        """
+        schedule, planned = self.schedule, self.run.planned
+        if self.step > schedule.steps:
+            done = f"{self.step} steps, {self.step / self.order.steps_per_epoch:g} epochs"
+            raise RunError(
+                f"the run in {self.run.out} has done {done}, expected at most the {schedule.steps} steps of this "
+                f"schedule: pass a larger --{next(iter(planned), 'epochs')}"
+            )
+        if not planned:
+            return
+        (name, length), *_ = planned.items()
+        before = replace(schedule, steps=self.order.steps(length) if name == "epochs" else int(length))
+        self.run.change_lengths()
+        self.run.print(
+            f"{name} {length:g} -> {self.run.settings[name]:g}: {schedule.steps} steps instead of {before.steps}, "
+            f"{self.step} of them done; {_change_of_rate(self.step, before, schedule)}"
+        )
+
     def _measured_speed(self) -> Speed:
         dtype, processes = COMPUTE_DTYPE[self.config.precision], self.accelerator.num_processes
         rate = matmul_rate(self.run.device, dtype) * processes if self._flops_per_image else None
@@ -264,6 +288,14 @@ class Training:
         metadata = {name: str(value) for name, value in origin.items()}
         files.replace_bytes(path, safetensors.torch.save(batch, metadata))
         return path
+
+
+def _change_of_rate(step: int, before: Schedule, now: Schedule) -> str:
+    if step == now.steps:
+        return "no update is left"
+    shape = {"cosine": "by half a cosine", "linear": "linearly"}[now.decay]
+    old = f"{before.lr(step):.3e} by the old plan" if step < before.steps else "the old plan ended here"
+    return f"the learning rate falls {shape} over all of them: {now.lr(step):.3e} in the next one, {old}"
 
 
 def _dropout_seed(seed: int, rank: int, step: int, micro: int) -> int:

@@ -11,6 +11,8 @@ from seitpp.models.weights.pretrained import input_kind, input_size
 METRICS = {
     "top1": "top-1, %",
     "top5": "top-5, %",
+    "balanced_accuracy": "mean accuracy of the classes, %",
+    "mAP": "mean average precision, %",
     "linear_probe_top1": "linear probe of the frozen encoder, top-1, %",
     "linear_probe_top1_untrained": "the same before training, top-1, %",
     "knn_top1": "k-NN by the features of the frozen encoder, top-1, %",
@@ -62,7 +64,8 @@ def _what(saved: Loaded, averaged: bool) -> str:
         "maps": f"images as tokens: maps of {sides} code vectors of dimension {spec['in_chans']}",
         "ids": f"images as tokens: {sides} ids of a codebook with {spec.get('num_codes')} codes",
     }[input_kind(model)]
-    what = f"A classifier of {model.num_classes:,} classes" if model.num_classes else "The encoder of an MTM"
+    classes = f"{model.num_classes:,} {'independent ' if saved.multi_label else ''}classes"
+    what = f"A classifier of {classes}" if model.num_classes else "The encoder of an MTM"
     weights = "; the weights are the moving average of those of the run" if averaged else ""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"{what} with {parameters:.1f} M parameters{weights}. It takes {inputs}."
@@ -80,7 +83,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {output} = model(transform(Image.open("PICTURE").convert("RGB"))[None])
 """
     codebook = ", torch.from_numpy(store.codebook)" if kind == "maps" else ""
-    resized = f", {size[0]}" if kind == "maps" and size else ""
+    resized = f", {size}" if kind == "maps" and size else ""
     return f"""import timm
 import torch
 import seitpp.models  # registers {name} with timm

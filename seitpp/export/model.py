@@ -63,7 +63,7 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], ema: 
     saved = whole._replace(model=whole.model.encoder) if isinstance(whole.model, MTM) else whole
     with files.new_folder(out) as folder:
         folder.mkdir()
-        header = {"class_names": saved.class_names, "window": saved.window}
+        header = {"class_names": saved.class_names, "window": saved.window, "multi_label": saved.multi_label}
         save_classifier(folder / MODEL, saved.model, saved.codebook, **header)
         if isinstance(whole.model, MTM):
             (folder / WHOLE_MTM).parent.mkdir()

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from seitpp.images.class_lists import ClassList, read_classes
-from seitpp.images.decode import ImageError, open_image
+from seitpp.images.decode import ImageError, Sample, image_size, open_image
+from seitpp.images.labels import Labels
 from seitpp.images.layouts import Listing, find_layout, list_files, split_names
 from seitpp.images.masks import (
     COLOR,
@@ -25,7 +26,6 @@ from seitpp.images.masks import (
 # Default short side of the images in pixels: training on ADE-20k usually takes crops of 512 pixels.
 SHORT_SIDE = 512
 NAMED_FILES = 3  # files that a message about many names
-ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # tag of EXIF, and its values that exchange width and height
 
 
 class AnnotatedSample(NamedTuple):
@@ -51,14 +51,15 @@ class AnnotatedSource:
 
     def __init__(self, listing: Listing, classes: MaskClasses):
         self.listing, self.classes, self.class_names = listing, classes, list(classes.names)
-        self._names = sorted({*listing.images, *listing.masks})
+        self.labels, self.left_out = Labels([], self.class_names, "label maps"), listing.left_out
+        self.names = sorted({*listing.images, *listing.masks})
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def read(self, index: int) -> AnnotatedSample:
         """Read image `index`. Raises ImageError that names the file if the image or its mask is invalid."""
-        listing, name = self.listing, self._names[index]
+        listing, name = self.listing, self.names[index]
         image, mask = listing.images.get(name), listing.masks.get(name)
         if image is None:
             raise ImageError(f"{mask}: a mask without image, expected {listing.expected_image(name)}; add it")
@@ -82,7 +83,7 @@ class AnnotatedSource:
             (images, masks, "images without mask"),
             (masks, images, "masks without image"),
         ):
-            alone = [str(files[name]) for name in self._names if name in files and name not in others]
+            alone = [str(files[name]) for name in self.names if name in files and name not in others]
             if alone:
                 parts.append(f"{what}: {len(alone)} ({_few(alone)})")
         if parts:
@@ -99,23 +100,17 @@ class AnnotatedSource:
                 f"{len(self)} images in {self.listing.image_folder}: expected at least {every}, of which every "
                 f"{every}th is held out"
             )
-        chosen = set(self._names[every - 1 :: every])
-        return self._part(set(self._names) - chosen), self._part(chosen)
+        chosen = set(self.names[every - 1 :: every])
+        return self._part(set(self.names) - chosen), self._part(chosen)
 
     def _part(self, names: set[str]) -> "AnnotatedSource":
         kept = [{name: file for name, file in files.items() if name in names} for files in self.listing[1:3]]
         return AnnotatedSource(self.listing._replace(images=kept[0], masks=kept[1]), self.classes)
 
-    @property
-    def left_out(self) -> dict[str, int]:
-        """The number of files of each suffix that are neither an image nor a mask."""
-        return dict(self.listing.left_out)
-
     def __str__(self) -> str:
-        left_out = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.left_out.items())
         return (
             f"{len(self):,} images with masks, {self.listing.image_folder}, layout {self.listing.layout}; "
-            f"{len(self.class_names)} classes; {self.classes}{f'; left out: {left_out}' if left_out else ''}"
+            f"{len(self.class_names)} classes; {self.classes}; left out: {self.left_out}"
         )
 
 
@@ -242,16 +237,10 @@ def _is_label_map(file: bytes, labels: np.ndarray) -> bool:
 
 def _check_size(size: tuple[int, int], data: bytes, *, image: Path, mask: Path) -> None:
     """Raise ImageError unless a mask has the size of its image as a viewer shows it, turned by its EXIF."""
-    with open_image(data, str(image)) as opened:
-        upright, orientation = (opened.height, opened.width), opened.getexif().get(ORIENTATION)
-    advice = "resize it"
-    if orientation in TURNED:
-        upright = upright[::-1]
-        advice = f"the image is turned by its EXIF orientation {orientation}, turn the mask"
+    upright = image_size(Sample(data, str(image), None))
     if size != upright:
-        raise ImageError(
-            f"{mask}: {_by(size)} pixels, but its image has {_by(upright)} (height x width); {advice}"
-        )
+        turned = "; its EXIF turns the image, turn the mask" if size == upright[::-1] else "; resize it"
+        raise ImageError(f"{mask}: {_by(size)} pixels, but its image has {_by(upright)} (height x width){turned}")
 
 
 def _read(path: Path) -> bytes:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from seitpp.images.class_lists import ClassList, read_classes
 from seitpp.images.decode import ImageError
+from seitpp.images.inventory import LeftOut
 from seitpp.images.masks import Layout
-from seitpp.images.sources import SUFFIXES
+from seitpp.images.walk import SUFFIXES, is_hidden, walk
 
 MASK_SUFFIXES = {*SUFFIXES, ".gif", ".pgm", ".npy"}
 # Names of the two folders of a set in pairs, and endings of mask names that its images do not have.
@@ -49,7 +50,7 @@ class Listing(NamedTuple):
 
     `classes` are class names that the set has itself. Value `first` of a mask is the first of them where they have
     no numbers (None: the set does not say it), and the values `ignored` are no class. `mask_roots` are the folders
-    with the masks of all splits. `left_out` counts the suffixes of files that are neither image nor mask.
+    with the masks of all splits. `left_out` counts the files that are neither image nor mask.
     """
 
     layout: Layout
@@ -59,7 +60,7 @@ class Listing(NamedTuple):
     mask_folder: Path
     classes: ClassList | None
     mask_roots: tuple[Path, ...]
-    left_out: Counter[str]
+    left_out: LeftOut
     first: int | None = None
     ignored: tuple[int, ...] = ()
 
@@ -67,7 +68,7 @@ class Listing(NamedTuple):
         """Yield the masks of all splits, those of this one first."""
         yield from self.masks.values()
         known = set(self.masks.values())
-        every = (file for root in self.mask_roots for file in walk(root) if file not in known)
+        every = (file for root in self.mask_roots for file in _files(root) if file not in known)
         yield from (file for file in every if file.suffix.lower() in MASK_SUFFIXES)
 
     def expected_image(self, name: str) -> Path:
@@ -188,7 +189,7 @@ def _two_folders(folder: Path) -> tuple[Path, Path] | None:
     masks = [
         place
         for place in (folder / name for name in MASKS)
-        if place.is_dir() and any(path.suffix.lower() in MASK_SUFFIXES for path in walk(place))
+        if place.is_dir() and any(path.suffix.lower() in MASK_SUFFIXES for path in _files(place))
     ]
     if len(images) > 1 or (images and len(masks) > 1):
         names = ", ".join(path.name for path in [*images, *masks])
@@ -198,9 +199,9 @@ def _two_folders(folder: Path) -> tuple[Path, Path] | None:
     return (images[0], masks[0]) if images and masks else None
 
 
-def _paired_names(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path], Counter[str]]:
+def _paired_names(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path], LeftOut]:
     """Return the images and the masks by name, and what is neither; an ending such as _mask is no part of it."""
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     files, others = _by_name(images, SUFFIXES, left_out), _by_name(masks, MASK_SUFFIXES, left_out)
     named: dict[str, Path] = {}
     for name, path in others.items():
@@ -222,7 +223,7 @@ def _voc(folder: Path, split: str | None) -> Listing:
             f"{folder}: expected the folders JPEGImages and SegmentationClass of Pascal VOC; check it"
         )
     masks = next(path for name in ("SegmentationClassPNG", "SegmentationClass") if (path := root / name).is_dir())
-    images, left_out = root / "JPEGImages", Counter[str]()
+    images, left_out = root / "JPEGImages", LeftOut()
     files, others = _by_name(images, SUFFIXES, left_out), _by_name(masks, MASK_SUFFIXES, left_out)
     lists = {path.stem: path for path in _voc_lists(folder)}
     if lists or split:
@@ -283,7 +284,7 @@ def _cityscapes(folder: Path, split: str | None) -> Listing:
         mask_folder=masks,
         classes=ClassList(CITYSCAPES_CLASSES, "Cityscapes", values=values),
         mask_roots=(tops[1],),
-        left_out=Counter(),
+        left_out=LeftOut(),
         first=0,
         ignored=(255,) if train_ids else VOID_IDS,
     )
@@ -296,7 +297,7 @@ def _city_splits(folder: Path) -> list[str]:
 
 def _with_ending(folder: Path, ending: str) -> dict[str, Path]:
     """Return the files below a folder whose stem has an ending, by relative path without that ending."""
-    found = _by_name(folder, MASK_SUFFIXES, Counter())
+    found = _by_name(folder, MASK_SUFFIXES, LeftOut())
     return {name.removesuffix(ending): path for name, path in found.items() if name.endswith(ending)}
 
 
@@ -304,42 +305,30 @@ def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:  # it knows the kind of most entries without asking the disk for each
-        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and _is_visible(entry.name))
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
 
-def _by_name(folder: Path, suffixes: set[str], left_out: Counter[str]) -> dict[str, Path]:
+def _files(folder: Path) -> list[Path]:
+    walked = walk(folder)
+    return [folder / name for name in (*walked.files, *walked.packed)]
+
+
+def _by_name(folder: Path, suffixes: set[str], left_out: LeftOut) -> dict[str, Path]:
     """Return {name: path} of the files below a folder; a name is the relative path without suffix."""
     files: dict[str, Path] = {}
-    for path in walk(folder):
+    walked = walk(folder)
+    left_out.extend(walked.left_out)
+    for path in (folder / name for name in (*walked.files, *walked.packed)):
+        if path.is_dir():
+            raise ImageError(f"{path}: a folder that cannot be read; correct its permissions")
         if path.suffix.lower() not in suffixes:
-            left_out[path.suffix.lower()] += 1
+            left_out.add(f"{path.suffix.lower()} file", str(path.relative_to(folder)))
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:
             raise ImageError(f"{path}: has the same name as {files[name].name}; remove one of the two")
         files[name] = path
     return files
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in order, through links, without hidden names.
-
-    Raises ImageError for a folder that cannot be read and for a link to a folder above it.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise ImageError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
-
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        place = Path(base)
-        if place != folder and place.is_symlink() and place.parent.resolve().is_relative_to(place.resolve()):
-            raise ImageError(f"{place}: a link to a folder above it; remove it")
-        folders[:] = sorted(filter(_is_visible, folders))
-        yield from (place / name for name in sorted(filter(_is_visible, names)))
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _usual(files: Mapping[str, Path], otherwise: str) -> str:

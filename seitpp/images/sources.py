@@ -1,29 +1,45 @@
-"""Sources of encoded images: folders, Parquet files, WebDataset tar files, and data sets of the hub.
+"""Sources of encoded images: folders, WebDataset tars, Parquet, Arrow on disk, and data sets of the hub.
 
 A source reads image i, with its name and label, in a fixed order. It does not keep all images in memory, and it
 does not unpack or convert files on disk.
 """
 
-import json
-import tarfile
-from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from seitpp.images.decode import ImageError, Sample
+from seitpp.images.inventory import LeftOut
+from seitpp.images.labels import (
+    ANNOTATION_FILES,
+    NO_LABELS,
+    LabelRules,
+    Labels,
+    by_name,
+    read_label_file,
+    resolve,
+    unlabeled,
+)
+from seitpp.images.tables import DatasetSource, ParquetSource, is_arrow, load_hub, open_arrow
+from seitpp.images.tars import TarSource
+from seitpp.images.walk import SPLITS, Walked, looks_like_splits, walk
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+HUB = "hf://"
+# Names of splits in data -> names in a store; others keep theirs.
+STORE_SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 
 
 class ImageSource(Protocol):
-    """Encoded images in a fixed order. `class_names` is None if the classes have no names."""
+    """Encoded images in a fixed order: their `names`, their `labels` with class names, and what was `left_out`."""
 
+    names: Sequence[str]
+    labels: Labels
     class_names: list[str] | None
+    left_out: LeftOut
 
     def __len__(self) -> int: ...
 
@@ -32,167 +48,52 @@ class ImageSource(Protocol):
         ...
 
 
-def open_source(source: str, split: str | None) -> ImageSource:
-    """Detect the kind of `source` and open it, or only its split `split`.
-
-    A source is a folder of Parquet or WebDataset tar files (a split is the files whose names begin with it); one
-    such file, whatever the split; a folder of images, SOURCE/CLASS/NAME.jpg or flat (a split is a subfolder);
-    or, if no such path exists, a data set of the hub (split "train" by default). Raises ImageError otherwise.
-    """
-    path = Path(source)
-    if path.is_dir():
-        for suffix, kind in ((".parquet", ParquetSource), (".tar", TarSource)):
-            if files := sorted(path.rglob(f"*{suffix}")):
-                return kind(_of_split(files, source, split))
-        return FolderSource(path / (split or ""))
-    if path.is_file() and path.suffix in (".parquet", ".tar"):
-        return ParquetSource([path]) if path.suffix == ".parquet" else TarSource([path])
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/")):
-        raise ImageError(
-            f"{source}: expected a folder of images, .parquet or .tar files, or the name of a data set; check it"
-        )
-    return DatasetSource(datasets.load_dataset(source, split=split or "train"), source)
-
-
-def _of_split(files: list[Path], source: str, split: str | None) -> list[Path]:
-    chosen = [file for file in files if file.name.startswith(split or "")]
-    if not chosen:
-        raise ImageError(
-            f"{source}: no file whose name begins with {split!r}, it has {files[0].name}, ...; check the split"
-        )
-    return chosen
-
-
 class FolderSource:
-    """Image files below a folder, sorted by path; the first level of subfolders, if any, names the classes."""
+    """Image files below a folder, sorted by path; if some lie in subfolders, the first level names the classes."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not self.files:
-            raise ImageError(
-                f"{folder}: no images below it, expected {', '.join(sorted(SUFFIXES))}; check the path"
-            )
-        classes = sorted({self._class(path) for path in self.files} - {None})
-        self.class_names = classes or None
-        self._labels = {name: label for label, name in enumerate(classes)}
+    def __init__(self, folder: Path, walked: Walked, rules: LabelRules | None):
+        self.folder, self.names, self.left_out = folder, walked.files, walked.left_out
+        for name in walked.packed:
+            self.left_out.add("packed file beside images", name)
+        if not self.names:
+            raise ImageError(f"{folder}: no images below it (left out: {self.left_out}); check the path")
+        self.labels = unlabeled(self.names) if rules is None else self._labels(walked, rules)
+        self.class_names = self.labels.class_names
 
     def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> Sample:
-        path = self.files[index]
-        label = self._class(path)
-        if self.class_names and label is None:
-            raise ImageError(f"{path}: not in a class folder, but other images are; move it into one")
-        return Sample(path.read_bytes(), str(path.relative_to(self.folder)), self._labels.get(label, 0))
-
-    def _class(self, path: Path) -> str | None:
-        parts = path.relative_to(self.folder).parts
-        return parts[0] if len(parts) > 1 else None
-
-
-class ParquetSource:
-    """Parquet files as written by `datasets`: an image column (binary, or {bytes, path}) and perhaps `label`."""
-
-    def __init__(self, paths: list[Path]):
-        self._paths = paths
-        schema = _open_parquet(paths[0]).schema_arrow
-        names = [name for name in ("image", "jpg", "png", "img") if name in schema.names]
-        if not names:
-            raise ImageError(
-                f"{paths[0]}: columns {', '.join(schema.names)}, expected one called image; rename it"
-            )
-        self._columns = [names[0], *(["label"] if "label" in schema.names else [])]
-        self.class_names = _class_names(schema.metadata or {})
-        self._groups: list[tuple[Path, int]] = []
-        rows = []
-        for path in paths:
-            metadata = _open_parquet(path).metadata
-            self._groups += [(path, group) for group in range(metadata.num_row_groups)]
-            rows += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._ends = np.cumsum(rows).tolist()
-        self._held: tuple[int, list[dict]] = (-1, [])  # the last row group, since images are mostly read in order
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def read(self, index: int) -> Sample:
-        number = bisect_right(self._ends, index)
-        path, group = self._groups[number]
-        if self._held[0] != number:
-            # Reopened, and read without threads: neither survives the fork of data loader workers.
-            table = _open_parquet(path).read_row_group(group, columns=self._columns, use_threads=False)
-            self._held = number, table.to_pylist()
-        rows = self._held[1]
-        row = rows[index - (self._ends[number] - len(rows))]
-        image = row[self._columns[0]]
-        data, name = (image["bytes"], image.get("path")) if isinstance(image, dict) else (image, None)
-        return Sample(data, name or f"{path.name}#{index}", row.get("label") or 0)
-
-
-class TarSource:
-    """WebDataset tar files: files of one key (the name up to its first dot) are a sample; KEY.cls is its label."""
-
-    def __init__(self, paths: list[Path]):
-        self.class_names = None
-        self._images: list[tuple[Path, int, int, str, tuple[int, int] | None]] = []
-        for path in paths:
-            self._images += _tar_images(path)
-        if not self._images:
-            raise ImageError(
-                f"{paths[0]}: no images in this tar, expected {', '.join(sorted(SUFFIXES))}; check the path"
-            )
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, index: int) -> Sample:
-        path, start, size, name, label = self._images[index]
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read(size)
-            file.seek(label[0] if label else 0)
-            number = int(file.read(label[1])) if label else 0
-        return Sample(data, f"{path.name}/{name}", number)
-
-
-class DatasetSource:
-    """A split of a data set of the `datasets` library, with an image column and perhaps a class label.
-
-    Raises ImageError if the data set, called `name` in messages, has no image column.
-    """
-
-    def __init__(self, data: datasets.Dataset, name: str):
-        images = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
-        if not images:
-            raise ImageError(
-                f"{name}: columns {', '.join(data.column_names)}, expected an image column; cast it to Image"
-            )
-        labels = [column for column, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
-        self._image, self._label = images[0], labels[0] if labels else None
-        self.class_names = data.features[labels[0]].names if labels else None
-        self._data = data.cast_column(self._image, datasets.Image(decode=False))
-
-    def __len__(self) -> int:
-        return len(self._data)
+        return len(self.names)
 
     def read(self, index: int) -> Sample:
         """Read image `index`. Raises ImageError if its file cannot be read."""
-        row = self._data[index]
-        image = row[self._image]
+        name = self.names[index]
         try:
-            data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            data = (self.folder / name).read_bytes()
         except OSError as error:
-            raise ImageError(f"{image['path']}: cannot be read ({error.strerror})") from error
-        return Sample(data, image["path"] or f"#{index}", row[self._label] if self._label else 0)
+            raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+        return Sample(data, name, self.labels.values[index])
+
+    def _labels(self, walked: Walked, rules: LabelRules) -> Labels:
+        folders = [name.partition("/")[0] if "/" in name else None for name in self.names]
+        if not any(folders):
+            hint = next((name for name in ANNOTATION_FILES if (self.folder / name).is_file()), None)
+            note = f" ({hint} may have some: --labels {self.folder / hint})" if hint else ""
+            labels = resolve([None] * len(self.names), self.names, rules, origin=NO_LABELS)
+            return labels._replace(origin=f"{NO_LABELS}: they lie in no class folders{note}")
+        origin = "classes by folder names"
+        classes = None if rules.classes else sorted(walked.folders)  # empty folders count
+        places = {name: number for number, name in enumerate(classes or ())}
+        raw = folders if rules.classes else [None if name is None else places[name] for name in folders]
+        return resolve(raw, self.names, rules, origin=origin, class_names=classes)
 
 
 class SourceSubset:
     """A subset of a source, by image indices."""
 
-    def __init__(self, source: ImageSource, indices: list[int]):
-        self.source, self.indices, self.class_names = source, indices, source.class_names
+    def __init__(self, source: ImageSource, indices: Sequence[int]):
+        self.source, self.indices, self.left_out = source, indices, source.left_out
+        self.names = [source.names[index] for index in indices]
+        self.labels = source.labels._replace(values=[source.labels.values[index] for index in indices])
+        self.class_names = source.class_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -200,6 +101,147 @@ class SourceSubset:
     def read(self, index: int) -> Sample:
         """Read image `index` of the subset."""
         return self.source.read(self.indices[index])
+
+
+class Relabeled:
+    """A source with other labels."""
+
+    def __init__(self, source: ImageSource, labels: Labels):
+        self.source, self.names, self.left_out = source, source.names, source.left_out
+        self.labels, self.class_names = labels, labels.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Sample:
+        """Read image `index` with its label here."""
+        return self.source.read(index)._replace(label=self.labels.values[index])
+
+
+def open_source(data: str, split: str | None = None, rules: LabelRules | None = None) -> ImageSource:
+    """Detect the kind of `data` and open it, or only its split `split`; `rules` say where its labels are.
+
+    It is a folder of images, DATA/CLASS/NAME.jpg or flat; of Parquet or tar files; what `save_to_disk` of
+    `datasets` wrote; one Parquet or tar file; or a data set of the hub, "hf://owner/name". A split is a subfolder,
+    or the packed files whose names begin with it. Raises ImageError otherwise, and for data with several splits
+    if none is named; LabelError for labels that are missing or unclear.
+    """
+    rules = rules or LabelRules()
+    if rules.file is None:
+        return _opened(data, split, rules)
+    source = _opened(data, split, None)
+    raw, unused = by_name(source.names, read_label_file(rules.file), rules.file)
+    if unused:
+        source.left_out.add(f"label in {Path(rules.file).name} of no image here", rules.file, unused)
+    return Relabeled(source, resolve(raw, source.names, rules, origin=f"labels of {Path(rules.file).name}"))
+
+
+def split_names(data: str) -> list[str]:
+    """List the splits that `data` has: subfolders called train, val, .., packed files, or splits of a table.
+
+    The list is empty if it is one set of images.
+    """
+    if data.startswith(HUB):
+        return list(datasets.get_dataset_split_names(data.removeprefix(HUB)))
+    path = Path(data)
+    if not path.is_dir():
+        return []
+    if is_arrow(path):
+        opened = open_arrow(path)
+        return list(opened) if isinstance(opened, datasets.DatasetDict) else []
+    below = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    folders = [name for name in below if (path / name).is_dir()]
+    if found := looks_like_splits(folders):
+        return found
+    packed = [name for name in below if name.endswith((".parquet", ".tar"))]
+    names = dict.fromkeys(name for file in packed for name in [_leading_word(file)] if name in SPLITS)
+    return list(names) if packed and any(name.startswith("train") for name in names) and len(names) > 1 else []
+
+
+def open_splits(data: str, rules: LabelRules) -> dict[str, ImageSource]:
+    """Open all splits of `data`, the one for training first, under the names that a store gives them.
+
+    The classes of the others are those of the first. Raises ImageError if it has no splits.
+    """
+    names = {STORE_SPLITS.get(name.lower(), name): name for name in split_names(data)}
+    if not names:
+        raise ImageError(
+            f"{data}: --splits, but it has none; name the folder above train/ and val/, or leave it out"
+        )
+    sources: dict[str, ImageSource] = {}
+    for split in sorted(names, key=lambda split: (split != "train", split)):
+        sources[split] = source = open_source(data, names[split], rules)
+        if source.class_names and not rules.classes:
+            rules = replace(rules, classes=tuple(source.class_names))
+    return sources
+
+
+def _leading_word(file: str) -> str:
+    letters = next((index for index, letter in enumerate(file) if not letter.isalpha()), len(file))
+    return file[:letters].lower()
+
+
+def _opened(data: str, split: str | None, rules: LabelRules | None) -> ImageSource:
+    if data.startswith(HUB):
+        return DatasetSource(load_hub(data.removeprefix(HUB), split or "train"), data, rules)
+    path = Path(data)
+    if path.is_dir():
+        return _opened_folder(path, split, rules)
+    if path.is_file() and path.suffix in (".parquet", ".tar"):
+        return ParquetSource([path], rules) if path.suffix == ".parquet" else TarSource([path], rules)
+    if path.exists():
+        raise ImageError(f"{data}: expected a folder, a .parquet or an uncompressed .tar file; unpack it")
+    raise ImageError(
+        f"{data}: no such file or folder; check the path (a data set of the hub is named {HUB}owner/name)"
+    )
+
+
+def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> ImageSource:
+    if is_arrow(path):
+        return DatasetSource(_arrow_split(path, split), str(path), rules)
+    if split is None and (splits := split_names(str(path))):
+        raise ImageError(
+            f"{path}: has the splits {', '.join(splits)}, which are no classes: name one with --source-split, or "
+            "write all of them with --splits"
+        )
+    folder = path / split if split and (path / split).is_dir() else path
+    with tqdm(desc=f"listing {folder}", unit="image", delay=2.0) as bar:
+        walked = walk(folder, bar.update)
+    if walked.files and split and folder == path:
+        raise ImageError(f"{path}: no folder {split!r} below it; check the split")
+    if walked.files or not walked.packed:
+        return FolderSource(folder, walked, rules)
+    for suffix, kind in ((".parquet", ParquetSource), (".tar", TarSource)):
+        if files := [folder / name for name in walked.packed if name.endswith(suffix)]:
+            source = kind(files if folder != path else _of_split(files, path, split), rules)
+            source.left_out.extend(walked.left_out)
+            return source
+    raise ImageError(
+        f"{path}: Arrow files without dataset_info.json, expected the whole folder that save_to_disk wrote"
+    )
+
+
+def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
+    opened = open_arrow(path)
+    if isinstance(opened, datasets.Dataset):
+        return opened
+    if split is None and len(opened) > 1:
+        raise ImageError(
+            f"{path}: has the splits {', '.join(opened)}: name one with --source-split, or write all with --splits"
+        )
+    name = split or next(iter(opened))
+    if name not in opened:
+        raise ImageError(f"{path}: no split {name!r}, it has {', '.join(opened)}; check the split")
+    return opened[name]
+
+
+def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
+    chosen = [file for file in files if file.name.startswith(split or "")]
+    if not chosen:
+        raise ImageError(
+            f"{folder}: no file whose name begins with {split!r}, it has {files[0].name}, ...; check the split"
+        )
+    return chosen
 
 
 def hold_out(source: ImageSource, every: int, name: str) -> tuple[SourceSubset, SourceSubset]:
@@ -210,40 +252,9 @@ def hold_out(source: ImageSource, every: int, name: str) -> tuple[SourceSubset, 
     """
     if len(source) < every:
         raise ImageError(
-            f"{len(source)} images in {name}: expected at least {every}, of which every {every}th is held out"
+            f"{len(source)} images in {name}: expected at least {every}, of which every {every}th is held out; "
+            "pass a smaller number, or 0 for none"
         )
     chosen = range(every - 1, len(source), every)
-    return SourceSubset(source, sorted(set(range(len(source))) - set(chosen))), SourceSubset(source, list(chosen))
-
-
-def _tar_images(path: Path) -> list[tuple[Path, int, int, str, tuple[int, int] | None]]:
-    """List (tar, offset, size, name, (offset, size) of its label) of every image, from the tar headers only."""
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                if not member.isfile():
-                    continue
-                if f".{suffix.lower()}" in SUFFIXES:
-                    images[f"{folder}/{key}"] = member
-                elif suffix == "cls":
-                    labels[f"{folder}/{key}"] = member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ImageError(f"{path}: cannot be read as an uncompressed tar ({error})") from error
-    return [(path, m.offset_data, m.size, m.name, labels.get(key)) for key, m in images.items()]
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ImageError(f"{path}: cannot be read as Parquet ({error})") from error
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
-    """Return the class names of `label` from the schema metadata of `datasets` in a Parquet file."""
-    info = json.loads(metadata.get(b"huggingface", b"{}"))
-    return info.get("info", {}).get("features", {}).get("label", {}).get("names")
+    others = [index for index in range(len(source)) if index % every != every - 1]
+    return SourceSubset(source, others), SourceSubset(source, chosen)

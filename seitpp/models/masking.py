@@ -11,6 +11,9 @@ from torch import Tensor
 
 from seitpp.augment.keyed import Keys
 
+# Of so few patches, all would be masked in many steps. The published images have 196, of which that is rare.
+FEW_PATCHES = 16
+
 
 class MaskPlan(NamedTuple):
     """The masks of a batch.
@@ -44,8 +47,13 @@ class MaskRatio:
         return min(max(normal.inv_cdf(low + (high - low) * u), self.lowest), self.highest)
 
     def counts(self, num_patches: int, ratio: float) -> tuple[int, int]:
-        """Return how many patches of an image are dropped, ceil(L * lowest), and masked, ceil(L * ratio)."""
-        return math.ceil(num_patches * self.lowest), math.ceil(num_patches * ratio)
+        """Return how many patches of an image are dropped, ceil(L * lowest), and masked, ceil(L * ratio).
+
+        Of fewer than 16 patches, one is always seen.
+        """
+        counts = math.ceil(num_patches * self.lowest), math.ceil(num_patches * ratio)
+        most = num_patches if num_patches >= FEW_PATCHES else num_patches - 1
+        return min(counts[0], most), min(counts[1], most)
 
 
 MASK_RATIOS = {

@@ -1,17 +1,22 @@
 """The dataset card (README.md) of a store."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from seitpp.store.layout import entropy
+from seitpp.store.layout import entropy, is_multi_label
+
+SHOWN = 20  # entries of a list or object of an inventory that the card shows
 
 
 def card(document: dict[str, Any]) -> str:
     """Return the text of README.md, which depends only on `document`, the content of tokens.json."""
     configs = "".join(f'  - split: "{name}"\n    path: "{name}/*.arrow"\n' for name in document["splits"])
-    table = "".join(_row(name, **split) for name, split in document["splits"].items())
+    table = "".join(_row(name, split) for name, split in document["splits"].items())
+    label = "tuple of int, or None" if is_multi_label(document) else "int, or None"
+    label = label if document["version"] > 1 else "int"
     return f"""---
 task_categories:
 - image-classification
@@ -37,12 +42,12 @@ The ids are entropy-coded with the codec "{document["codec"]["name"]}". {_entrop
 from seitpp import TokenStore
 
 store = TokenStore("PATH", split="{next(iter(document["splits"]))}")
-ids, label = store[0]  # (height, width) uint16, int
+ids, label = store[0]  # (height, width) uint16, {label}
 vectors = store.codebook[ids]  # (height, width, dimension) float32
 ```
 
 `datasets.load_from_disk("PATH")` reads the encoded images (`tokens`) and the labels without seitpp.
-"""
+{_labels(document)}{_inventories(document)}"""
 
 
 def _usage(document: dict[str, Any]) -> str:
@@ -58,8 +63,42 @@ def _tokenizer(tokenizer: dict[str, Any] | None) -> str:
     return f"\nThe tokenizer that made the ids:\n\n```json\n{json.dumps(tokenizer, indent=2)}\n```\n"
 
 
-def _row(name: str, rows: int, payload_bytes: int, num_classes: int) -> str:
-    return f"| {name} | {rows:,} | {num_classes:,} | {payload_bytes:,} | {payload_bytes / rows:.1f} |\n"
+def _row(name: str, split: dict[str, Any]) -> str:
+    rows, payload_bytes = split["rows"], split["payload_bytes"]
+    images, classes = f"{rows:,}", f"{split['num_classes']:,}"
+    if "num_labeled" in split:
+        images += f" ({rows - split['num_labeled']:,} without a label)"
+    return f"| {name} | {images} | {classes} | {payload_bytes:,} | {payload_bytes / rows:.1f} |\n"
+
+
+def _labels(document: dict[str, Any]) -> str:
+    """Say how a missing label is stored, where labels can be missing or are lists."""
+    if is_multi_label(document):
+        return "`label` is a list of classes, null where they are not known.\n"
+    missing = any("num_labeled" in split for split in document["splits"].values())
+    return "`label` is -1 where it is not known.\n" if missing else ""
+
+
+def _inventories(document: dict[str, Any]) -> str:
+    """Return what was read for each split and what was left out, long lists shortened."""
+    texts = (
+        f"\nWhat was read for the split {name}, and what was left out:\n\n"
+        f"```json\n{json.dumps(_brief(split['inventory']), indent=2)}\n```\n"
+        for name, split in document["splits"].items()
+        if "inventory" in split
+    )
+    return "".join(texts)
+
+
+def _brief(value: Any) -> Any:
+    """Shorten the lists and objects of a JSON value to `SHOWN` entries."""
+    if isinstance(value, Mapping):
+        shown = {key: _brief(one) for key, one in list(value.items())[:SHOWN]}
+        return shown if len(value) <= SHOWN else {**shown, "..": f"{len(value) - SHOWN:,} more"}
+    if isinstance(value, list):
+        shown = [_brief(one) for one in value[:SHOWN]]
+        return shown if len(value) <= SHOWN else [*shown, f".. {len(value) - SHOWN:,} more"]
+    return value
 
 
 def _sides(grid: list[int] | None) -> str:

@@ -17,7 +17,8 @@ from seitpp.errors import UserError
 from seitpp.files import sha256, write_file
 
 FORMAT = "seitpp-token-store"
-VERSION = 1
+# Version 2 is written only where a split needs it, so that older versions of seitpp read all other stores.
+VERSIONS = (1, 2)
 
 DOCUMENT = "tokens.json"
 CODEBOOK = "codebook.safetensors"
@@ -33,6 +34,7 @@ MAX_CODE_DIM = 2**16
 MAX_ROWS = 2**32
 MAX_DOCUMENT_BYTES = 2**26
 MAX_TABLE_BYTES = 2**28
+MAX_INVENTORY_BYTES = 2**20
 
 # In the order of tokens.json, where the checksum follows them.
 KEYS = (
@@ -47,6 +49,7 @@ KEYS = (
     "splits",
     "files",
 )
+SPLIT_LIMITS = {"rows": (1, MAX_ROWS), "payload_bytes": (0, 2**63), "num_classes": (0, 2**63)}
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 FILE_NAME = re.compile(r"([A-Za-z0-9_]+/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,6 +73,30 @@ def shard_names(document: dict[str, Any], split: str) -> list[str]:
             "copy the store again"
         )
     return names
+
+
+def split_entry(
+    rows: int, payload_bytes: int, num_classes: int, *, num_labeled: int, multi_label: bool, inventory: Any
+) -> dict[str, Any]:
+    """Return the entry of a split in tokens.json; what every split of version 1 is like is left out."""
+    entry: dict[str, Any] = {"rows": rows, "payload_bytes": payload_bytes, "num_classes": num_classes}
+    if num_labeled < rows:
+        entry["num_labeled"] = num_labeled
+    if multi_label:
+        entry["multi_label"] = True
+    if inventory is not None:
+        entry["inventory"] = inventory
+    return entry
+
+
+def version_of(splits: dict[str, Any]) -> int:
+    """Return the version of a store with these splits, the smallest that can hold them."""
+    return 1 if all(set(entry) == SPLIT_LIMITS.keys() for entry in splits.values()) else 2
+
+
+def is_multi_label(document: dict[str, Any]) -> bool:
+    """Return whether the images of a store have lists of classes; all splits are alike."""
+    return any(entry.get("multi_label", False) for entry in document["splits"].values())
 
 
 def write_document(root: Path, document: dict[str, Any]) -> None:
@@ -97,8 +124,9 @@ def read_document(root: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: damaged, no JSON ({error}); copy it again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise StoreError(f'{path}: no token store, expected "format": "{FORMAT}"; give the folder of a store')
-    if document.get("version") != VERSION:
-        raise StoreError(f"{path}: version {document.get('version')}, expected {VERSION}; upgrade seitpp")
+    if document.get("version") not in VERSIONS:
+        expected = " or ".join(map(str, VERSIONS))
+        raise StoreError(f"{path}: version {document.get('version')}, expected {expected}; upgrade seitpp")
     if raw != _sealed(raw[: -len(_sealed(b""))]):
         raise StoreError(f"{path}: checksum does not match, the file is damaged or edited; copy it again")
     for problem in _problems(document):
@@ -139,8 +167,10 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
         if name == TABLE and entry["bytes"] > MAX_TABLE_BYTES:
             yield f"file {name!r}: {entry['bytes']} bytes, expected at most {MAX_TABLE_BYTES}"
     for split, entry in document["splits"].items():
-        if not SPLIT_NAME.fullmatch(split) or not _is_split_entry(entry):
+        if not SPLIT_NAME.fullmatch(split) or not _is_split_entry(entry, document["version"]):
             yield f"split {split!r}: expected its rows, payload_bytes and num_classes, got {entry!r}"
+    if len({entry.get("multi_label", False) for entry in document["splits"].values()}) > 1:
+        yield "splits: some with one class an image and some with lists, expected all alike"
 
 
 def _is_int(value: Any, low: int, high: int) -> bool:
@@ -168,11 +198,20 @@ def _is_file_entry(entry: Any) -> bool:
     return _is_int(entry["bytes"], 0, 2**63) and isinstance(sha256, str) and bool(SHA256.fullmatch(sha256))
 
 
-def _is_split_entry(entry: Any) -> bool:
-    limits = {"rows": (1, MAX_ROWS), "payload_bytes": (0, 2**63), "num_classes": (1, 2**63)}
-    if not isinstance(entry, dict) or set(entry) != set(limits):
+def _is_split_entry(entry: Any, version: int) -> bool:
+    added = {"num_labeled", "multi_label", "inventory"} if version > 1 else set()
+    if not isinstance(entry, dict) or not SPLIT_LIMITS.keys() <= set(entry) <= SPLIT_LIMITS.keys() | added:
         return False
-    return all(_is_int(entry[key], *limit) for key, limit in limits.items())
+    if not all(_is_int(entry[key], *limit) for key, limit in SPLIT_LIMITS.items()):
+        return False
+    if entry["num_classes"] == 0 and version == 1:
+        return False
+    labeled, inventory = entry.get("num_labeled", entry["rows"]), entry.get("inventory", {})
+    return (
+        _is_int(labeled, 0, entry["rows"])
+        and type(entry.get("multi_label", False)) is bool
+        and isinstance(inventory, dict)
+    )
 
 
 def file_entry(path: Path) -> dict[str, Any]:

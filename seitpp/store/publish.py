@@ -1,7 +1,7 @@
 """Build a store from staged shards: count the codes, encode with the exact counts, publish by renames."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,7 @@ from seitpp.codec import Codec
 from seitpp.files import empty_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
+from seitpp.store.labels import read_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import column_array, read_shard, write_shard
 from seitpp.store.spec import SplitSpec, fingerprint
@@ -35,7 +36,8 @@ class Survey(NamedTuple):
 
     rows: int
     counts: Int64[np.ndarray, " codes"]
-    largest_label: int  # -1 without images
+    largest_label: int  # -1 without labels
+    num_labeled: int
 
 
 class Encoding(NamedTuple):
@@ -47,17 +49,25 @@ class Encoding(NamedTuple):
     new_ids: Int32[np.ndarray, " codes"] | None
 
 
-def build(spec: SplitSpec, folder: Path, staged: list[Path], *, processes: int = 1) -> dict[str, Any] | None:
+def build(
+    spec: SplitSpec,
+    folder: Path,
+    staged: list[Path],
+    *,
+    processes: int = 1,
+    inventory: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
     """Encode the `staged` shards into folder/BUILT; return tokens.json of the existing store, None if it is new.
 
-    Shards without images are left out. The bytes depend neither on `processes` nor on who staged a shard. Raises
-    StoreError if there are no images, or if the split cannot be added to the store any more.
+    Shards without images are left out. The bytes depend neither on `processes` nor on who staged a shard.
+    `inventory` is that of SplitStaging.publish, checked. Raises StoreError if there are no images, or if the split
+    cannot be added to the store any more.
     """
     # Read again: another split may have been published in the meantime.
     store = spec.existing()
     empty_folder(folder / BUILT)
     with _parallel(processes) as parallel_map:
-        _build(spec, folder / BUILT, staged, store, parallel_map)
+        _build(spec, folder / BUILT, staged, store=store, inventory=inventory, parallel_map=parallel_map)
     return store
 
 
@@ -87,7 +97,9 @@ def _build(
     spec: SplitSpec,
     built: Path,
     staged: list[Path],
+    *,
     store: dict[str, Any] | None,
+    inventory: dict[str, Any] | None,
     parallel_map: Callable[..., Any],
 ) -> None:
     """Write the new files and tokens.json of the whole store, synced, into the folder `built`."""
@@ -101,19 +113,27 @@ def _build(
     (built / spec.split).mkdir()
     payload_bytes = _encode_all(spec, built, filled, document["codec"], table, parallel_map)
     classes = spec.class_names or range(1 + max(survey.largest_label for survey in surveys))
-    split = {"rows": rows, "payload_bytes": payload_bytes, "num_classes": len(classes)}
+    split = layout.split_entry(
+        rows,
+        payload_bytes,
+        len(classes),
+        num_labeled=sum(survey.num_labeled for survey in surveys),
+        multi_label=spec.multi_label,
+        inventory=inventory,
+    )
     document = {**document, "splits": {**document["splits"], spec.split: split}}
     if store is None:
         write_file(built / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
         if table is not None:
             write_file(built / layout.TABLE, table)
-    _describe(built, document)
+    describe(built, document)
     sync(built / spec.split)
     sync(built)
 
 
-def _describe(built: Path, document: dict[str, Any]) -> None:
-    """Write the derived files, and tokens.json with the checksums of all new files."""
+def describe(built: Path, document: dict[str, Any]) -> None:
+    """Write the derived files, and tokens.json with its version and the checksums of all new files."""
+    document = {**document, "version": layout.version_of(document["splits"])}
     splits = json.dumps({"splits": list(document["splits"])})
     write_file(built / layout.DATASET_DICT, splits.encode())
     write_file(built / layout.CARD, card(document).encode())
@@ -126,7 +146,7 @@ def _describe(built: Path, document: dict[str, Any]) -> None:
 def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
     return {
         "format": layout.FORMAT,
-        "version": layout.VERSION,
+        "version": layout.VERSIONS[0],
         "grid": spec.grid,
         "num_codes": len(spec.codebook),
         "code_dim": spec.codebook.shape[1],
@@ -142,8 +162,9 @@ def survey(staged: Path, num_codes: int, new_ids: Int32[np.ndarray, " codes"] | 
     """Count the rows and codes of a staged shard and find its largest label; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
     ids = _ids(b"".join(ids.as_buffer() for ids in batch.column("tokens")), new_ids)
-    labels = batch.column("label").to_numpy()
-    return Survey(len(batch), np.bincount(ids, minlength=num_codes), int(labels.max(initial=-1)))
+    labels = read_labels(batch)
+    counts = np.bincount(ids, minlength=num_codes)
+    return Survey(len(batch), counts, labels.largest(), int(labels.known.sum()))
 
 
 def _ids(staged: pa.Buffer | bytes, new_ids: np.ndarray | None) -> np.ndarray:
@@ -178,11 +199,15 @@ def _encode_all(
         Encoding(path, built / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)
     ]
     size = sum(parallel_map(_encode, tasks))
-    folder = built / spec.split
+    write_dataset_files(spec, built / spec.split)
+    return size
+
+
+def write_dataset_files(spec: SplitSpec, folder: Path) -> None:
+    """Write the files that `datasets` needs beside the shards in `folder`."""
     info = {"features": spec.features().to_dict()}
     write_file(folder / layout.DATASET_INFO, json.dumps(info).encode())
     write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder)).encode())
-    return size
 
 
 def _encode(task: Encoding) -> int:
@@ -212,15 +237,25 @@ def _state(split: str, folder: Path) -> dict[str, Any]:
 
 def _add(spec: SplitSpec, store: dict[str, Any], built: Path) -> None:
     """Add the split to an existing store, which can be read after every single rename."""
-    kept = {name: entry for name, entry in store["files"].items() if name not in layout.DERIVED}
+    withdraw(spec.path, store, built, names=layout.DERIVED)
+    (built / spec.split).rename(spec.path / spec.split)
+    replace_derived(spec.path, built)
+
+
+def withdraw(root: Path, store: dict[str, Any], built: Path, *, names: Collection[str]) -> None:
+    """Replace tokens.json of a store by one without the files `names`, which may then change."""
+    kept = {name: entry for name, entry in store["files"].items() if name not in names}
     withdrawn = built / "withdrawn"
     withdrawn.mkdir()
     layout.write_document(withdrawn, {**store, "files": kept})
-    (withdrawn / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
-    sync(spec.path)
-    (built / spec.split).rename(spec.path / spec.split)
+    (withdrawn / layout.DOCUMENT).replace(root / layout.DOCUMENT)
+    sync(root)
+
+
+def replace_derived(root: Path, built: Path) -> None:
+    """Replace the derived files of a store by those in the folder `built`, and then its tokens.json."""
     for name in layout.DERIVED:
-        (built / name).replace(spec.path / name)
-    sync(spec.path)
-    (built / layout.DOCUMENT).replace(spec.path / layout.DOCUMENT)
-    sync(spec.path)
+        (built / name).replace(root / name)
+    sync(root)
+    (built / layout.DOCUMENT).replace(root / layout.DOCUMENT)
+    sync(root)

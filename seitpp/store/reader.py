@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, Int64, Integer, UInt16
+from jaxtyping import Int32, Int64, Integer, UInt8, UInt16
 
 from seitpp import codec as codecs
 from seitpp.codec.base import check_counts
 from seitpp.store import layout
 from seitpp.store.columns import Column
 from seitpp.store.hub import pull
+from seitpp.store.labels import Label, Labels, is_label_column, read_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES, read_shard
 from seitpp.store.spec import OWN_COLUMNS
@@ -31,19 +32,21 @@ class Shard(NamedTuple):
     batch: pa.RecordBatch
     offsets: Int32[np.ndarray, " offsets"]
     data: memoryview
-    labels: Int64[np.ndarray, " images"]
+    labels: Labels
     # Height and width of each image, if each has its own grid.
     sides: tuple[Int32[np.ndarray, " images"], Int32[np.ndarray, " images"]] | None
 
 
 class TokenStore:
-    """One split of a store, as a sequence of (ids, label).
+    """One split of a store, as a sequence of (ids, label): a label is a class, a tuple of classes, or None.
 
     Attributes: path; split; splits, the names of all splits; grid (H, W), or None if every image has its own;
     num_codes K; codebook (K, D) float32; counts (K,) int64, how often each code occurs in the split that was
-    written first; codec; class_names (list or None); num_classes; labels (N,) int64; grids (N, 2) int64;
+    written first; codec; class_names (list or None); num_classes; multi_label, whether images have tuples of
+    classes; num_labeled, the number of images that have a label; labels (N,) int64; grids (N, 2) int64;
     columns {name: kind} of the additional columns; payload_bytes of the split; tokenizer (dict or None), the
-    description of the tokenizer; fingerprint, 64 hex digits, equal for equal content.
+    description of the tokenizer; inventory (dict or None), what was read for the split and what was left out;
+    fingerprint, 64 hex digits, equal for equal content.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
@@ -66,10 +69,12 @@ class TokenStore:
         shards = layout.shard_names(document, split)
         layout.check_files(self.path, document["files"], self._own_files(), checksums=verify)
         self._set_fields(document)
-        self._shards = [_open_shard(self.path, name, self.grid) for name in shards]
+        self._shards = [
+            _open_shard(self.path / name, name, grid=self.grid, multi_label=self.multi_label) for name in shards
+        ]
         # Index of the first image of each shard.
-        self._starts = np.cumsum([0, *(len(shard.labels) for shard in self._shards[:-1])]).tolist()
-        self._length = self._starts[-1] + len(self._shards[-1].labels)
+        self._starts = np.cumsum([0, *(len(shard.batch) for shard in self._shards[:-1])]).tolist()
+        self._length = self._starts[-1] + len(self._shards[-1].batch)
         self.columns = _other_columns(self._shards[0].batch.schema)
         self._check_split(document["splits"][split])
 
@@ -80,11 +85,11 @@ class TokenStore:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[UInt16[np.ndarray, "height width"], int]:
+    def __getitem__(self, index: int) -> tuple[UInt16[np.ndarray, "height width"], Label]:
         """Return the ids and the label of image `index`. Raises IndexError, and StoreError if it is damaged."""
         position = range(self._length)[index]
         shard, row = self._locate(position)
-        return self._decode(position).reshape(self.grid or _sides(shard, row)), int(shard.labels[row])
+        return self._decode(position).reshape(self.grid or _sides(shard, row)), shard.labels.label(row)
 
     def ids(
         self, indices: Sequence[int] | Integer[np.ndarray, " images"]
@@ -102,8 +107,37 @@ class TokenStore:
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " images"]:
-        """The labels of all images, read on first access."""
-        return np.concatenate([shard.labels for shard in self._shards])
+        """The classes of all images, -1 where there is no label, read on first access.
+
+        Raises StoreError if images have several classes.
+        """
+        if self.multi_label:
+            raise StoreError(f"{self.path}: its images have several classes each, expected one; use another store")
+        return np.concatenate([shard.labels.values for shard in self._shards])
+
+    def multi_hot(
+        self, indices: Sequence[int] | Integer[np.ndarray, " images"]
+    ) -> UInt8[np.ndarray, "images classes"]:
+        """Return rows that are 1 for each class of an image and 0 for others, or 255 where there is no label.
+
+        Raises IndexError.
+        """
+        positions = range(self._length)
+        hot = np.empty((len(indices), self.num_classes), np.uint8)
+        for row, index in zip(hot, indices, strict=True):
+            shard, number = self._locate(positions[index])
+            row[:] = shard.labels.multi_hot(number, self.num_classes)
+        return hot
+
+    def require_classes(self, purpose: str) -> None:
+        """Raise StoreError unless every image of the split has a label, for the sake of `purpose`."""
+        missing = len(self) - self.num_labeled
+        if missing or not self.num_classes:
+            without = f"{missing:,} of {len(self):,} images" if missing else "all images"
+            raise StoreError(
+                f"{purpose} needs classes: {without} of split {self.split!r} of {self.path} have none; tokenize "
+                "them with labels, or take what needs none, as pre-training by mtm_pretrain"
+            )
 
     @property
     def payload_sizes(self) -> Int64[np.ndarray, " images"]:
@@ -153,7 +187,11 @@ class TokenStore:
         self.num_classes = len(self.class_names) if self.class_names else largest
         self.tokenizer = document["tokenizer"]
         self.fingerprint = document["checksum"]
-        self.payload_bytes = document["splits"][self.split]["payload_bytes"]
+        entry = document["splits"][self.split]
+        self.payload_bytes = entry["payload_bytes"]
+        self.num_labeled = entry.get("num_labeled", entry["rows"])
+        self.multi_label = layout.is_multi_label(document)
+        self.inventory = entry.get("inventory")
         table = document["codec"]
         try:
             self.counts = check_counts(table["counts"], self.num_codes)
@@ -176,12 +214,19 @@ class TokenStore:
                 f"expected {expected['rows']} of {expected['payload_bytes']}; copy the split again"
             )
         for shard in self._shards:
-            low, high = shard.labels.min(initial=2**63 - 1), shard.labels.max(initial=0)
-            if not 0 <= low <= high < self.num_classes:
+            classes = shard.labels.classes()
+            low, high = classes.min(initial=2**63 - 1), classes.max(initial=-1)
+            if classes.size and not 0 <= low <= high < self.num_classes:
                 raise StoreError(
                     f"{self.path / shard.name}: labels {low} .. {high}, expected 0 .. {self.num_classes - 1}; "
                     "copy it again"
                 )
+        labeled = sum(int(shard.labels.known.sum()) for shard in self._shards)
+        if labeled != self.num_labeled:
+            raise StoreError(
+                f"{self.path / self.split}: {labeled} images have a label, expected {self.num_labeled}; "
+                "copy the split again"
+            )
 
     def _common_grid(self, positions: list[int]) -> tuple[int, int]:
         grids = {_sides(*self._locate(position)) for position in positions}
@@ -213,23 +258,41 @@ def _sides(shard: Shard, row: int) -> tuple[int, int]:
     return int(heights[row]), int(widths[row])
 
 
-def _open_shard(root: Path, name: str, grid: tuple[int, int] | None) -> Shard:
-    batch = read_shard(root / name)
-    expected = {"tokens": pa.binary(), "label": pa.int64()}
-    if grid is None:
-        expected |= {"height": pa.int32(), "width": pa.int32()}
-    for column, kind in expected.items():
-        fields = batch.schema.get_all_field_indices(column)
-        if len(fields) != 1 or batch.schema.field(fields[0]).type != kind or batch.column(fields[0]).null_count:
-            raise StoreError(f"{root / name}: expected a column {column!r} of {kind} without nulls; copy it again")
+def _open_shard(path: Path, name: str, *, grid: tuple[int, int] | None, multi_label: bool) -> Shard:
+    batch = read_shard(path)
+    _require_column(path, batch, "tokens", pa.binary())
+    _require_labels(path, batch, multi_label)
+    for column in ("height", "width") if grid is None else ():
+        _require_column(path, batch, column, pa.int32())
     sides = None if grid else (batch.column("height").to_numpy(), batch.column("width").to_numpy())
     if sides and not _valid_grids(*sides):
-        raise StoreError(f"{root / name}: a grid outside 1 .. {codecs.MAX_TOKENS} tokens; copy it again")
+        raise StoreError(f"{path}: a grid outside 1 .. {codecs.MAX_TOKENS} tokens; copy it again")
     if not len(batch):
-        raise StoreError(f"{root / name}: no images; copy it again")
+        raise StoreError(f"{path}: no images; copy it again")
     _, offsets, data = batch.column("tokens").buffers()
     offsets = np.frombuffer(offsets, np.int32, len(batch) + 1)
-    return Shard(name, batch, offsets, memoryview(data or b""), batch.column("label").to_numpy(), sides)
+    try:
+        labels = read_labels(batch)
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}; copy it again") from error
+    return Shard(name, batch, offsets, memoryview(data or b""), labels, sides)
+
+
+def _require_column(path: Path, batch: pa.RecordBatch, name: str, kind: pa.DataType) -> None:
+    fields = batch.schema.get_all_field_indices(name)
+    if len(fields) != 1 or batch.schema.field(fields[0]).type != kind or batch.column(fields[0]).null_count:
+        raise StoreError(f"{path}: expected a column {name!r} of {kind} without nulls; copy it again")
+
+
+def _require_labels(path: Path, batch: pa.RecordBatch, multi_label: bool) -> None:
+    fields = batch.schema.get_all_field_indices("label")
+    if len(fields) != 1 or not is_label_column(batch.schema.field(fields[0]).type, multi_label):
+        kind = "lists of int64" if multi_label else "int64"
+        raise StoreError(f"{path}: expected a column 'label' of {kind}; copy it again")
+    column = batch.column(fields[0])
+    # A list is null where the classes are not known; a class is -1 then.
+    if (column.values if multi_label else column).null_count:
+        raise StoreError(f"{path}: expected a column 'label' of classes that are not null; copy it again")
 
 
 def _valid_grids(heights: np.ndarray, widths: np.ndarray) -> bool:

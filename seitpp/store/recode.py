@@ -1,13 +1,17 @@
 """Convert a store to another codec; images and their order stay the same."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
+from jaxtyping import Integer
 from tqdm import tqdm
 
 from seitpp.files import new_folder
 from seitpp.store import layout
+from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
 from seitpp.store.reader import TokenStore
 from seitpp.store.shards import ARROW_TYPES
@@ -20,8 +24,8 @@ BATCH = 1024
 def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: str) -> None:
     """Write all splits of `store` into the new store `out` with the codec named `codec`.
 
-    Ids, labels, class names, tokenizer and additional columns stay exactly the same. Raises StoreError for a
-    damaged store and for columns that would be lost, UserError if `out` exists.
+    Ids, labels, class names, tokenizer, inventories and additional columns stay exactly the same. Raises
+    StoreError for a damaged store and for columns that would be lost, UserError if `out` exists.
     """
     root = Path(store)
     splits = [TokenStore(root, split) for split in layout.read_document(root)["splits"]]
@@ -30,7 +34,7 @@ def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: st
             _recode_split(source, folder, codec)
 
 
-def _check_columns(source: TokenStore) -> None:
+def check_columns(source: TokenStore) -> None:
     """Raise StoreError for a column of a kind that StoreWriter does not write: another program has added it."""
     present = datasets.load_from_disk(str(source.path / source.split)).column_names
     foreign = sorted(set(present) - {*OWN_COLUMNS, *source.columns})
@@ -41,9 +45,39 @@ def _check_columns(source: TokenStore) -> None:
         )
 
 
-def _recode_split(source: TokenStore, out: Path, codec: str) -> None:
-    _check_columns(source)
+def copy_images(
+    source: TokenStore,
+    writer: StoreWriter,
+    positions: Sequence[int] | Integer[np.ndarray, " images"],
+    *,
+    classes: Mapping[int, int] | None = None,
+) -> None:
+    """Add the images of `source` at `positions`, with all columns, to an open writer, with a progress bar.
+
+    `classes` gives the new number of each class; classes that it does not have are left out of lists.
+    """
     columns = {name: source.column(name) for name in source.columns}
+    with tqdm(total=len(positions), desc=source.split, unit=" images", disable=None) as bar:
+        for start in range(0, len(positions), BATCH):
+            part = positions[start : start + BATCH]
+            ids, labels = zip(*(source[position] for position in part), strict=True)
+            others = {name: column[part] for name, column in columns.items()}
+            renumbered = [renumber(label, classes) for label in labels]
+            writer.add_batch(np.stack(ids) if source.grid else ids, renumbered, others)
+            bar.update(len(part))
+
+
+def renumber(label: Label, classes: Mapping[int, int] | None) -> Label:
+    """Return a label with the new numbers of its classes; of several, those without a number are left out."""
+    if label is None or classes is None:
+        return label
+    if isinstance(label, tuple):
+        return tuple(classes[one] for one in label if one in classes)
+    return classes[label]
+
+
+def _recode_split(source: TokenStore, out: Path, codec: str) -> None:
+    check_columns(source)
     writer = StoreWriter(
         out,
         codebook=source.codebook,
@@ -53,11 +87,8 @@ def _recode_split(source: TokenStore, out: Path, codec: str) -> None:
         class_names=source.class_names,
         tokenizer=source.tokenizer,
         columns=source.columns,
+        multi_label=source.multi_label,
+        inventory=source.inventory,
     )
-    with writer, tqdm(total=len(source), desc=source.split, unit=" images", disable=None) as bar:
-        for start in range(0, len(source), BATCH):
-            part = range(start, min(start + BATCH, len(source)))
-            ids = source.ids(part) if source.grid else [source[position][0] for position in part]
-            others = {name: column[part] for name, column in columns.items()}
-            writer.add_batch(ids, source.labels[part.start : part.stop], others)
-            bar.update(len(part))
+    with writer:
+        copy_images(source, writer, range(len(source)))

@@ -95,7 +95,8 @@ def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -
     """Write every split of `store` as released files into `out`, a new folder, and return its absolute path.
 
     The released format cannot represent class names, tokenizer and additional columns: they are omitted.
-    Raises ReleaseError if images have different grids, StoreError for a damaged store; `out` is not created then.
+    Raises ReleaseError if images have different grids, StoreError for a damaged store and for images without a
+    label or with several; `out` is not created then.
     """
     import torch
 
@@ -105,7 +106,9 @@ def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -
     with new_folder(out) as folder:
         folder.mkdir()
         for split in document["splits"]:
-            _write_split(TokenStore(store, split), folder)
+            source = TokenStore(store, split)
+            source.require_classes("a released file")
+            _write_split(source, folder)
         codebook = layout.read_codebook(Path(store), document)
         torch.save(torch.from_numpy(codebook.copy()), folder / CODEBOOK)
     return Path(out).resolve()

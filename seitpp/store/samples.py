@@ -8,6 +8,7 @@ import pyarrow as pa
 from jaxtyping import Integer
 
 from seitpp.store import layout
+from seitpp.store.labels import Label, check_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES, column_array
 from seitpp.store.spec import SplitSpec
@@ -17,10 +18,10 @@ Columns = Mapping[str, Sequence[Any] | np.ndarray]
 
 
 class Samples(NamedTuple):
-    """Checked images: their ids as little-endian uint16, labels, and additional columns."""
+    """Checked images: their ids as little-endian uint16, labels as values of their column, additional columns."""
 
     ids: list[Integer[np.ndarray, "height width"]]
-    labels: list[int]
+    labels: list[Any]
     columns: dict[str, list[Any]]
 
     def extend(self, other: "Samples") -> None:
@@ -46,7 +47,7 @@ def no_samples(spec: SplitSpec) -> Samples:
 def check_samples(
     spec: SplitSpec,
     ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
-    labels: Integer[np.ndarray, " images"] | Sequence[int],
+    labels: Integer[np.ndarray, " images"] | Sequence[Label],
     *,
     columns: Columns | None,
     first: int,
@@ -60,9 +61,10 @@ def check_samples(
         chosen = [_check_ids(spec, np.asarray(image)[None], first + i)[0] for i, image in enumerate(ids)]
     else:
         chosen = list(_check_ids(spec, np.asarray(ids), first))
+    num_classes = len(spec.class_names) if spec.class_names else None
     return Samples(
         chosen,
-        _check_labels(spec, np.asarray(labels), len(chosen), first),
+        check_labels(labels, len(chosen), num_classes, multi_label=spec.multi_label, first=first),
         _check_columns(spec, columns or {}, len(chosen), first),
     )
 
@@ -95,19 +97,6 @@ def _check_ids(spec: SplitSpec, ids: np.ndarray, first: int) -> np.ndarray:
             f"image {image}: ids {values.min()} .. {values.max()}, but the codebook has {num_codes} codes"
         )
     return ids.astype("<u2")
-
-
-def _check_labels(spec: SplitSpec, labels: np.ndarray, n: int, first: int) -> list[int]:
-    if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        if n == labels.size == 0:
-            return []
-        raise StoreError(f"labels from image {first}: got {labels.dtype} {labels.shape}, expected integers {(n,)}")
-    classes = len(spec.class_names) if spec.class_names else 2**63 - 1
-    wrong = (labels < 0) | (labels >= classes)
-    if wrong.any():
-        image, value = first + int(wrong.argmax()), labels[wrong.argmax()]
-        raise StoreError(f"image {image}: label {value}, expected 0 .. {classes - 1}")
-    return labels.tolist()
 
 
 def _check_columns(spec: SplitSpec, columns: Columns, n: int, first: int) -> dict[str, list[Any]]:

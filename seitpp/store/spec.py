@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Features, Value
+from datasets import ClassLabel, Features, List, Value
 from jaxtyping import Float, Float32, Int32, Integer
 
 from seitpp import codec as codecs
@@ -29,7 +29,8 @@ class SplitSpec:
 
     Attributes: path; split; codebook (K, D) float32; grid [H, W], or None if each image has its own; codec, its
     name; class_names (list or None); tokenizer (dict or None); columns {name: kind}; new_ids, None or (staged K,)
-    int32: if codes were removed after staging, the new id of each staged one, -1 for a removed code.
+    int32: if codes were removed after staging, the new id of each staged one, -1 for a removed code; multi_label,
+    whether images have lists of classes.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SplitSpec:
         class_names: Sequence[str] | None,
         tokenizer: Mapping[str, Any] | None,
         columns: Mapping[str, str] | None,
+        multi_label: bool,
     ) -> None:
         """The arguments are those of StoreWriter. Raises StoreError if one is invalid."""
         self.path = Path(path).resolve()
@@ -54,6 +56,7 @@ class SplitSpec:
         # Converted to JSON and back, so that it equals what a later split reads.
         self.tokenizer = json.loads(json.dumps(tokenizer, allow_nan=False))
         self.columns = dict(columns or {})
+        self.multi_label = multi_label
         self.new_ids: Int32[np.ndarray, " codes"] | None = None
         self._check()
 
@@ -74,7 +77,8 @@ class SplitSpec:
 
     def features(self) -> Features:
         """Return the columns of a shard as features of the `datasets` library."""
-        label = ClassLabel(names=self.class_names) if self.class_names else Value("int64")
+        one = ClassLabel(names=self.class_names) if self.class_names else Value("int64")
+        label = List(one) if self.multi_label else one
         sides = {} if self.grid else {"height": Value("int32"), "width": Value("int32")}
         others = {name: Value(kind) for name, kind in self.columns.items()}
         return Features({"tokens": Value("binary"), "label": label, **sides, **others})
@@ -88,6 +92,7 @@ class SplitSpec:
             "class_names": self.class_names,
             "tokenizer": self.tokenizer,
             "columns": self.columns,
+            "multi_label": self.multi_label,
         }
 
     def existing(self, replace_left: bool = False) -> dict[str, Any] | None:
@@ -149,11 +154,13 @@ class SplitSpec:
             "grid": self.grid,
             "codec": self.codec,
             "codebook": describe(self.codebook),
+            "multi_label": self.multi_label,
         }
         stored = {
             "grid": store["grid"],
             "codec": store["codec"]["name"],
             "codebook": describe(layout.read_codebook(self.path, store)),
+            "multi_label": layout.is_multi_label(store),
         }
         for key, value in (("class_names", self.class_names), ("tokenizer", self.tokenizer)):
             if value is not None:
@@ -171,3 +178,14 @@ def describe(codebook: Float32[np.ndarray, "codes dim"]) -> str:
 def fingerprint(data: bytes) -> str:
     """Return the first 12 hex digits of the SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()[:12]
+
+
+def check_inventory(inventory: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return an inventory as JSON values. Raises StoreError if it is too large for tokens.json."""
+    text = json.dumps(inventory, allow_nan=False)
+    if len(text) > layout.MAX_INVENTORY_BYTES:
+        raise StoreError(
+            f"inventory: {len(text)} bytes of JSON, expected at most {layout.MAX_INVENTORY_BYTES}; "
+            "give counts instead of names"
+        )
+    return json.loads(text)

@@ -13,11 +13,12 @@ from jaxtyping import Float, Int64, Integer
 
 from seitpp.files import lock, new_file, remove_folder, sync, unlock, write_file
 from seitpp.store import layout
+from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import BUILT, build, place, survey
 from seitpp.store.samples import Columns, Samples, check_samples, make_batch
-from seitpp.store.shards import write_shard
-from seitpp.store.spec import SplitSpec
+from seitpp.store.shards import read_shard, write_shard
+from seitpp.store.spec import SplitSpec, check_inventory
 
 STAGED_NAME = re.compile(r"shard-(\d+)\.arrow")
 RECORD, LOCK = "staging.json", "publishing.lock"
@@ -53,6 +54,7 @@ class SplitStaging:
         class_names: Sequence[str] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
+        multi_label: bool = False,
     ) -> None:
         """The arguments are those of StoreWriter; `num_images` is the number of images of the split, at least 1.
 
@@ -67,6 +69,7 @@ class SplitStaging:
             class_names=class_names,
             tokenizer=tokenizer,
             columns=columns,
+            multi_label=multi_label,
         )
         if not 1 <= num_images <= layout.MAX_ROWS:
             raise StoreError(f"num_images: got {num_images}, expected 1 .. {layout.MAX_ROWS}")
@@ -99,7 +102,7 @@ class SplitStaging:
         self,
         shard: int,
         ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
-        labels: Integer[np.ndarray, " images"] | Sequence[int],
+        labels: Integer[np.ndarray, " images"] | Sequence[Label],
         *,
         columns: Columns | None = None,
     ) -> None:
@@ -123,6 +126,10 @@ class SplitStaging:
         staged = staged_shards(self.folder).values()
         return sum((survey(path, num_codes).counts for path in staged), np.zeros(num_codes, np.int64))
 
+    def num_written(self) -> int:
+        """Count the images of the finished shards."""
+        return sum(len(read_shard(path)) for path in staged_shards(self.folder).values())
+
     def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> None:
         """Restrict the codebook to the codes with ids `codes`, which get the ids 0, 1, ... in this order.
 
@@ -132,12 +139,13 @@ class SplitStaging:
         """
         self._spec = self._spec.keep(codes, tokenizer)
 
-    def publish(self, processes: int = 1) -> None:
+    def publish(self, processes: int = 1, inventory: Mapping[str, Any] | None = None) -> None:
         """Encode all shards, create the store or add the split to it, and remove the staging folder.
 
-        Only one process calls this; it starts `processes` processes for the encoding. If these are several, the
-        calling script needs `if __name__ == "__main__"`. Raises StoreError if shards are missing, or if another
-        process is publishing the split.
+        `inventory` says what was read and what was left out, as any mapping that JSON can represent: it is stored
+        with the split and shown in the store's card. Only one process calls this; it starts `processes` processes
+        for the encoding. If these are several, the calling script needs `if __name__ == "__main__"`. Raises
+        StoreError if shards are missing, or if another process is publishing the split.
         """
         missing = sorted(set(range(self.num_shards)) - self.finished())
         if missing:
@@ -145,18 +153,18 @@ class SplitStaging:
                 f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}; write them"
             )
         if not self.published:
-            with _exclusive(self.folder / LOCK):
-                self._publish(processes)
+            with exclusive(self.folder / LOCK):
+                self._publish(processes, check_inventory(inventory))
         remove_folder(self.folder)
         self._receipt.unlink(missing_ok=True)
 
-    def _publish(self, processes: int) -> None:
+    def _publish(self, processes: int, inventory: dict[str, Any] | None) -> None:
         if self._was_interrupted():
             # Raises if another process has published the split by now: then its folder is not ours to remove.
             self._spec.existing(replace_left=True)
             remove_folder(self._spec.path / self._spec.split)
         staged = list(staged_shards(self.folder).values())
-        store = build(self._spec, self.folder, staged, processes=processes)
+        store = build(self._spec, self.folder, staged, processes=processes, inventory=inventory)
         receipt = self.folder / self._receipt.name
         write_file(receipt, self._receipt_of(layout.read_document(self.folder / BUILT)))
         receipt.replace(self._receipt)
@@ -195,8 +203,8 @@ class SplitStaging:
             with new_file(path) as file:
                 file.write(json.dumps(record).encode())
         try:
-            begun = json.loads(path.read_bytes())
-        except ValueError as error:
+            begun = {"multi_label": False, **json.loads(path.read_bytes())}  # older records do not say it
+        except (ValueError, TypeError) as error:
             raise StoreError(f"{path}: damaged ({error}); remove {self.folder} to begin anew") from error
         for key, value in record.items():
             if begun.get(key) != value:
@@ -219,7 +227,7 @@ def write_staged(spec: SplitSpec, folder: Path, *, shard: int, samples: Samples)
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path` during the block. Raises StoreError if another process holds it."""
     descriptor = lock(path)
     if descriptor is None:

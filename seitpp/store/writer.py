@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from seitpp.files import remove_folder
+from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import build, place
 from seitpp.store.samples import Columns, check_samples, no_samples
-from seitpp.store.spec import SplitSpec
+from seitpp.store.spec import SplitSpec, check_inventory
 from seitpp.store.staging import staged_shards, write_staged
 
 
@@ -35,12 +36,16 @@ class StoreWriter:
         class_names: Sequence[str] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
+        multi_label: bool = False,
+        inventory: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare to write the split `split` into the folder `path`: new, empty, or a store without this split.
 
         codebook: finite. grid: (height, width) in tokens, or None if every image has its own. class_names: one
         distinct string per class. tokenizer: a description of the tokenizer, any mapping that JSON can represent,
-        stored verbatim. columns: additional columns, {name: "string", "binary" or "int64"}.
+        stored verbatim. columns: additional columns, {name: "string", "binary" or "int64"}. multi_label: whether
+        an image has a tuple of classes instead of one. inventory: any mapping that JSON can represent, which says
+        what was read and what was left out.
         If class_names or tokenizer are not given, those of an existing store are used.
         Raises StoreError for invalid arguments and for arguments that differ from the existing store.
         """
@@ -53,7 +58,9 @@ class StoreWriter:
             class_names=class_names,
             tokenizer=tokenizer,
             columns=columns,
+            multi_label=multi_label,
         )
+        self._inventory = check_inventory(inventory)
         self._spec.adopt(self._spec.existing())
         self.path = self._spec.path
         self._folder: Path | None = None
@@ -70,29 +77,34 @@ class StoreWriter:
             if kind is None:
                 if self._waiting.ids:
                     self._stage(len(self._waiting.ids))
-                store = build(self._spec, self._folder, list(staged_shards(self._folder).values()))
+                staged = list(staged_shards(self._folder).values())
+                store = build(self._spec, self._folder, staged, inventory=self._inventory)
                 place(self._spec, self._folder, store)
         finally:
             remove_folder(self._folder)
 
     def add(
-        self, ids: Integer[np.ndarray, "height width"], label: int, columns: Mapping[str, Any] | None = None
+        self, ids: Integer[np.ndarray, "height width"], label: Label, columns: Mapping[str, Any] | None = None
     ) -> None:
         """Append one image with ids in 0 .. K - 1 and one value for each declared column.
 
+        `label` is a class; a tuple of classes if the split is multi-label; or None (also -1) if it is not known.
         Raises StoreError for invalid values; the image is then not added, and the with-block can continue.
         """
         batches = {name: [value] for name, value in (columns or {}).items()}
-        self.add_batch(np.asarray(ids)[None], np.asarray(label)[None], batches)
+        one = not self._spec.multi_label and label is not None and not isinstance(label, tuple)
+        labels = np.asarray(label)[None] if one else [label]
+        self.add_batch(np.asarray(ids)[None], labels, batches)
 
     def add_batch(
         self,
         ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
-        labels: Integer[np.ndarray, " images"] | Sequence[int],
+        labels: Integer[np.ndarray, " images"] | Sequence[Label],
         columns: Columns | None = None,
     ) -> None:
         """Append images with ids in 0 .. K - 1, one label each, and one value each for every declared column.
 
+        Labels are those of `add`, or an array of classes with -1 where one is not known.
         If every image has its own grid, ids may be a sequence with one array per image. Raises StoreError for
         invalid values; the batch is then not added, and the with-block can continue.
         """

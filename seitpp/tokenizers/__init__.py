@@ -3,12 +3,15 @@
 from seitpp.tokenizers import adapters
 from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, by_frequency
 from seitpp.tokenizers.counts import Usage, code_counts, restart_dead_codes, tally, usage
-from seitpp.tokenizers.loading import load
+from seitpp.tokenizers.loading import Kind, load
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 from seitpp.tokenizers.refined import RefinedPatchKMeans, refine
 from seitpp.tokenizers.vit_vqgan import ViTVQGAN
+from seitpp.tokenizers.vqgan import VQGAN
 
 __all__ = [
+    "VQGAN",
+    "Kind",
     "PatchKMeans",
     "RefinedPatchKMeans",
     "Tokenizer",

@@ -13,9 +13,10 @@
 None of these libraries is imported here. Images are in [0, 1]; the adapter converts them to the network's range.
 """
 
+import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ HALF = (0.5, 0.5, 0.5)  # as mean and std: [0, 1] -> [-1, 1]
 # Chameleon's own preprocessing is 0.0078 * byte - 1, not exactly [-1, 1].
 CHAMELEON = (1 / (0.0078 * 255),) * 3
 COSMOS_LEVELS = (8, 8, 8, 5, 5, 5)
+NETWORK = "network"  # key of the library's config in the header of a saved tokenizer
 
 
 class Adapter(Tokenizer):
@@ -52,7 +54,7 @@ class Adapter(Tokenizer):
         return self.table[self.kept]
 
     def _images(self, ids: Tensor) -> Tensor:
-        """Decode ids of the network (B, H, W) to images (B, 3, height, width) in the network's own range."""
+        """Decode ids of the network (B, H, W) to images (B, C, height, width) in the network's own range."""
         raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it can only encode")
 
     def _pixels(self, ids: Tensor) -> Tensor:
@@ -75,6 +77,34 @@ class Adapter(Tokenizer):
         self.kept = self.kept[ids]
         self.table[self.kept] = rows
 
+    def restore(self, spec: TokenizerSpec, tensors: Mapping[str, Tensor], path: str) -> "Adapter":
+        """Take over the spec and the codes of a tokenizer with the same network that `save` wrote; return itself.
+
+        Raises TokenizerError naming `path` if they do not belong to this network.
+        """
+        kept, table = tensors.get("kept", torch.empty(0)), tensors.get("table", torch.empty(0))
+        same = replace(spec, image_size=self.spec.image_size, num_codes=self.spec.num_codes) == self.spec
+        if not same or table.shape != self.table.shape or tuple(kept.shape) != (spec.num_codes,):
+            raise TokenizerError(f"{path} is not a complete {self.spec.kind} tokenizer: its codes do not fit")
+        self.kept = check_ids(kept, len(table), path)
+        self.table, self.spec = table.to(torch.float32, copy=True), spec
+        return self
+
+    def _header(self) -> dict:
+        raise TokenizerError(
+            f"the {self.spec.kind} tokenizer cannot be saved, since its network is code: keep all of its codes, "
+            "and load it where it is"
+        )
+
+
+class LibraryAdapter(Adapter):
+    """An adapter for a network that its library can rebuild from its `config`, so that it can be saved."""
+
+    def _header(self) -> dict:
+        config = self.model.config
+        values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        return {**self.spec.to_json(), NETWORK: json.loads(json.dumps(values, default=str))}
+
 
 class MapAdapter(Adapter):
     """An adapter for a network that gives access to its features. A subclass implements `_maps`."""
@@ -85,7 +115,7 @@ class MapAdapter(Adapter):
 
     @abstractmethod
     def _maps(self, inputs: Tensor) -> Tensor:
-        """Compute the feature map (B, D, H, W) of normalized images (B, 3, height, width)."""
+        """Compute the feature map (B, D, H, W) of normalized images (B, C, height, width)."""
 
 
 class IdAdapter(Adapter):
@@ -127,7 +157,7 @@ class IdAdapter(Adapter):
         self.renumber[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
 
 
-class DiffusersVQ(MapAdapter):
+class DiffusersVQ(LibraryAdapter, MapAdapter):
     """An adapter for the diffusers `VQModel`; the patch is read from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
@@ -146,7 +176,7 @@ class DiffusersVQ(MapAdapter):
         return self.model.decode(ids, force_not_quantize=True, shape=shape).sample
 
 
-class ChameleonVQ(MapAdapter):
+class ChameleonVQ(LibraryAdapter, MapAdapter):
     """An adapter for the transformers `ChameleonVQVAE`, which cannot decode; the patch is read from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
@@ -158,7 +188,7 @@ class ChameleonVQ(MapAdapter):
         return self.model.quant_conv(self.model.encoder(inputs))
 
 
-class Emu3VQ(MapAdapter):
+class Emu3VQ(LibraryAdapter, MapAdapter):
     """An adapter for the transformers `Emu3VQVAE`, for still images; the patch is read from its config."""
 
     def __init__(self, model: nn.Module, image_size: int = 256):
@@ -175,7 +205,7 @@ class Emu3VQ(MapAdapter):
         return self.model.decode(ids)
 
 
-class JanusVQ(MapAdapter):
+class JanusVQ(LibraryAdapter, MapAdapter):
     """An adapter for the transformers `JanusVQVAE`; the patch and the default image size are read from its config.
 
     The library's `encode` finds the nearest row without normalization, but its `decode` uses normalized rows, as

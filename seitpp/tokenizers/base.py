@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, fields, replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,15 @@ from torch import Tensor, nn
 
 from seitpp.codebook import LOOKUP_CELLS, LOOKUPS, full_precision, nearest
 from seitpp.errors import UserError
+from seitpp.tensors import save_tensors
 
 # Codebook rows at most this far apart are the same code, rounded differently.
 SAME_ROW = 1e-5
 HEADER = "tokenizer"  # key of the spec in the header of a tokenizer file
+
+
+# The size of images in pixels: an int for squares, or (height, width).
+ImageSize = int | tuple[int, int]
 
 
 class TokenizerError(UserError):
@@ -30,11 +36,13 @@ class TokenizerError(UserError):
 class TokenizerSpec:
     """The specification of a tokenizer, stored with the tokens (as JSON in `tokens.json`).
 
-    Images are resized to exactly `image_size` = (height, width) in pixels with the `resize` filter, antialiased,
-    without keeping the aspect ratio. The network receives (image - mean) / std of an image in [0, 1], per
-    channel. One token covers `patch` x `patch` pixels and is the id of the nearest of `num_codes` codes of
-    dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes L2-normalized) or "euclidean".
-    Raises TokenizerError for an unknown lookup, or sizes that are not positive or do not fit the patch.
+    Images have `channels` channels and are resized to exactly `image_size` = (height, width) in pixels with the
+    `resize` filter, antialiased, without keeping the aspect ratio. The network receives (image - mean) / std of an
+    image in [0, 1], per channel. One token covers `patch` x `patch` pixels and is the id of the nearest of
+    `num_codes` codes of dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes
+    L2-normalized) or "euclidean".
+    Raises TokenizerError for an unknown lookup, for sizes that are not positive or do not fit the patch, and for
+    means or deviations of another number of channels.
     """
 
     kind: str
@@ -47,15 +55,21 @@ class TokenizerSpec:
     resize: str = "bicubic"
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    channels: int = 3
 
     def __post_init__(self):
         if self.lookup not in LOOKUPS:
             raise TokenizerError(f"{self.kind} tokenizer: got lookup {self.lookup!r}, expected one of {LOOKUPS}")
-        sizes = (*self.image_size, self.patch, self.num_codes, self.code_dim)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        sizes = (*self.image_size, self.patch, self.num_codes, self.code_dim, self.channels)
+        if len(self.image_size) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise TokenizerError(
-                f"{self.kind} tokenizer: got image_size, patch, num_codes and code_dim {sizes}, "
-                "expected positive integers"
+                f"{self.kind} tokenizer: got image_size, patch, num_codes, code_dim and channels {sizes}, "
+                "expected positive integers, two of them for image_size"
+            )
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise TokenizerError(
+                f"{self.kind} tokenizer: got {len(self.mean)} means and {len(self.std)} deviations, expected one "
+                f"for each of {self.channels} channels"
             )
         if any(side % self.patch for side in self.image_size):
             raise TokenizerError(
@@ -67,6 +81,36 @@ class TokenizerSpec:
     def grid(self) -> tuple[int, int]:
         """The token grid of an image: (rows, columns)."""
         return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+    def to_json(self) -> dict:
+        """Return the fields, ready for JSON; `channels` only if there are not 3, as in older stores."""
+        values = asdict(self)
+        if self.channels == 3:
+            del values["channels"]
+        return values
+
+    @classmethod
+    def unscaled(
+        cls,
+        kind: str,
+        image_size: ImageSize,
+        patch: int,
+        *,
+        num_codes: int,
+        code_dim: int,
+        channels: int = 3,
+    ) -> "TokenizerSpec":
+        """Return the spec of a tokenizer whose network receives images in [0, 1], of any number of channels."""
+        return cls(
+            kind,
+            height_and_width(image_size),
+            patch,
+            num_codes=num_codes,
+            code_dim=code_dim,
+            mean=(0.0,) * channels,
+            std=(1.0,) * channels,
+            channels=channels,
+        )
 
     @classmethod
     def from_json(cls, values: Mapping) -> "TokenizerSpec":
@@ -85,7 +129,7 @@ class Tokenizer(nn.Module, ABC):
     """The base class of all tokenizers.
 
     A subclass has a `codebook` (K, D) float and implements `features`, `_pixels` and `_keep`. Images are
-    (B, 3, height, width) float in [0, 1]; ids are (B, H, W) int64 in [0, K).
+    (B, C, height, width) float in [0, 1], with the C channels of the spec; ids are (B, H, W) int64 in [0, K).
     """
 
     codebook: Tensor
@@ -100,19 +144,18 @@ class Tokenizer(nn.Module, ABC):
         return next(t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
 
     def preprocess(
-        self, images: Float[Tensor, "batch 3 any_height any_width"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, images: Float[Tensor, "batch channels any_height any_width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Resize images in [0, 1] to the image size of the spec, antialiased, and clamp them to [0, 1]."""
         resized = F.interpolate(images, self.spec.image_size, mode=self.spec.resize, antialias=True)
         return resized.clamp(0, 1)
 
-    def set_image_size(self, size: int | tuple[int, int]) -> None:
+    def set_image_size(self, size: ImageSize) -> None:
         """Set the size of the images to tokenize: an int for squares, or (height, width), in pixels.
 
         Raises TokenizerError unless it is a multiple of the patch.
         """
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        self.spec = replace(self.spec, image_size=size)
+        self.spec = replace(self.spec, image_size=height_and_width(size))
 
     @property
     def side_multiple(self) -> int:
@@ -129,7 +172,9 @@ class Tokenizer(nn.Module, ABC):
         finally:
             self.set_image_size(before)
 
-    def model_input(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    def model_input(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Normalize images in [0, 1] to the input of the network: (images - mean) / std, in its dtype."""
         # With Python numbers, since copying `mean` and `std` to a device would make the host wait.
         channels = zip(images.unbind(dim=1), self.spec.mean, self.spec.std, strict=True)
@@ -137,13 +182,13 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def features(
-        self, images: Float[Tensor, "batch 3 height width"]
+        self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch code_dim rows columns"]:
         """Compute the unquantized feature map of preprocessed images."""
 
     @abstractmethod
     def _pixels(self, ids: Tensor) -> Tensor:
-        """Decode ids (B, H, W) int64 in [0, K) to images (B, 3, height, width), not yet clamped to [0, 1]."""
+        """Decode ids (B, H, W) int64 in [0, K) to images (B, C, height, width), not yet clamped to [0, 1]."""
 
     @abstractmethod
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
@@ -157,19 +202,24 @@ class Tokenizer(nn.Module, ABC):
         return self.quantize(self.features(images))
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Int64[Tensor, "batch rows columns"]:
-        """Tokenize preprocessed images. Raises TokenizerError unless they have the image size of the spec."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.spec.image_size):
-            height, width = self.spec.image_size
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Int64[Tensor, "batch rows columns"]:
+        """Tokenize preprocessed images. Raises TokenizerError unless they have channels and size of the spec."""
+        channels, (height, width) = self.spec.channels, self.spec.image_size
+        if images.ndim == 4 and images.shape[1] != channels:
+            raise TokenizerError(
+                f"images of {images.shape[1]} channels given to the {self.spec.kind} tokenizer, expected "
+                f"{channels}: read images of {channels} channels, or train a tokenizer for {images.shape[1]}"
+            )
+        if images.ndim != 4 or tuple(images.shape[2:]) != (height, width):
             raise TokenizerError(
                 f"images of shape {tuple(images.shape)} given to the {self.spec.kind} tokenizer, expected "
-                f"(B, 3, {height}, {width}): pass them through its preprocess() first"
+                f"(B, {channels}, {height}, {width}): pass them through its preprocess() first"
             )
         with full_precision(images.device):
             return self._ids(images)
 
     @torch.no_grad()
-    def decode(self, ids: Integer[Tensor, "batch rows columns"]) -> Float32[Tensor, "batch 3 height width"]:
+    def decode(self, ids: Integer[Tensor, "batch rows columns"]) -> Float32[Tensor, "batch channels height width"]:
         """Decode ids to images in [0, 1].
 
         Raises TokenizerError if the ids have another number of dimensions, are not integers or are outside [0, K).
@@ -261,9 +311,49 @@ class Tokenizer(nn.Module, ABC):
             digest.update(name.encode() + data.numpy().tobytes())
         return digest.hexdigest()
 
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with the spec in its header, which `tokenizers.load` reads.
+
+        Raises TokenizerError for a network of another library that cannot be rebuilt from a file.
+        """
+        save_tensors(Path(path), self.state_dict(), key=HEADER, header=self._header())
+
+    def _header(self) -> dict:
+        """Return what `load` needs besides the tensors, ready for JSON: the spec."""
+        return self.spec.to_json()
+
     def description(self) -> dict:
         """Return what a store records about its tokenizer: fingerprint and spec, ready for JSON."""
-        return {"fingerprint": self.fingerprint, "spec": asdict(self.spec)}
+        return {"fingerprint": self.fingerprint, "spec": self.spec.to_json()}
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """Return an image size as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def require_equal_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], complaint: str) -> None:
+    """Raise TokenizerError that begins with `complaint` unless all tensors have the same names and shapes."""
+    problems = [
+        *(f"{name} is missing" for name in expected if name not in got),
+        *(f"{name} is unexpected" for name in got if name not in expected),
+        *(
+            f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in got and got[name].shape != tensor.shape
+        ),
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise TokenizerError(f"{complaint}: {'; '.join(problems[:5])}{more}")
+
+
+def fp32_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies, so that a tokenizer does not depend on its file staying as it is; floats become fp32."""
+    return {
+        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:

@@ -6,19 +6,21 @@ that channel. (31 + 1 channels at K = 391 gave 23.2 dB on crops of photographs, 
 """
 
 import math
-from dataclasses import asdict
-from pathlib import Path
+import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float, UInt8
 from sklearn.cluster import KMeans, MiniBatchKMeans, kmeans_plusplus
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm import tqdm
 
 from seitpp.codebook import nearest
-from seitpp.tensors import save_tensors
-from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tokenizers.base import ImageSize, Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tokenizers.counts import code_counts
 
 KIND = "patch_kmeans"
 # Up to this many patches times codes, every iteration of k-means uses all patches: about a minute.
@@ -30,40 +32,56 @@ PASSES = 5
 PART = 1 << 10
 # Patches that are copied to double precision at a time.
 CHUNK = 1 << 18
+# Standard deviation of pixels in [0, 1] that is rounding alone.
+FLAT = 1e-6
+# Patches that `fit_to_images` chooses at random from all images, in all and for each code, whichever is more. The
+# first are 50 MB for RGB patches of 8 x 8 pixels.
+FIT_PATCHES, FIT_PATCHES_PER_CODE = 1 << 16, 32
 
 
 class PatchKMeans(Tokenizer):
     """A tokenizer that maps each patch linearly to features, and decodes a code with the transposed map.
 
-    `mean` (3 p p,) and `components` (D - 1, 3 p p) are in pixel units. The PCA features have a mean square of 1
-    over the images that the tokenizer was fitted to; the constant channel is sqrt(D - 1), their typical norm.
+    `mean` (C p p,) and `components` (D - 1, C p p) are in pixel units, for C channels. The PCA features have a
+    mean square of 1 over the images that the tokenizer was fitted to; the constant channel is sqrt(D - 1), their
+    typical norm.
     """
 
     def __init__(self, spec: TokenizerSpec):
         super().__init__(spec)
-        pixels = 3 * spec.patch**2
-        self.register_buffer("mean", torch.zeros(pixels))
-        self.register_buffer("components", torch.zeros(spec.code_dim - 1, pixels))
+        values = patch_values(spec)
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("components", torch.zeros(spec.code_dim - 1, values))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("codebook", torch.zeros(spec.num_codes, spec.code_dim))
 
     @classmethod
-    def fit(cls, images: Tensor, *, image_size: int, patch: int, num_codes: int, code_dim: int) -> "PatchKMeans":
-        """Fit a tokenizer to images (N, 3, any, any) in [0, 1], which are resized to `image_size`.
+    def fit(
+        cls,
+        images: Float[Tensor, "images channels any_height any_width"],
+        *,
+        image_size: ImageSize,
+        patch: int,
+        num_codes: int,
+        code_dim: int,
+    ) -> "PatchKMeans":
+        """Fit a tokenizer to images (N, C, any, any) in [0, 1], which are resized to `image_size`.
 
         Codes are numbered by frequency, 0 the most frequent. For more than 2^27 patches times codes, mini-batch
         k-means is used, with a progress bar. Raises TokenizerError if there are fewer distinct patches than codes,
         or if D - 1 is not between 1 and the number of values in a patch.
         """
-        pixels = 3 * patch**2
-        if not 1 <= code_dim - 1 <= pixels:
-            raise TokenizerError(f"code_dim {code_dim} for patches of {pixels} values: expected 2 to {pixels + 1}")
-        spec = TokenizerSpec(KIND, (image_size, image_size), patch, num_codes=num_codes, code_dim=code_dim)
+        channels, values = images.shape[1], images.shape[1] * patch**2
+        if not 1 <= code_dim - 1 <= values:
+            raise TokenizerError(f"code_dim {code_dim} for patches of {values} values: expected 2 to {values + 1}")
+        spec = TokenizerSpec.unscaled(
+            KIND, image_size, patch, num_codes=num_codes, code_dim=code_dim, channels=channels
+        )
         if (total := len(images) * spec.grid[0] * spec.grid[1]) < num_codes:
             raise TokenizerError(f"{total} patches cannot give {num_codes} codes: use more images or fewer codes")
         tokenizer = cls(spec)
         prepared = tokenizer.preprocess(images)
-        patches = tokenizer._patches(prepared).reshape(-1, pixels)
+        patches = tokenizer._patches(prepared).reshape(-1, values)
         if (distinct := len(torch.unique(patches, dim=0))) < num_codes:
             raise TokenizerError(
                 f"{distinct} distinct patches cannot give {num_codes} codes: use more images or fewer codes"
@@ -71,6 +89,53 @@ class PatchKMeans(Tokenizer):
         tokenizer._fit_components(patches)
         tokenizer._fit_codebook(tokenizer.features(prepared))
         return tokenizer
+
+    @classmethod
+    def fit_to_images(
+        cls,
+        batches: Iterable[UInt8[Tensor, "images channels any_height any_width"]],
+        *,
+        image_size: ImageSize,
+        patch: int = 8,
+        num_codes: int = 391,
+        code_dim: int = 32,
+        seed: int = 0,
+    ) -> "PatchKMeans":
+        """Fit a tokenizer to batches (n, C, any, any) uint8 of any images, in bounded memory.
+
+        From all images together, resized to `image_size`, 2^16 patches are chosen by `seed`, or 32 for each code
+        if that is more; how the images are split into batches makes no difference. If the patches differ too
+        little for `num_codes`, the codebook gets fewer codes, each in use, and a line that says so is printed. The
+        code dimension is at most what a patch can have, its number of values plus 1.
+
+        Raises TokenizerError if there are no images, for an image size that does not fit the patch, or if
+        `code_dim` is below 2.
+        """
+        if code_dim < 2:
+            raise TokenizerError(f"code_dim {code_dim}: expected at least 2")
+        resizer = cls(TokenizerSpec.unscaled(KIND, image_size, patch, num_codes=1, code_dim=2))
+        prepared = (resizer.preprocess(images.float() / 255) for images in batches)
+        limit = max(FIT_PATCHES, FIT_PATCHES_PER_CODE * num_codes)
+        patches = _sampled_patches(prepared, patch, limit=limit, seed=seed)
+        rows = patches.flatten(1)
+        spec = TokenizerSpec.unscaled(
+            KIND,
+            image_size,
+            patch,
+            num_codes=min(num_codes, len(torch.unique(rows, dim=0))),
+            code_dim=min(code_dim, 1 + rows.shape[1]),
+            channels=patches.shape[1],
+        )
+        tokenizer = cls(spec)
+        tokenizer._fit_components(rows)
+        maps = tokenizer.features(patches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal centers, of which one is kept below
+            tokenizer._fit_codebook(maps)
+        used = tokenizer.compact(code_counts(tokenizer.quantize(maps), spec.num_codes))
+        if (codes := used.spec.num_codes) < num_codes:
+            print(f"the patches of the images differ too little: {codes:,} of {num_codes:,} codes are kept")
+        return used
 
     def _patches(self, images: Tensor) -> Tensor:
         size = self.spec.patch
@@ -87,7 +152,9 @@ class PatchKMeans(Tokenizer):
         self.components.copy_(components * signs)
         axes = self.components.double().T
         total = sum(((chunk - self.mean).double() @ axes).square().sum() for chunk in chunks)
-        self.scale.copy_((total / (len(patches) * axes.shape[1])).sqrt())
+        # Of images that are all one color only rounding is left, which must not be scaled up.
+        scale = (total / (len(patches) * axes.shape[1])).sqrt()
+        self.scale.copy_(scale if scale > FLAT else torch.ones(()))
 
     def _fit_codebook(self, maps: Tensor) -> None:
         vectors = rearrange(maps, "b d h w -> (b h w) d")
@@ -96,7 +163,7 @@ class PatchKMeans(Tokenizer):
         self.codebook.copy_(centers[counts.argsort(descending=True, stable=True)])
 
     def features(self, images: Tensor) -> Tensor:
-        """Compute the feature map (B, D, H, W) of images (B, 3, height, width); the last channel is constant."""
+        """Compute the feature map (B, D, H, W) of images (B, C, height, width); the last channel is constant."""
         vectors = (self._patches(self.model_input(images)) - self.mean) @ self.components.T / self.scale
         constant = vectors.new_full((*vectors.shape[:-1], 1), math.sqrt(self.spec.code_dim - 1))
         return torch.cat([vectors, constant], dim=-1).permute(0, 3, 1, 2)
@@ -107,12 +174,12 @@ class PatchKMeans(Tokenizer):
         return rows / rows[..., -1:] * math.sqrt(self.spec.code_dim - 1)
 
     def _patches_of(self, rows: Tensor) -> Tensor:
-        """Map scaled rows (B, H, W, D) to the pixels (B, H, W, 3 p p) of their patches."""
+        """Map scaled rows (B, H, W, D) to the pixels (B, H, W, C p p) of their patches."""
         return rows[..., :-1] * self.scale @ self.components + self.mean
 
     def _images(self, patches: Tensor) -> Tensor:
         size = self.spec.patch
-        return rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", c=3, p=size, q=size)
+        return rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=size, q=size)
 
     def _pixels(self, ids: Tensor) -> Tensor:
         return self._images(self._patches_of(self._scaled_rows(ids)))
@@ -120,9 +187,30 @@ class PatchKMeans(Tokenizer):
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         self.codebook = rows
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file with the spec in its header, which `tokenizers.load` reads."""
-        save_tensors(Path(path), self.state_dict(), key=HEADER, header=asdict(self.spec))
+
+def patch_values(spec: TokenizerSpec) -> int:
+    """Return the number of values in a patch: channels times pixels."""
+    return spec.channels * spec.patch**2
+
+
+def _sampled_patches(batches: Iterable[Tensor], patch: int, *, limit: int, seed: int) -> Tensor:
+    """Choose `limit` patches of batches of images (n, C, h, w) at random -> (N, C, p, p)."""
+    # Each patch draws a number, and those with the smallest numbers stay: the choice does not need their total.
+    rng, numbers, kept = np.random.default_rng(seed), [], []
+    for images in batches:
+        kept.append(rearrange(images, "b c (h p) (w q) -> (b h w) c p q", p=patch, q=patch))
+        numbers.append(torch.from_numpy(rng.random(len(kept[-1]))))
+        if sum(map(len, kept)) > 2 * limit:
+            numbers, kept = ([part] for part in _smallest(numbers, kept, limit))
+    if not kept:
+        raise TokenizerError("no images to fit a tokenizer to: expected at least one")
+    return _smallest(numbers, kept, limit)[1]
+
+
+def _smallest(numbers: list[Tensor], patches: list[Tensor], limit: int) -> tuple[Tensor, Tensor]:
+    drawn = torch.cat(numbers)
+    chosen = drawn.argsort()[:limit]
+    return drawn[chosen], torch.cat(patches)[chosen]
 
 
 def _centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:

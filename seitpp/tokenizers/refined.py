@@ -2,7 +2,8 @@
 
 One transformer on windows of 8 x 8 tokens corrects the features, another one the decoded pixels. Both corrections
 start at zero, so training starts from PCA and k-means. With windows one can train on small crops and tokenize any
-image whose sides are multiples of a window; attention over 1,024 tokens would dominate the time on a CPU.
+image; attention over 1,024 tokens would dominate the time on a CPU. A window that extends beyond the lower or the
+right edge of the grid is filled up with the tokens at the edge.
 """
 
 import math
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seitpp.tokenizers.base import TokenizerError, TokenizerSpec
+from seitpp.tokenizers.base import TokenizerSpec
 from seitpp.tokenizers.counts import code_counts, restart_dead_codes, tally
-from seitpp.tokenizers.patch_kmeans import PatchKMeans
+from seitpp.tokenizers.patch_kmeans import PatchKMeans, patch_values
 from seitpp.tokenizers.transformer import Transformer, TransformerShape, sincos_positions
 
 KIND = "patch_kmeans_refined"
@@ -44,44 +45,38 @@ class WindowCorrection(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        height = tokens.shape[1] // WINDOW
+        height, width = tokens.shape[1:3]
+        rows, columns = (-(-side // WINDOW) for side in (height, width))
+        if height % WINDOW or width % WINDOW:
+            margins = (0, columns * WINDOW - width, 0, rows * WINDOW - height)
+            tokens = F.pad(tokens.permute(0, 3, 1, 2), margins, mode="replicate").permute(0, 2, 3, 1)
         windows = rearrange(tokens, "b (h p) (w q) c -> b h w (p q) c", p=WINDOW, q=WINDOW)
         mixed = self.transformer(self.embed(windows.flatten(0, 2)) + self.positions)
-        return rearrange(self.out(mixed), "(b h w) (p q) c -> b (h p) (w q) c", b=len(tokens), h=height, p=WINDOW)
+        whole = rearrange(self.out(mixed), "(b h w) (p q) c -> b (h p) (w q) c", h=rows, w=columns, p=WINDOW)
+        return whole[:, :height, :width]
 
 
 class RefinedPatchKMeans(PatchKMeans):
     """PatchKMeans with corrections of the features and of the decoded pixels, and a trained codebook.
 
-    The constant channel is not corrected. Raises TokenizerError unless the image size is a multiple of the window.
+    The constant channel is not corrected.
     """
 
     def __init__(self, spec: TokenizerSpec):
         super().__init__(spec)
-        _require_windows(spec)
-        pixels = 3 * spec.patch**2
+        values = patch_values(spec)
         del self.codebook
         self.codebook = nn.Parameter(torch.zeros(spec.num_codes, spec.code_dim))
-        self.encoder = WindowCorrection(pixels, spec.code_dim - 1)
-        self.decoder = WindowCorrection(spec.code_dim, pixels)
-
-    def set_image_size(self, size: int | tuple[int, int]) -> None:
-        """Set the size of the images to tokenize. Raises TokenizerError unless it is a multiple of the window."""
-        before = self.spec
-        super().set_image_size(size)
-        try:
-            _require_windows(self.spec)
-        except TokenizerError:
-            self.spec = before
-            raise
+        self.encoder = WindowCorrection(values, spec.code_dim - 1)
+        self.decoder = WindowCorrection(spec.code_dim, values)
 
     @property
     def side_multiple(self) -> int:
-        """The number of pixels along a side of a window."""
+        """The number of pixels along a side of a window, so that images of any size consist of whole windows."""
         return WINDOW * self.spec.patch
 
     def features(self, images: Tensor) -> Tensor:
-        """Compute the feature map (B, D, H, W) of images (B, 3, height, width); the last channel is constant."""
+        """Compute the feature map (B, D, H, W) of images (B, C, height, width); the last channel is constant."""
         patches = (self._patches(self.model_input(images)) - self.mean) / self.scale
         correction = self.encoder(patches).permute(0, 3, 1, 2)
         return super().features(images) + F.pad(correction, (0, 0, 0, 0, 0, 1))
@@ -90,7 +85,7 @@ class RefinedPatchKMeans(PatchKMeans):
         return super()._patches_of(rows) + self.decoder(rows) * self.scale
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the training loss () of images (B, 3, height, width), ids (B, H, W) and features (B, H, W, D).
+        """Compute the training loss () of images (B, C, height, width), ids (B, H, W) and features (B, H, W, D).
 
         The loss is the codebook loss plus 0.25 times the sum of the commitment loss and the squared error of the
         pixels, in units of the features' mean square, with straight-through gradients. With this equal weight, the
@@ -102,21 +97,12 @@ class RefinedPatchKMeans(PatchKMeans):
         vectors, rows = maps.permute(0, 2, 3, 1), self._scaled_rows(ids)
         codebook, commitment = F.mse_loss(rows, vectors.detach()), F.mse_loss(vectors, rows.detach())
         decoded = self._images(self._patches_of(vectors + (rows - vectors).detach()))
-        values_per_feature = 3 * self.spec.patch**2 / (self.spec.code_dim - 1)
+        values_per_feature = patch_values(self.spec) / (self.spec.code_dim - 1)
         pixels = F.mse_loss(decoded, images) / self.scale.square() * values_per_feature
         return codebook + BETA * (commitment + pixels), ids, vectors.detach()
 
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         self.codebook = nn.Parameter(rows)
-
-
-def _require_windows(spec: TokenizerSpec) -> None:
-    if any(side % WINDOW for side in spec.grid):
-        side = WINDOW * spec.patch
-        raise TokenizerError(
-            f"image_size {spec.image_size} for a refined tokenizer: expected multiples of {side} pixels, "
-            f"since it works in windows of {WINDOW} x {WINDOW} tokens"
-        )
 
 
 def refine(
@@ -128,12 +114,11 @@ def refine(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> RefinedPatchKMeans:
-    """Train corrections on images (N, 3, any, any) in [0, 1], which are resized to the tokenizer's image size.
+    """Train corrections on images (N, C, any, any) in [0, 1], which are resized to the tokenizer's image size.
 
     For images of 256 pixels it is cheap to train on 64-pixel crops: call `set_image_size(64)` before and
     `set_image_size(256)` after. With `steps=0` the result tokenizes as `tokenizer` does; else its codes are
-    renumbered by their frequency in `images`. Raises TokenizerError unless the image size is a multiple of the
-    window.
+    renumbered by their frequency in `images`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

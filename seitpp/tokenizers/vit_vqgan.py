@@ -10,7 +10,8 @@ Parameter names match the public enhancing-transformers checkpoints, so these lo
 
 import math
 import re
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors, save_tensors
-from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
+from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors
+from seitpp.tokenizers.base import (
+    HEADER,
+    ImageSize,
+    Tokenizer,
+    TokenizerError,
+    TokenizerSpec,
+    fp32_copies,
+    require_equal_shapes,
+)
 from seitpp.tokenizers.transformer import HEAD, Transformer, TransformerShape, init_xavier, sincos_positions
 
 KIND = "vit_vqgan"
@@ -36,7 +45,7 @@ QKV, MLP = "{}.transformer.layers.0.0.fn.to_qkv.weight", "{}.transformer.layers.
 class Reconstruction(NamedTuple):
     """The output of `ViTVQGAN.forward`, for training.
 
-    `images` (B, 3, height, width) are not clamped; `loss` () is the codebook loss and the weighted commitment
+    `images` (B, C, height, width) are not clamped; `loss` () is the codebook loss and the weighted commitment
     loss; `ids` are (B, H, W); `vectors` (B, D, H, W) are the L2-normalized features, to restart dead codes.
     """
 
@@ -47,12 +56,12 @@ class Reconstruction(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Patch embedding, position embeddings, transformer: images (B, 3, height, width) -> (B, H W, width)."""
+    """Patch embedding, position embeddings, transformer: images (B, C, height, width) -> (B, H W, width)."""
 
-    def __init__(self, shape: TransformerShape, grid: tuple[int, int], patch: int):
+    def __init__(self, shape: TransformerShape, spec: TokenizerSpec):
         super().__init__()
-        self.to_patch_embedding = nn.Sequential(nn.Conv2d(3, shape.width, patch, patch))
-        self.register_buffer("en_pos_embedding", sincos_positions(grid, shape.width).unsqueeze(0))
+        self.to_patch_embedding = nn.Sequential(nn.Conv2d(spec.channels, shape.width, spec.patch, spec.patch))
+        self.register_buffer("en_pos_embedding", sincos_positions(spec.grid, shape.width).unsqueeze(0))
         self.transformer = Transformer(shape)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,14 +70,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Position embeddings, transformer, one patch per token: (B, H W, width) -> images (B, 3, height, width)."""
+    """Position embeddings, transformer, one patch per token: (B, H W, width) -> images (B, C, height, width)."""
 
-    def __init__(self, shape: TransformerShape, grid: tuple[int, int], patch: int):
+    def __init__(self, shape: TransformerShape, spec: TokenizerSpec):
         super().__init__()
-        self.register_buffer("de_pos_embedding", sincos_positions(grid, shape.width).unsqueeze(0))
+        self.register_buffer("de_pos_embedding", sincos_positions(spec.grid, shape.width).unsqueeze(0))
         self.transformer = Transformer(shape)
         # The Identity gives the layer its name in public checkpoints, to_pixel.1.
-        self.to_pixel = nn.Sequential(nn.Identity(), nn.ConvTranspose2d(shape.width, 3, patch, patch))
+        to_pixel = nn.ConvTranspose2d(shape.width, spec.channels, spec.patch, spec.patch)
+        self.to_pixel = nn.Sequential(nn.Identity(), to_pixel)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = self.transformer(tokens + self.de_pos_embedding)
@@ -91,8 +101,8 @@ class ViTVQGAN(Tokenizer):
 
     def __init__(self, spec: TokenizerSpec, encoder: TransformerShape, decoder: TransformerShape):
         super().__init__(spec)
-        self.encoder = Encoder(encoder, spec.grid, spec.patch)
-        self.decoder = Decoder(decoder, spec.grid, spec.patch)
+        self.encoder = Encoder(encoder, spec)
+        self.decoder = Decoder(decoder, spec)
         self.quantizer = Quantizer(spec.num_codes, spec.code_dim)
         self.pre_quant = nn.Linear(encoder.width, spec.code_dim)
         self.post_quant = nn.Linear(spec.code_dim, decoder.width)
@@ -102,10 +112,19 @@ class ViTVQGAN(Tokenizer):
 
     @classmethod
     def new(
-        cls, size: str, *, image_size: int = 256, patch: int = 8, num_codes: int = 8192, code_dim: int = 32
+        cls,
+        size: str,
+        *,
+        image_size: ImageSize = 256,
+        patch: int = 8,
+        num_codes: int = 8192,
+        code_dim: int = 32,
+        channels: int = 3,
     ) -> "ViTVQGAN":
         """Create an untrained "small" or "base" tokenizer; the defaults are the published ones."""
-        spec = TokenizerSpec(KIND, (image_size, image_size), patch, num_codes=num_codes, code_dim=code_dim)
+        spec = TokenizerSpec.unscaled(
+            KIND, image_size, patch, num_codes=num_codes, code_dim=code_dim, channels=channels
+        )
         return cls(spec, SIZES[size], SIZES[size])
 
     @classmethod
@@ -123,31 +142,31 @@ class ViTVQGAN(Tokenizer):
             spec, tensors = None, load_state_dict(path, TokenizerError, _wanted)
         else:
             spec, tensors = load_tensors(path, HEADER, TokenizerError, wanted=_wanted)
-        return cls._from_tensors(tensors, TokenizerSpec.from_json(spec) if spec else None, path)
+        return cls.from_tensors(tensors, spec, path)
 
     @classmethod
-    def _from_tensors(cls, tensors: dict[str, Tensor], spec: TokenizerSpec | None, path: Path) -> "ViTVQGAN":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping | None, path: Path) -> "ViTVQGAN":
+        """Build the tokenizer from the tensors and the header of a file; tensors outside it are ignored.
+
+        Raises TokenizerError naming `path` if tensors of the tokenizer are missing or do not match.
+        """
+        tensors = {name: tensor for name, tensor in tensors.items() if _wanted(name)}
+        spec = TokenizerSpec.from_json(header) if header else None
         read_spec, encoder, decoder = _configuration(tensors, path)
         if spec is not None:  # from the header that `save` writes: shapes do not tell a grid that is not square
             read_spec = replace(spec, num_codes=read_spec.num_codes, code_dim=read_spec.code_dim)
         with torch.device("meta"):
             tokenizer = cls(read_spec, encoder, decoder)
-        _require_equal_shapes(tokenizer.state_dict(), tensors, path)
-        # Copies, so that the tokenizer does not depend on the file staying as it is.
-        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
-        tokenizer.load_state_dict(copies, assign=True)
+        require_equal_shapes(tokenizer.state_dict(), tensors, f"{path} is not a complete ViT-VQGAN")
+        tokenizer.load_state_dict(fp32_copies(tensors), assign=True)
         return tokenizer.requires_grad_().eval()
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, which `from_checkpoint` and `tokenizers.load` read."""
-        save_tensors(Path(path), self.state_dict(), key=HEADER, header=asdict(self.spec))
 
     @property
     def codebook(self) -> Tensor:
         """The codes (K, D) as trained, not normalized."""
         return self.quantizer.embedding.weight
 
-    def set_image_size(self, size: int | tuple[int, int]) -> None:
+    def set_image_size(self, size: ImageSize) -> None:
         """Set the size of the images to tokenize; position embeddings are interpolated bicubically.
 
         The checkpoint was not trained for other sizes: look at reconstructions. For smaller images, cropping the
@@ -163,12 +182,12 @@ class ViTVQGAN(Tokenizer):
         self.decoder.de_pos_embedding = _interpolated(trained[2].to(decoder), trained[0], self.spec.grid)
 
     def features(self, images: Tensor) -> Tensor:
-        """Compute the feature map (B, D, H, W), not normalized, of images (B, 3, height, width) in [0, 1]."""
+        """Compute the feature map (B, D, H, W), not normalized, of images (B, C, height, width) in [0, 1]."""
         tokens = self.pre_quant(self.encoder(self.model_input(images)))
         return rearrange(tokens, "b (h w) d -> b d h w", h=self.spec.grid[0])
 
     def reconstruct(self, maps: Tensor) -> Tensor:
-        """Decode a map of L2-normalized rows (B, D, H, W) to images (B, 3, height, width), not clamped."""
+        """Decode a map of L2-normalized rows (B, D, H, W) to images (B, C, height, width), not clamped."""
         tokens = self.post_quant(maps.flatten(2).transpose(1, 2))
         return self.decoder(tokens, self.spec.grid)
 
@@ -184,7 +203,7 @@ class ViTVQGAN(Tokenizer):
         return F.normalize(self.codebook[ids], dim=-1).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Compute the reconstruction, loss and ids of images (B, 3, height, width) in [0, 1] for training.
+        """Compute the reconstruction, loss and ids of images (B, C, height, width) in [0, 1] for training.
 
         With the straight-through estimator, the decoder's gradient reaches the encoder as if nothing were
         quantized. The loss moves rows to features and, with weight 0.25, features to rows, both L2-normalized.
@@ -212,9 +231,12 @@ def _configuration(
     wrong = [name for name, ndim in dims.items() if name not in tensors or tensors[name].ndim != ndim]
     if wrong:
         raise TokenizerError(f"{path} holds no ViT-VQGAN: missing or of another rank: {', '.join(wrong)}")
-    patch, side = tensors[PATCHES].shape[-1], math.isqrt(tensors[POSITIONS["encoder"]].shape[1])
+    channels, patch = tensors[PATCHES].shape[1], tensors[PATCHES].shape[-1]
+    side = math.isqrt(tensors[POSITIONS["encoder"]].shape[1])
     num_codes, code_dim = tensors[CODEBOOK].shape
-    spec = TokenizerSpec(KIND, (side * patch, side * patch), patch, num_codes=num_codes, code_dim=code_dim)
+    spec = TokenizerSpec.unscaled(
+        KIND, side * patch, patch, num_codes=num_codes, code_dim=code_dim, channels=channels
+    )
     return spec, *(_shape(tensors, side) for side in POSITIONS)
 
 
@@ -223,21 +245,6 @@ def _shape(tensors: dict[str, Tensor], side: str) -> TransformerShape:
     depth = 1 + max(int(match[1]) for match in blocks if match)
     heads = tensors[QKV.format(side)].shape[0] // (3 * HEAD)
     return TransformerShape(tensors[POSITIONS[side]].shape[2], depth, heads, tensors[MLP.format(side)].shape[0])
-
-
-def _require_equal_shapes(expected: dict[str, Tensor], got: dict[str, Tensor], path: Path) -> None:
-    problems = [
-        *(f"{name} is missing" for name in expected if name not in got),
-        *(f"{name} is unexpected" for name in got if name not in expected),
-        *(
-            f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in got and got[name].shape != tensor.shape
-        ),
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise TokenizerError(f"{path} is not a complete ViT-VQGAN: {'; '.join(problems[:5])}{more}")
 
 
 def _interpolated(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -70,7 +70,7 @@ def test_evaluation_sees_what_timm_shows(pixels: np.ndarray) -> None:
     transform = timm.data.create_transform((3, 56, 56), **PIXELS)
     source = Pictures()
     source.samples = [encoded(pixels)]
-    batch = ImageDataset(source, (56, 56), CentralBoxes(56)).__getitems__([0])
+    batch = ImageDataset(source, (56, 56), CentralBoxes((56, 56))).__getitems__([0])
     found, expected = EvalPixelView()(batch.images)[0], transform(Image.fromarray(pixels))
     levels = (found - expected).abs() * torch.tensor(STD).view(3, 1, 1) * 255
     assert levels.max() <= 1.01 and (levels > 0.01).float().mean() < 1e-3
@@ -109,7 +109,10 @@ def test_boxes_of_images_of_their_own_sizes() -> None:
 def test_the_pixels_of_an_image_depend_on_seed_epoch_and_index_alone() -> None:
     """Not on processes, accumulation, workers, or where the run began; they differ from epoch to epoch."""
     source = Pictures()
-    dataset, order = ImageDataset(source, (24, 24), RandomBoxes(5, (0.2, 1.0))), BatchOrder(12, 4, seed=5)
+    dataset, order = (
+        ImageDataset(source, (24, 24), RandomBoxes(5, (24, 24), (0.2, 1.0))),
+        BatchOrder(12, 4, seed=5),
+    )
     found: dict[tuple[int, int], list[Tensor]] = {}
     for steps, ranks, accumulation, workers in ((range(9), 1, 1, 0), (range(9), 2, 2, 0), (range(2, 9), 1, 2, 2)):
         for rank in range(ranks):

@@ -40,8 +40,8 @@ def rates(root: Path, rounds: int) -> dict[str, float]:
     source = open_source(str(root), None)
     datasets = {
         "whole": ImageDataset(source, (256, 256)),
-        "random crop": ImageDataset(source, (224, 224), RandomBoxes(seed=0)),
-        "center": ImageDataset(source, (224, 224), CentralBoxes(224)),
+        "random crop": ImageDataset(source, (224, 224), RandomBoxes(0, (224, 224))),
+        "center": ImageDataset(source, (224, 224), CentralBoxes((224, 224))),
     }
     seconds = {name: [] for name in datasets}
     for epoch in range(rounds):

@@ -368,7 +368,7 @@ def test_files_without_partner_are_counted_and_named(tmp_path: Path) -> None:
     ) as refused:
         source.check_pairs()
     assert "\n" not in str(refused.value)
-    assert len(source) == 6 and source.left_out == {".db": 1} and "left out: 1 .db" in str(source)
+    assert len(source) == 6 and "left out: 2 hidden" in str(source)
     with pytest.raises(UserError, match=r"x0.jpg: an image without mask, expected .*masks/x0.png"):
         source.read(1)
     for path in (folder / "masks").iterdir():
@@ -397,9 +397,7 @@ def test_a_turned_image_has_a_turned_mask(tmp_path: Path) -> None:
     write_image(folder / "images/a.jpg", orientation=6)
     assert label_maps(open_annotated(folder, None, rules))[0].shape == SIZE[::-1]
     write(folder / "masks/a.png", values_of(0, 1))
-    with pytest.raises(
-        UserError, match=r"6 x 8 pixels, but its image has 8 x 6 .* EXIF orientation 6, turn the mask"
-    ):
+    with pytest.raises(UserError, match=r"6 x 8 pixels, but its image has 8 x 6 .*turn the mask"):
         open_annotated(folder, None, rules).read(0)
 
 
@@ -428,4 +426,4 @@ def test_links_are_followed_and_loops_refused(tmp_path: Path) -> None:
         (folder / kind / "more").symlink_to(tmp_path / "more" / kind)
     assert [open_annotated(folder, None, rules).read(index).name for index in (0, 1)] == ["a.jpg", "more/b.jpg"]
     (folder / "images/loop").symlink_to(folder)
-    refuses("images/loop: a link to a folder above it", folder, None, rules)
+    refuses("loop: a link to a folder that it lies in", folder, None, rules)

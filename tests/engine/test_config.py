@@ -51,8 +51,10 @@ def test_config_file_repeats_a_run(tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(dataclasses.asdict(Config(steps=7, scale=(0.3, 0.4)))))
     assert parse(PRESETS, "smoke", ["--config", str(path), "--resume"]) == Config(None, 7, (0.3, 0.4), True)
+    path.write_text(json.dumps({"steps": 7}))  # of a version before the other settings
+    assert load_config(Config, path) == Config(steps=7)
     path.write_text(json.dumps({"steps": 7, "depth": 3}))
-    with pytest.raises(ConfigError, match="differs in depth, out, resume, scale"):
+    with pytest.raises(ConfigError, match="another recipe or version: has depth"):
         load_config(Config, path)
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from seitpp import TokenStore
+from seitpp import StoreWriter, TokenStore
 from seitpp.augment import EvalView
-from seitpp.data.dataset import TokenDataset
+from seitpp.data.dataset import Chosen, TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine import probe
-from seitpp.engine.probe import Features, extract_features, fit, knn, linear_probe
+from seitpp.engine.probe import Features, ProbeError, extract_features, fit, knn, labeled_sets, linear_probe
 
 ALONE = Accelerator(cpu=True)
 IMAGENET = {"images": 1_281_167, "queries": 50_000, "width": 2 * 768}
@@ -170,6 +170,41 @@ def test_features_are_those_of_the_encoder() -> None:
     expected = torch.cat([output[:, 0], output[:, 1:].mean(dim=1)], dim=1)
     assert found.vectors.dtype == torch.float16
     torch.testing.assert_close(found.vectors[chosen].float(), expected, atol=1e-5, rtol=2**-11)
+
+
+# ------------------------------------------------------------------------------------------------- labels
+
+
+def labeled(path: Path, labels: list, **settings) -> TokenDataset:
+    """Images of one code each, with these labels."""
+    with StoreWriter(path, codebook=np.eye(64, dtype=np.float32), grid=(4, 4), **settings) as writer:
+        writer.add_batch(np.arange(len(labels))[:, None, None] + np.zeros((1, 4, 4), int), labels)
+    return TokenDataset(TokenStore(path))
+
+
+def test_a_probe_sees_the_images_that_have_a_label(tmp_path: Path) -> None:
+    whole, some = labeled(tmp_path / "whole", [0, 1, 2]), labeled(tmp_path / "some", [None, 0, None, 2, 1, None])
+    assert labeled_sets(whole, whole) == (whole, whole)
+    half = Chosen(some, np.array([0, 1, 3, 5]))
+    for found, ids in zip(labeled_sets(some, half), ([1, 3, 4], [1, 3]), strict=True):
+        batch = found.__getitems__(list(range(len(found))))
+        assert batch.ids[:, 0, 0].tolist() == ids and (batch.labels >= 0).all()
+
+
+def test_labels_that_say_nothing_are_no_probe(tmp_path: Path) -> None:
+    good = labeled(tmp_path / "good", [0, 1])
+    for name, labels, settings, words in (
+        ("none", [None, None], {}, "the 2 training images have none"),
+        ("one", [1, 1, None], {"class_names": ["a", "b"]}, "the 3 training images are all of one class"),
+        ("lists", [(0, 1), (1,)], {"multi_label": True}, "the training images have several each"),
+    ):
+        bad = labeled(tmp_path / name, labels, **settings)
+        with pytest.raises(ProbeError, match=f"at least two classes: {words}"):
+            labeled_sets(bad, good)
+        with pytest.raises(ProbeError, match=words.replace("training", "validation")):
+            labeled_sets(good, bad)
+    with pytest.raises(ProbeError, match="the 1 training images are all of one class"):
+        labeled_sets(Chosen(good, np.array([0])), good)
 
 
 # ----------------------------------------------------------------------------------------------- processes

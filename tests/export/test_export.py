@@ -125,7 +125,7 @@ def test_a_model_of_pixels_and_its_transform(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     found = {}
     exec(example(card).replace("FOLDER", str(out)).replace("PICTURE", str(picture)), found)
-    batch = ImageDataset(FolderSource(picture.parent), (32, 32), CentralBoxes(32)).__getitems__([0])
+    batch = ImageDataset(FolderSource(picture.parent), (32, 32), CentralBoxes((32, 32))).__getitems__([0])
     expected = model(EvalPixelView()(batch.images))
     # Pillow takes a box in single precision: of some pixels the last bit differs.
     torch.testing.assert_close(found["logits"], expected, atol=1e-3, rtol=0)

@@ -1,143 +1,218 @@
-"""Sources of encoded images: the same photographs through every kind of source."""
+"""Sources of encoded images: the same pictures in every packing, and files as people have them."""
 
-import io
-import tarfile
+import os
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_sample_images
+from support.pictures import (
+    CLASSES,
+    PACKINGS,
+    as_dataset,
+    as_folder,
+    as_parquet,
+    make_tar,
+    photograph_crops,
+    write,
+)
 
 from seitpp.images.batches import ImageDataset
-from seitpp.images.decode import ImageError, Sample, decode_image
-from seitpp.images.sources import open_source
-
-CLASSES = ["china", "flower"]
-
-
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
+from seitpp.images.decode import ImageError, decode_image
+from seitpp.images.inventory import describe, inventory
+from seitpp.images.labels import LabelRules
+from seitpp.images.sources import hold_out, open_source, open_splits, split_names
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[tuple[bytes, int]]:
-    """Six crops of two photographs, with their classes."""
-    photographs = load_sample_images().images
-    return [(png(photographs[label][at : at + 50, :70]), label) for label in (0, 1) for at in (0, 100, 200)]
+    return photograph_crops()
 
 
-def folder(root: Path, samples: list[tuple[bytes, int]]) -> Path:
-    for number, (data, label) in enumerate(samples):
-        path = root / "train" / CLASSES[label] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return root
+def read_all(source) -> list[tuple[bytes, object]]:
+    return [(sample.data, sample.label) for sample in map(source.read, range(len(source)))]
 
 
-def parquet(root: Path, samples: list[tuple[bytes, int]]) -> Path:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
-    root.mkdir()
-    for part in (0, 1):
-        rows = [
-            {"image": {"bytes": data, "path": None}, "label": label} for data, label in samples[part * 3 :][:3]
-        ]
-        dataset = datasets.Dataset.from_list(rows, features=features)
-        dataset.to_parquet(root / f"train-{part}.parquet", batch_size=2)
-    return root
-
-
-def tar(root: Path, samples: list[tuple[bytes, int]]) -> Path:
-    root.mkdir()
-    with tarfile.open(root / "train-0.tar", "w") as file:
-        for number, (data, label) in enumerate(samples):
-            for suffix, content in (("png", data), ("cls", str(label).encode()), ("txt", b"ignored")):
-                info = tarfile.TarInfo(f"../outside/{number}.{suffix}")  # names are never written to disk
-                info.size = len(content)
-                file.addfile(info, io.BytesIO(content))
-    return root
-
-
-@pytest.mark.parametrize("make", [folder, parquet, tar])
-def test_every_source_gives_the_same_bytes_and_labels(make, samples, tmp_path) -> None:
-    source = open_source(str(make(tmp_path / "source", samples)), "train")
-    assert len(source) == 6
-    read = [source.read(index) for index in range(6)]
-    assert [(sample.data, sample.label) for sample in read] == samples
-    assert len({sample.name for sample in read}) == 6
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_packing_gives_the_same_bytes_labels_and_classes(packing: str, samples, tmp_path) -> None:
+    data = PACKINGS[packing](tmp_path / "pictures", samples)
+    rules = LabelRules(file=str(tmp_path / "labels.csv")) if packing == "flat" else LabelRules()
+    source = open_source(str(data), None, rules)
+    assert read_all(source) == samples and source.class_names == CLASSES
+    assert len({source.read(index).name for index in range(6)}) == 6 and len(source.names) == 6
     assert [source.read(index).data for index in (5, 0, 4)] == [samples[index][0] for index in (5, 0, 4)]
-    assert source.class_names == (None if make is tar else CLASSES)
+    assert str(source.left_out) == "nothing" and inventory(source)["classes"] == {"china": 3, "flower": 3}
 
 
-def test_a_named_data_set_gives_the_same_bytes_and_labels(samples, monkeypatch) -> None:
+def test_a_data_set_of_the_hub_needs_its_prefix(samples, monkeypatch) -> None:
     """What `datasets` gives for a name on the hub; only the download is left out."""
-    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=CLASSES)})
-    rows = [{"photo": {"bytes": data, "path": None}, "kind": label} for data, label in samples]
     asked = []
 
     def load_dataset(name: str, split: str) -> datasets.Dataset:
         asked.append((name, split))
-        return datasets.Dataset.from_list(rows, features=features)
+        return as_dataset(samples, label="kind")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = open_source("somebody/photographs", "validation")
-    assert asked == [("somebody/photographs", "validation")]
-    assert [(source.read(index).data, source.read(index).label) for index in range(6)] == samples
-    assert source.class_names == CLASSES
+    source = open_source("hf://somebody/photographs", "validation")
+    assert asked == [("somebody/photographs", "validation")] and read_all(source) == samples
+    with pytest.raises(ImageError, match=r"^photographs: no such file or folder; .* hf://owner/name"):
+        open_source("photographs")
+    assert len(asked) == 1
 
 
-def test_a_flat_folder_has_one_class_without_a_name(samples, tmp_path) -> None:
-    (tmp_path / "a.PNG").write_bytes(samples[0][0])
-    (tmp_path / "notes.txt").write_text("not an image")
-    source = open_source(str(tmp_path), None)
-    assert (len(source), source.class_names, source.read(0).label) == (1, None, 0)
+def test_a_folder_as_people_have_it(samples, tmp_path) -> None:
+    """Hidden folders, files of other kinds, links, images without a suffix, and packed files beside images."""
+    root, (data, _) = tmp_path / "photos", samples[0]
+    write(root / "b" / "1.JPG", data)
+    write(root / "b" / "scan", data)
+    write(root / "b" / "holiday.jpg_large", data)
+    write(root / "b" / "deep" / "3.png", data)
+    for hidden in (".ipynb_checkpoints/1.jpg", "__MACOSX/1.jpg", "b/._1.jpg", "b/Thumbs.db"):
+        write(root / hidden, data)
+    write(root / "notes.txt", "x")
+    write(root / "b" / "clip.mp4", "x")
+    write(root / "b" / "unknown", "x" * 600)
+    write(root / "stray.tar", "x")
+    write(root / "stray.parquet", "x")
+    write(tmp_path / "elsewhere" / "4.png", data)
+    (root / "a").symlink_to(tmp_path / "elsewhere")
+    (root / "b" / "gone.jpg").symlink_to(root / "nowhere")
+    (root / "b" / "folder.jpg").mkdir()
+    (root / "empty").mkdir()
+    source = open_source(str(root))
+    assert source.names == ["a/4.png", "b/1.JPG", "b/deep/3.png", "b/gone.jpg", "b/holiday.jpg_large", "b/scan"]
+    assert source.labels.values == [0, 1, 1, 1, 1, 1] and source.class_names == ["a", "b", "empty"]
+    with pytest.raises(ImageError, match=r"^b/gone.jpg: cannot be read \(No such file"):
+        source.read(3)
+    text = describe(source)
+    assert "6 images, classes by folder names\n3 classes: b 5, a 1, empty 0" in text
+    assert source.left_out.counts == {
+        "hidden": 4, ".txt file": 1, ".mp4 file": 1, "no image by its content": 1, "packed file beside images": 2
+    }  # fmt: skip
+    (root / "b" / "deep" / "up").symlink_to(root)
+    with pytest.raises(ImageError, match="a link to a folder that it lies in"):
+        open_source(str(root))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
-def test_decoding_resizes_to_exactly_the_size(mode: str, samples) -> None:
-    image = Image.open(io.BytesIO(samples[0][0])).convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    decoded = decode_image(Sample(buffer.getvalue(), "x", 0), (32, 48))
-    expected = np.asarray(image.convert("RGB").resize((48, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert decoded.dtype == np.uint8 and np.array_equal(decoded, expected)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_without_permission_is_an_unreadable_image(samples, tmp_path) -> None:
+    root = as_folder(tmp_path, samples)
+    (root / "secret").mkdir(mode=0)
+    source = open_source(str(root))
+    with pytest.raises(ImageError, match=r"^secret: cannot be read"):
+        source.read(source.names.index("secret"))
+
+
+def test_splits_are_no_classes(samples, tmp_path) -> None:
+    for split, chosen in (("train", samples), ("val", samples[3:])):
+        as_folder(tmp_path / "set" / split, chosen)
+    with pytest.raises(
+        ImageError, match=r"has the splits train, val, which are no classes: name one with --source-split"
+    ):
+        open_source(str(tmp_path / "set"))
+    assert len(open_source(str(tmp_path / "set"), "train")) == 6
+    splits = open_splits(str(tmp_path / "set"), LabelRules())
+    assert list(splits) == ["train", "validation"]
+    # A part without some classes keeps the numbers of the others.
+    assert read_all(splits["validation"]) == samples[3:] and splits["validation"].class_names == CLASSES
+    as_parquet(tmp_path / "tables", samples)
+    for number, name in enumerate(("train", "test")):
+        (tmp_path / "tables" / f"pictures-{number}.parquet").rename(tmp_path / "tables" / f"{name}-00000.parquet")
+    assert split_names(str(tmp_path / "tables")) == ["test", "train"]
+    assert read_all(open_source(str(tmp_path / "tables"), "train")) == samples[:3]
+    both = datasets.DatasetDict({"train": as_dataset(samples), "test": as_dataset(samples[:2])})
+    both.save_to_disk(str(tmp_path / "arrow"))
+    assert {name: len(source) for name, source in open_splits(str(tmp_path / "arrow"), LabelRules()).items()} == {
+        "train": 6, "test": 2
+    }  # fmt: skip
+    with pytest.raises(ImageError, match="--splits, but it has none"):
+        open_splits(str(tmp_path / "set" / "train"), LabelRules())
+
+
+def test_every_nth_image_is_held_out(samples, tmp_path) -> None:
+    source = open_source(str(as_folder(tmp_path / "set", samples)))
+    train, validation = hold_out(source, 3, "set")
+    assert validation.names == [source.names[2], source.names[5]] and len(train) == 4
+    assert read_all(train) + read_all(validation) == [samples[index] for index in (0, 1, 3, 4, 2, 5)]
+    with pytest.raises(ImageError, match="6 images in set: expected at least 20"):
+        hold_out(source, 20, "set")
+
+
+@pytest.mark.parametrize(
+    "members, names",
+    [
+        ({"0001.input.jpg": b"", "0001.target.cls": "0"}, ["0001.input.jpg"]),
+        ({"a/k.jpg": b"", "a/k.seg.png": b"", "a/k.cls": "0"}, ["a/k.jpg"]),
+        (
+            {"v.1.001.jpg": b"", "v.1.002.jpg": b"", "v.1.001.cls": "0", "v.1.002.cls": "1"},
+            ["v.1.001.jpg", "v.1.002.jpg"],
+        ),
+        ({"n01/n01_1.JPEG": b"", "n02/n02_1.JPEG": b"", "._x.jpg": b""}, ["n01/n01_1.JPEG", "n02/n02_1.JPEG"]),
+    ],
+)
+def test_no_naming_habit_loses_an_image_of_a_tar(members, names, tmp_path) -> None:
+    source = open_source(str(make_tar(tmp_path / "t.tar", members)))
+    assert [name.partition("/")[2] for name in source.names] == names
+    assert source.labels.values == list(range(len(names)))
+
+
+def test_a_cut_or_damaged_tar_is_refused(samples, tmp_path) -> None:
+    whole = make_tar(
+        tmp_path / "whole.tar", {f"{n}.png": data for n, (data, _) in enumerate(samples)}
+    ).read_bytes()
+    header = whole.index(b"3.png")
+    damaged = whole[:header] + b"\xff" + whole[header + 1 :]
+    cuts = {
+        "inside": whole[: header - 700],
+        "between": whole[:header],
+        "header": whole[: header + 100],
+        "damaged": damaged,
+    }
+    for name, data in cuts.items():
+        path = write(tmp_path / f"{name}.tar", data)
+        with pytest.raises(ImageError, match=r"(cut|damaged|cannot be read as an uncompressed tar) .*copy"):
+            open_source(str(path))
+
+
+def test_bad_sources_are_refused_in_one_line(samples, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    several = {
+        "1.input.png": samples[0][0],
+        "1.target.png": samples[1][0],
+        "2.input.png": b"",
+        "2.target.png": b"",
+    }
+    cases = {
+        "no images below it": tmp_path / "empty",
+        "no folder 'validation' below it": as_folder(tmp_path / "f", samples),
+        "no file whose name begins with 'validation', it has pictures-0": as_parquet(tmp_path / "p", samples),
+        "cannot be read as Parquet": write(tmp_path / "broken.parquet", b"PAR1 not really"),
+        "cannot be read as an uncompressed tar": write(tmp_path / "broken.tar", b"no tar" * 200),
+        "expected a folder, a .parquet or an uncompressed .tar": write(tmp_path / "photos.zip", b"PK"),
+        "several pictures of one sample": make_tar(tmp_path / "pairs.tar", several),
+        "no images in 1 tar file": make_tar(tmp_path / "texts.tar", {"1.txt": "x"}),
+    }
+    for message, path in cases.items():
+        with pytest.raises(ImageError, match=message) as caught:
+            open_source(str(path), "validation" if "validation" in message else None)
+        assert "\n" not in str(caught.value) and " at 0x" not in str(caught.value)
 
 
 def test_a_dataset_decodes_whole_batches(samples, tmp_path) -> None:
-    source = open_source(str(folder(tmp_path / "source", samples)), "train")
+    source = open_source(str(as_folder(tmp_path / "source", samples)))
     indices, images, labels = ImageDataset(source, (32, 32)).__getitems__([4, 1])
     assert indices.tolist() == [4, 1] and images.shape == (2, 3, 32, 32)
     assert labels.tolist() == [source.read(4).label, source.read(1).label]
-    assert np.array_equal(images[0], decode_image(source.read(4), (32, 32)))
+    assert (images[0].numpy() == decode_image(source.read(4), (32, 32))).all()
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:40], lambda data: b"GIF89a" + bytes(50)])
-def test_an_unreadable_image_is_named(damage, samples) -> None:
-    with pytest.raises(ImageError, match=r"^holiday\.png: cannot be read as an image"):
-        decode_image(Sample(damage(samples[0][0]), "holiday.png", 0), (32, 32))
-
-
-def test_a_bomb_is_refused(monkeypatch, samples) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match="decompression bomb"):
-        decode_image(Sample(samples[0][0], "bomb.png", 0), (32, 32))
-
-
-def test_bad_sources_are_refused(samples, tmp_path) -> None:
-    with pytest.raises(ImageError, match="no images below it"):
-        open_source(str(tmp_path), None)
-    with pytest.raises(ImageError, match="expected a folder of images"):
-        open_source(str(tmp_path / "missing"), None)
-    with pytest.raises(ImageError, match="no images below it"):
-        open_source(str(folder(tmp_path / "f", samples)), "validation")
-    with pytest.raises(ImageError, match="no file whose name begins with 'validation', it has train-0"):
-        open_source(str(tar(tmp_path / "t", samples)), "validation")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(ImageError, match="cannot be read as Parquet"):
-        open_source(str(tmp_path / "broken.parquet"), None)
-    (tmp_path / "broken.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(ImageError, match="cannot be read as an uncompressed tar"):
-        open_source(str(tmp_path / "broken.tar"), None)
+def test_labels_of_a_batch_are_classes_or_rows(samples, tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "source", samples)
+    write(root / "stray.png", samples[0][0])
+    source = open_source(str(root), None, LabelRules(unlabeled="keep"))
+    assert ImageDataset(source, (8, 8)).__getitems__([0, 5, 6])[2].tolist() == [0, 1, -1]
+    names = ["china|flower", "flower", "", "china", "flower|flower", "china", "china"]
+    rows = [f"{name}\t{label}" for name, label in zip(source.names, names, strict=True)]
+    file = write(tmp_path / "labels.tsv", "name\tlabels\n" + "\n".join(rows))
+    source = open_source(str(root), None, LabelRules(file=str(file), unlabeled="keep"))
+    assert source.labels.multi_label and source.labels.values[:3] == [(0, 1), (1,), None]
+    assert ImageDataset(source, (8, 8)).__getitems__([0, 1, 2])[2].tolist() == [[1, 1], [0, 1], [255, 255]]

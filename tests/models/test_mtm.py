@@ -207,6 +207,16 @@ def test_plan_drops_a_part_of_what_it_hides() -> None:
         mask_plan(noise, 10, 9)
 
 
+@pytest.mark.parametrize("law", MASK_RATIOS.values())
+def test_few_patches_leave_one_hidden_and_one_seen(law) -> None:
+    for patches in range(2, 16):
+        for ratio in (law.lowest, law.mean, law.highest):
+            plan = mask_plan(torch.rand(3, patches), *law.counts(patches, ratio))
+            seen = ~plan.hidden.gather(1, plan.kept)
+            assert (seen.sum(1) >= 1).all() and (plan.hidden.sum(1) >= 1).all()
+    assert LAW.counts(16, 1.0) == (7, 16), "that of the digits, as ever"
+
+
 def test_mask_ratio_follows_the_truncated_normal() -> None:
     ratios = [LAW.ratio(0, step) for step in range(3000)]
     law = stats.truncnorm((0.4 - 0.45) / 0.25, (1 - 0.45) / 0.25, loc=0.45, scale=0.25)

@@ -276,13 +276,13 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
         adapt = TokenAdapt(width=64, heads=1, mlp=64)
         save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(codebook))
         where["tokenadapt"] = str(tmp_path / "adapt.safetensors")
-    config = replace(config, precision="no", out=str(tmp_path / "run"), **where)
+    config = replace(config, precision="no", batch_size=8, out=str(tmp_path / "run"), **where)
     stem = {"num_codes": 391} if preset in ("published", "digits", "smoke") else {}
     name = "mtm_vit_nano" if stem else "seit_vit_nano"
     source = Loaded(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
     make = finetune.pixel_task if preset == "pixels" else finetune.token_task
     task = make(config, Run("finetune", config), source)
-    batch = task.train.__getitems__(MicroBatch(range(8), epoch=0))
+    batch = task.train.images.__getitems__(MicroBatch(range(8), epoch=0))
     for inputs in (
         task.view(getattr(batch, task.field), batch.labels, Keys(0, 0, batch.indices))[0],
         task.center_view(getattr(batch, task.field)),
@@ -323,11 +323,6 @@ def test_what_cannot_be_fine_tuned_is_refused(
         tmp_path / "adapt.pth",
     )
     oblong = random_store(tmp_path / "oblong", codebook, (12, 8))
-    save_pretrained(
-        tmp_path / "oblong.mtm",
-        tiny_mtm(grid=(12, 8)),
-        codebook_fingerprint(codebook),
-    )
     for arguments, *words in (
         ([], "--checkpoint"),
         (["--checkpoint", tmp_path / "none"], "no model file", tmp_path / "none"),
@@ -340,7 +335,9 @@ def test_what_cannot_be_fine_tuned_is_refused(
         ([*mtm, "--size", 9], "--size 9", "(8, 8)"),
         (["--checkpoint", tmp_path / "pixels"], "takes pixels", "--data"),
         (["--checkpoint", tmp_path / "adapt.pth"], "adapt.pth", "TokenAdapt"),
-        (["--checkpoint", tmp_path / "oblong.mtm", "--store", oblong], "(12, 8)", "--size"),
+        ([*seit, "--store", oblong, "--size", 12], "--size 12", "(12, 8)", "shorter side"),
+        ([*seit, "--store", oblong, "--size", 8, 12], "--size 8 12", "(12, 8)", "height and width"),
+        ([*seit, "--data", pictures, "--class-balance", "weights"], "--class-balance weights"),
         ([*seit, "--data", pictures, "--store", other_store], "--store"),
         ([*seit, "--data", pictures, "--color", "paper"], "--color"),
         ([*seit, "--data", pictures, "--tokenadapt", tmp_path], "--tokenadapt"),

@@ -6,12 +6,16 @@ import json
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import mtm_pretrain
 import numpy as np
+import probe
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +24,8 @@ from support.running import command, metrics, run, torchrun
 
 from seitpp import StoreWriter
 from seitpp.data.digits import digits
-from seitpp.recipe import rehearse
+from seitpp.engine.probe import ProbeError
+from seitpp.recipe import rehearse, run_recipe
 
 STEPS, CHECKPOINT_STEPS = 22, 6  # of the smoke preset: 2 epochs of 11 steps, a checkpoint every half epoch
 
@@ -50,6 +55,11 @@ def test_result_and_report(smoke: Path) -> None:
     assert 40 < result["payload_bytes_per_image"] < 50
     assert result["images_per_second"] > 0 and result["seconds"] > 0 and result["steps"] == STEPS
     page = (smoke / "report.html").read_text()
+    assert [sentence.split(":")[0] for sentence in result["findings"]] == [
+        "Not learning yet",
+        "The encoder is not clearly better than an untrained one",
+    ]
+    assert all(sentence in page for sentence in result["findings"])
     for picture in ("loss.png", "reconstructions.png"):
         assert picture in page and (smoke / picture).read_bytes().startswith(b"\x89PNG")
     assert (smoke / "model.safetensors").stat().st_mode & 0o044, "readable by others where the umask allows it"
@@ -119,6 +129,8 @@ def test_two_processes_and_accumulation_train_the_same_model(tmp_path: Path) -> 
         torch.testing.assert_close(load_file(two / "model.safetensors")[name], value, atol=1e-4, rtol=0)
     for name in ("linear_probe_top1", "knn_top1"):
         assert abs(first[name] - second[name]) * 3.6 < 2.5, "at most 2 of 360 images, by rounding"
+    for name in ("masked_loss_train", "masked_loss_validation"):
+        assert second[name] == pytest.approx(first[name], abs=1e-5)
 
 
 def test_probe_repeats_the_figures_of_the_run(smoke: Path, tmp_path: Path) -> None:
@@ -145,6 +157,63 @@ def test_any_store_trains_without_its_tokenizer(tmp_path: Path) -> None:
     finished = run("mtm_pretrain", "smoke", "--store", store, "--crop-size", "6", "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run/reconstructions.png").exists()
+
+
+def call(monkeypatch, *arguments: object) -> None:
+    """The command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["mtm_pretrain.py", *map(str, arguments)])
+    run_recipe(mtm_pretrain.main, mtm_pretrain.PRESETS, "digits", settle=mtm_pretrain.choose)
+
+
+def own_images(path: Path, labels: list, grid: tuple[int, int]) -> Path:
+    """A store with the split train alone."""
+    ids = np.random.default_rng(0).integers(40, size=(len(labels), *grid))
+    with StoreWriter(path, codebook=CODEBOOK, grid=grid) as writer:
+        writer.add_batch(ids, labels)
+    return path
+
+
+@pytest.mark.parametrize("grid", [(7, 9), (4, 6), (2, 4)])
+def test_a_store_of_own_images_is_all_that_must_be_named(
+    grid: tuple[int, int], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """No preset, no labels, no validation split; the grid is not square."""
+    store, out = own_images(tmp_path / "tokens", [None] * 100, grid), tmp_path / "run"
+    call(monkeypatch, "--store", store, "--epochs", "2", "--out", out)
+    printed, result = capsys.readouterr().out, json.loads((out / "result.json").read_text())
+    assert (
+        "preset auto: 95 training images" in printed and "epochs               2              you said" in printed
+    )
+    assert json.loads((out / "config.json").read_text())["preset"] == "auto"
+    held_out = "tokens has no split 'validation': every 20th image of its split 'train' is held out, 5 of 100"
+    assert held_out in printed and result["data"]["validation"] == held_out
+    assert result["data"]["images"] == {"train": 95, "validation": 5} and result["training_images"] == 95
+    assert not any("top1" in name for name in result) and result["masked_loss_validation"] > 0
+    reason = "one label for each image, of at least two classes: the 95 training images have none"
+    assert f"no probes: linear probe and k-NN need {reason}" in printed
+    assert [sentence.split(":")[0] for sentence in result["findings"]] == ["Not learning yet", "No probes"]
+    assert not (out / "probes.png").exists() and "findings:\n- Not learning yet" in printed
+    with pytest.raises(ProbeError, match=reason):
+        probe.main(replace(probe.PRESETS["smoke"], checkpoint=str(out), store=str(store), out=str(tmp_path / "p")))
+
+
+def test_images_without_a_label_are_not_probed(tmp_path: Path, capsys) -> None:
+    labels = [None if index % 2 else index % 3 for index in range(1, 101)]
+    store, out = own_images(tmp_path / "tokens", labels, (4, 4)), tmp_path / "run"
+    mtm_pretrain.main(
+        replace(mtm_pretrain.PRESETS["smoke"], store=str(store), batch_size=32, epochs=1, out=str(out))
+    )
+    assert "probes: on the 45 training and 5 validation images that have labels" in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text())["knn_top1"] * 5 % 100 == pytest.approx(0, abs=1e-9)
+
+
+def test_a_grid_that_cannot_be_masked_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    for preset, grid in (([], (2, 2)), (["smoke"], (2, 2)), ([], (1, 1)), (["smoke", "--crop-size", "2"], (8, 8))):
+        store = own_images(tmp_path / f"tokens{len(list(tmp_path.iterdir()))}", [0] * 100, grid)
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *preset, "--store", store, "--batch-size", "8", "--out", tmp_path / "run")
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1 and "one to hide and one to see" in error[0]
 
 
 def test_the_first_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

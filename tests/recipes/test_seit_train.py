@@ -73,7 +73,8 @@ def test_every_step_and_every_evaluation_is_written_down_once(smoke: Path) -> No
     assert lines[0]["loss"] == pytest.approx(np.log(10), abs=0.1) and lines[0]["lr"] == 1e-6
     assert lines[EPOCH]["lr"] == pytest.approx(2e-3)
     assert [line["step"] for line in evaluations] == [EPOCH]
-    names = {"top1", "top5", "top1_ema", "top5_ema"}
+    kinds = ("top1", "top5", "balanced_accuracy")
+    names = {f"{kind}{suffix}" for kind in kinds for suffix in ("", "_ema")}
     assert set(evaluations[0]) == {"step", *names} and names < set(result)
     for name in names:
         assert result[name] * 3.6 == pytest.approx(round(result[name] * 3.6)), "a percentage of 360 images"
@@ -120,11 +121,11 @@ class Killed(Exception):
 def die_at_the_third_loss(monkeypatch) -> None:
     loss, calls = seit_train.soft_label_loss, []
 
-    def loss_until_killed(*arguments) -> torch.Tensor:
+    def loss_until_killed(*arguments, **settings) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise Killed
-        return loss(*arguments)
+        return loss(*arguments, **settings)
 
     monkeypatch.setattr(seit_train, "soft_label_loss", loss_until_killed)
 
@@ -255,6 +256,7 @@ def test_evaluate_repeats_the_figures_of_the_run(smoke: Path, tmp_path: Path, fl
     assert 100 * correct / 360 == accuracies(tmp_path / "run")[0]
     mean = sum(float(row["top1"]) for row in tables["per_class"]) / 10
     assert mean == pytest.approx(accuracies(tmp_path / "run")[0], abs=0.01)
+    assert mean == pytest.approx(result_of(tmp_path / "run")["balanced_accuracy"], abs=0.01)
     assert (tmp_path / "run" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -319,9 +321,6 @@ def test_predictions_are_in_the_order_of_the_split(smoke: Path) -> None:
     assert torch.equal(found.ranked[:, 0], logits.argmax(dim=1))
     likely = logits.gather(1, found.ranked)
     assert (likely.diff(dim=1) <= 1e-6).all() and found.top(5).percent == accuracies(smoke)[1]
-    counts = found.confusion(10)
-    assert counts.sum() == 360 and counts.diagonal().sum() == found.top(1).correct
-    assert counts[3, 5] == ((found.labels == 3) & (found.ranked[:, 0] == 5)).sum()
 
 
 def test_what_cannot_be_evaluated_is_refused(
@@ -342,12 +341,11 @@ def test_what_cannot_be_evaluated_is_refused(
         fingerprint,
         class_names=None,
     )
-    swapped = [str(digit) for digit in (1, 0, *range(2, 10))]
     save_classifier(
-        tmp_path / "swapped",
+        tmp_path / "letters",
         timm.create_model("seit_vit_nano", num_classes=10, **small),
         fingerprint,
-        class_names=swapped,
+        class_names=list("abcdefghij"),
     )
     save_classifier(
         tmp_path / "foreign", timm.create_model("seit_vit_nano", num_classes=10, **small), "0", class_names=None
@@ -370,8 +368,10 @@ def test_what_cannot_be_evaluated_is_refused(
         ([*own, "--tokenizer", tokenizer], "--data"),
         ([*own, "--data", pictures, "--tokenizer", tokenizer, "--store", gray], "--store"),
         ([*own, "--data", pictures, "--tokenizer", tokenizer, "--split", "test"], "test"),
-        (["--checkpoint", tmp_path / "three"], "10 classes", "3 of", tmp_path / "three"),
-        (["--checkpoint", tmp_path / "swapped"], "'0'", "'1'"),
+        (["--checkpoint", tmp_path / "three"], "three has 3 classes without names, got images of 10 classes"),
+        (["--checkpoint", tmp_path / "three", "--classes", "names.txt"], "3 classes", "--classes names.txt"),
+        (["--checkpoint", tmp_path / "letters"], "'0' and 9 more", "10 classes of", tmp_path / "letters"),
+        ([*own, "--classes", tmp_path / "none"], "--classes", tmp_path / "none"),
         ([*own, "--eval-window", 9], "9 x 9", "8 x 8"),
     ):
         refused(capfd, monkeypatch, evaluate, [*out, *arguments], *words)

@@ -141,7 +141,7 @@ def test_shards_are_one_batch_each_and_memory_mapped(store):
     before = pa.total_allocated_bytes()
     s = TokenStore(store)
     assert pa.total_allocated_bytes() == before
-    assert not s._shards[0].labels.flags.owndata
+    assert not s._shards[0].labels.values.flags.owndata
 
 
 def test_pickle_opens_the_same_store_without_verifying(store, monkeypatch):
@@ -347,7 +347,7 @@ def test_arguments_out_of_bounds_are_refused(tmp_path, changes, message):
         (np.full((4, 6), 20), 0, "image 2: ids 20 .. 20, but the codebook has 20 codes"),
         (np.full((4, 6), -1), 0, "image 2: ids -1 .. -1"),
         (np.zeros((4, 6), int), 3, "image 2: label 3, expected 0 .. 2"),
-        (np.zeros((4, 6), int), -1, "image 2: label -1"),
+        (np.zeros((4, 6), int), -2, "image 2: label -2, expected 0 .. 2; give -1 or None"),
         (np.zeros((4, 6), int), 0.5, "got float64"),
     ],
 )
@@ -574,7 +574,7 @@ def test_paths_that_are_no_store_are_refused(store, tmp_path):
         ("\x80", "no JSON"),
         ("[]", "no token store"),
         ('{"format": "other"}', "no token store"),
-        ('{"format": "seitpp-token-store", "version": 2}', "version 2, expected 1; upgrade"),
+        ('{"format": "seitpp-token-store", "version": 3}', "version 3, expected 1 or 2; upgrade"),
         ('{"format": "seitpp-token-store", "version": 1}', "checksum does not match"),
     ],
 )

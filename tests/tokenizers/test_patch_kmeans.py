@@ -115,6 +115,7 @@ def test_bad_input_is_named(tokenizer, tmp_path) -> None:
         ({"code_dim": 32.0}, "expected positive integers"),
         ({"image_size": "64"}, "expected positive integers"),
         ({"kind": "other"}, "holds no known tokenizer"),
+        ({"channels": 4}, "3 means and 3 deviations, expected one for each of 4 channels"),
         ({"color": 1}, "not the spec of a tokenizer"),
         (None, "its header says None"),
     ],
@@ -124,6 +125,76 @@ def test_a_header_that_lies_is_refused_before_allocating(tokenizer, tmp_path, he
     save_file(tokenizer.state_dict(), tmp_path / "bad", {"tokenizer": json.dumps(spec)})
     with pytest.raises(TokenizerError, match=message):
         tokenizers.load(tmp_path / "bad")
+
+
+# --- any channels, grids and pictures
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    """Smooth random images, uint8, whose channels resemble each other."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(shape[0], 1, 4, 4, generator=generator)
+    coarse = coarse * torch.rand(1, shape[1], 1, 1, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, shape[2:], mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round().byte()
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@pytest.mark.parametrize(("size", "patch"), [((8, 8), 8), (2, 1), ((7, 7), 1), (14, 7), ((24, 40), 8)])
+def test_any_channels_patch_and_grid(channels, size, patch, tmp_path) -> None:
+    images = pictures(60, channels, *((size, size) if isinstance(size, int) else size)) / 255
+    code_dim = min(9, channels * patch**2 + 1)
+    tokenizer = PatchKMeans.fit(images, image_size=size, patch=patch, num_codes=8, code_dim=code_dim)
+    ids = tokenizer.encode(images)
+    assert ids.shape == (60, *tokenizer.spec.grid) and tokenizer.decode(ids).shape == images.shape
+    assert psnr(tokenizer.decode(ids), images) > psnr(images.mean(dim=(0, 2, 3), keepdim=True), images) + 1
+    tokenizer.save(tmp_path / "tokenizer")
+    loaded = tokenizers.load(tmp_path / "tokenizer")
+    assert loaded.fingerprint == tokenizer.fingerprint and loaded.spec.channels == channels
+    assert json.loads(json.dumps(tokenizer.description()))["spec"]["channels"] == channels
+    with pytest.raises(TokenizerError, match=f"of 3 channels given to the patch_kmeans .* expected {channels}:"):
+        tokenizer.encode(torch.zeros(1, 3, *tokenizer.spec.image_size))
+
+
+def test_three_channels_leave_no_trace(tokenizer) -> None:
+    """Stores and fingerprints of RGB tokenizers stay as they were before there were other channels."""
+    assert "channels" not in tokenizer.description()["spec"]
+    with pytest.raises(TokenizerError, match=r"images of 4 channels .* patch_kmeans tokenizer, expected 3:"):
+        tokenizer.encode(torch.zeros(1, 4, 64, 64))
+
+
+def test_a_fit_to_many_images_needs_no_memory_for_them(photographs, capsys, monkeypatch) -> None:
+    """Batches of any size and any split give the same tokenizer, nearly as good as one from all patches."""
+    images = (torch.cat(photographs)[::2] * 255).round().byte()
+    settings = {"image_size": 64, "num_codes": 128}
+    whole = PatchKMeans.fit_to_images([images], **settings)
+    assert PatchKMeans.fit_to_images(images.split(7), **settings).fingerprint == whole.fingerprint
+    monkeypatch.setattr(patch_kmeans, "FIT_PATCHES", 2000)
+    monkeypatch.setattr(patch_kmeans, "FIT_PATCHES_PER_CODE", 1)
+    few, again = (PatchKMeans.fit_to_images(images.split(size), **settings) for size in (1, 9))
+    assert few.fingerprint == again.fingerprint != whole.fingerprint
+    assert PatchKMeans.fit_to_images([images], seed=1, **settings).fingerprint != few.fingerprint
+    assert capsys.readouterr().out == ""
+    held_out = torch.cat(photographs)[1::2]
+    scores = [psnr(t.decode(t.encode(held_out)), held_out) for t in (whole, few)]
+    assert scores[1] > scores[0] - 0.5
+
+
+def test_a_fit_to_few_patches_has_fewer_codes_and_says_so(capsys) -> None:
+    flat = torch.full((3, 3, 16, 24), 77, dtype=torch.uint8)
+    tokenizer = PatchKMeans.fit_to_images([flat], image_size=(16, 24))
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(flat / 255)), flat / 255, atol=1e-5, rtol=0)
+    assert tokenizer.spec.num_codes == 1 and "1 of 391 codes are kept" in capsys.readouterr().out
+    one = pictures(1, 1, 16, 16)
+    tokenizer = PatchKMeans.fit_to_images([one], image_size=16, patch=4)
+    assert tokenizer.spec.num_codes == 16 and tokenizer.spec.code_dim == 17
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(one / 255)), one / 255, atol=1e-4, rtol=0)
+    mixed = torch.cat([one, one, torch.zeros_like(one)])  # repeated, and black
+    assert PatchKMeans.fit_to_images([mixed], image_size=16, patch=4).spec.num_codes == 17
+    with pytest.raises(TokenizerError, match="no images to fit a tokenizer to"):
+        PatchKMeans.fit_to_images([], image_size=16)
+    with pytest.raises(TokenizerError, match="not a multiple of patch 8"):
+        PatchKMeans.fit_to_images([one], image_size=12)
 
 
 # --- the protocol: lookups, ids, compact copies, the spec, usage

@@ -88,12 +88,25 @@ def test_any_multiple_of_a_window_tokenizes_as_its_windows(plain, refined) -> No
     assert (ids[:, 8:, 16:] == corner).float().mean() > 0.98  # but for rounding, the same window
     patch = refined.decode(ids[:, 8:, 16:])
     torch.testing.assert_close(wide.decode(ids)[..., 64:128, 128:192], patch, atol=1e-5, rtol=0)
-    with pytest.raises(TokenizerError, match="expected multiples of 64 pixels"):
-        wide.set_image_size(96)
-    assert wide.spec.image_size == (128, 192)
     plain_wide = PatchKMeans(plain.spec)
     plain_wide.load_state_dict(plain.state_dict())
-    plain_wide.set_image_size((96, 64))  # the plain one is free of windows
+    plain_wide.set_image_size((96, 64))
     assert plain_wide.encode(image[..., :96, :64]).shape == (1, 12, 8)
-    with pytest.raises(TokenizerError, match="refined tokenizer: expected multiples of 64 pixels"):
-        refine(plain_wide, image, steps=1)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (7, 7), (9, 3)])
+@pytest.mark.parametrize("channels", [1, 13])
+def test_any_grid_and_any_number_of_channels(grid, channels) -> None:
+    """The last windows are filled up with the tokens at the edge, so a larger image of those gives the same."""
+    height, width = 4 * grid[0], 4 * grid[1]
+    images = torch.rand(90, channels, height, width, generator=torch.Generator().manual_seed(0))
+    fitted = PatchKMeans.fit(images, image_size=(height, width), patch=4, num_codes=20, code_dim=8)
+    tokenizer = refine(fitted, images, steps=3)
+    ids = tokenizer.encode(images)
+    assert ids.shape == (90, *grid) and tokenizer.decode(ids).shape == images.shape
+    assert (tokenizer.encoder.out.weight != 0).any()
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4)  # (B, C, H, W, 4, 4)
+    rows, columns = (torch.arange(-(-side // 8) * 8).clamp(max=side - 1) for side in grid)
+    whole = patches[:, :, rows][:, :, :, columns].permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+    tokenizer.set_image_size(tuple(whole.shape[2:]))
+    assert (tokenizer.encode(whole)[:, : grid[0], : grid[1]] == ids).float().mean() > 0.98  # but for rounding

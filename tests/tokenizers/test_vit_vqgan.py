@@ -239,3 +239,21 @@ def test_a_compact_copy_saves_and_loads(tokenizer, images, tmp_path) -> None:
     loaded = tokenizers.load(tmp_path / "compact")
     assert loaded.fingerprint == compact.fingerprint != tokenizer.fingerprint
     torch.testing.assert_close(loaded.decode(loaded.encode(images)), tokenizer.decode(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((8, 8), 8), (16, 8), (7, 1), ((24, 40), 8)])
+def test_any_channels_and_grid(size, patch, tmp_path) -> None:
+    torch.manual_seed(0)
+    spec = TokenizerSpec.unscaled("vit_vqgan", size, patch, num_codes=50, code_dim=6, channels=13)
+    tokenizer = ViTVQGAN(spec, ENCODER, DECODER).eval()
+    images = torch.rand(2, 13, *spec.image_size)
+    ids = tokenizer.encode(images)
+    assert ids.shape == (2, *spec.grid) and tokenizer(images).images.shape == images.shape
+    tokenizer.save(tmp_path / "bands.safetensors")
+    loaded = tokenizers.load(tmp_path / "bands.safetensors")
+    assert loaded.spec == spec and torch.equal(loaded.encode(images), ids)
+    if spec.grid[0] == spec.grid[1]:
+        save_file(tokenizer.state_dict(), tmp_path / "bare.safetensors")
+        assert tokenizers.load(tmp_path / "bare.safetensors").spec == spec
+    with pytest.raises(TokenizerError, match="images of 3 channels given to the vit_vqgan tokenizer, expected 13"):
+        tokenizer.encode(images[:, :3])

@@ -52,6 +52,7 @@ class Loaded(NamedTuple):
     spec: ClassifierSpec | None = None  # None: not written by save_classifier
     # Height and width of the central window of tokens on which the model was evaluated; None: its input size.
     window: tuple[int, int] | None = None
+    multi_label: bool = False  # trained on images with several classes: each logit is that of one class alone
 
 
 def classifier_spec(model: nn.Module) -> ClassifierSpec:
@@ -92,10 +93,12 @@ def save_classifier(
     *,
     class_names: Sequence[str] | None,
     window: tuple[int, int] | None = None,
+    multi_label: bool = False,
 ) -> None:
     """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or one of timm's ViTs for pixels.
 
-    `codebook`, the fingerprint of the codebook, `class_names` and `window` are described at `Loaded`. Raises
+    `codebook`, the fingerprint of the codebook, `class_names`, `window` and `multi_label` are described
+    at `Loaded`. Raises
     ModelError if the file could not be loaded, because the model has more settings than its name and sizes.
     """
     spec = classifier_spec(model)
@@ -105,6 +108,8 @@ def save_classifier(
         raise ModelError(f"{spec} builds other tensors than this model's: expected a model without other settings")
     names = None if class_names is None else list(class_names)
     header = {"spec": asdict(spec), "codebook": codebook, "class_names": names, "window": window}
+    if multi_label:  # left out otherwise: files of other models have the same bytes as before
+        header["multi_label"] = True
     write_model(path, model, kind="classifier", header=header)
 
 
@@ -120,7 +125,8 @@ def load_classifier(path: Path) -> Loaded:
     model = timm.create_model(spec.name, **spec.arguments)
     model.load_state_dict(tensors)
     window = tuple(header["window"]) if header["window"] else None
-    return Loaded(model.eval(), header["codebook"], header["class_names"], spec=spec, window=window)
+    multi_label = header.get("multi_label", False)
+    return Loaded(model.eval(), header["codebook"], header["class_names"], spec, window, multi_label)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -1,0 +1,234 @@
+"""Images in tables: Parquet files, Arrow on disk (`save_to_disk` of `datasets`), and data sets of the hub."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from seitpp.images.decode import ImageError, Sample
+from seitpp.images.inventory import LeftOut
+from seitpp.images.labels import LabelRules, Labels, RawLabel, resolve, unlabeled
+
+IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
+LABEL_NAMES = ("label", "labels", "class", "cls", "class_name", "category", "target")
+
+
+class Columns(NamedTuple):
+    """The image column of a table, its label column if there is one, and the names of its classes if known."""
+
+    image: str
+    label: str | None
+    class_names: list[str] | None
+
+
+def choose_columns(features: datasets.Features, rules: LabelRules | None, where: str) -> Columns:
+    """Choose the columns of images and labels from the features of a table.
+
+    The image column is the only one that can be one, or the one with a usual name. The label column is
+    `rules.column`, else "label", else the only one that can be one: a class label, or numbers or words under a
+    usual name. Raises ImageError, which names the candidates, if there is no such column or several.
+    """
+    images = [name for name, feature in features.items() if _can_be_image(feature)]
+    named = [name for name in IMAGE_NAMES if name in images]
+    if len(images) != 1 and not named:
+        raise ImageError(
+            f"{where}: columns {', '.join(features)}: expected one of images, {len(images)} can be; call it image"
+        )
+    label = rules and _label_column(features, rules, where)  # without rules, the table's own labels are not read
+    kind = None if label is None else _inner(features[label])
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    return Columns(named[0] if named else images[0], label, list(names) if names else None)
+
+
+def _can_be_image(feature: Any) -> bool:
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _inner(feature: Any) -> Any:
+    """Return the feature of a label, or of the labels of a list."""
+    return getattr(feature, "feature", feature)
+
+
+def _label_column(features: datasets.Features, rules: LabelRules, where: str) -> str | None:
+    if rules.column is not None:
+        if rules.column not in features:
+            raise ImageError(
+                f"{where}: no column {rules.column!r}, it has {', '.join(features)}; check --label-column"
+            )
+        return rules.column
+    if "label" in features:
+        return "label"
+    classes = [name for name, feature in features.items() if isinstance(_inner(feature), datasets.ClassLabel)]
+    usual = [name for name, feature in features.items() if _is_usual(name) and _is_word_or_number(_inner(feature))]
+    candidates = list(dict.fromkeys([*classes, *usual]))
+    if len(candidates) > 1:
+        raise ImageError(
+            f"{where}: several columns can have the labels, {', '.join(candidates)}: name one with --label-column"
+        )
+    return candidates[0] if candidates else None
+
+
+def _is_usual(name: str) -> bool:
+    return name.lower() in LABEL_NAMES or name.lower().endswith(("_label", "_class", "_category"))
+
+
+def _is_word_or_number(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and (
+        feature.dtype.startswith(("int", "uint")) or "string" in feature.dtype
+    )
+
+
+class ParquetSource:
+    """Parquet files with a column of images (binary, or {bytes, path}) and perhaps one of labels.
+
+    One row group is held in memory, since images are mostly read in order. Raises ImageError for a file that is no
+    Parquet or lacks the columns of the first.
+    """
+
+    def __init__(self, paths: Sequence[Path], rules: LabelRules | None):
+        self.left_out = LeftOut()
+        schema = _open_parquet(paths[0]).schema_arrow
+        self.columns = choose_columns(datasets.Features.from_arrow_schema(schema), rules, str(paths[0]))
+        self._groups: list[tuple[Path, int]] = []
+        rows, raw, self.names = [], [], []
+        for path in paths:
+            file = _open_parquet(path)
+            wanted = [name for name in (self.columns.image, self.columns.label) if name]
+            if missing := [name for name in wanted if name not in file.schema_arrow.names]:
+                raise ImageError(
+                    f"{path}: no column {missing[0]!r}, but {paths[0].name} has one; remove one of them"
+                )
+            for group in range(file.metadata.num_row_groups):
+                self._groups.append((path, group))
+                rows.append(file.metadata.row_group(group).num_rows)
+            if self.columns.label:
+                raw += file.read(columns=[self.columns.label], use_threads=False)[self.columns.label].to_pylist()
+            self.names += [f"{path.name}#{index}" for index in range(len(self.names), sum(rows))]
+        self._ends = np.cumsum(rows).tolist()
+        if not self.names:
+            raise ImageError(f"{paths[0]}: no rows in {len(paths)} Parquet file(s); check the path")
+        self.labels = _labels_of(raw, self.names, rules, self.columns)
+        self.class_names = self.labels.class_names
+        self._held: tuple[int, list[Any]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": (-1, [])}  # not sent to other processes
+
+    def read(self, index: int) -> Sample:
+        """Read image `index`. Raises ImageError if its row is damaged or has no image."""
+        number = bisect_right(self._ends, index)
+        path, group = self._groups[number]
+        if self._held[0] != number:
+            # Reopened, and read without threads: neither survives the fork of data loader workers.
+            try:
+                table = _open_parquet(path).read_row_group(group, columns=[self.columns.image], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise ImageError(
+                    f"{path}: row group {group} cannot be read ({_reason(error)}); copy it again"
+                ) from error
+            self._held = number, table[self.columns.image].to_pylist()
+        rows = self._held[1]
+        image = rows[index - (self._ends[number] - len(rows))]
+        name = (image.get("path") if isinstance(image, dict) else None) or self.names[index]
+        return Sample(_data(image, path.parent, self.names[index]), name, self.labels.values[index])
+
+
+class DatasetSource:
+    """A split of a data set of the `datasets` library, called `name` in messages.
+
+    Raises ImageError if it has no column of images, or if it is not clear which column has the labels.
+    """
+
+    def __init__(self, data: datasets.Dataset, name: str, rules: LabelRules | None):
+        self.left_out = LeftOut()
+        self.columns = choose_columns(data.features, rules, name)
+        self.names = [f"{name}#{index}" for index in range(len(data))]
+        raw = data.with_format(None)[self.columns.label][:] if self.columns.label else []
+        self.labels = _labels_of(list(raw), self.names, rules, self.columns)
+        self.class_names = self.labels.class_names
+        image = data.features[self.columns.image]
+        undecoded = data.select_columns([self.columns.image])
+        if isinstance(image, datasets.Image):
+            undecoded = undecoded.cast_column(self.columns.image, datasets.Image(decode=False))
+        self._data = undecoded
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, index: int) -> Sample:
+        """Read image `index`. Raises ImageError if its file cannot be read."""
+        image = self._data[index][self.columns.image]
+        name = (image.get("path") if isinstance(image, dict) else None) or self.names[index]
+        return Sample(_data(image, Path(), self.names[index]), name, self.labels.values[index])
+
+
+def _labels_of(raw: list[RawLabel], names: Sequence[str], rules: LabelRules | None, columns: Columns) -> Labels:
+    if rules is None:
+        return unlabeled(names)
+    origin = f"labels of the column {columns.label!r}"
+    return resolve(raw or [None] * len(names), names, rules, origin=origin, class_names=columns.class_names)
+
+
+def _data(image: Any, folder: Path, name: str) -> bytes:
+    """Return the bytes of an image cell: bytes, or {bytes, path} of which one is given."""
+    if isinstance(image, bytes):
+        return image
+    if image is None or (image.get("bytes") is None and not image.get("path")):
+        raise ImageError(f"{name}: no image in this row; remove the row")
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    try:
+        return (folder / image["path"]).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{image['path']}: cannot be read ({error.strerror})") from error
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ImageError(f"{path}: cannot be read as Parquet ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def open_arrow(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
+    """Open what `save_to_disk` wrote. Raises ImageError if it is damaged."""
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ImageError(
+            f"{folder}: cannot be read as a data set on disk ({_reason(error)}); copy it again"
+        ) from error
+
+
+def is_arrow(folder: Path) -> bool:
+    """Return whether a folder is what `save_to_disk` of `datasets` wrote, with one split or several."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    )
+
+
+def load_hub(name: str, split: str | None) -> datasets.DatasetDict | datasets.Dataset:
+    """Load a data set of the hub, or one split of it. Raises ImageError if that fails."""
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub, the network and scripts of data sets raise many kinds
+        reason = _reason(error).split(". ")[0]
+        raise ImageError(
+            f"hf://{name}: cannot be loaded ({type(error).__name__}: {reason}); check the name"
+        ) from error

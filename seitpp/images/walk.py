@@ -1,0 +1,129 @@
+"""One walk over a folder: image files, packed files, and a count of everything that is left out."""
+
+# ruff: noqa: PTH116, PTH122, PTH123, SIM905  # pathlib would be half of the time
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seitpp.images.decode import ImageError, is_image
+from seitpp.images.inventory import LeftOut
+
+# Files with these suffixes are taken for images, and read as what they are when their turn comes.
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .avifs .gif .bmp .ppm .pgm .pbm .pnm .tif .tiff .jp2 .j2k .jpx "
+    ".jpf .qoi .sgi .rgb .mpo .npy".split()
+)
+PACKED = (".tar", ".parquet", ".arrow")
+# Files with these suffixes lie beside images and are none; other files are known by their content.
+TEXT = frozenset(
+    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .md .html .htm .pdf .py .sh .log .mat .npz .pkl .pt .pth .h5 "
+    ".cls .caption .zip .gz .tgz .rar .7z .db .ini .safetensors .ckpt .mp4 .avi .mov .lock .rst .toml .cfg .ipynb "
+    ".eps .ps .svg".split()
+)
+HEAD = 4096  # bytes that tell a format
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
+
+
+@dataclass
+class Walked:
+    """What a folder holds: `files`, the paths of images relative to it with "/", in the order of their parts.
+
+    `folders` are the names of the folders right below it, `packed` the paths of tar, Parquet and Arrow files, and
+    `left_out` counts the others.
+    """
+
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name is one that file browsers and archivers hide."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def walk(folder: str | Path, seen: Callable[[int], None] | None = None) -> Walked:
+    """Walk over a folder once, with `os.scandir`; `seen` is called with the number of images of each folder.
+
+    Hidden names are not entered. A symbolic link to a folder is followed once. A folder that cannot be opened is
+    listed like an image that cannot be read. Raises ImageError for a link that leads to a folder around it.
+    """
+    walked = Walked()
+    _walk(str(folder), "", walked, (_identity(str(folder)),), seen or (lambda images: None))
+    return walked
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _walk(
+    path: str, prefix: str, walked: Walked, above: tuple[tuple[int, int], ...], seen: Callable[[int], None]
+) -> None:
+    try:
+        with os.scandir(path) as entries:
+            listed = sorted((entry.name, entry) for entry in entries)
+    except OSError:
+        walked.files.append(prefix.rstrip("/"))  # reading it as an image fails, and says why
+        return
+    before = len(walked.files)
+    files, append = walked.files, walked.files.append
+    for name, entry in listed:
+        if name[0] == "." or is_hidden(name):
+            walked.left_out.add("hidden", prefix + name)
+        elif _is_folder(entry):
+            if not prefix:
+                walked.folders.append(name)
+            around = above
+            if entry.is_symlink() or len(above) == 1:
+                identity = _identity(entry.path)
+                if identity in above:
+                    raise ImageError(
+                        f"{entry.path}: a link to a folder that it lies in, so that walking never ends; remove it"
+                    )
+                around = (*above, identity)
+            _walk(entry.path, f"{prefix}{name}/", walked, around, seen)
+        else:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                append(prefix + name)
+            else:
+                _other(entry, prefix + name, suffix, walked)
+    seen(len(files) - before)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _other(entry: os.DirEntry, name: str, suffix: str, walked: Walked) -> None:
+    """Sort a file without an image's suffix: packed, an image by its content, or left out."""
+    if suffix in PACKED:
+        walked.packed.append(name)
+    elif suffix in TEXT:
+        walked.left_out.add(f"{suffix} file", name)
+    else:
+        try:
+            with open(entry.path, "rb") as file:
+                head = file.read(HEAD)
+        except OSError:
+            walked.files.append(name)
+            return
+        if is_image(head):
+            walked.files.append(name)
+        else:
+            walked.left_out.add(f"{suffix} file" if suffix else "no image by its content", name)
+
+
+def looks_like_splits(folders: list[str]) -> list[str]:
+    """Return the names among `folders` that are splits, if they are all of them and one is for training."""
+    splits = [name for name in folders if name.lower() in SPLITS]
+    others = [name for name in folders if name.lower() not in SPLITS]
+    return splits if not others and any(name.lower().startswith("train") for name in splits) else []
