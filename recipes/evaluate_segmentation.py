@@ -8,9 +8,10 @@
         --tokenizer vitvqgan.ckpt
 
 Needs `pip install "seitpp[segmentation]"`. The checkpoint is a run of recipes/segment_ade20k.py or its model file.
-With --data and --tokenizer, whole images are tokenized and then predicted in windows of tokens. Flip testing needs
-a trained TokenAdapt to mirror the tokens. Every image is counted exactly once on any number of processes. On the
-default data, the synthetic scenes, an evaluation takes seconds.
+With --data and --tokenizer, whole images are tokenized and then predicted in windows of tokens;
+docs/segmentation.md says how their masks are read. Flip testing needs a trained TokenAdapt to mirror the tokens.
+Every image is counted exactly once on any number of processes. On the default data, the synthetic scenes, an
+evaluation takes seconds.
 Writes config.json, result.json, per_class.csv, pictures.png and report.html into --out.
 """
 

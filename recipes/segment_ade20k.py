@@ -8,7 +8,8 @@
         --checkpoint RUN                                                         # pixels, for comparison
 
 Needs `pip install "seitpp[segmentation]"`. The store is written by recipes/tokenize_images.py from images with
-annotations. With --data, images are augmented by mmsegmentation's own pipeline and tokenized inside the backbone.
+masks. With --data, the splits train and validation of a folder of images with masks (ADE-20k, Pascal VOC,
+Cityscapes, pairs of folders) are augmented by mmsegmentation's own pipeline and tokenized inside the backbone.
 The preset `published` has the settings of MAE and BEiT for ViT-B on ADE20K, since SeiT++ does not publish its own;
 its accuracy and run time are not measured. The preset `scenes` (the default) runs on a CPU; its results are in
 docs/segmentation.md. Writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors,

@@ -51,7 +51,13 @@ from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.inputs import open_once
 from seitpp.engine.system import loader_workers
 from seitpp.errors import UserError
-from seitpp.images.annotated import SHORT_SIDE, AnnotatedSource, has_annotations, open_annotated
+from seitpp.images.annotated import (
+    SHORT_SIDE,
+    AnnotatedSource,
+    has_annotations,
+    open_annotated,
+    open_annotated_splits,
+)
 from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
 from seitpp.images.decode import ImageError, Reading, Sample, Size, decode_image, fit_short_side, image_size
 from seitpp.images.inventory import describe, inventory
@@ -216,11 +222,12 @@ def open_parts(config: Config) -> dict[str, ImageSource]:
             print(f"warning: {difference}")
         return {split: DatasetSource(data, config.data, LabelRules()) for split, data in splits.items()}
     if has_annotations(config.data):
-        rules = MaskRules(config.layout, config.classes, config.ignore_label, config.background_class)
-        source = open_annotated(config.data, config.source_split, rules)
-        if not config.skip_errors:
-            source.check_pairs()
-        return {config.split or "train": source}
+        return open_masks(config)
+    if config.layout or config.ignore_label or config.background_class:
+        raise UserError(
+            f"{config.data}: got --layout, --ignore-label or --background-class, expected images with masks, as "
+            "docs/segmentation.md says; check the folder"
+        )
     classes = config.classes or (config.out if has_store(config) else None)
     rules = LabelRules(
         file=config.labels,
@@ -239,6 +246,25 @@ def open_parts(config: Config) -> dict[str, ImageSource]:
         return {"train": source}
     train, validation = hold_out(source, config.hold_out, config.data)
     return {"train": train, "validation": validation}
+
+
+def open_masks(config: Config) -> dict[str, ImageSource]:
+    """Open images with masks as the splits of the store that are to be written: {name: source}.
+
+    Raises UserError for files without a partner unless --skip-errors is set.
+    """
+    rules = MaskRules(config.layout, config.classes, config.ignore_label, config.background_class)
+    if config.splits:
+        parts = open_annotated_splits(config.data, rules)
+    else:
+        source = open_annotated(config.data, config.source_split, rules)
+        parts = {config.split or "train": source}
+        if not (config.split or config.source_split) and 0 < config.hold_out <= len(source):
+            parts = dict(zip(("train", "validation"), source.hold_out(config.hold_out), strict=True))
+    for source in parts.values():
+        if not config.skip_errors:
+            source.check_pairs()
+    return parts
 
 
 def open_tokenizer(config: Config, source: ImageSource, accelerator: Accelerator) -> Tokenizer:

@@ -21,7 +21,8 @@ from seitpp import files, plots
 from seitpp.engine.inputs import check_codebook, open_tokenadapt
 from seitpp.images.annotated import SHORT_SIDE
 from seitpp.images.decode import ImageError, Sample, decode_image, fit_short_side
-from seitpp.images.sources import SUFFIXES, ImageSource
+from seitpp.images.sources import ImageSource
+from seitpp.images.walk import SUFFIXES
 from seitpp.tokenizers import Tokenizer
 
 LEGEND_ROWS = 25  # classes in a column of the legend

@@ -11,7 +11,7 @@ from PIL import Image
 from seitpp.images.class_lists import ClassList, read_classes
 from seitpp.images.decode import ImageError, Sample, image_size, open_image
 from seitpp.images.labels import Labels
-from seitpp.images.layouts import Listing, find_layout, list_files
+from seitpp.images.layouts import Listing, find_layout, list_files, split_names
 from seitpp.images.masks import (
     COLOR,
     DEPTH,
@@ -93,6 +93,20 @@ class AnnotatedSource:
                 "out with --skip-errors)"
             )
 
+    def hold_out(self, every: int) -> tuple["AnnotatedSource", "AnnotatedSource"]:
+        """Return the other images, and every `every`-th. Raises ImageError if there are fewer than `every`."""
+        if len(self) < every:
+            raise ImageError(
+                f"{len(self)} images in {self.listing.image_folder}: expected at least {every}, of which every "
+                f"{every}th is held out"
+            )
+        chosen = set(self.names[every - 1 :: every])
+        return self._part(set(self.names) - chosen), self._part(chosen)
+
+    def _part(self, names: set[str]) -> "AnnotatedSource":
+        kept = [{name: file for name, file in files.items() if name in names} for files in self.listing[1:3]]
+        return AnnotatedSource(self.listing._replace(images=kept[0], masks=kept[1]), self.classes)
+
     def __str__(self) -> str:
         return (
             f"{len(self):,} images with masks, {self.listing.image_folder}, layout {self.listing.layout}; "
@@ -117,6 +131,18 @@ def open_annotated(data: str | Path, split: str | None, rules: MaskRules | None 
             f"{listing.mask_folder}; check folder and split"
         )
     return AnnotatedSource(listing, _classes_of(listing, rules))
+
+
+def open_annotated_splits(data: str | Path, rules: MaskRules | None = None) -> dict[str, AnnotatedSource]:
+    """Open all splits of the folder `data`, train first, under the names that a store gives them.
+
+    Raises ImageError if it has none, and like `open_annotated`.
+    """
+    names = split_names(Path(data), (rules or MaskRules()).layout)
+    if not names:
+        raise ImageError(f"{data}: images with masks without splits; leave out --splits")
+    order = sorted(names, key=lambda split: (split != "train", split))
+    return {split: open_annotated(data, names[split], rules) for split in order}
 
 
 def has_annotations(folder: str | Path) -> bool:

@@ -121,5 +121,5 @@ def _record(sample: Sample | AnnotatedSample) -> ImageRecord:
     """Return the record of a sample, with its annotation as the smallest PNG."""
     record = ImageRecord(sample.label, sample.name, len(sample.data))
     if isinstance(sample, AnnotatedSample):
-        return record._replace(annotation=smallest_png(sample.annotation), annotation_bytes=len(sample.annotation))
+        return record._replace(annotation=smallest_png(sample.annotation), annotation_bytes=sample.mask_bytes)
     return record

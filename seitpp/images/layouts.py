@@ -3,8 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +49,8 @@ class Listing(NamedTuple):
     """The files of a split of a set, by name: a relative path without suffix.
 
     `classes` are class names that the set has itself. Value `first` of a mask is the first of them where they have
-    no numbers (None: the set does not say it), and the values `ignored` are no class. `every_mask` lists the masks
-    of all splits. `left_out` counts the files that are neither image nor mask.
+    no numbers (None: the set does not say it), and the values `ignored` are no class. `mask_roots` are the folders
+    with the masks of all splits. `left_out` counts the files that are neither image nor mask.
     """
 
     layout: Layout
@@ -60,10 +59,17 @@ class Listing(NamedTuple):
     image_folder: Path
     mask_folder: Path
     classes: ClassList | None
-    every_mask: Callable[[], Iterator[Path]]
+    mask_roots: tuple[Path, ...]
     left_out: LeftOut
     first: int | None = None
     ignored: tuple[int, ...] = ()
+
+    def every_mask(self) -> Iterator[Path]:
+        """Yield the masks of all splits, those of this one first."""
+        yield from self.masks.values()
+        known = set(self.masks.values())
+        every = (file for root in self.mask_roots for file in _files(root) if file not in known)
+        yield from (file for file in every if file.suffix.lower() in MASK_SUFFIXES)
 
     def expected_image(self, name: str) -> Path:
         """Return where the image of a mask would be."""
@@ -126,6 +132,20 @@ def choose_split(splits: Mapping[str, object], split: str | None, folder: Path) 
     raise SplitError(f"{folder}: no split {split!r} of images and masks, it has {', '.join(names) or 'none'}")
 
 
+def split_names(folder: Path, layout: Layout | None) -> dict[str, str]:
+    """Return the splits of a set: {the name in a store: the set's own name}, empty for a set without splits."""
+    names = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+    found = layout or find_layout(folder)
+    if found == "voc":
+        own = [path.stem for path in _voc_lists(folder)]
+    elif found == "cityscapes":
+        own = _city_splits(folder)
+    else:
+        places = _pair_folders(folder)
+        own = [name for name in places if name in names or (name and "" not in places)]
+    return {names.get(name, name): name for name in sorted(own)}
+
+
 def _pairs(folder: Path, split: str | None) -> Listing:
     """List images/[SPLIT/]NAME.* with masks/[SPLIT/]NAME.*, or SPLIT/images and SPLIT/masks; also ADE-20k's."""
     places = _pair_folders(folder)
@@ -135,11 +155,6 @@ def _pairs(folder: Path, split: str | None) -> Listing:
     if len(infos) > 1:
         raise ImageError(f"{folder}: {', '.join(file.name for file in infos)}, expected one objectInfo*.txt")
     roots = {place for name, (_, place) in places.items() if name == "" or "" not in places}
-
-    def every_mask() -> Iterator[Path]:
-        others = (file for root in sorted(roots) for file in _files(root) if not file.is_relative_to(masks))
-        yield from (file for file in chain(_files(masks), others) if file.suffix.lower() in MASK_SUFFIXES)
-
     return Listing(
         layout="ade20k" if infos else "pairs",
         images=files,
@@ -147,7 +162,7 @@ def _pairs(folder: Path, split: str | None) -> Listing:
         image_folder=images,
         mask_folder=masks,
         classes=read_classes(infos[0]) if infos else None,
-        every_mask=every_mask,
+        mask_roots=tuple(sorted(roots)),
         first=1 if infos else None,
         ignored=(0,) if infos else (),
         left_out=left_out,
@@ -210,7 +225,7 @@ def _voc(folder: Path, split: str | None) -> Listing:
     masks = next(path for name in ("SegmentationClassPNG", "SegmentationClass") if (path := root / name).is_dir())
     images, left_out = root / "JPEGImages", LeftOut()
     files, others = _by_name(images, SUFFIXES, left_out), _by_name(masks, MASK_SUFFIXES, left_out)
-    lists = {path.stem: path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
+    lists = {path.stem: path for path in _voc_lists(folder)}
     if lists or split:
         lines = lists[choose_split(lists, split, root)].read_text().splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
@@ -229,11 +244,15 @@ def _voc(folder: Path, split: str | None) -> Listing:
         image_folder=images,
         mask_folder=masks,
         classes=classes,
-        every_mask=lambda: iter(others.values()),
+        mask_roots=(masks,),
         first=0,
         ignored=(255,),
         left_out=left_out,
     )
+
+
+def _voc_lists(folder: Path) -> list[Path]:
+    return sorted(((_voc_root(folder) or folder) / "ImageSets/Segmentation").glob("*.txt"))
 
 
 def _voc_root(folder: Path) -> Path | None:
@@ -252,8 +271,7 @@ def _voc_root(folder: Path) -> Path | None:
 def _cityscapes(folder: Path, split: str | None) -> Listing:
     """List leftImg8bit/SPLIT/CITY/*_leftImg8bit.* with gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.* or labelIds."""
     tops = folder / "leftImg8bit", folder / "gtFine"
-    shared = {path.name for path in _folders(tops[0])} & {path.name for path in _folders(tops[1])}
-    name = choose_split(dict.fromkeys(shared), split, folder)
+    name = choose_split(dict.fromkeys(_city_splits(folder)), split, folder)
     images, masks = (top / name for top in tops)
     files = _with_ending(images, IMAGE_ENDING)
     train_ids, label_ids = (_with_ending(masks, ending) for ending in MASK_ENDINGS)
@@ -265,15 +283,21 @@ def _cityscapes(folder: Path, split: str | None) -> Listing:
         image_folder=images,
         mask_folder=masks,
         classes=ClassList(CITYSCAPES_CLASSES, "Cityscapes", values=values),
-        every_mask=lambda: (path for path in _files(tops[1]) if path.stem.endswith(MASK_ENDINGS)),
+        mask_roots=(tops[1],),
+        left_out=LeftOut(),
         first=0,
         ignored=(255,) if train_ids else VOID_IDS,
     )
 
 
+def _city_splits(folder: Path) -> list[str]:
+    images, masks = ({path.name for path in _folders(folder / top)} for top in ("leftImg8bit", "gtFine"))
+    return sorted(images & masks)
+
+
 def _with_ending(folder: Path, ending: str) -> dict[str, Path]:
     """Return the files below a folder whose stem has an ending, by relative path without that ending."""
-    found = _by_name(folder, MASK_SUFFIXES, Counter())
+    found = _by_name(folder, MASK_SUFFIXES, LeftOut())
     return {name.removesuffix(ending): path for name, path in found.items() if name.endswith(ending)}
 
 

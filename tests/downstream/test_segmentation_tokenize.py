@@ -167,6 +167,33 @@ def test_the_long_side_keeps_the_aspect_ratio_to_half_a_patch() -> None:
     assert fit_short_side((128, 132), 128, 8) == (128, 136)  # 132 is in the middle: the larger
 
 
+def test_a_pair_of_folders_becomes_two_splits_of_a_store(tokenizer, tmp_path) -> None:
+    """Masks of 0 and 1 with 0 a class; one image is turned by its EXIF, and its mask as it is looked at."""
+    for index in range(6):
+        image, _ = scene(np.random.default_rng(index), 6, (40, 40))
+        exif, mask = Image.Exif(), np.zeros((40, 32), np.uint8)
+        mask[:10] = 1
+        exif[274] = 6
+        turned = Image.fromarray(image[:32]) if index == 2 else Image.fromarray(image[:, :32])
+        for kind in ("images", "masks"):
+            (tmp_path / "set" / kind).mkdir(parents=True, exist_ok=True)
+        turned.save(tmp_path / f"set/images/{index}.jpg", **({"exif": exif} if index == 2 else {}))
+        Image.fromarray(mask).save(tmp_path / f"set/masks/{index}.png")
+    (tmp_path / "names.txt").write_text("ground\ncrack\n")
+    flags = {"classes": str(tmp_path / "names.txt"), "background_class": True, "short_side": 32}
+    with pytest.raises(UserError, match=r"--background-class .* or --ignore-label 0"):
+        tokenize(tmp_path / "set", tokenizer, tmp_path / "tokens", **{**flags, "background_class": False})
+    tokenize(tmp_path / "set", tokenizer, tmp_path / "tokens", **flags, hold_out=3)
+    train, validation = (TokenStore(tmp_path / "tokens", split) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (4, 2) and train.class_names == ["ground", "crack"]
+    assert set(map(tuple, validation.grids.tolist())) == {(5, 4)} and validation.labels.tolist() == [0, 0]
+    for store in (train, validation):
+        for index in range(len(store)):
+            assert np.array_equal(read_png(store.column("annotation")[index])[:, 0], [2] * 10 + [1] * 30)
+    with pytest.raises(UserError, match="expected images with masks"):
+        tokenize(tmp_path / "set/images", tokenizer, tmp_path / "no", background_class=True)
+
+
 # Annotations
 
 

@@ -22,17 +22,23 @@ from support.running import call, kill_after_an_evaluation, lines_of, refused, r
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from downstream.segmentation.data import WholePixels, decode_labels
 from downstream.segmentation.default import FEW_SCENES, Scenes, SceneSettings, default_scenes
 from downstream.segmentation.evaluation import WholeImage, count_pixels, mirror_whole, stride_of
+from downstream.segmentation.metric import SegmentationScore
 from downstream.segmentation.model import load_segmenter
 from downstream.segmentation.pixel_pipeline import PixelPipeline
-from downstream.segmentation.scenes import write_scenes
-from seitpp import StoreWriter, TokenStore, plots
+from downstream.segmentation.prediction import label_name, open_predictor, predict_picture, write_label_maps
+from downstream.segmentation.scenes import scene, write_scenes
+from seitpp import StoreWriter, TokenStore, plots, tokenizers
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, MicroBatch
 from seitpp.engine.config import parse
 from seitpp.engine.optim import warmup_linear
-from seitpp.images.annotated import open_annotated
+from seitpp.images.annotated import AnnotatedSource, open_annotated, smallest_png
+from seitpp.images.decode import decode_image
+from seitpp.images.masks import MaskRules
+from seitpp.images.sources import open_source
 from seitpp.models import TokenAdapt
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.recipe import rehearse
@@ -304,6 +310,160 @@ def test_pixels_train_and_are_judged_as_tokens(scenes: Scenes, tmp_path: Path) -
     assert load_segmenter(tmp_path / "run/model.safetensors").pixels_per_token == 4
 
 
+# Other sets
+
+
+def write_ground_and_crack(folder: Path) -> Path:
+    """images/SPLIT and masks/SPLIT of two sizes, masks of 0 (ground) and 1 (crack), and names.txt."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 6), ("val", 4)):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for index in range(number):
+            image = rng.integers(0, 100, (32, 40 + 8 * (index % 2), 3), np.uint8)
+            mask = np.zeros(image.shape[:2], np.uint8)
+            mask[8:14] = 1
+            image[mask == 1] += 150
+            Image.fromarray(image).save(folder / f"images/{split}/{index}.png")
+            Image.fromarray(mask).save(folder / f"masks/{split}/{index}.png")
+    (folder / "names.txt").write_text("ground\ncrack\n")
+    return folder
+
+
+def write_tokens(source: AnnotatedSource, split: str, *, tokenizer: Path, out: Path) -> None:
+    model = tokenizers.load(tokenizer)
+    with StoreWriter(
+        out,
+        codebook=model.codebook.numpy(),
+        grid=None,
+        split=split,
+        class_names=source.class_names,
+        tokenizer={**model.description(), "short_side": 32},
+        columns={"annotation": "binary"},
+    ) as writer:
+        for index in range(len(source)):
+            sample = source.read(index)
+            pixels = torch.from_numpy(decode_image(sample, lambda size: size))[None] / 255
+            with model.at_size(tuple(pixels.shape[2:])):
+                ids = model.encode(pixels)[0].numpy()
+            writer.add(ids, sample.label, {"annotation": smallest_png(sample.annotation)})
+
+
+def test_a_background_of_zeros_is_judged_as_a_class(scenes: Scenes, tmp_path: Path) -> None:
+    """From masks of 0 and 1 to a run and two evaluations; read as ADE-20k's, every prediction would be right."""
+    data, store = write_ground_and_crack(tmp_path / "data"), tmp_path / "store"
+    rules = MaskRules(classes=str(data / "names.txt"), background_class=True)
+    for split in ("train", "validation"):
+        write_tokens(open_annotated(data, split, rules), split, tokenizer=scenes.tokenizer, out=store)
+    few = ("--steps", 2, "--warmup-steps", 1, "--batch-size", 4)
+    call(segment_ade20k, "smoke", "--store", store, *few, "--out", tmp_path / "run")
+    saved = load_segmenter(tmp_path / "run/model.safetensors")
+    assert saved.class_names == ["ground", "crack"] and saved.short_side == 32
+    flags = ("--data", data, "--tokenizer", scenes.tokenizer, "--classes", rules.classes, "--background-class")
+    for name, where in (("tokens", ("--store", store)), ("pixels", flags)):
+        call(evaluate_segmentation, "smoke", "--checkpoint", tmp_path / "run", *where, "--out", tmp_path / name)
+        assert counted(tmp_path / name) == counted(tmp_path / "run"), name
+    shares = [float(line.split(",")[3]) for line in counted(tmp_path / "run").splitlines()[1:]]
+    assert shares == pytest.approx([100 * 26 / 32, 100 * 6 / 32])
+
+    (data / "wrong.txt").write_text("1 ground\n2 crack\n")
+    wrong = MaskRules(classes=str(data / "wrong.txt"), ignore_label=(0,))
+    scores = []
+    for read in (rules, wrong):
+        score = SegmentationScore(["ground", "crack"])
+        labels = WholePixels(open_annotated(data, "val", read), lambda size: size).__getitems__([0]).labels
+        score.add(torch.zeros_like(labels), labels)
+        scores.append(score.summary()["mIoU"])
+    assert scores == pytest.approx([50 * 26 / 32, 100])
+    call(
+        segment_ade20k,
+        "smoke",
+        *flags,
+        *few,
+        "--crop-size",
+        8,
+        "--short-side",
+        32,
+        "--out",
+        tmp_path / "pixel-run",
+    )
+    assert load_segmenter(tmp_path / "pixel-run/model.safetensors").class_names == ["ground", "crack"]
+
+
+# New pictures
+
+
+def test_label_maps_of_new_pictures(smoke: Path, scenes: Scenes, tmp_path: Path) -> None:
+    """Unreadable ones are named, two processes write what one writes, and sizes are those of the pictures."""
+    for folder in ("x", "sub"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for number, path in enumerate(("x/a.jpg", "x/b.png", "sub/a.jpg", "x/c.jpg")):
+        picture, _ = scene(np.random.default_rng(number), 6, 40 + 10 * number)
+        Image.fromarray(picture[:, : 40 + number]).save(tmp_path / "data" / path)
+    (tmp_path / "data/x/broken.jpg").write_bytes(b"JFIF")
+    pictures, tokenizer = open_source(str(tmp_path / "data"), None), tokenizers.load(scenes.tokenizer)
+    saved = load_segmenter(smoke)
+    vectors = tokenizer.codebook.numpy()
+    names = str(smoke), str(scenes.tokenizer)
+    predictor = open_predictor(saved, vectors, lookup="cosine", names=names, device=torch.device("cpu"))
+    settings = {"tokenizer": tokenizer, "short_side": saved.short_side}
+    errors = write_label_maps(predictor, pictures, tmp_path / "one", **settings)
+    shared = [write_label_maps(predictor, pictures, tmp_path / "two", **settings, rank=r, ranks=2) for r in (0, 1)]
+    assert len(errors) == 1 and "broken.jpg: cannot be read" in errors[0] and sorted(map(len, shared)) == [0, 1]
+
+    written = {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*.*")}
+    assert written == {
+        "classes.txt",
+        "legend.png",
+        *(f"labels/{name}.png" for name in ("x/a", "x/b", "x/c", "sub/a")),
+    }
+    assert all(
+        (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in written
+    )
+    assert (tmp_path / "one/classes.txt").read_text().splitlines() == saved.class_names
+    with (
+        Image.open(tmp_path / "one/labels/sub/a.png") as labels,
+        Image.open(tmp_path / "data/sub/a.jpg") as picture,
+    ):
+        assert labels.mode == "P" and labels.size == picture.size
+        sample = next(s for s in map(pictures.read, range(5)) if s.name == "sub/a.jpg")
+        expected = predict_picture(predictor, sample, **settings)
+        assert np.array_equal(np.asarray(labels), expected)
+        colors = (plots.class_colors(6) * 255).round().byte().numpy()
+        assert np.array_equal(np.asarray(labels.convert("RGB")), colors[expected])
+
+    again = write_label_maps(predictor, pictures, tmp_path / "one", **settings)
+    assert len(again) == 5 and sum("exists already" in line for line in again) == 4
+
+
+def test_a_label_map_is_predicted_as_an_evaluation_does(smoke: Path, scenes: Scenes) -> None:
+    store, tokenizer = TokenStore(scenes.store, "validation"), tokenizers.load(scenes.tokenizer)
+    source, saved = open_annotated(scenes.images, "validation"), load_segmenter(smoke)
+    names = str(smoke), str(scenes.store)
+    predictor = open_predictor(saved, store.codebook, lookup=store.lookup, names=names, device=torch.device("cpu"))
+    score = SegmentationScore(saved.class_names)
+    for index in range(len(source)):
+        sample = source.read(index)
+        labels = predict_picture(predictor, sample, tokenizer=tokenizer, short_side=saved.short_side)
+        ids = torch.from_numpy(store[index][0].astype(np.int64))[None]
+        assert np.array_equal(predictor(ids, labels.shape)[0].numpy(), labels)
+        score.add(torch.from_numpy(labels), torch.from_numpy(decode_labels(sample.annotation, sample.name)))
+    assert score.summary()["mIoU"] == pytest.approx(result_of(smoke)["mIoU"])
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        ("a.jpg", "a.png"),
+        ("sub/a.b.TIF", "sub/a.b.png"),
+        ("/home/../a.png", "home/a.png"),
+        ("part.parquet#12", "part.parquet#12.png"),
+    ],
+)
+def test_label_maps_have_the_names_of_their_pictures(picture: str, expected: str) -> None:
+    assert str(label_name(picture)) == expected
+
+
 # Bad input
 
 
@@ -313,10 +473,11 @@ def test_what_cannot_be_segmented_is_refused(
     store = TokenStore(scenes.store)
     other = store.codebook[::-1] + 1
     pretrained(tmp_path / "other.safetensors", store, other)
-    plain, renamed = tmp_path / "plain", tmp_path / "renamed"
+    plain, renamed, single = (tmp_path / name for name in ("plain", "renamed", "single"))
     for path, codebook, names, columns in (
         (plain, store.codebook, store.class_names, {}),
         (renamed, store.codebook, ["sky", *store.class_names[1:]], {"annotation": "binary"}),
+        (single, store.codebook, ["crack"], {"annotation": "binary"}),
     ):
         for split in ("train", "validation"):
             with StoreWriter(
@@ -341,6 +502,8 @@ def test_what_cannot_be_segmented_is_refused(
         (["smoke", *data], "--tokenizer"),
         (["smoke", "--tokenizer", scenes.tokenizer], "--tokenizer", "--data"),
         (["smoke", *data, "--tokenizer", scenes.tokenizer, "--color", "paper"], "--color"),
+        (["smoke", "--background-class"], "--background-class", "without --data"),
+        (["smoke", "--store", single], "'crack' alone", "--background-class"),
     ):
         refused(capfd, monkeypatch, segment_ade20k, [*arguments, *out], *words)
     judged = ["smoke", "--checkpoint", smoke, *out]
@@ -350,6 +513,7 @@ def test_what_cannot_be_segmented_is_refused(
         ([*judged, "--store", renamed], renamed, "'background', not 'sky'"),
         ([*judged, "--store", plain], plain, "'annotation'"),
         ([*judged, *data], "--tokenizer"),
+        ([*judged, "--ignore-label", 0], "--ignore-label", "without --data"),
         ([*judged, "--flip", tmp_path / "none.safetensors"], "none.safetensors"),
     ):
         refused(capfd, monkeypatch, evaluate_segmentation, arguments, *words)
