@@ -8,8 +8,8 @@
 --checkpoint is the folder of a run of mtm_pretrain, finetune or seit_train, a model file, or an official
 checkpoint. The vector of a picture is the output of the cls token and the mean output of the patches, as in the
 probes, of a ResNet its pooled output; the scalar product of two vectors is their cosine similarity. The recipe
-writes OUT/embeddings.parquet (name, vector), in the order of the pictures, and OUT/nearest.png: some
-pictures with their nearest neighbors. Without --data, the held-out digits are embedded, in seconds. A picture that cannot
+writes OUT/embeddings.parquet (name, vector), in the order of the pictures, and OUT/nearest.png: some pictures
+with their nearest neighbors. Without --data, the held-out digits are embedded, in seconds. A picture that cannot
 be read stops it; with --skip-errors it is listed in OUT/skipped.txt. Speed on a GPU is not measured.
 """
 

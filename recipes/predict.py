@@ -7,14 +7,14 @@
     accelerate launch recipes/predict.py --checkpoint runs/segment_ade20k-published --data photos \\
         --tokenizer vitvqgan.ckpt
 
---checkpoint is the folder of a run of finetune, seit_train or segment_ade20k, or a model file; one that was
-fine-tuned on pixels takes no --tokenizer. --data is whatever tokenize_images reads: labels are not needed.
-Pictures are read as those of the run's store were. The recipe writes OUT/predictions.csv: name, class and
-probability of the five most likely classes, the most likely first; for a model of several classes an image, each
-has a probability of its own. For a segmenter it writes OUT/labels/NAME.png at the picture's own size,
-a palette PNG whose value v is class v, with OUT/legend.png and OUT/classes.txt. Without --data, the held-out digits
-are classified, in seconds. A picture that cannot be read stops it; with --skip-errors it is listed in OUT/skipped.txt. Speed on a GPU is not
-measured.
+--checkpoint is the folder of a run of finetune, seit_train or segment_ade20k, or a model file; one that was fine-
+tuned on pixels takes no --tokenizer. --data is whatever tokenize_images reads: labels are not needed. Pictures
+are read as those of the run's store were. The recipe writes OUT/predictions.csv: name, class and probability of
+the five most likely classes, the most likely first; for a model of several classes an image, each has a
+probability of its own. For a segmenter it writes OUT/labels/NAME.png at the picture's own size, a palette PNG
+whose value v is class v, with OUT/legend.png and OUT/classes.txt. Without --data, the held-out digits are
+classified, in seconds. A picture that cannot be read stops it; with --skip-errors it is listed in
+OUT/skipped.txt. Speed on a GPU is not measured.
 """
 
 from collections.abc import Iterator
