@@ -279,6 +279,49 @@ def test_crops_are_windows_keyed_by_image_and_epoch() -> None:
     assert 10 < straight.sum() < 30 and torch.equal(whole[~straight].flip(3), images[~straight] / 255)
 
 
+def test_crops_of_any_shape_and_any_channels() -> None:
+    images = torch.randint(256, (5, 13, 6, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = (tokenizer_train.crop_and_flip(images, Keys(0, 0, torch.arange(5)), (4, 8)) * 255).round().byte()
+    assert seen.shape == (5, 13, 4, 8)
+    for image, crop in zip(images, seen, strict=True):
+        windows = [image[:, top : top + 4, left : left + 8] for top in range(3) for left in range(2)]
+        assert any(torch.equal(crop, window) or torch.equal(crop.flip(2), window) for window in windows)
+
+
+def test_bands_and_heights_and_widths_train() -> None:
+    torch.manual_seed(0)
+    shape = TransformerShape(64, 1, 1, 64)
+    spec = TokenizerSpec.unscaled("vit_vqgan", (8, 24), 4, num_codes=12, code_dim=6, channels=5)
+    model = VQTraining(ViTVQGAN(spec, shape, shape), Discriminator(spec.image_size, widest=8, channels=5))
+    with torch.no_grad():  # as above
+        model.discriminator.opinion.bias.fill_(2)
+    images = torch.rand(4, 5, 8, 24)
+    losses = vq_losses(model(images), images)
+    assert moved(model, weighted_sum(losses)) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:.* codes used")
+@pytest.mark.parametrize(
+    ("kind", "size", "load", "patch"),
+    [
+        ("patch_kmeans", (16, 32), 36, 4),
+        ("patch_kmeans", 7, 36, 1),
+        ("patch_kmeans", 4, 36, 4),
+        ("vit_vqgan", (16, 32), (20, 36), 4),
+        ("vit_vqgan", 2, 4, 1),
+        ("vit_vqgan", 7, 7, 7),
+    ],
+)
+def test_any_size_patch_and_grid(kind, size, load, patch, tmp_path) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    changes = {"kind": kind, "image_size": size, "load_size": load, "patch": patch, "epochs": 0.02}
+    config = replace(tokenizer_train.PRESETS["smoke"], num_codes=8, code_dim=4, fit_images=100, **changes)
+    tokenizer_train.main(replace(config, out=str(tmp_path / "run"), refine_steps=2 * (kind == "patch_kmeans")))
+    tokenizer = tokenizers.load(tmp_path / "run" / "tokenizer.safetensors")
+    assert tokenizer.spec.grid == (height // patch, width // patch)
+    assert tokenizer.encode(torch.rand(2, 3, height, width)).shape == (2, *tokenizer.spec.grid)
+
+
 def held_out_digits() -> Tensor:
     return ImageDataset(DigitsSource("validation"), (32, 32)).__getitems__(list(range(360))).images / 255
 
@@ -440,6 +483,9 @@ def test_a_collapsed_codebook_is_warned_of(photographs, tmp_path) -> None:
         ({"kind": "patch_kmeans", "adversarial": True}, "--adversarial has no meaning for --kind patch_kmeans"),
         ({"refine_steps": 5}, "--refine-steps has no meaning for --kind vit_vqgan"),
         ({"load_size": 28}, "--load-size 28.*at least --image-size 32"),
+        ({"load_size": (40, 28)}, r"--load-size \(40, 28\).*at least --image-size 32"),
+        ({"bands": 5}, "--bands 5: the images are read with 3 channels"),
+        ({"bands": 5, "perceptual_vgg": "{few}/none"}, "--perceptual-vgg with --bands 5: VGG16 takes 3 channels"),
         ({"batch_size": 5000}, "batch size 5000: expected 1 to 1437"),
         ({"perceptual_vgg": "{few}/none"}, "no VGG16 weights at"),
     ],
