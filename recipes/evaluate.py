@@ -3,7 +3,8 @@
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-digits
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-published --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint base.pth --store imagenet-tokens
-    accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet/val --tokenizer tokenizer.safetensors
+    accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet --split val \
+        --labels LOC_val_solution.csv --tokenizer tokenizer.safetensors
     accelerate launch recipes/evaluate.py --checkpoint RUN --store imagenet-tokens --classes names.txt
 
 --checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
@@ -53,7 +54,7 @@ class Config(RunConfig):
     store: str | None = None  # Folder of a token store. None, and no --data: the embedded digits.
     data: str | None = None  # Images to evaluate on, as for recipes/tokenize_images.py.
     tokenizer: str | None = None  # Tokenizer file for --data. None: the model must take pixels.
-    split: str = "validation"  # Split of the store or of the images.
+    split: str | None = "validation"  # Split of the store or of the images. None: all of --data.
     # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
     eval_window: int | tuple[int, int] | None = None
     labels: str | None = None  # File with the labels of --data, as for recipes/tokenize_images.py.
