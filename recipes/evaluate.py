@@ -3,7 +3,8 @@
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-digits
     accelerate launch recipes/evaluate.py --checkpoint runs/seit_train-published --store imagenet-tokens
     accelerate launch recipes/evaluate.py --checkpoint base.pth --store imagenet-tokens
-    accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet/val --tokenizer tokenizer.safetensors
+    accelerate launch recipes/evaluate.py --checkpoint RUN --data imagenet --split val \
+        --labels LOC_val_solution.csv --tokenizer tokenizer.safetensors
     accelerate launch recipes/evaluate.py --checkpoint RUN --store imagenet-tokens --classes names.txt
 
 --checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
@@ -56,7 +57,7 @@ class Config(RunConfig):
     tokenizer: str | None = None  # Tokenizer for --data: a file or a folder. None: the model must take pixels.
     # Kind of the tokenizer, only needed where its files do not show it (cosmos).
     tokenizer_kind: Kind | None = None
-    split: str = "validation"  # Split of the store or of the images.
+    split: str | None = "validation"  # Split of the store or of the images. None: all of --data.
     # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
     eval_window: int | tuple[int, int] | None = None
     labels: str | None = None  # File with the labels of --data, as for recipes/tokenize_images.py.

@@ -156,14 +156,9 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     for store in (train, validation):
         store.require_classes("seit_train")
-    images, order, class_weights = balanced(
-        train_subset(config, TokenDataset(train)),
-        train,
-        config.class_balance,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=run.device,
-    )
+    images, ordered = train_subset(config, TokenDataset(train)), {"seed": config.seed, "device": run.device}
+    balance = config.class_balance
+    images, order, class_weights = balanced(images, train, balance, batch_size=config.batch_size, **ordered)
     codebook, window = torch.from_numpy(train.codebook), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
 

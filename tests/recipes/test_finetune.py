@@ -337,11 +337,10 @@ def test_what_cannot_be_fine_tuned_is_refused(
         (["--checkpoint", tmp_path / "adapt.pth"], "adapt.pth", "TokenAdapt"),
         ([*seit, "--store", oblong, "--size", 12], "--size 12", "(12, 8)", "shorter side"),
         ([*seit, "--store", oblong, "--size", 8, 12], "--size 8 12", "(12, 8)", "height and width"),
-        ([*seit, "--data", pictures, "--class-balance", "weights"], "--class-balance weights"),
         ([*seit, "--data", pictures, "--store", other_store], "--store"),
         ([*seit, "--data", pictures, "--color", "paper"], "--color"),
         ([*seit, "--data", pictures, "--tokenadapt", tmp_path], "--tokenadapt"),
-        ([*seit, "--data", pictures / "train"], "train/train: no images"),
+        ([*seit, "--data", pictures / "train"], "no folder 'train'"),
         (["--checkpoint", resnet, "--data", pictures], "expected a ViT"),
         (["--checkpoint", resnet, "--trainable", "attention"], "no attention"),
     ):

@@ -189,7 +189,7 @@ def test_labels_that_do_not_fit_are_refused(
         (seit_train, ["--store", partly], "seit_train needs classes", "32 of 64", partly),
         (finetune, ["--store", partly, "--checkpoint", classifier], "finetune needs classes", partly),
         (evaluate, [*judge, partly, "--split", "train"], "evaluate needs classes", partly),
-        (evaluate, [*judge, oblong, "--classes", tmp_path / "twice.txt"], "'a' twice", tmp_path / "twice.txt"),
+        (evaluate, [*judge, oblong, "--classes", tmp_path / "twice.txt"], "each once", tmp_path / "twice.txt"),
         (evaluate, [*judge, oblong, "--classes", tmp_path / "other.txt"], "'zebra'", "5 classes", classifier),
         (evaluate, [*judge, oblong, "--eval-window", 8, 17], "8 x 17", "8 x 16"),
     ):
