@@ -19,6 +19,7 @@ The recipe writes config.json, result.json, per_class.csv, and except for mAP co
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.confusion import Confusions
 from seitpp.engine.evaluate import ClassMap, Predictions, class_map, class_precisions, mean_of_known, predict
-from seitpp.engine.inputs import check_codes, embedded, require_labels
+from seitpp.engine.inputs import check_codes, embedded, open_once, reading_of_run, require_labels
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
@@ -153,25 +154,26 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
 
 def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
     """Open the images of --data; each is cropped to its center (`CentralBoxes`)."""
-    source = labeled_images(config)
+    source = labeled_images(config, run)
     view = EvalPixelView().to(run.device)
     dataset = ImageDataset(source, size, CentralBoxes(size))
     return Data(dataset, lambda batch: view(batch.images), source.class_names, source.labels.multi_label)
 
 
-def labeled_images(config: Config) -> ImageSource:
+def labeled_images(config: Config, run: Run) -> ImageSource:
     """Open the images of --data. Raises UserError if one has no label."""
-    source = open_source(config.data, config.split, LabelRules(file=config.labels))
+    rules = LabelRules(file=config.labels)
+    source = open_once(run.accelerator, partial(open_source, config.data, config.split, rules))
     require_labels(source, "evaluate", config.data)
     return source
 
 
 def tokenized(config: Config, run: Run) -> tuple:
     """Open the images of --data with their tokenizer; return what `stored` does."""
-    source = labeled_images(config)
+    source = labeled_images(config, run)
     tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     spec, codebook = tokenizer.spec, tokenizer.codebook.detach().cpu()
-    dataset = ImageDataset(source, spec.image_size)
+    dataset = ImageDataset(source, spec.image_size, reading=reading_of_run(config.checkpoint, spec.channels))
 
     def ids(batch: Pixels) -> Tensor:
         return tokenizer.encode(batch.images.float() / 255)

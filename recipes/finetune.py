@@ -16,6 +16,7 @@ validation.png and result.json into --out. It does not change the checkpoint.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -48,6 +49,7 @@ from seitpp.engine.inputs import (
     classifier_trial,
     image_facts,
     open_images,
+    open_once,
     open_stores,
     open_tokenadapt,
     require_labels,
@@ -60,6 +62,7 @@ from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
+from seitpp.images.labels import LabelRules
 from seitpp.models import (
     Loaded,
     TokenAdapt,
@@ -339,7 +342,8 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         if getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
-    train, validation = open_images(config.data, config.split, config.validation_split)
+    splits = config.split, config.validation_split
+    train, validation = open_once(run.accelerator, partial(open_images, config.data, *splits, rules=LabelRules()))
     for images in (train, validation):
         require_labels(images, "finetune", config.data)
     names = train.class_names

@@ -30,7 +30,8 @@ from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.sources import ImageSource
-from seitpp.models import MTM, Loaded, load_pretrained, model_file
+from seitpp.models import MTM, Loaded, load_pretrained
+from seitpp.models.weights.pretrained import model_file
 from seitpp.recipe import run_recipe
 from seitpp.tensors import header_keys
 from seitpp.tokenizers import Tokenizer

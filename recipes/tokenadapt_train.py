@@ -17,6 +17,7 @@ frozen f and g.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from seitpp.data.digits import DigitsSource, digits
 from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.inputs import ON_DIGITS, embedded, image_facts, open_images, train_subset
+from seitpp.engine.inputs import ON_DIGITS, embedded, image_facts, open_images, open_once, train_subset
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import MEASURES, Augmented, augment_in_every_way, compare, token_accuracy
 from seitpp.engine.run import Run
@@ -123,7 +124,7 @@ def main(config: Config) -> None:
     run = Run("tokenadapt_train", config)
 
     # 2. Data: training and validation images; a frozen tokenizer for original and for augmented images.
-    everything, validation = open_data(config)
+    everything, validation = open_once(run.accelerator, partial(open_data, config))
     train = train_subset(config, everything)
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
     pair = tokenizer_pair(tokenizer, config.image_size, config.crop_size)

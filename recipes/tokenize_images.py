@@ -69,7 +69,7 @@ from seitpp.images.tables import DatasetSource
 from seitpp.recipe import run_recipe
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
-from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerError, by_frequency
+from seitpp.tokenizers import Kind, PatchKMeans, Tokenizer, TokenizerError, by_frequency
 from seitpp.tokenizers.encoding import encode
 
 
@@ -95,6 +95,7 @@ class Config:
     intensity: tuple[float, float] | None = None
     scaled_decoding: bool = False  # Decode large JPEGs at a half, a quarter or an eighth: faster, other ids.
     tokenizer: str | None = None  # Tokenizer file. None: one fitted to the images, or that of the digits.
+    tokenizer_kind: Kind | None = None  # Kind of the tokenizer, only where its files do not show it (cosmos).
     compact: bool = False  # Keep only the codes that the split train uses, code 0 the most frequent.
     # Keep only the codes of this file: a released codebook.ckpt, or the .safetensors codebook of a store.
     codebook: str | None = None
@@ -270,7 +271,7 @@ def open_masks(config: Config) -> dict[str, ImageSource]:
 def open_tokenizer(config: Config, source: ImageSource, accelerator: Accelerator) -> Tokenizer:
     """Load --tokenizer, or that of the digits, or one that is fitted to images of the source, once."""
     if config.tokenizer is not None:
-        return tokenizers.load(config.tokenizer)
+        return tokenizers.load(config.tokenizer, config.tokenizer_kind)
     if config.data is None:
         with accelerator.main_process_first():
             return tokenizers.load(digits().tokenizer)
@@ -290,7 +291,8 @@ def fit_tokenizer(source: ImageSource, config: Config) -> Tokenizer:
     Raises UserError for an unreadable image unless --skip-errors is set.
     """
     chosen = range(0, len(source), max(1, len(source) // FITTED_IMAGES))
-    sides = [min(size) for size in readable_images(source, chosen, image_size, config)]
+    skip = config.skip_errors
+    sides = [min(size) for size in readable_images(source, chosen, image_size, skip_errors=skip)]
     median = np.median(sides) if sides else 0
     side, patch = next(sizes for sizes in FITTED_SIZES if sizes[0] <= median or sizes == FITTED_SIZES[-1])
     reading = Reading(config.resize, intensity=config.intensity)
@@ -299,18 +301,19 @@ def fit_tokenizer(source: ImageSource, config: Config) -> Tokenizer:
         return torch.from_numpy(decode_image(sample, (side, side), reading=reading))[None]
 
     shown = tqdm(chosen, desc=f"fitting a tokenizer at {side} pixels", unit="image")
-    return PatchKMeans.fit_to_images(readable_images(source, shown, decode, config), image_size=side, patch=patch)
+    images = readable_images(source, shown, decode, skip_errors=skip)
+    return PatchKMeans.fit_to_images(images, image_size=side, patch=patch)
 
 
 def readable_images(
-    source: ImageSource, indices: Iterable[int], read: Callable[[Sample], Any], config: Config
+    source: ImageSource, indices: Iterable[int], read: Callable[[Sample], Any], *, skip_errors: bool
 ) -> Iterator[Any]:
-    """Yield what `read` makes of images; leave out unreadable ones with --skip-errors, else raise ImageError."""
+    """Yield what `read` makes of images; leave out unreadable ones with `skip_errors`, else raise ImageError."""
     for index in indices:
         try:
             yield read(source.read(index))
         except ImageError:
-            if not config.skip_errors:
+            if not skip_errors:
                 raise
 
 

@@ -16,6 +16,7 @@ no image uses are kept.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,12 +29,13 @@ from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.inputs import image_facts, open_images, train_subset
+from seitpp.engine.inputs import image_facts, open_images, open_once, train_subset
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import quality
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
+from seitpp.images.decode import Reading
 from seitpp.images.sources import ImageSource
 from seitpp.models.discriminator import Discriminator
 from seitpp.models.perceptual import VGGDistance
@@ -60,7 +62,10 @@ class Config(TrainConfig):
     kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"  # Kind of tokenizer.
     # Size of the tokenized images in pixels: height and width, or the side of a square.
     image_size: int | tuple[int, int] = 256
-    bands: int = 3  # Number of channels of the images.
+    bands: int = 3  # Number of channels of the images: 3 is RGB, 1 gray; others are read from .tif and .npy.
+    resize: Literal["squash", "center_crop", "pad"] = "squash"  # How images of another aspect ratio are fitted.
+    # Values that become black and white. None: the range of 8 or 16 bits.
+    intensity: tuple[float, float] | None = None
     patch: int = 8  # Side of a token's patch in pixels.
     num_codes: int = 8192  # Number of codes in the codebook.
     code_dim: int = 32  # Dimension of a code vector.
@@ -114,10 +119,10 @@ def main(config: Config) -> None:
 
     # 2. Data: training and validation images.
     check_settings(config)
-    train, validation = open_data(config)
+    train, validation = open_once(run.accelerator, partial(open_data, config))
     size = config.load_size if config.kind == "vit_vqgan" else config.image_size
-    images = train_subset(config, ImageDataset(train, height_and_width(size)))
-    check_bands(images, config.bands)
+    reading = Reading(config.resize, config.bands, config.intensity)
+    images = train_subset(config, ImageDataset(train, height_and_width(size), reading=reading))
     run.describe(f"{len(images):,} images to train on, {len(validation):,} held out")
 
     # 3. The tokenizer, fitted or trained.
@@ -126,9 +131,10 @@ def main(config: Config) -> None:
         tokenizer.save(run.out / "tokenizer.safetensors")
 
     # 4. Results: validation images, encoded and decoded.
-    result = judge(tokenizer, source=validation, config=config, run=run)
+    held_out = ImageDataset(validation, tokenizer.spec.image_size, reading=reading)
+    result = judge(tokenizer, held_out, config=config, run=run)
     if run.is_main:
-        plots.picture_grid(show(tokenizer, validation, run.device), run.out / "reconstructions.png")
+        plots.picture_grid(show(tokenizer, held_out, run.device), run.out / "reconstructions.png")
     run.finish(result, image_facts(images, train, validation))
 
 
@@ -143,12 +149,6 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--load-size {config.load_size}: expected at least --image-size {config.image_size}")
     if config.perceptual_vgg and config.bands != 3:
         raise UserError(f"--perceptual-vgg with --bands {config.bands}: VGG16 takes 3 channels, leave it out")
-
-
-def check_bands(images: Dataset, bands: int) -> None:
-    """Raise UserError unless the first image has this number of channels."""
-    if (found := images.__getitems__([0]).images.shape[1]) != bands:
-        raise UserError(f"--bands {bands}: the images are read with {found} channels, name their number")
 
 
 def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
@@ -233,13 +233,13 @@ def zeros_loss(images: int, device: torch.device, model: VQTraining, *perceptual
     return weighted_sum(vq_losses(model(pixels), pixels, *perceptual))
 
 
-def judge(tokenizer: Tokenizer, *, source: ImageSource, config: Config, run: Run) -> dict:
+def judge(tokenizer: Tokenizer, held_out: ImageDataset, *, config: Config, run: Run) -> dict:
     """Return the number of codes used, the perplexity, and the means over images of PSNR (dB) and SSIM.
 
     Warns if few codes are used.
     """
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    dataset = run.eval_subset(ImageDataset(source, tokenizer.spec.image_size))
+    dataset = run.eval_subset(held_out)
     counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
     sums = torch.zeros(2, device=run.device)
     for batch in evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=run.workers):
@@ -254,10 +254,12 @@ def judge(tokenizer: Tokenizer, *, source: ImageSource, config: Config, run: Run
     return {"codes_used": used.used, "perplexity": used.perplexity, "psnr": mean_psnr, "ssim": mean_ssim}
 
 
-def show(tokenizer: Tokenizer, source: ImageSource, device: torch.device, *, count: int = 8) -> dict[str, Tensor]:
+def show(
+    tokenizer: Tokenizer, held_out: ImageDataset, device: torch.device, *, count: int = 8
+) -> dict[str, Tensor]:
     """Return the rows of a picture: up to `count` evenly spaced images, and their reconstructions."""
-    chosen = range(0, len(source), -(-len(source) // count))
-    pixels = ImageDataset(source, tokenizer.spec.image_size).__getitems__(list(chosen))
+    chosen = range(0, len(held_out), -(-len(held_out) // count))
+    pixels = held_out.__getitems__(list(chosen))
     images = pixels.images.float() / 255
     return {"original": images, "reconstruction": tokenizer.decode(tokenizer.encode(images.to(device))).cpu()}
 

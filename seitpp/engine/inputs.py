@@ -1,6 +1,8 @@
 """The inputs of a run: its stores, images and codebooks, and training steps on zeros that measure memory."""
 
+import json
 from collections.abc import Callable, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,8 @@ from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.decode import Reading
+from seitpp.images.labels import LabelRules
 from seitpp.images.sources import ImageSource, hold_out, open_source
 from seitpp.models import Loaded, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.weights.classifiers import classifier_spec
@@ -86,15 +90,28 @@ def embedded(run: Run, make: Callable[[], Data]) -> Data:
         return make()
 
 
-def open_images(data: str, split: str | None, validation_split: str | None) -> tuple[ImageSource, ImageSource]:
+def open_images(
+    data: str, split: str | None, validation_split: str | None, *, rules: LabelRules | None = None
+) -> tuple[ImageSource, ImageSource]:
     """Open the training and the validation images of a source (`seitpp.images.sources.open_source`).
 
-    Without `validation_split`, every twentieth image of `split` is held out for validation.
+    Without `validation_split`, every twentieth image of `split` is held out for validation. Without `rules`, no
+    labels are read; with them, the classes of both are those of the training images.
     """
-    source = open_source(data, split)
-    if validation_split is not None:
-        return source, open_source(data, validation_split)
-    return hold_out(source, HELD_OUT, data)
+    source = open_source(data, split, rules)
+    if validation_split is None:
+        return hold_out(source, HELD_OUT, data)
+    if rules and source.class_names:
+        rules = replace(rules, classes=tuple(source.class_names))
+    return source, open_source(data, validation_split, rules)
+
+
+def reading_of_run(checkpoint: str, channels: int) -> Reading:
+    """Return how the images of a run's store were read, as its result.json says; the default where it does not."""
+    result = Path(checkpoint) / "result.json"
+    record = json.loads(result.read_text()) if result.is_file() else {}
+    tokenizer = (record.get("data") or {}).get("tokenizer") or {}
+    return Reading.from_json(tokenizer.get("reading"), channels)
 
 
 def require_labels(source: ImageSource, purpose: str, data: str) -> None:

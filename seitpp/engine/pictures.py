@@ -1,9 +1,7 @@
 """New pictures as the inputs of a trained model: decoded, tokenized, and viewed as in its own evaluation."""
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +15,11 @@ from seitpp import tokenizers
 from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.config import PictureConfig
-from seitpp.engine.inputs import check_codes, embedded, open_once
+from seitpp.engine.inputs import check_codes, embedded, open_once, reading_of_run
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.files import replace_text
 from seitpp.images.batches import DecodedBatch, DecodedImages
-from seitpp.images.decode import Reading
 from seitpp.images.sources import ImageSource, open_source
 from seitpp.models import Loaded, input_kind, input_size
 from seitpp.tokenizers import Tokenizer
@@ -103,14 +100,6 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
         return view(torch.from_numpy(ids).to(device))
 
     return Pictures(DecodedImages(source, tokenizer.spec.image_size, reading), inputs)
-
-
-def reading_of_run(checkpoint: str, channels: int) -> Reading:
-    """Return how the images of a run's store were read, as its result.json says; the default where it does not."""
-    result = Path(checkpoint) / "result.json"
-    record = json.loads(result.read_text()) if result.is_file() else {}
-    tokenizer = (record.get("data") or {}).get("tokenizer") or {}
-    return Reading.from_json(tokenizer.get("reading"), channels)
 
 
 def _stacked(batch: DecodedBatch, size: tuple[int, int]) -> Tensor:

@@ -203,8 +203,8 @@ def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> I
         return DatasetSource(_arrow_split(path, split), str(path), rules)
     if split is None and (splits := split_names(str(path))):
         raise ImageError(
-            f"{path}: has the splits {', '.join(splits)}, which are no classes: name one with --source-split, or "
-            "tokenize all of them with --splits"
+            f"{path}: has the splits {', '.join(splits)}, which are no classes: name the one to read "
+            "(tokenize_images takes all of them with --splits)"
         )
     folder = path / split if split and (path / split).is_dir() else path
     with tqdm(desc=f"listing {folder}", unit="image", delay=2.0) as bar:
@@ -229,8 +229,8 @@ def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
         return opened
     if split is None and len(opened) > 1:
         raise ImageError(
-            f"{path}: has the splits {', '.join(opened)}: name one with --source-split, or "
-            "tokenize all of them with --splits"
+            f"{path}: has the splits {', '.join(opened)}: name the one to read (tokenize_images takes all "
+            "of them with --splits)"
         )
     name = split or next(iter(opened))
     if name not in opened:

@@ -105,9 +105,7 @@ def test_a_folder_without_permission_is_an_unreadable_image(samples, tmp_path) -
 def test_splits_are_no_classes(samples, tmp_path) -> None:
     for split, chosen in (("train", samples), ("val", samples[3:])):
         as_folder(tmp_path / "set" / split, chosen)
-    with pytest.raises(
-        ImageError, match=r"has the splits train, val, which are no classes: name one with --source-split"
-    ):
+    with pytest.raises(ImageError, match=r"has the splits train, val, which are no classes: name the one to read"):
         open_source(str(tmp_path / "set"))
     assert len(open_source(str(tmp_path / "set"), "train")) == 6
     splits = open_splits(str(tmp_path / "set"), LabelRules())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import evaluate_segmentation
 import numpy as np
+import predict
 import pytest
 import segment_ade20k
 import tokenize_images
@@ -431,6 +432,12 @@ def test_label_maps_of_new_pictures(smoke: Path, scenes: Scenes, tmp_path: Path)
         assert np.array_equal(np.asarray(labels), expected)
         colors = (plots.class_colors(6) * 255).round().byte().numpy()
         assert np.array_equal(np.asarray(labels.convert("RGB")), colors[expected])
+
+    line = ["smoke", "--checkpoint", smoke, "--data", tmp_path / "data", "--tokenizer", scenes.tokenizer]
+    call(predict, *line, "--skip-errors", "--out", tmp_path / "three")
+    for name in written:
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert "broken.jpg" in (tmp_path / "three/skipped.txt").read_text()
 
     again = write_label_maps(predictor, pictures, tmp_path / "one", **settings)
     assert len(again) == 5 and sum("exists already" in line for line in again) == 4

@@ -484,7 +484,7 @@ def test_a_collapsed_codebook_is_warned_of(photographs, tmp_path) -> None:
         ({"refine_steps": 5}, "--refine-steps has no meaning for --kind vit_vqgan"),
         ({"load_size": 28}, "--load-size 28.*at least --image-size 32"),
         ({"load_size": (40, 28)}, r"--load-size \(40, 28\).*at least --image-size 32"),
-        ({"bands": 5}, "--bands 5: the images are read with 3 channels"),
+        ({"bands": 5}, r"expected 5 band\(s\)"),
         ({"bands": 5, "perceptual_vgg": "{few}/none"}, "--perceptual-vgg with --bands 5: VGG16 takes 3 channels"),
         ({"batch_size": 5000}, "batch size 5000: expected 1 to 1437"),
         ({"perceptual_vgg": "{few}/none"}, "no VGG16 weights at"),
