@@ -64,7 +64,7 @@ def main(config: Config) -> None:
 
     # 3. Vectors: each process writes those of its part of the pictures, one process joins the parts.
     errors: list[str] = []
-    write_part(run.out / part_name(run.accelerator.process_index), embed(encoder, pictures, run, errors))
+    write_part(run.out / part_name(run.accelerator.process_index), embed(encoder, pictures, run, errors=errors))
     run.accelerator.wait_for_everyone()
     if run.is_main:
         parts = [run.out / part_name(rank) for rank in range(run.accelerator.num_processes)]
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
 
 @torch.no_grad()
 def embed(
-    encoder: nn.Module, pictures: Pictures, run: Run, errors: list[str]
+    encoder: nn.Module, pictures: Pictures, run: Run, *, errors: list[str]
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yield the names of pictures and their vectors (n, D) float32, of unit length, batch by batch."""
     for batch in pictures.batches(run.accelerator, run.workers):

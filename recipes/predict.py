@@ -17,18 +17,21 @@ classified, in seconds. A picture that cannot be read stops it; with --skip-erro
 OUT/skipped.txt. Speed on a GPU is not measured.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 
+from downstream.segmentation.mmseg import load_mmseg
 from seitpp import files
 from seitpp.engine.config import PictureConfig
 from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
+from seitpp.images.annotated import SHORT_SIDE
 from seitpp.images.sources import ImageSource
 from seitpp.models import MTM, Loaded, load_pretrained
 from seitpp.models.weights.pretrained import model_file
@@ -55,26 +58,31 @@ def main(config: Config) -> None:
         raise UserError("nothing to predict with: name a run's folder or a model file with --checkpoint")
     run = Run("predict", config)
 
-    # 2. Pictures, and the tokenizer of the model.
+    # 2. Pictures, and the model with its tokenizer.
     source, tokenizer = open_data(config, run)
+    segments = "segmenter" in header_keys(model_file(Path(config.checkpoint), config.ema))
+    write = (open_segmenter if segments else open_classifier)(config, run, source, tokenizer)
     run.start()
     run.describe(f"{len(source):,} pictures; left out: {source.left_out}")
 
     # 3. Predictions, each process for its part of the pictures.
-    segments = "segmenter" in header_keys(model_file(Path(config.checkpoint), config.ema))
-    errors = (write_maps if segments else write_table)(config, run, source, tokenizer)
-    finish(run, errors, len(source))
+    finish(run, write(), len(source))
 
 
-def write_table(config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> list[str]:
-    """Write OUT/predictions.csv; return a line for each picture of this process that could not be read."""
+def open_classifier(
+    config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None
+) -> Callable[[], list[str]]:
+    """Return a function that writes OUT/predictions.csv and returns a line for each unreadable picture."""
     saved = load_pretrained(config.checkpoint, config.ema)
     if isinstance(saved.model, MTM):
         raise UserError(f"{config.checkpoint} has no classification head: fine-tune it with recipes/finetune.py")
-    pictures = open_pictures(source, saved, tokenizer=tokenizer, run=run)
+    return partial(write_table, open_pictures(source, saved, tokenizer=tokenizer, run=run), saved, run)
+
+
+def write_table(pictures: Pictures, saved: Loaded, run: Run) -> list[str]:
+    """Write OUT/predictions.csv; return a line for each picture of this process that could not be read."""
     errors: list[str] = []
-    own = list(rows(pictures, saved, run, errors))
-    table = gather_object(own)
+    table = gather_object(list(rows(pictures, saved, run, errors=errors)))
     if run.is_main:
         best = min(TOP, saved.model.num_classes)
         more = [f"{column}_{place}" for place in range(2, best + 1) for column in ("class", "probability")]
@@ -86,7 +94,7 @@ def write_table(config: Config, run: Run, source: ImageSource, tokenizer: Tokeni
 
 
 @torch.no_grad()
-def rows(pictures: Pictures, saved: Loaded, run: Run, errors: list[str]) -> Iterator[list[str]]:
+def rows(pictures: Pictures, saved: Loaded, run: Run, *, errors: list[str]) -> Iterator[list[str]]:
     """Yield the row of each picture of this process: its name, then its likeliest classes and probabilities."""
     model = saved.model.to(run.device).eval()
     names = saved.class_names or [str(number) for number in range(model.num_classes)]
@@ -103,10 +111,10 @@ def rows(pictures: Pictures, saved: Loaded, run: Run, errors: list[str]) -> Iter
             yield [record.file_name, *(cell for pair in cells for cell in pair)]
 
 
-def write_maps(config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> list[str]:
-    """Write OUT/labels/NAME.png; return a line for each picture of this process that could not be read."""
-    from downstream.segmentation.mmseg import load_mmseg
-
+def open_segmenter(
+    config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None
+) -> Callable[[], list[str]]:
+    """Return a function that writes OUT/labels/NAME.png and returns a line for each unreadable picture."""
     load_mmseg()
     # These modules import the optional mmsegmentation; without it, load_mmseg has raised an error of one line.
     from downstream.segmentation.model import load_segmenter
@@ -122,13 +130,16 @@ def write_maps(config: Config, run: Run, source: ImageSource, tokenizer: Tokeniz
         names=(config.checkpoint, config.tokenizer or "the digits"),
         device=run.device,
     )
-    short_side = {"short_side": saved.short_side} if saved.short_side else {}
-    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    errors = write_label_maps(
-        predictor, source, run.out, tokenizer=tokenizer, **short_side, rank=rank, ranks=ranks
+    return partial(
+        write_label_maps,
+        predictor,
+        source,
+        run.out,
+        tokenizer=tokenizer,
+        short_side=saved.short_side or SHORT_SIDE,
+        rank=run.accelerator.process_index,
+        ranks=run.accelerator.num_processes,
     )
-    run.print(f"label maps in {run.out / 'labels'}, their colors in {run.out / 'legend.png'}")
-    return errors
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Pictures(NamedTuple):
 
     def batches(self, accelerator: Accelerator, workers: int) -> Iterator[DecodedBatch]:
         """Yield this process's pictures in batches: the source's order, cut into one part for each process."""
-        total, rank, ranks = len(self.images), accelerator.process_index, accelerator.num_processes
+        total, rank, ranks = len(self.images.source), accelerator.process_index, accelerator.num_processes
         own = range(rank * total // ranks, (rank + 1) * total // ranks)
         chosen = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
         loader = DataLoader(self.images, batch_sampler=chosen, collate_fn=_as_it_is, num_workers=workers)

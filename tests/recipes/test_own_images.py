@@ -149,13 +149,19 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 
 
 def test_predictions_are_those_of_an_evaluation(trained, pictures, tmp_path) -> None:
-    call(predict, "--checkpoint", trained, "--out", tmp_path / "digits")
-    rows, labels = rows_of(tmp_path / "digits"), DigitsSource("validation").labels.values
-    right = sum(row["class"] == str(label) for row, label in zip(rows, labels, strict=True))
-    call(evaluate, "--checkpoint", trained, "--out", tmp_path / "evaluation")
-    assert 100 * right / len(rows) == pytest.approx(result_of(tmp_path / "evaluation")["top1"])
+    labels = DigitsSource("validation").labels.values
+    for path in pictures.glob("[0-9]*.png"):
+        write(tmp_path / "labeled" / str(labels[int(path.stem)]) / path.name, path.read_bytes())
+    labeled = ["--checkpoint", trained, "--data", tmp_path / "labeled", "--tokenizer", digits().tokenizer]
+    call(predict, *labeled, "--out", tmp_path / "labels")
+    call(evaluate, *labeled, "--split", "None", "--out", tmp_path / "evaluation")
+    rows = sorted(rows_of(tmp_path / "labels"), key=lambda row: row["name"][-6:])
+    right = sum(row["class"] == row["name"][0] for row in rows)
+    assert 100 * right / 70 == pytest.approx(result_of(tmp_path / "evaluation")["top1"])
     probabilities = [float(rows[0][name]) for name in ("probability", *(f"probability_{n}" for n in range(2, 6)))]
     assert probabilities == sorted(probabilities, reverse=True) and 0.1 < sum(probabilities) <= 1.0001
+    call(predict, "--checkpoint", trained, "--out", tmp_path / "digits")
+    assert len(rows_of(tmp_path / "digits")) == 360
 
     line = ["--checkpoint", trained, "--data", pictures, "--tokenizer", digits().tokenizer, "--workers", 0]
     with pytest.raises(
@@ -166,7 +172,7 @@ def test_predictions_are_those_of_an_evaluation(trained, pictures, tmp_path) -> 
     assert finished.returncode == 0, finished.stderr
     files = rows_of(tmp_path / "two")
     assert [row["name"] for row in files] == [f"{index:02d}.png" for index in range(70)]
-    assert [row["class"] for row in files] == [row["class"] for row in rows[:70]]
+    assert [row["class"] for row in files] == [row["class"] for row in rows]
     assert (tmp_path / "two/skipped.txt").read_text().startswith("damaged.png: ")
 
 
@@ -186,7 +192,7 @@ def test_what_does_not_fit_is_refused(trained, pictures, tokenizer, tmp_path) ->
     untrained = save_untrained(tmp_path)
     for recipe, line, message in (
         (predict, [], "name a run's folder or a model file with --checkpoint"),
-        (predict, ["--checkpoint", untrained], "has no classification head"),
+        (predict, ["smoke", "--checkpoint", untrained], "has no classification head"),
         (
             predict,
             ["--checkpoint", trained, "--data", pictures],
@@ -196,7 +202,7 @@ def test_what_does_not_fit_is_refused(trained, pictures, tokenizer, tmp_path) ->
         (embed, ["--checkpoint", trained, "--data", tmp_path / "gone"], "no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):
-            call(recipe, *line, "--out", tmp_path / "out")
+            call(recipe, *line, "--overwrite", "--out", tmp_path / "out")
 
 
 def save_untrained(folder: Path) -> Path:
