@@ -50,8 +50,6 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 def main(config: Config) -> None:
     # 1. Run: the output folder and the processes.
-    if config.checkpoint is None:
-        raise UserError("nothing to embed with: name a run's folder or a model file with --checkpoint")
     run = Run("embed", config)
 
     # 2. Pictures, and the encoder with its tokenizer.

@@ -54,14 +54,12 @@ PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 def main(config: Config) -> None:
     # 1. Run: the output folder and the processes.
-    if config.checkpoint is None:
-        raise UserError("nothing to predict with: name a run's folder or a model file with --checkpoint")
     run = Run("predict", config)
 
     # 2. Pictures, and the model with its tokenizer.
     source, tokenizer = open_data(config, run)
     segments = "segmenter" in header_keys(model_file(Path(config.checkpoint), config.ema))
-    write = (open_segmenter if segments else open_classifier)(config, run, source, tokenizer)
+    write = (open_segmenter if segments else open_classifier)(run, source, tokenizer)
     run.start()
     run.describe(f"{len(source):,} pictures; left out: {source.left_out}")
 
@@ -69,10 +67,9 @@ def main(config: Config) -> None:
     finish(run, write(), len(source))
 
 
-def open_classifier(
-    config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None
-) -> Callable[[], list[str]]:
+def open_classifier(run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> Callable[[], list[str]]:
     """Return a function that writes OUT/predictions.csv and returns a line for each unreadable picture."""
+    config = run.config
     saved = load_pretrained(config.checkpoint, config.ema)
     if isinstance(saved.model, MTM):
         raise UserError(f"{config.checkpoint} has no classification head: fine-tune it with recipes/finetune.py")
@@ -111,15 +108,14 @@ def rows(pictures: Pictures, saved: Loaded, run: Run, *, errors: list[str]) -> I
             yield [record.file_name, *(cell for pair in cells for cell in pair)]
 
 
-def open_segmenter(
-    config: Config, run: Run, source: ImageSource, tokenizer: Tokenizer | None
-) -> Callable[[], list[str]]:
+def open_segmenter(run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> Callable[[], list[str]]:
     """Return a function that writes OUT/labels/NAME.png and returns a line for each unreadable picture."""
     load_mmseg()
     # These modules import the optional mmsegmentation; without it, load_mmseg has raised an error of one line.
     from downstream.segmentation.model import load_segmenter
     from downstream.segmentation.prediction import open_predictor, write_label_maps
 
+    config = run.config
     if tokenizer is None:
         raise UserError(f"{config.checkpoint} is a segmenter of tokens: name its tokenizer with --tokenizer")
     saved = load_segmenter(model_file(Path(config.checkpoint), config.ema))

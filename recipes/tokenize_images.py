@@ -177,7 +177,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
 
     # Decode, tokenize and write, shard by shard; the loader decodes ahead, also across shards.
     skipped = beside(config.out, f"{config.split}-skipped.txt")
-    images = DecodedImages(source, size, reading)
+    images = DecodedImages(source, size, reading=reading)
     batches = iter(decoding_loader(images, staging=staging, shards=mine, config=config))
     totals, started = np.zeros(4, np.int64), time.perf_counter()
     with tqdm(total=sum(len(staging.images(shard)) for shard in mine), unit="image", mininterval=1.0) as bar:

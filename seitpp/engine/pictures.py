@@ -48,6 +48,8 @@ def open_data(config: PictureConfig, run: Run) -> tuple[ImageSource, Tokenizer |
 
     Without a tokenizer, but with pictures, the model is to take pixels: the tokenizer is None.
     """
+    if config.checkpoint is None:
+        raise UserError("no model: name a run's folder or a model file with --checkpoint")
     if config.data is None:
         source = DigitsSource(config.source_split or "validation")
     else:
@@ -88,7 +90,7 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
         raise UserError(f"{checkpoint} takes {takes}")
     if tokenizer is None:
         pixels = EvalPixelView().to(device)
-        images = DecodedImages(source, size, reading, CentralBoxes(size))
+        images = DecodedImages(source, size, reading=reading, boxes=CentralBoxes(size))
         return Pictures(images, lambda batch: pixels(_stacked(batch, size).to(device)))
     codebook = tokenizer.codebook.detach().cpu()
     check_codes(codebook.numpy(), source=run.config.tokenizer or "the digits", saved=saved, checkpoint=checkpoint)
@@ -99,7 +101,7 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
         ids = np.stack(encode(tokenizer, batch, device)).astype(np.int64)
         return view(torch.from_numpy(ids).to(device))
 
-    return Pictures(DecodedImages(source, tokenizer.spec.image_size, reading), inputs)
+    return Pictures(DecodedImages(source, tokenizer.spec.image_size, reading=reading), inputs)
 
 
 def _stacked(batch: DecodedBatch, size: tuple[int, int]) -> Tensor:

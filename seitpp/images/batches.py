@@ -99,7 +99,7 @@ class DecodedImages(Dataset):
     it is fitted to the size.
     """
 
-    def __init__(self, source: ImageSource, size: Size, reading: Reading = RGB, boxes: Boxes | None = None):
+    def __init__(self, source: ImageSource, size: Size, *, reading: Reading = RGB, boxes: Boxes | None = None):
         self.source, self.size, self.reading, self.boxes = source, size, reading, boxes
 
     def __getitems__(self, indices: list[int]) -> DecodedBatch:

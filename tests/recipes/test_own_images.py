@@ -191,7 +191,7 @@ def test_vectors_of_pictures(trained, pictures, tmp_path) -> None:
 def test_what_does_not_fit_is_refused(trained, pictures, tokenizer, tmp_path) -> None:
     untrained = save_untrained(tmp_path)
     for recipe, line, message in (
-        (predict, [], "name a run's folder or a model file with --checkpoint"),
+        (predict, [], "no model: name a run's folder or a model file"),
         (predict, ["smoke", "--checkpoint", untrained], "has no classification head"),
         (
             predict,
