@@ -123,6 +123,7 @@ def main(config: Config) -> None:
     size = config.load_size if config.kind == "vit_vqgan" else config.image_size
     reading = Reading(config.resize, config.bands, config.intensity)
     images = train_subset(config, ImageDataset(train, height_and_width(size), reading=reading))
+    images.__getitems__([0])  # wrong bands stop here, before anything is written
     run.describe(f"{len(images):,} images to train on, {len(validation):,} held out")
 
     # 3. The tokenizer, fitted or trained.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -48,7 +49,7 @@ def run_recipe(
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
     except UserError as error:
-        fail(str(error))
+        fail(_one_line(str(error)))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise
@@ -62,6 +63,11 @@ def _settled(config: Config, named: set[str], settle: Callable[[Config, Collecti
     if stored is None or stored.preset != AUTO:
         return settle(config, named)
     return dataclasses.replace(stored, **{name: getattr(config, name) for name in named})
+
+
+def _one_line(message: str) -> str:
+    """Return the last line of an error that a data loading process raised, whose message has its traceback."""
+    return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1]) if "\n" in message else message
 
 
 def rehearse(main: Callable[[Config], None], config: Config) -> None:

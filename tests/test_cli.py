@@ -233,10 +233,10 @@ def test_show_paints_the_images_in_order(two, tmp_path, monkeypatch, capsys):
 def test_show_decodes_with_the_tokenizer_of_the_store(tmp_path):
     data = digits()
     s = TokenStore(data.store, "validation")
-    decode = cli._decoder(s, data.tokenizer)
+    decode = cli._decoder(s, data.tokenizer, None)
     expected = load(data.tokenizer).decode(torch.from_numpy(s.ids([5])).long())[0]
     assert torch.equal(decode(s[5][0]), expected)
-    assert not torch.equal(cli._decoder(s, None)(s[5][0]), expected)
+    assert not torch.equal(cli._decoder(s, None, None)(s[5][0]), expected)
 
 
 def test_show_refuses_a_tokenizer_of_another_store(store, two, tmp_path, monkeypatch, capsys):

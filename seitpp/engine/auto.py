@@ -41,7 +41,6 @@ LONGEST = 2  # the longer side over the shorter one, above which a square crop w
 BUDGETS = {"cpu": 30_000_000, "mps": 600_000_000}
 PATCHES_AT_A_TIME = 25_600, 3_200  # in a micro-batch elsewhere than on a GPU, of the smallest model and of others
 CHECKPOINT_STEPS = 300  # updates between two checkpoints; an epoch of the published run has 312
-WORKERS = 8  # as published
 
 
 class Facts(NamedTuple):
@@ -285,10 +284,10 @@ def accumulation(facts: Facts, values: Mapping) -> Choice:
 
 
 def workers(facts: Facts, _: Mapping) -> Choice:
-    """Load in 8 processes for each GPU (published) if there are cores for them, in none on a CPU (digits)."""
+    """Load in as many processes as there are cores (published), in none on a CPU, whose cores train (digits)."""
     if facts.device == "cpu":
         return Choice(0, "the cores train")
-    return Choice(min(WORKERS, facts.cores), f"of {facts.cores} CPU cores for each process")
+    return Choice(None, f"as many as there are CPU cores, here {facts.cores} for each process")
 
 
 def checkpoints(facts: Facts, values: Mapping) -> Choice:

@@ -20,7 +20,8 @@ from downstream.finegrained.sets import SETS, FineGrained, SetError, SetName, di
 from seitpp import TokenStore, tokenizers
 from seitpp.errors import UserError
 from seitpp.images.decode import ImageError, decode_image
-from seitpp.images.sources import DatasetSource
+from seitpp.images.labels import LabelRules
+from seitpp.images.tables import DatasetSource
 from seitpp.tokenizers import PatchKMeans
 
 FOLDER = ROOT / "downstream/finegrained"
@@ -34,7 +35,7 @@ def test_splits_labels_and_names_are_those_of_the_lists(name: str, tmp_path: Pat
     for split, images in zip(splits.values(), expected, strict=True):
         assert split.features["label"].names == names
         assert split["label"] == [label for _, label in images]
-        source = DatasetSource(split, name)
+        source = DatasetSource(split, name, LabelRules())
         for index, (path, label) in enumerate(images):
             sample = source.read(index)
             assert sample == ((tmp_path / path).read_bytes(), str(tmp_path / path), label)
@@ -70,7 +71,7 @@ def test_what_is_missing_is_named_with_where_the_set_is_to_be_had(name: str, tmp
 
 def test_a_missing_image_is_an_image_error(tmp_path: Path) -> None:
     train, *_ = write_set("cub200", tmp_path)
-    source = DatasetSource(read_set("cub200", tmp_path)["train"], "cub200")
+    source = DatasetSource(read_set("cub200", tmp_path)["train"], "cub200", LabelRules())
     (tmp_path / train[1][0]).unlink()
     with pytest.raises(ImageError, match=r"L_1\.jpg: cannot be read \(No such file"):
         source.read(1)
@@ -78,7 +79,7 @@ def test_a_missing_image_is_an_image_error(tmp_path: Path) -> None:
 
 def test_a_data_set_without_images_is_refused() -> None:
     with pytest.raises(ImageError, match="letters: columns text, expected an image column"):
-        DatasetSource(datasets.Dataset.from_dict({"text": ["a"]}), "letters")
+        DatasetSource(datasets.Dataset.from_dict({"text": ["a"]}), "letters", LabelRules())
 
 
 def test_an_unknown_set_is_refused(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_set_becomes_a_store_also_after_an_interruption(tokenizer: Path, tmp_p
         store = TokenStore(tmp_path / "tokens", split)
         assert store.splits == ["train", "validation"] and store.class_names == names
         assert store.labels.tolist() == [label for _, label in images]
-        source = DatasetSource(read_set("flowers102", tmp_path / "set")[split], "flowers102")
+        source = DatasetSource(read_set("flowers102", tmp_path / "set")[split], "flowers102", LabelRules())
         pixels = np.stack([decode_image(source.read(index), (32, 32)) for index in range(len(images))])
         ids = model.encode(torch.from_numpy(pixels).float() / 255).numpy()
         assert np.array_equal(store.ids(range(len(images))), ids)

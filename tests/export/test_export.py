@@ -26,7 +26,7 @@ from seitpp.engine.config import load_config
 from seitpp.errors import UserError
 from seitpp.export import export_model
 from seitpp.images.batches import ImageDataset
-from seitpp.images.sources import FolderSource
+from seitpp.images.sources import open_source
 from seitpp.models import (
     TokenAdapt,
     load_classifier,
@@ -125,7 +125,7 @@ def test_a_model_of_pixels_and_its_transform(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     found = {}
     exec(example(card).replace("FOLDER", str(out)).replace("PICTURE", str(picture)), found)
-    batch = ImageDataset(FolderSource(picture.parent), (32, 32), CentralBoxes((32, 32))).__getitems__([0])
+    batch = ImageDataset(open_source(str(picture.parent)), (32, 32), CentralBoxes((32, 32))).__getitems__([0])
     expected = model(EvalPixelView()(batch.images))
     # Pillow takes a box in single precision: of some pixels the last bit differs.
     torch.testing.assert_close(found["logits"], expected, atol=1e-3, rtol=0)
