@@ -214,6 +214,8 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
 
 def open_parts(config: Config) -> dict[str, ImageSource]:
     """Open --data, or the embedded digits, as the splits of the store that are to be written: {name: source}."""
+    if config.set and config.data is None:
+        raise UserError(f"--set {config.set}: name its folder with --data")
     if config.data is None:
         split = config.source_split or config.split or "train"
         return {config.split or split: DigitsSource(split)}

@@ -17,6 +17,7 @@ from seitpp.data.dataset import BatchOrder, Chosen, training_loader
 from seitpp.export.model import PIXELS
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import Sample, decode_image, image_size
+from seitpp.images.labels import Labels
 
 CHINA, FLOWER = load_sample_images().images  # (427, 640, 3) uint8
 SIZES = [(427, 640), (640, 427), (100, 30), (7, 300), (33, 33)]
@@ -32,6 +33,7 @@ class Pictures:
     """Twelve photographs of five sizes as an image source."""
 
     class_names = None
+    labels = Labels([0] * 12, None, "of one class")
 
     def __init__(self):
         generator = np.random.default_rng(0)

@@ -44,7 +44,7 @@ def smoke(tmp_path_factory) -> Path:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     finished = subprocess.run(line, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 30  # however busy the machine is
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 90  # however busy the machine is
     return folder
 
 
