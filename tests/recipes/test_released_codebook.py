@@ -157,7 +157,7 @@ class Killed(Exception):
 
 
 def test_killed_around_its_publication_it_goes_on_to_the_same_bytes(store, pictures, checkpoint, tmp_path):
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     # After the first shard; when the tokenizer is written and no store is; when the store is and the rest remains.
