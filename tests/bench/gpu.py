@@ -179,6 +179,7 @@ def tokenize(bench: Bench) -> Lines:
     yield f"ViT-VQGAN, batch {batch}", {"images/s": batch / seconds_of(forward, bench.pick(4, 1))}
     settings = {
         "out": str(bench.folder / "tokenized"),
+        "split": "train",
         "batch_size_per_process": batch,
         "workers": bench.pick(16, 0),
     }
