@@ -31,7 +31,7 @@ torch.backends.disable_global_flags = lambda: None  # else torch's own tests for
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-from seitpp.engine.metrics import MATMUL_SIDE
+from seitpp.engine.metrics import MATMUL_SIDE  # noqa: E402
 from seitpp.models import cross_entropy  # noqa: E402
 
 CUSTOM = {"linear_cross_entropy": cross_entropy._linear_cross_entropy}
