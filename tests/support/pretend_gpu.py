@@ -165,6 +165,14 @@ def is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
+HALVES = {torch.bfloat16, torch.float16}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+
+def _cast(value: object, kinds: set[torch.dtype], dtype: torch.dtype) -> object:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype in kinds else value
+
+
 class Device(TorchDispatchMode):
     """Computes for pretended tensors; keeps `faults`, and `waits` and `copies` of training steps, with places."""
 
@@ -192,11 +200,19 @@ class Device(TorchDispatchMode):
             return self._ones_on_host(name, args, kwargs)
         if target == NAME:
             kwargs["device"] = torch.device("meta" if self.shapes else "cpu")
-        outputs = func(*tree_map(self._unwrap, args), **tree_map(self._unwrap, kwargs))
+        outputs = self._compute(func, tree_map(self._unwrap, args), tree_map(self._unwrap, kwargs))
         if target not in (None, NAME):
             return outputs
         known = {id(leaf.held): leaf for leaf in pretended}
         return tree_map(lambda output: self._wrap(output, known), outputs)
+
+    def _compute(self, func, args, kwargs):
+        """Call `func`; matrix products of half precision in single, since many hosts take minutes for them."""
+        halves = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)} & HALVES
+        if self.shapes or func.overloadpacket.__name__ not in PRODUCTS or not halves:
+            return func(*args, **kwargs)
+        outputs = func(*tree_map(lambda value: _cast(value, HALVES, torch.float32), args), **kwargs)
+        return tree_map(lambda value: _cast(value, {torch.float32}, min(halves, key=str)), outputs)
 
     def _unwrap(self, value):
         if isinstance(value, Pretended):
