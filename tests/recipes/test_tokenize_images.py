@@ -60,6 +60,8 @@ def arguments(folder: Path, tokenizer: Path, out: Path, *more: object) -> list[s
         8,
         "--workers",
         1,
+        "--hold-out",
+        0,
         *more,
     ]
     return [str(RECIPES / "tokenize_images.py"), *map(str, line)]

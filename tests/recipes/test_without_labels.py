@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("recipe", "checkpoint"),
-    [(seit_train, None), (finetune, "mtm.safetensors"), (probe, "mtm.safetensors"), (evaluate, "classifier")],
+    [(seit_train, None), (finetune, "mtm.safetensors"), (evaluate, "classifier")],
 )
 def test_what_needs_classes_refuses_images_without(folder, tmp_path, capfd, monkeypatch, recipe, checkpoint):
     arguments = ["smoke", "--store", folder / "partly", "--out", tmp_path / "run"]
@@ -47,7 +47,13 @@ def test_what_needs_classes_refuses_images_without(folder, tmp_path, capfd, monk
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_probe_refuses_several_classes_an_image(folder, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        ("several", "the training images have several each"),
+        ("partly", "the 40 validation images are all of one class"),
+    ],
+)
+def test_a_probe_needs_two_classes(folder, tmp_path, capfd, monkeypatch, store: str, words: str):
     arguments = ["--checkpoint", folder / "mtm.safetensors", "--out", tmp_path / "run"]
-    words = ("its images have several classes each, expected one for a probe",)
-    refused(capfd, monkeypatch, probe, ["smoke", "--store", folder / "several", *arguments], *words)
+    refused(capfd, monkeypatch, probe, ["smoke", "--store", folder / store, *arguments], words)
