@@ -14,7 +14,7 @@ be read stops it; with --skip-errors it is listed in OUT/skipped.txt. Speed on a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from seitpp import files, plots
 from seitpp.engine.config import PictureConfig
 from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
+from seitpp.engine.probe import pooled
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
-from seitpp.images.decode import Reading, decode_image
-from seitpp.images.sources import ImageSource
+from seitpp.images.batches import DecodedImages
+from seitpp.images.decode import decode_image
 from seitpp.models import load_pretrained
 from seitpp.recipe import run_recipe
 
@@ -38,17 +39,12 @@ SHOWN, NEIGHBORS = 8, 6  # pictures in nearest.png, and their neighbors
 SIDE = 96  # pixels of a picture in nearest.png
 
 
-@dataclass(frozen=True)
-class Config(PictureConfig):
-    """Settings of embeddings: the encoder and the pictures."""
-
-
-PRESETS = {"published": Config()}
+PRESETS = {"published": PictureConfig()}
 PRESETS["digits"] = replace(PRESETS["published"], preset="digits", precision="no", workers=0)
 PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 
-def main(config: Config) -> None:
+def main(config: PictureConfig) -> None:
     # 1. Run: the output folder and the processes.
     run = Run("embed", config)
 
@@ -61,38 +57,23 @@ def main(config: Config) -> None:
     run.describe(f"{len(source):,} pictures; left out: {source.left_out}", model=encoder)
 
     # 3. Vectors: each process writes those of its part of the pictures, one process joins the parts.
-    errors: list[str] = []
-    write_part(run.out / part_name(run.accelerator.process_index), embed(encoder, pictures, run, errors=errors))
+    write_part(run.out / part_name(run.accelerator.process_index), embed(encoder, pictures, run))
     run.accelerator.wait_for_everyone()
     if run.is_main:
         parts = [run.out / part_name(rank) for rank in range(run.accelerator.num_processes)]
         join_parts(parts, run.out / "embeddings.parquet")
-        draw_nearest(run.out / "embeddings.parquet", source, run.out / "nearest.png")
+        draw_nearest(run.out / "embeddings.parquet", pictures.images, run.out / "nearest.png")
         print(f"vectors in {run.out / 'embeddings.parquet'}, nearest neighbors in {run.out / 'nearest.png'}")
-    finish(run, errors, len(source))
+    finish(run, pictures.errors, len(source))
 
 
 @torch.no_grad()
-def embed(
-    encoder: nn.Module, pictures: Pictures, run: Run, *, errors: list[str]
-) -> Iterator[tuple[list[str], np.ndarray]]:
+def embed(encoder: nn.Module, pictures: Pictures, run: Run) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yield the names of pictures and their vectors (n, D) float32, of unit length, batch by batch."""
-    for batch in pictures.batches(run.accelerator, run.workers):
-        errors += batch.errors
-        if batch.kept:
-            with run.accelerator.autocast():
-                vectors = pooled(encoder, pictures.inputs(batch)).float()
-            yield [record.file_name for record in batch.kept], F.normalize(vectors, dim=1).cpu().numpy()
-
-
-def pooled(encoder: nn.Module, inputs: Tensor) -> Tensor:
-    """Return one vector for each input (B, ..): cls and mean output of a ViT, the pooled output of a ResNet."""
-    output = encoder.forward_features(inputs)
-    if output.ndim == 4:
-        return output.mean(dim=(2, 3))
-    prefix = encoder.num_prefix_tokens
-    patches = output[:, prefix:].mean(dim=1)
-    return torch.cat([output[:, 0], patches], dim=1) if prefix else patches
+    for names, inputs in pictures:
+        with run.accelerator.autocast():
+            vectors = pooled(encoder, inputs).float()
+        yield names, F.normalize(vectors, dim=1).cpu().numpy()
 
 
 def part_name(rank: int) -> str:
@@ -101,7 +82,7 @@ def part_name(rank: int) -> str:
 
 
 def write_part(path: Path, batches: Iterator[tuple[list[str], np.ndarray]]) -> None:
-    """Write batches of names and vectors to a Parquet file, which has no rows if there are none."""
+    """Write batches of names and vectors to a Parquet file, none if there are no batches."""
     writer = None
     for names, vectors in batches:
         flat = pa.array(vectors.ravel(), pa.float32())
@@ -133,7 +114,7 @@ def join_parts(parts: list[Path], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def draw_nearest(path: Path, source: ImageSource, picture: Path) -> None:
+def draw_nearest(path: Path, images: DecodedImages, picture: Path) -> None:
     """Draw evenly spaced pictures, each followed by those whose vectors are nearest to its own, nearest first."""
     table = pq.read_table(path)
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
@@ -141,12 +122,13 @@ def draw_nearest(path: Path, source: ImageSource, picture: Path) -> None:
     similar = vectors[queries] @ vectors.T
     similar[np.arange(len(queries)), queries] = np.inf  # the picture itself comes first
     nearest = np.argsort(-similar, axis=1, kind="stable")[:, : NEIGHBORS + 1]
-    places = {name: index for index, name in enumerate(source.names)}
+    whole = replace(images.reading, resize="pad")
+    places = {name: index for index, name in enumerate(images.source.names)}
     names = table["name"].to_pylist()
     columns: dict[str, list[Tensor]] = {}
     for rank in range(nearest.shape[1]):
-        shown = [source.read(places[names[index]]) for index in nearest[:, rank]]
-        pixels = [decode_image(sample, (SIDE, SIDE), reading=Reading("pad")) for sample in shown]
+        shown = [images.source.read(places[names[index]]) for index in nearest[:, rank]]
+        pixels = [decode_image(sample, (SIDE, SIDE), reading=whole) for sample in shown]
         columns[f"nearest {rank}" if rank else "picture"] = [torch.from_numpy(image) / 255 for image in pixels]
     plots.picture_grid(columns, picture)
 

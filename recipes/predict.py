@@ -18,7 +18,7 @@ OUT/skipped.txt. Speed on a GPU is not measured.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from downstream.segmentation.mmseg import load_mmseg
 from seitpp import files
 from seitpp.engine.config import PictureConfig
+from seitpp.engine.inputs import reading_of_run
 from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -42,17 +43,12 @@ from seitpp.tokenizers import Tokenizer
 TOP = 5  # classes of a picture
 
 
-@dataclass(frozen=True)
-class Config(PictureConfig):
-    """Settings of predictions: the model and the pictures."""
-
-
-PRESETS = {"published": Config()}
+PRESETS = {"published": PictureConfig()}
 PRESETS["digits"] = replace(PRESETS["published"], preset="digits", precision="no", workers=0)
 PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke")
 
 
-def main(config: Config) -> None:
+def main(config: PictureConfig) -> None:
     # 1. Run: the output folder and the processes.
     run = Run("predict", config)
 
@@ -78,8 +74,7 @@ def open_classifier(run: Run, source: ImageSource, tokenizer: Tokenizer | None) 
 
 def write_table(pictures: Pictures, saved: Loaded, run: Run) -> list[str]:
     """Write OUT/predictions.csv; return a line for each picture of this process that could not be read."""
-    errors: list[str] = []
-    table = gather_object(list(rows(pictures, saved, run, errors=errors)))
+    table = gather_object(list(rows(pictures, saved, run)))
     if run.is_main:
         best = min(TOP, saved.model.num_classes)
         more = [f"{column}_{place}" for place in range(2, best + 1) for column in ("class", "probability")]
@@ -87,25 +82,22 @@ def write_table(pictures: Pictures, saved: Loaded, run: Run) -> list[str]:
         for name, title, probability, *_ in table[:TOP]:
             print(f"{name}: {title} {probability}")
         print(f"{len(table):,} pictures in {run.out / 'predictions.csv'}")
-    return errors
+    return pictures.errors
 
 
 @torch.no_grad()
-def rows(pictures: Pictures, saved: Loaded, run: Run, *, errors: list[str]) -> Iterator[list[str]]:
+def rows(pictures: Pictures, saved: Loaded, run: Run) -> Iterator[list[str]]:
     """Yield the row of each picture of this process: its name, then its likeliest classes and probabilities."""
     model = saved.model.to(run.device).eval()
-    names = saved.class_names or [str(number) for number in range(model.num_classes)]
-    for batch in pictures.batches(run.accelerator, run.workers):
-        errors += batch.errors
-        if not batch.kept:
-            continue
+    classes = saved.class_names or [str(number) for number in range(model.num_classes)]
+    for names, inputs in pictures:
         with run.accelerator.autocast():
-            logits = model(pictures.inputs(batch)).float()
+            logits = model(inputs).float()
         probabilities = logits.sigmoid() if saved.multi_label else logits.softmax(dim=1)
-        best = probabilities.topk(min(TOP, len(names)), dim=1)
-        for record, numbers, values in zip(batch.kept, best.indices.tolist(), best.values.tolist(), strict=True):
-            cells = [[names[number], f"{value:.4f}"] for number, value in zip(numbers, values, strict=True)]
-            yield [record.file_name, *(cell for pair in cells for cell in pair)]
+        best = probabilities.topk(min(TOP, len(classes)), dim=1)
+        for name, numbers, values in zip(names, best.indices.tolist(), best.values.tolist(), strict=True):
+            cells = [[classes[number], f"{value:.4f}"] for number, value in zip(numbers, values, strict=True)]
+            yield [name, *(cell for pair in cells for cell in pair)]
 
 
 def open_segmenter(run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> Callable[[], list[str]]:
@@ -132,7 +124,9 @@ def open_segmenter(run: Run, source: ImageSource, tokenizer: Tokenizer | None) -
         source,
         run.out,
         tokenizer=tokenizer,
+        reading=reading_of_run(config.checkpoint, tokenizer.spec.channels),
         short_side=saved.short_side or SHORT_SIDE,
+        skip_errors=config.skip_errors,
         rank=run.accelerator.process_index,
         ranks=run.accelerator.num_processes,
     )

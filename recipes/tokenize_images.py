@@ -33,7 +33,7 @@ model.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,19 +58,20 @@ from seitpp.images.annotated import (
     open_annotated,
     open_annotated_splits,
 )
-from seitpp.images.batches import DecodedBatch, DecodedImages, ImageRecord
-from seitpp.images.decode import ImageError, Reading, Sample, Size, decode_image, fit_short_side, image_size
+from seitpp.images.batches import DecodedImages, ImageRecord, already_a_batch
+from seitpp.images.decode import Reading, Size, fit_short_side
 from seitpp.images.inventory import describe, inventory
 from seitpp.images.labels import LabelRules, read_class_names
 from seitpp.images.layouts import Layout
 from seitpp.images.masks import MaskRules
-from seitpp.images.sources import ImageSource, hold_out, open_source, open_splits
+from seitpp.images.sources import ImageSource, hold_out, open_every_split, open_source
 from seitpp.images.tables import DatasetSource
 from seitpp.recipe import run_recipe
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
-from seitpp.tokenizers import Kind, PatchKMeans, Tokenizer, TokenizerError, by_frequency
+from seitpp.tokenizers import Kind, Tokenizer, TokenizerError, by_frequency
 from seitpp.tokenizers.encoding import encode
+from seitpp.tokenizers.fitting import fit_to_source
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,9 @@ class Config:
 
 PRESETS = {"published": Config(batch_size_per_process=256)}
 PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size_per_process=16)
-PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128)
+PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128, workers=0)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
-
-# The tokenizer that is fitted where none is named: image size and patch by the median of the images' short sides.
-FITTED_SIZES = ((256, 8), (128, 8), (64, 4), (32, 2))
-FITTED_IMAGES = 1000
 
 # Optional columns beside tokens and label, and their types; an annotation is stored if the images have any.
 COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64"}
@@ -231,16 +228,15 @@ def open_parts(config: Config) -> dict[str, ImageSource]:
             f"{config.data}: got --layout, --ignore-label or --background-class, expected images with masks, as "
             "docs/segmentation.md says; check the folder"
         )
-    classes = config.classes or (config.out if has_store(config) else None)
     rules = LabelRules(
         file=config.labels,
         column=config.label_column,
         key=config.label_key,
-        classes=classes and (read_class_names(classes) if config.classes else TokenStore(classes).class_names),
+        classes=read_class_names(config.classes) if config.classes else stored_classes(config),
         unlabeled=config.unlabeled,
     )
     if config.splits:
-        return open_splits(config.data, rules)
+        return open_every_split(config.data, rules)
     source = open_source(config.data, config.source_split, rules)
     if config.split or config.source_split or not config.hold_out:
         return {config.split or "train": source}
@@ -249,6 +245,12 @@ def open_parts(config: Config) -> dict[str, ImageSource]:
         return {"train": source}
     train, validation = hold_out(source, config.hold_out, config.data)
     return {"train": train, "validation": validation}
+
+
+def stored_classes(config: Config) -> tuple[str, ...] | None:
+    """Return the class names of the store --out, if it exists and has any: other splits have the same classes."""
+    names = layout.read_document(Path(config.out))["class_names"] if has_store(config) else None
+    return None if names is None else tuple(names)
 
 
 def open_masks(config: Config) -> dict[str, ImageSource]:
@@ -282,41 +284,10 @@ def open_tokenizer(config: Config, source: ImageSource, accelerator: Accelerator
         if not path.exists():
             if has_store(config):
                 raise UserError(f"{config.out}: name the tokenizer of this store with --tokenizer")
-            fit_tokenizer(source, config).save(path)
-    accelerator.print(f"tokenizer fitted to these images: {path}")
+            reading = Reading(config.resize, intensity=config.intensity)
+            fit_to_source(source, reading=reading, skip_errors=config.skip_errors).save(path)
+    accelerator.print(f"tokenizer {path}, fitted to images of --data by this command or an earlier one")
     return tokenizers.load(path)
-
-
-def fit_tokenizer(source: ImageSource, config: Config) -> Tokenizer:
-    """Fit a tokenizer to evenly spaced images; their median short side decides on its image size.
-
-    Raises UserError for an unreadable image unless --skip-errors is set.
-    """
-    chosen = range(0, len(source), max(1, len(source) // FITTED_IMAGES))
-    skip = config.skip_errors
-    sides = [min(size) for size in readable_images(source, chosen, image_size, skip_errors=skip)]
-    median = np.median(sides) if sides else 0
-    side, patch = next(sizes for sizes in FITTED_SIZES if sizes[0] <= median or sizes == FITTED_SIZES[-1])
-    reading = Reading(config.resize, intensity=config.intensity)
-
-    def decode(sample: Sample) -> torch.Tensor:
-        return torch.from_numpy(decode_image(sample, (side, side), reading=reading))[None]
-
-    shown = tqdm(chosen, desc=f"fitting a tokenizer at {side} pixels", unit="image")
-    images = readable_images(source, shown, decode, skip_errors=skip)
-    return PatchKMeans.fit_to_images(images, image_size=side, patch=patch)
-
-
-def readable_images(
-    source: ImageSource, indices: Iterable[int], read: Callable[[Sample], Any], *, skip_errors: bool
-) -> Iterator[Any]:
-    """Yield what `read` makes of images; leave out unreadable ones with `skip_errors`, else raise ImageError."""
-    for index in indices:
-        try:
-            yield read(source.read(index))
-        except ImageError:
-            if not skip_errors:
-                raise
 
 
 def missing_splits(config: Config, splits: list[str]) -> list[str]:
@@ -412,13 +383,8 @@ def decoding_loader(
         for batch in batches_of(staging.images(shard), config.batch_size_per_process)
     ]
     return DataLoader(
-        images, batch_sampler=batches, collate_fn=as_it_is, num_workers=loader_workers(config.workers)
+        images, batch_sampler=batches, collate_fn=already_a_batch, num_workers=loader_workers(config.workers)
     )
-
-
-def as_it_is(batch: DecodedBatch) -> DecodedBatch:
-    """Return the batch unchanged: the dataset returns whole batches."""
-    return batch
 
 
 def report_errors(errors: list[str], skip: bool, path: Path) -> None:

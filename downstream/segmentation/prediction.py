@@ -20,7 +20,7 @@ from downstream.segmentation.view import TokenAdaptMirror
 from seitpp import files, plots
 from seitpp.engine.inputs import check_codebook, open_tokenadapt
 from seitpp.images.annotated import SHORT_SIDE
-from seitpp.images.decode import ImageError, Sample, decode_image, fit_short_side
+from seitpp.images.decode import RGB, ImageError, Reading, Sample, decode_image, fit_short_side
 from seitpp.images.sources import ImageSource
 from seitpp.images.walk import SUFFIXES
 from seitpp.tokenizers import Tokenizer
@@ -99,7 +99,7 @@ def open_predictor(
 
 @torch.no_grad()
 def predict_picture(
-    predictor: Predictor, sample: Sample, *, tokenizer: Tokenizer, short_side: int
+    predictor: Predictor, sample: Sample, *, tokenizer: Tokenizer, short_side: int, reading: Reading = RGB
 ) -> UInt8[np.ndarray, "height width"]:
     """Return the class of every pixel of an encoded image at its own size, as a viewer shows it.
 
@@ -112,7 +112,9 @@ def predict_picture(
         sizes.append(size)  # decoding alone knows how the image is turned
         return fit_short_side(size, short_side, tokenizer.side_multiple)
 
-    pixels = torch.from_numpy(decode_image(sample, resized)).unsqueeze(0).to(predictor.codebook.device)
+    pixels = (
+        torch.from_numpy(decode_image(sample, resized, reading=reading)).unsqueeze(0).to(predictor.codebook.device)
+    )
     with tokenizer.at_size(tuple(pixels.shape[2:])):
         ids = tokenizer.encode(pixels.float() / 255)
     return predictor(ids, sizes[0])[0].cpu().numpy()
@@ -125,14 +127,17 @@ def write_label_maps(
     *,
     tokenizer: Tokenizer,
     short_side: int = SHORT_SIDE,
+    reading: Reading = RGB,
+    skip_errors: bool = False,
     rank: int = 0,
     ranks: int = 1,
 ) -> list[str]:
     """Write the label map of every `ranks`-th picture, from number `rank` on, to out/labels/NAME.png.
 
-    A label map is a PNG with a palette, at the picture's own size, whose value v is class v. Folders in the name
-    of a picture stay. The first process also writes out/legend.png and out/classes.txt, a name a line. Returns a
-    line for each picture that cannot be read, or whose label map exists already.
+    A label map is a PNG with a palette, at the picture's own size, whose value v is class v. Folders in the
+    name of a picture stay. The first process also writes out/legend.png and out/classes.txt, a name a line.
+    Returns a line for each picture that cannot be read, or whose label map exists already; raises ImageError
+    for the first of them unless `skip_errors`.
     """
     palette = (plots.class_colors(len(predictor.class_names)) * 255).round().byte().numpy()
     if rank == 0:
@@ -143,9 +148,13 @@ def write_label_maps(
     for index in range(rank, len(pictures), ranks):
         try:
             sample = pictures.read(index)
-            labels = predict_picture(predictor, sample, tokenizer=tokenizer, short_side=short_side)
+            labels = predict_picture(
+                predictor, sample, tokenizer=tokenizer, short_side=short_side, reading=reading
+            )
             _write_map(out / "labels" / label_name(sample.name), labels, palette=palette, picture=sample.name)
         except ImageError as error:
+            if not skip_errors:
+                raise
             errors.append(str(error))
     return errors
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from seitpp.errors import UserError
+from seitpp.images.batches import already_a_batch
 from seitpp.store import TokenStore
 from seitpp.tensors import to_device
 
@@ -249,10 +250,6 @@ def evaluation_loader(dataset: Dataset, batch_size: int, *, rank: int, ranks: in
     return _loader(dataset, batches, workers)
 
 
-def _already_a_batch(batch: Batch) -> Batch:
-    return batch
-
-
 def _leave_signals_to_the_run(_: int) -> None:
     # Terminals and schedulers also signal the workers, which must continue until the run has finished its step.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -263,7 +260,7 @@ def _loader(dataset: Dataset, batches: Sampler | list[list[int]], workers: int) 
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=_already_a_batch,
+        collate_fn=already_a_batch,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),

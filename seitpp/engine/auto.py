@@ -18,7 +18,7 @@ import torch
 from seitpp.augment.maps import Sides, both_sides
 from seitpp.data.dataset import fraction_of
 from seitpp.engine.config import Config
-from seitpp.engine.system import launched_processes
+from seitpp.engine.system import launched_processes, loader_workers
 from seitpp.errors import UserError
 from seitpp.models.vit import PATCH
 from seitpp.store import TokenStore
@@ -46,8 +46,8 @@ CHECKPOINT_STEPS = 300  # updates between two checkpoints; an epoch of the publi
 class Facts(NamedTuple):
     """What settings are chosen from: the training images, the grid (H, W) in tokens, the device, the launch.
 
-    `processes` train together, one on each GPU; each has `cores` CPU cores. `bf16` is whether a GPU has bfloat16.
-    `adapts` is whether a TokenAdapt was named.
+    `processes` train together, one on each GPU; each has `cores` CPU cores to load data. `bf16` is whether a
+    GPU has bfloat16, `adapts` whether a TokenAdapt was named.
     """
 
     images: int
@@ -97,7 +97,7 @@ def device_facts() -> dict[str, Any]:
     return {
         "device": device,
         "processes": processes,
-        "cores": max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", processes))),
+        "cores": loader_workers(None),
         "bf16": device == "cuda" and torch.cuda.is_bf16_supported(False),
     }
 
@@ -287,7 +287,7 @@ def workers(facts: Facts, _: Mapping) -> Choice:
     """Load in as many processes as there are cores (published), in none on a CPU, whose cores train (digits)."""
     if facts.device == "cpu":
         return Choice(0, "the cores train")
-    return Choice(None, f"as many as there are CPU cores, here {facts.cores} for each process")
+    return Choice(None, f"by the CPU cores, here {facts.cores} for each process")
 
 
 def checkpoints(facts: Facts, values: Mapping) -> Choice:

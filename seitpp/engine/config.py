@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 
 from seitpp.errors import UserError, suggest
+from seitpp.tokenizers import Kind
 
 Config = TypeVar("Config")
 
@@ -65,7 +66,7 @@ class PictureConfig(RunConfig):
     data: str | None = None  # pictures, as for recipes/tokenize_images.py; None: the held-out digits
     source_split: str | None = None  # the part of the data to read; None: all
     tokenizer: str | None = None  # that of the model's tokens; None: the model takes pixels, or the digits
-    tokenizer_kind: str | None = None  # None: recognized
+    tokenizer_kind: Kind | None = None  # None: recognized
     skip_errors: bool = False  # leave out pictures that cannot be read, and list them in OUT/skipped.txt
     workers: int | None = None  # data loading processes, for each process that computes; None: by the CPU cores
 

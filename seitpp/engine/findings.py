@@ -27,7 +27,7 @@ def findings(result: Mapping[str, Any], *, counts: np.ndarray, probed: int, left
 
 
 def learning(result: Mapping[str, Any], counts: np.ndarray) -> str:
-    """Compare the loss of hidden tokens of held-out images with the entropy of the codes, both in nats."""
+    """Compare the loss of hidden tokens of training images with the entropy of the codes, both in nats."""
     loss, level = result["masked_loss_train"], entropy(counts) * math.log(2)
     if level == 0:
         return "Nothing to learn: all tokens of the store are the same code. Look at the images and the tokenizer."

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,7 +17,7 @@ from seitpp.engine.inputs import check_codes, embedded, open_once, reading_of_ru
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.files import replace_text
-from seitpp.images.batches import DecodedBatch, DecodedImages
+from seitpp.images.batches import DecodedBatch, DecodedImages, already_a_batch
 from seitpp.images.sources import ImageSource, open_source
 from seitpp.models import Loaded, input_kind, input_size
 from seitpp.tokenizers import Tokenizer
@@ -28,19 +26,39 @@ from seitpp.tokenizers.encoding import encode
 BATCH = 64  # pictures at a time
 
 
-class Pictures(NamedTuple):
-    """A dataset of decoded pictures, and the function that turns a batch of it into the input of the model."""
+class Pictures:
+    """Decoded pictures of a source, and what turns a batch of them into the input of a model.
 
-    images: DecodedImages
-    inputs: Callable[[DecodedBatch], Tensor]
+    Of n processes, each has one part of them, in the order of the source. `errors` has a line for each of its
+    pictures that could not be read so far.
+    """
 
-    def batches(self, accelerator: Accelerator, workers: int) -> Iterator[DecodedBatch]:
-        """Yield this process's pictures in batches: the source's order, cut into one part for each process."""
-        total, rank, ranks = len(self.images.source), accelerator.process_index, accelerator.num_processes
+    def __init__(self, images: DecodedImages, inputs: Callable[[DecodedBatch], Tensor], run: Run):
+        self.images, self.errors, self._inputs, self._run = images, [], inputs, run
+
+    def __iter__(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names of pictures and the input of the model for them, batch by batch.
+
+        Raises UserError for the first picture that cannot be read, unless the config says skip_errors.
+        """
+        total, accelerator = len(self.images.source), self._run.accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
         own = range(rank * total // ranks, (rank + 1) * total // ranks)
         chosen = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
-        loader = DataLoader(self.images, batch_sampler=chosen, collate_fn=_as_it_is, num_workers=workers)
-        yield from tqdm(loader, total=len(chosen), unit="batch")
+        loader = DataLoader(
+            self.images, batch_sampler=chosen, collate_fn=already_a_batch, num_workers=self._run.workers
+        )
+        for batch in tqdm(loader, total=len(chosen), unit="batch"):
+            self.errors += refuse_unreadable(batch.errors, self._run)
+            if batch.kept:
+                yield [record.file_name for record in batch.kept], self._inputs(batch)
+
+
+def refuse_unreadable(errors: list[str], run: Run) -> list[str]:
+    """Return lines about pictures that cannot be read; raise UserError if there is one and none may be skipped."""
+    if errors and not run.config.skip_errors:
+        raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors")
+    return errors
 
 
 def open_data(config: PictureConfig, run: Run) -> tuple[ImageSource, Tokenizer | None]:
@@ -61,13 +79,8 @@ def open_data(config: PictureConfig, run: Run) -> tuple[ImageSource, Tokenizer |
 
 
 def finish(run: Run, errors: list[str], pictures: int) -> None:
-    """Finish a run on `pictures`; `errors` has a line for each picture of this process that could not be read.
-
-    Raises UserError with the first of all processes, unless the config says skip_errors.
-    """
+    """Finish a run on `pictures`; `errors` has a line for each picture of this process that could not be read."""
     errors = gather_object(errors)
-    if errors and not run.config.skip_errors:
-        raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors")
     if run.is_main and errors:
         replace_text(run.out / "skipped.txt", "".join(f"{error}\n" for error in errors))
         print(f"{len(errors):,} of {pictures:,} pictures could not be read, see {run.out / 'skipped.txt'}")
@@ -91,7 +104,7 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
     if tokenizer is None:
         pixels = EvalPixelView().to(device)
         images = DecodedImages(source, size, reading=reading, boxes=CentralBoxes(size))
-        return Pictures(images, lambda batch: pixels(_stacked(batch, size).to(device)))
+        return Pictures(images, lambda batch: pixels(batch.pixels.view(-1, 3, *size).to(device)), run)
     codebook = tokenizer.codebook.detach().cpu()
     check_codes(codebook.numpy(), source=run.config.tokenizer or "the digits", saved=saved, checkpoint=checkpoint)
     maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
@@ -101,13 +114,4 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
         ids = np.stack(encode(tokenizer, batch, device)).astype(np.int64)
         return view(torch.from_numpy(ids).to(device))
 
-    return Pictures(DecodedImages(source, tokenizer.spec.image_size, reading=reading), inputs)
-
-
-def _stacked(batch: DecodedBatch, size: tuple[int, int]) -> Tensor:
-    return batch.pixels.view(len(batch.sizes), 3, *size)
-
-
-def _as_it_is(batch: DecodedBatch) -> DecodedBatch:
-    """Return the batch unchanged: the dataset returns whole batches."""
-    return batch
+    return Pictures(DecodedImages(source, tokenizer.spec.image_size, reading=reading), inputs, run)

@@ -101,6 +101,14 @@ def _labels_of(dataset: Dataset) -> np.ndarray:
     return _labels_of(dataset.dataset)[dataset.indices] if isinstance(dataset, Chosen) else dataset.store.labels
 
 
+def pooled(encoder: nn.Module, inputs: Tensor) -> Tensor:
+    """Return a vector for each input: cls output and mean patch output of a ViT, the pooled output of a ResNet."""
+    output = encoder.forward_features(inputs)
+    if output.ndim == 4:
+        return output.mean(dim=(2, 3))
+    return torch.cat([output[:, 0], output[:, encoder.num_prefix_tokens :].mean(dim=1)], dim=1)
+
+
 @torch.no_grad()
 def extract_features(
     encoder: VisionTransformer, dataset: Dataset, *, view: nn.Module, accelerator: Accelerator, workers: int = 0
@@ -123,9 +131,7 @@ def extract_features(
         block_labels.copy_(block.labels)
         for ids, out in zip(block.ids.split(ENCODED), block_vectors.split(ENCODED), strict=True):
             with accelerator.autocast():
-                output = encoder.forward_features(view(ids))
-            patches = output[:, encoder.num_prefix_tokens :].mean(dim=1)
-            out.copy_(torch.cat([output[:, 0], patches], dim=1))
+                out.copy_(pooled(encoder, view(ids)))
     return Features(vectors, labels, indices)
 
 

@@ -1,7 +1,7 @@
 """Batches of images that are decoded by the workers of a data loader, with one size or a size for each."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,11 @@ class ImageDataset(Dataset):
             else:
                 row[list(classes)] = 1
         return rows
+
+
+def already_a_batch(batch: Any) -> Any:
+    """Return the batch unchanged, as `collate_fn` of a loader whose dataset returns whole batches."""
+    return batch
 
 
 class ImageRecord(NamedTuple):

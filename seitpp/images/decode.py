@@ -1,6 +1,7 @@
 """Decode one encoded image: named formats, orientation, bit depth, bands, and the rule that fits it to a size."""
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,6 @@ DRAFT_MARGIN = 3
 NPY = b"\x93NUMPY"
 # Tags of TIFF: values per pixel, and what those beyond the colors are; 1 and 2 mean alpha.
 SAMPLES_PER_PIXEL, EXTRA_SAMPLES, ALPHA = 277, 338, (1, 2)
-# Pillow's modes of one channel whose values are not bytes.
-DEEP_MODES = ("I", "F")
-MAX_SIDE = 1 << 24
 
 
 class ImageError(UserError):
@@ -107,6 +105,7 @@ def readable(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # damaged files make the decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # addresses differ from run to run
         raise ImageError(f"{name}: cannot be read as an image ({reason})") from error
 
 
@@ -205,7 +204,7 @@ def _decode_bands(sample: Sample, size: Size, box: Box | None, reading: Reading)
 def target_size(size: Size, whole: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of an image of (height, width) `whole` after resizing; at most Pillow's limit."""
     height, width = size(whole) if callable(size) else size
-    if height * width > (Image.MAX_IMAGE_PIXELS or MAX_SIDE**2):
+    if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{height} x {width} pixels after resizing")
     return height, width
 
@@ -273,7 +272,7 @@ def _check_bands(image: Image.Image, name: str) -> None:
 
 def _in_bytes(image: Image.Image, reading: Reading, name: str) -> Image.Image:
     """Return an image of one channel as bytes, by its range of values; other images are bytes already."""
-    if reading.intensity is None and not (image.mode.startswith("I") or image.mode in DEEP_MODES):
+    if reading.intensity is None and not image.mode.startswith(("I", "F")):  # others are bytes
         return image
     values = np.asarray(image.convert("RGB") if image.mode in ("P", "1", "CMYK") else image)
     return Image.fromarray(_to_bytes(values, reading.intensity, name))

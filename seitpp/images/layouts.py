@@ -11,19 +11,12 @@ from seitpp.images.class_lists import ClassList, read_classes
 from seitpp.images.decode import ImageError
 from seitpp.images.inventory import LeftOut
 from seitpp.images.masks import Layout
-from seitpp.images.walk import SUFFIXES, is_hidden, walk
+from seitpp.images.walk import SUFFIXES, find_split, is_hidden, store_split, walk
 
-MASK_SUFFIXES = {*SUFFIXES, ".gif", ".pgm", ".npy"}
 # Names of the two folders of a set in pairs, and endings of mask names that its images do not have.
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "annotations", "labels")
 ENDINGS = ("_mask", "-mask", "_label", "_labels", "_seg", "_gt")
-# Names that sets give to the splits of a store.
-ALIASES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test", "testing"),
-}
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -69,7 +62,7 @@ class Listing(NamedTuple):
         yield from self.masks.values()
         known = set(self.masks.values())
         every = (file for root in self.mask_roots for file in _files(root) if file not in known)
-        yield from (file for file in every if file.suffix.lower() in MASK_SUFFIXES)
+        yield from (file for file in every if file.suffix.lower() in SUFFIXES)
 
     def expected_image(self, name: str) -> Path:
         """Return where the image of a mask would be."""
@@ -121,20 +114,17 @@ def choose_split(splits: Mapping[str, object], split: str | None, folder: Path) 
     """
     names = sorted(name for name in splits if name)
     if split is None:
-        known = {alias for aliases in ALIASES.values() for alias in aliases}
-        several = len(known.intersection(names)) > 1 if "" in splits else len(names) > 1
+        several = len(list(filter(store_split, names))) > 1 if "" in splits else len(names) > 1
         if several or not splits:
             raise SplitError(f"{folder}: has the splits {', '.join(names)}, expected one of them; name it")
         return "" if "" in splits else names[0]
-    for name in (split, *next((aliases for aliases in ALIASES.values() if split in aliases), ())):
-        if name in splits:
-            return name
+    if (name := find_split(names, split)) is not None:
+        return name
     raise SplitError(f"{folder}: no split {split!r} of images and masks, it has {', '.join(names) or 'none'}")
 
 
 def split_names(folder: Path, layout: Layout | None) -> dict[str, str]:
     """Return the splits of a set: {the name in a store: the set's own name}, empty for a set without splits."""
-    names = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
     found = layout or find_layout(folder)
     if found == "voc":
         own = [path.stem for path in _voc_lists(folder)]
@@ -142,8 +132,8 @@ def split_names(folder: Path, layout: Layout | None) -> dict[str, str]:
         own = _city_splits(folder)
     else:
         places = _pair_folders(folder)
-        own = [name for name in places if name in names or (name and "" not in places)]
-    return {names.get(name, name): name for name in sorted(own)}
+        own = [name for name in places if store_split(name) or (name and "" not in places)]
+    return {store_split(name) or name: name for name in sorted(own)}
 
 
 def _pairs(folder: Path, split: str | None) -> Listing:
@@ -189,7 +179,7 @@ def _two_folders(folder: Path) -> tuple[Path, Path] | None:
     masks = [
         place
         for place in (folder / name for name in MASKS)
-        if place.is_dir() and any(path.suffix.lower() in MASK_SUFFIXES for path in _files(place))
+        if place.is_dir() and any(path.suffix.lower() in SUFFIXES for path in _files(place))
     ]
     if len(images) > 1 or (images and len(masks) > 1):
         names = ", ".join(path.name for path in [*images, *masks])
@@ -202,7 +192,7 @@ def _two_folders(folder: Path) -> tuple[Path, Path] | None:
 def _paired_names(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path], LeftOut]:
     """Return the images and the masks by name, and what is neither; an ending such as _mask is no part of it."""
     left_out = LeftOut()
-    files, others = _by_name(images, SUFFIXES, left_out), _by_name(masks, MASK_SUFFIXES, left_out)
+    files, others = _by_name(images, left_out), _by_name(masks, left_out)
     named: dict[str, Path] = {}
     for name, path in others.items():
         stems = [name[: -len(ending)] for ending in ENDINGS if name.endswith(ending)]
@@ -224,7 +214,7 @@ def _voc(folder: Path, split: str | None) -> Listing:
         )
     masks = next(path for name in ("SegmentationClassPNG", "SegmentationClass") if (path := root / name).is_dir())
     images, left_out = root / "JPEGImages", LeftOut()
-    files, others = _by_name(images, SUFFIXES, left_out), _by_name(masks, MASK_SUFFIXES, left_out)
+    files, others = _by_name(images, left_out), _by_name(masks, left_out)
     lists = {path.stem: path for path in _voc_lists(folder)}
     if lists or split:
         lines = lists[choose_split(lists, split, root)].read_text().splitlines()
@@ -297,7 +287,7 @@ def _city_splits(folder: Path) -> list[str]:
 
 def _with_ending(folder: Path, ending: str) -> dict[str, Path]:
     """Return the files below a folder whose stem has an ending, by relative path without that ending."""
-    found = _by_name(folder, MASK_SUFFIXES, LeftOut())
+    found = _by_name(folder, LeftOut())
     return {name.removesuffix(ending): path for name, path in found.items() if name.endswith(ending)}
 
 
@@ -313,7 +303,7 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in (*walked.files, *walked.packed)]
 
 
-def _by_name(folder: Path, suffixes: set[str], left_out: LeftOut) -> dict[str, Path]:
+def _by_name(folder: Path, left_out: LeftOut) -> dict[str, Path]:
     """Return {name: path} of the files below a folder; a name is the relative path without suffix."""
     files: dict[str, Path] = {}
     walked = walk(folder)
@@ -321,7 +311,7 @@ def _by_name(folder: Path, suffixes: set[str], left_out: LeftOut) -> dict[str, P
     for path in (folder / name for name in (*walked.files, *walked.packed)):
         if path.is_dir():
             raise ImageError(f"{path}: a folder that cannot be read; correct its permissions")
-        if path.suffix.lower() not in suffixes:
+        if path.suffix.lower() not in SUFFIXES:
             left_out.add(f"{path.suffix.lower()} file", str(path.relative_to(folder)))
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()

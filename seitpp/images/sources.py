@@ -26,12 +26,10 @@ from seitpp.images.labels import (
 )
 from seitpp.images.tables import DatasetSource, ParquetSource, is_arrow, load_hub, open_arrow
 from seitpp.images.tars import TarSource
-from seitpp.images.walk import SPLITS, Walked, looks_like_splits, walk
+from seitpp.images.walk import Walked, find_split, looks_like_splits, store_split, walk
 
 HUB = "hf://"
 ANY_LABELS = LabelRules()  # those that the data have themselves
-# Names of splits in data -> names in a store; others keep theirs.
-STORE_SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 
 
 class ImageSource(Protocol):
@@ -122,12 +120,11 @@ class Relabeled:
 def open_source(data: str, split: str | None = None, rules: LabelRules | None = ANY_LABELS) -> ImageSource:
     """Detect the kind of `data` and open it, or only its split `split`.
 
-    `rules` say where its labels are; without them (None) no labels are read.
-
-    It is a folder of images, DATA/CLASS/NAME.jpg or flat; of Parquet or tar files; what `save_to_disk` of
-    `datasets` wrote; one Parquet or tar file; or a data set of the hub, "hf://owner/name". A split is a subfolder,
-    or the packed files whose names begin with it. Raises ImageError otherwise, and for data with several splits
-    if none is named; LabelError for labels that are missing or unclear.
+    `rules` say where its labels are; without them (None) no labels are read. `data` is a folder of images,
+    DATA/CLASS/NAME.jpg or flat; of Parquet or tar files; what `save_to_disk` of `datasets` wrote; one Parquet
+    or tar file; or a data set of the hub, "hf://owner/name". A split is a subfolder, or the packed files whose
+    names begin with it. Raises ImageError otherwise, and for data with several splits if none is named;
+    LabelError for labels that are missing or unclear.
     """
     if rules is None or rules.file is None:
         return _opened(data, split, rules)
@@ -156,16 +153,23 @@ def split_names(data: str) -> list[str]:
     if found := looks_like_splits(folders):
         return found
     packed = [name for name in below if name.endswith((".parquet", ".tar"))]
-    names = dict.fromkeys(name for file in packed for name in [_leading_word(file)] if name in SPLITS)
-    return list(names) if packed and any(name.startswith("train") for name in names) and len(names) > 1 else []
+    words = list(dict.fromkeys(filter(store_split, map(_leading_word, packed))))
+    return words if len(words) > 1 and looks_like_splits(words) else []
 
 
-def open_splits(data: str, rules: LabelRules) -> dict[str, ImageSource]:
+def open_every_split(data: str, rules: LabelRules) -> dict[str, ImageSource]:
     """Open all splits of `data`, the one for training first, under the names that a store gives them.
 
-    The classes of the others are those of the first. Raises ImageError if it has no splits.
+    The classes of the others are those of the first. Raises ImageError if it has no splits, or two for one name.
     """
-    names = {STORE_SPLITS.get(name.lower(), name): name for name in split_names(data)}
+    names: dict[str, str] = {}
+    for name in split_names(data):
+        split = store_split(name) or name
+        if split in names:
+            raise ImageError(
+                f"{data}: {names[split]} and {name} are both the split {split}; name one with --source-split"
+            )
+        names[split] = name
     if not names:
         raise ImageError(
             f"{data}: --splits, but it has none; name the folder above train/ and val/, or leave it out"
@@ -206,7 +210,8 @@ def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> I
             f"{path}: has the splits {', '.join(splits)}, which are no classes: name the one to read "
             "(tokenize_images takes all of them with --splits)"
         )
-    folder = path / split if split and (path / split).is_dir() else path
+    below = find_split([entry.name for entry in path.iterdir() if entry.is_dir()], split) if split else None
+    folder = path / (below or "")
     with tqdm(desc=f"listing {folder}", unit="image", delay=2.0) as bar:
         walked = walk(folder, bar.update)
     if walked.files and split and folder == path:
@@ -217,6 +222,9 @@ def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> I
         if files := [folder / name for name in walked.packed if name.endswith(suffix)]:
             source = kind(files if folder != path else _of_split(files, path, split), rules)
             source.left_out.extend(walked.left_out)
+            for name in walked.packed:
+                if not name.endswith(suffix):
+                    source.left_out.add(f"packed file beside {suffix} files", name)
             return source
     raise ImageError(
         f"{path}: Arrow files without dataset_info.json, expected the whole folder that save_to_disk wrote"
@@ -232,8 +240,8 @@ def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
             f"{path}: has the splits {', '.join(opened)}: name the one to read (tokenize_images takes all "
             "of them with --splits)"
         )
-    name = split or next(iter(opened))
-    if name not in opened:
+    name = find_split(list(opened), split) if split else next(iter(opened))
+    if name is None:
         raise ImageError(f"{path}: no split {name!r}, it has {', '.join(opened)}; check the split")
     return opened[name]
 

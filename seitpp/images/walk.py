@@ -3,7 +3,7 @@
 # ruff: noqa: PTH116, PTH122, PTH123, SIM905  # pathlib would be half of the time
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,12 @@ TEXT = frozenset(
     ".eps .ps .svg".split()
 )
 HEAD = 4096  # bytes that tell a format
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
+# Splits of a store, and the names that sets give to them.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev", "eval"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclass
@@ -122,8 +127,25 @@ def _other(entry: os.DirEntry, name: str, suffix: str, walked: Walked) -> None:
             walked.left_out.add(f"{suffix} file" if suffix else "no image by its content", name)
 
 
-def looks_like_splits(folders: list[str]) -> list[str]:
-    """Return the names among `folders` that are splits, if they are all of them and one is for training."""
-    splits = [name for name in folders if name.lower() in SPLITS]
-    others = [name for name in folders if name.lower() not in SPLITS]
-    return splits if not others and any(name.lower().startswith("train") for name in splits) else []
+def store_split(name: str) -> str | None:
+    """Return the split of a store that a name means: val is validation. None if it is no usual name of a split."""
+    return next((split for split, names in SPLITS.items() if name.lower() in names), None)
+
+
+def find_split(there: Collection[str], split: str) -> str | None:
+    """Return the name among `there` that means `split`: itself, or another name of the same split, or None."""
+    if split in there:
+        return split
+    same = [name for name in there if store_split(name) is not None and store_split(name) == store_split(split)]
+    return same[0] if len(same) == 1 else None
+
+
+def looks_like_splits(names: Collection[str]) -> list[str]:
+    """Return the names of splits among those of folders, if one is for training and others too, or all are such.
+
+    A single folder called train beside others may well be a class.
+    """
+    splits = [name for name in names if store_split(name)]
+    if "train" not in map(store_split, splits) or (len(splits) == 1 and len(names) > 1):
+        return []
+    return splits

@@ -20,7 +20,7 @@ from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import ImageError, decode_image
 from seitpp.images.inventory import describe, inventory
 from seitpp.images.labels import LabelRules
-from seitpp.images.sources import hold_out, open_source, open_splits, split_names
+from seitpp.images.sources import hold_out, open_every_split, open_source, split_names
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_splits_are_no_classes(samples, tmp_path) -> None:
     with pytest.raises(ImageError, match=r"has the splits train, val, which are no classes: name the one to read"):
         open_source(str(tmp_path / "set"))
     assert len(open_source(str(tmp_path / "set"), "train")) == 6
-    splits = open_splits(str(tmp_path / "set"), LabelRules())
+    splits = open_every_split(str(tmp_path / "set"), LabelRules())
     assert list(splits) == ["train", "validation"]
     # A part without some classes keeps the numbers of the others.
     assert read_all(splits["validation"]) == samples[3:] and splits["validation"].class_names == CLASSES
@@ -119,11 +119,31 @@ def test_splits_are_no_classes(samples, tmp_path) -> None:
     assert read_all(open_source(str(tmp_path / "tables"), "train")) == samples[:3]
     both = datasets.DatasetDict({"train": as_dataset(samples), "test": as_dataset(samples[:2])})
     both.save_to_disk(str(tmp_path / "arrow"))
-    assert {name: len(source) for name, source in open_splits(str(tmp_path / "arrow"), LabelRules()).items()} == {
-        "train": 6, "test": 2
-    }  # fmt: skip
+    arrow = open_every_split(str(tmp_path / "arrow"), LabelRules())
+    assert {name: len(source) for name, source in arrow.items()} == {"train": 6, "test": 2}
     with pytest.raises(ImageError, match="--splits, but it has none"):
-        open_splits(str(tmp_path / "set" / "train"), LabelRules())
+        open_every_split(str(tmp_path / "set" / "train"), LabelRules())
+
+
+def test_names_of_splits(samples, tmp_path) -> None:
+    """val is validation; two names of one split, and splits beside other folders, are never mixed in silence."""
+    root = tmp_path / "set"
+    for split, chosen in (("train", samples), ("val", samples[3:]), ("devkit", samples[:2])):
+        as_folder(root / split, chosen)
+    assert len(open_source(str(root), "validation")) == 3
+    with pytest.raises(ImageError, match="has the splits train, val, which are no classes"):
+        open_source(str(root))
+    as_folder(root / "valid", samples[:1])
+    with pytest.raises(ImageError, match="no folder 'validation' below it"):
+        open_source(str(root), "validation")
+    with pytest.raises(ImageError, match="val and valid are both the split validation"):
+        open_every_split(str(root), LabelRules())
+    vehicles = tmp_path / "vehicles"
+    for name in ("train", "tram"):
+        write(vehicles / name / "1.png", samples[0][0])
+    assert open_source(str(vehicles)).class_names == ["train", "tram"]
+    make_tar(as_parquet(tmp_path / "mixed", samples) / "more.tar", {"1.png": samples[0][0]})
+    assert open_source(str(tmp_path / "mixed")).left_out.counts == {"packed file beside .parquet files": 1}
 
 
 def test_every_nth_image_is_held_out(samples, tmp_path) -> None:

@@ -36,6 +36,7 @@ from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, MicroBatch
 from seitpp.engine.config import parse
 from seitpp.engine.optim import warmup_linear
+from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource, open_annotated, smallest_png
 from seitpp.images.decode import decode_image
 from seitpp.images.masks import MaskRules
@@ -408,8 +409,11 @@ def test_label_maps_of_new_pictures(smoke: Path, scenes: Scenes, tmp_path: Path)
     names = str(smoke), str(scenes.tokenizer)
     predictor = open_predictor(saved, vectors, lookup="cosine", names=names, device=torch.device("cpu"))
     settings = {"tokenizer": tokenizer, "short_side": saved.short_side}
-    errors = write_label_maps(predictor, pictures, tmp_path / "one", **settings)
-    shared = [write_label_maps(predictor, pictures, tmp_path / "two", **settings, rank=r, ranks=2) for r in (0, 1)]
+    with pytest.raises(UserError, match=r"broken\.jpg: cannot be read"):
+        write_label_maps(predictor, pictures, tmp_path / "stopped", **settings)
+    skipping = {**settings, "skip_errors": True}
+    errors = write_label_maps(predictor, pictures, tmp_path / "one", **skipping)
+    shared = [write_label_maps(predictor, pictures, tmp_path / "two", **skipping, rank=r, ranks=2) for r in (0, 1)]
     assert len(errors) == 1 and "broken.jpg: cannot be read" in errors[0] and sorted(map(len, shared)) == [0, 1]
 
     written = {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*.*")}
@@ -439,7 +443,7 @@ def test_label_maps_of_new_pictures(smoke: Path, scenes: Scenes, tmp_path: Path)
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert "broken.jpg" in (tmp_path / "three/skipped.txt").read_text()
 
-    again = write_label_maps(predictor, pictures, tmp_path / "one", **settings)
+    again = write_label_maps(predictor, pictures, tmp_path / "one", **skipping)
     assert len(again) == 5 and sum("exists already" in line for line in again) == 4
 
 

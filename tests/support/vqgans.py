@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,20 @@ LLAMAGEN = (
     (r"\.mid\.attn_1\.", ".mid.1."),
     (r"\.mid\.block_2\.", ".mid.2."),
 )
+
+
+def small_vq_model(**options) -> nn.Module:
+    """A VQModel of two levels with random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        num_vq_embeddings=20,
+        vq_embed_dim=4,
+        **options,
+    ).eval()
 
 
 def renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:

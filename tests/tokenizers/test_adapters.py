@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.vqgans import small_vq_model
 from torch import Tensor, nn
 
 from seitpp.codebook import full_precision
@@ -10,11 +11,6 @@ from seitpp.tokenizers import Tokenizer, TokenizerError, TokenizerSpec, adapters
 from seitpp.tokenizers.adapters import ChameleonVQ, DiffusersVQ, Emu3VQ, JanusVQ, TamingVQ, TorchScriptVQ
 
 SIZE = 32
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
 def scattered(model: nn.Module, features: Tensor) -> nn.Module:
@@ -32,16 +28,7 @@ def to_unit(decoded: Tensor) -> Tensor:
 
 
 def diffusers_model(images: Tensor, **options) -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
-        num_vq_embeddings=20,
-        vq_embed_dim=4,
-        **options,
-    ).eval()
+    model = small_vq_model(**options)
     return scattered(model, model.encode(images * 2 - 1).latents)
 
 

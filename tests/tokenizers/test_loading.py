@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.vqgans import small_vq_model
 from torch import Tensor, nn
 
 from seitpp import tokenizers
@@ -20,24 +21,6 @@ OPTIONS = {
     "JanusVQVAE": {"embed_dim": 8, "num_embeddings": 20, "latent_channels": 8, "num_patches": 16},
 }
 ADAPTERS = {"ChameleonVQVAE": ChameleonVQ, "Emu3VQVAE": Emu3VQ, "JanusVQVAE": JanusVQ}
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
-def vq_model(**options) -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
-        num_vq_embeddings=20,
-        vq_embed_dim=4,
-        **options,
-    ).eval()
 
 
 def vqvae(name: str) -> nn.Module:
@@ -59,7 +42,7 @@ def same(loaded: tokenizers.Tokenizer, expected: tokenizers.Tokenizer, images: T
 
 @pytest.mark.parametrize("layout", ["folder", "pipeline", "file", "bin", "half"])
 def test_a_vqmodel_of_diffusers(images, tmp_path, layout) -> None:
-    model, folder = vq_model(), tmp_path / "model"
+    model, folder = small_vq_model(), tmp_path / "model"
     if layout == "half":
         model.half().save_pretrained(folder, variant="fp16")
         path = folder
@@ -108,7 +91,7 @@ def test_a_vqvae_of_transformers(images, tmp_path, name) -> None:
 
 @pytest.mark.parametrize("name", ["VQModel", *OPTIONS])
 def test_a_compact_copy_saves_and_loads(images, tmp_path, name) -> None:
-    tokenizer = DiffusersVQ(vq_model()) if name == "VQModel" else ADAPTERS[name](vqvae(name))
+    tokenizer = DiffusersVQ(small_vq_model()) if name == "VQModel" else ADAPTERS[name](vqvae(name))
     tokenizer.set_image_size(SIZE)
     counts = code_counts(tokenizer.encode(images), 20)
     counts[7] += 1
@@ -181,7 +164,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"config.json cannot be read as JSON"):
         tokenizers.load(folder)
-    vq_model().save_pretrained(folder)
+    small_vq_model().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_vq_embeddings": 21}))
     with pytest.raises(TokenizerError, match=r"folder (cannot be loaded|is not a complete)") as error:

@@ -18,11 +18,6 @@ from seitpp.tokenizers import VQGAN, TokenizerError, code_counts
 SIZE = 32
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
 def vq_model(**options) -> nn.Module:
     """A VQModel of three levels with attention on the lowest, codes near the features of random images."""
     diffusers = pytest.importorskip("diffusers")
