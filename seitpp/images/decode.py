@@ -163,6 +163,8 @@ def read_bands(sample: Sample, reading: Reading) -> np.ndarray:
     """
     with readable(sample.name):
         values = _values(sample)
+    if not values.size or values.dtype.kind not in "buif":
+        raise ImageError(f"{sample.name}: {values.shape} of {values.dtype}, expected numbers, a pixel at least")
     bands = reading.channels
     if values.ndim == 2:
         values = values[..., None]
@@ -183,7 +185,11 @@ def _values(sample: Sample) -> np.ndarray:
     if sample.data.startswith(NPY):
         return np.load(io.BytesIO(sample.data), allow_pickle=False)
     if sample.data[:4] in (b"II*\0", b"MM\0*"):
-        return tifffile.imread(io.BytesIO(sample.data))
+        with tifffile.TiffFile(io.BytesIO(sample.data)) as file:
+            values = file.series[0]
+            if Image.MAX_IMAGE_PIXELS and values.size > 4 * Image.MAX_IMAGE_PIXELS:  # before they are allocated
+                raise Image.DecompressionBombError(f"{values.size:,} values")
+            return values.asarray()
     with Image.open(io.BytesIO(sample.data), formats=FORMATS) as image:
         turned = ImageOps.exif_transpose(image)
         return np.asarray(turned.convert("RGB") if turned.mode == "P" else turned)

@@ -90,33 +90,49 @@ def resolve(
     LabelError for an unknown or negative class, for words beside numbers, and for images without a label among
     others unless they are to be kept.
     """
-    several = any(isinstance(value, list) for value in raw)
-    lists = [None if value is None else value if isinstance(value, list) else [value] for value in raw]
-    kinds = {type(item) for value in lists if value for item in value}
+    several = any(type(value) is list for value in raw)
+    items = {item for value in raw for item in _items(value)} if several else set(raw)
+    items.discard(None)
+    kinds = set(map(type, items))
     if not kinds and not several:
         _check_unused(rules, origin)
         return Labels([None] * len(raw), list(rules.classes or class_names or ()) or None, NO_LABELS)
     if kinds == {int, str}:
-        index = next(i for i, value in enumerate(lists) if value and any(isinstance(item, str) for item in value))
+        index = next(
+            index for index, value in enumerate(raw) if any(isinstance(item, str) for item in _items(value))
+        )
         raise LabelError(
             f"{names[index]}: the label is a name, those of other images are numbers: use one of both"
         )
     own = list(class_names) if class_names else None
     if kinds == {str} and own is None:
-        own = sorted({item for value in lists if value for item in value})
+        own = sorted(items)
     final = list(rules.classes) if rules.classes else own
+    # Computed once for each class, not for each image.
     table = _table(own, final, kinds, origin)
-    values: list[Label] = []
-    for value, name in zip(lists, names, strict=True):
-        numbers = None if value is None else [_number(item, table, final, name) for item in value]
-        if numbers == [None] and not several:
-            numbers = None
-        if numbers is None and rules.unlabeled == "refuse":
-            raise LabelError(
-                f"{name}: has no label ({origin}), but other images have: give it one, or pass --unlabeled keep"
-            )
-        values.append(None if numbers is None else tuple(sorted(set(numbers))) if several else numbers[0])
+    numbers = {None: None, **{item: item if table is None else table.get(item, -2) for item in items}, -1: None}
+    if bad := {item for item in items if not _is_class(numbers[item], final)}:
+        index = next(index for index, value in enumerate(raw) if not bad.isdisjoint(_items(value)))
+        raise _wrong(names[index], next(item for item in _items(raw[index]) if item in bad), final)
+    if several:
+        if any(isinstance(value, list) and -1 in value for value in raw):
+            raise LabelError(f"-1 is among several labels of an image ({origin}), expected classes: leave it out")
+        values = [
+            None if value in (None, -1) else tuple(sorted({numbers[item] for item in _items(value)}))
+            for value in raw
+        ]
+    else:
+        values = [numbers[value] for value in raw]
+    if rules.unlabeled == "refuse" and None in values:
+        raise LabelError(
+            f"{names[values.index(None)]}: has no label ({origin}), but other images have: give it one, or pass "
+            "--unlabeled keep"
+        )
     return Labels(values, final, origin, several)
+
+
+def _items(value: RawLabel) -> list[int | str | None]:
+    return value if isinstance(value, list) else [value]
 
 
 def _check_unused(rules: LabelRules, origin: str) -> None:
@@ -140,16 +156,14 @@ def _table(
     return dict(places) if kinds == {str} else {number: places[name] for number, name in enumerate(own)}
 
 
-def _number(item: int | str, table: Mapping | None, final: list[str] | None, name: str) -> int | None:
-    """Return the class of a number or a name; None for the number -1."""
-    if item == -1:
-        return None
-    number = item if table is None else table.get(item, -2)
-    if not isinstance(number, int) or number < 0 or (final is not None and number >= len(final)):
-        expected = f"0 to {len(final) - 1}" if final and isinstance(item, int) else "a class of the list"
-        expected = expected if final else "0 or more, or -1 for none"
-        raise LabelError(f"{name}: label {item!r}, expected {expected}: mend the label, or name the classes")
-    return number
+def _is_class(number: int | None, final: list[str] | None) -> bool:
+    return number is None or (number >= 0 and (final is None or number < len(final)))
+
+
+def _wrong(name: str, item: int | str, final: list[str] | None) -> LabelError:
+    expected = f"0 to {len(final) - 1}" if final and isinstance(item, int) else "a class of the list"
+    expected = expected if final else "0 or more, or -1 for none"
+    return LabelError(f"{name}: label {item!r}, expected {expected}: mend the label, or name the classes")
 
 
 def read_label_file(path: str | Path) -> dict[str, RawLabel]:

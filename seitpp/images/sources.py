@@ -26,7 +26,7 @@ from seitpp.images.labels import (
 )
 from seitpp.images.tables import DatasetSource, ParquetSource, is_arrow, load_hub, open_arrow
 from seitpp.images.tars import TarSource
-from seitpp.images.walk import Walked, find_split, looks_like_splits, store_split, walk
+from seitpp.images.walk import Walked, find_split, is_hidden, looks_like_splits, store_split, walk
 
 HUB = "hf://"
 ANY_LABELS = LabelRules()  # those that the data have themselves
@@ -148,13 +148,21 @@ def split_names(data: str) -> list[str]:
     if is_arrow(path):
         opened = open_arrow(path)
         return list(opened) if isinstance(opened, datasets.DatasetDict) else []
-    below = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    folders = [name for name in below if (path / name).is_dir()]
+    below, folders = _below(path)
     if found := looks_like_splits(folders):
         return found
     packed = [name for name in below if name.endswith((".parquet", ".tar"))]
     words = list(dict.fromkeys(filter(store_split, map(_leading_word, packed))))
     return words if len(words) > 1 and looks_like_splits(words) else []
+
+
+def _below(path: Path) -> tuple[list[str], list[str]]:
+    """Return the names right below a folder, and those of them that are folders."""
+    try:
+        names = sorted(name for entry in path.iterdir() if not is_hidden(name := entry.name))
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+    return names, [name for name in names if (path / name).is_dir()]
 
 
 def open_every_split(data: str, rules: LabelRules) -> dict[str, ImageSource]:
@@ -210,7 +218,7 @@ def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> I
             f"{path}: has the splits {', '.join(splits)}, which are no classes: name the one to read "
             "(tokenize_images takes all of them with --splits)"
         )
-    below = find_split([entry.name for entry in path.iterdir() if entry.is_dir()], split) if split else None
+    below = find_split(_below(path)[1], split) if split else None
     folder = path / (below or "")
     with tqdm(desc=f"listing {folder}", unit="image", delay=2.0) as bar:
         walked = walk(folder, bar.update)

@@ -1,6 +1,6 @@
 """One walk over a folder: image files, packed files, and a count of everything that is left out."""
 
-# ruff: noqa: PTH116, PTH122, PTH123, SIM905  # pathlib would be half of the time
+# ruff: noqa: PTH116, PTH123, SIM905  # os.scandir gives strings, and a path for each file is not needed
 
 import os
 from collections.abc import Callable, Collection
@@ -22,6 +22,7 @@ TEXT = frozenset(
     ".cls .caption .zip .gz .tgz .rar .7z .db .ini .safetensors .ckpt .mp4 .avi .mov .lock .rst .toml .cfg .ipynb "
     ".eps .ps .svg".split()
 )
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 HEAD = 4096  # bytes that tell a format
 # Splits of a store, and the names that sets give to them.
 SPLITS = {
@@ -47,7 +48,7 @@ class Walked:
 
 def is_hidden(name: str) -> bool:
     """Return whether a name is one that file browsers and archivers hide."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return name.startswith(".") or name in HIDDEN
 
 
 def walk(folder: str | Path, seen: Callable[[int], None] | None = None) -> Walked:
@@ -71,14 +72,15 @@ def _walk(
 ) -> None:
     try:
         with os.scandir(path) as entries:
-            listed = sorted((entry.name, entry) for entry in entries)
+            listed = {entry.name: entry for entry in entries}
     except OSError:
         walked.files.append(prefix.rstrip("/"))  # reading it as an image fails, and says why
         return
-    before = len(walked.files)
     files, append = walked.files, walked.files.append
-    for name, entry in listed:
-        if name[0] == "." or is_hidden(name):
+    start, inside = len(files), 0
+    for name in sorted(listed):
+        entry = listed[name]
+        if name[0] == "." or name in HIDDEN:
             walked.left_out.add("hidden", prefix + name)
         elif _is_folder(entry):
             if not prefix:
@@ -91,14 +93,17 @@ def _walk(
                         f"{entry.path}: a link to a folder that it lies in, so that walking never ends; remove it"
                     )
                 around = (*above, identity)
+            before = len(files)
             _walk(entry.path, f"{prefix}{name}/", walked, around, seen)
+            inside += len(files) - before
         else:
-            suffix = os.path.splitext(name)[1].lower()
+            dot = name.rfind(".")
+            suffix = name[dot:].lower() if dot > 0 else ""
             if suffix in SUFFIXES:
                 append(prefix + name)
             else:
                 _other(entry, prefix + name, suffix, walked)
-    seen(len(files) - before)
+    seen(len(files) - start - inside)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -161,6 +161,26 @@ def test_an_unreadable_image_is_named(damage) -> None:
     assert messages[0] == messages[1] and "0x" not in messages[0]
 
 
+def test_arrays_that_are_no_pictures_are_refused(monkeypatch) -> None:
+    header = encoded(RAMP, "NPY").replace(b"False", b"Falsy")  # the parser names an object by its address
+    for data, message in (
+        (header, "cannot be read as an image"),
+        (
+            encoded(np.zeros((0, 4, 3), np.uint8), "NPY"),
+            r"\(0, 4, 3\) of uint8, expected numbers, a pixel at least",
+        ),
+        (encoded(np.array([["a", "b"]]), "NPY"), "expected numbers"),
+    ):
+        with pytest.raises(ImageError, match=message) as caught:
+            decode_image(sample(data), (8, 8))
+        assert "0x" not in str(caught.value)
+    tiff = io.BytesIO()
+    tifffile.imwrite(tiff, np.zeros((60, 90, 5), np.uint8), photometric="minisblack")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="27,000 values"):
+        decode_image(sample(tiff.getvalue()), (8, 8), reading=Reading(channels=5))
+
+
 def test_a_bomb_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match="decompression bomb"):

@@ -134,6 +134,10 @@ def test_a_label_is_never_invented() -> None:
     assert kept.values == [0, None, None]
     assert resolve([None] * 3, names, LabelRules(), origin="x").values == [None] * 3
     assert resolve(["b", "a", "b"], names, LabelRules(), origin="x")[:2] == ([1, 0, 1], ["a", "b"])
+    several = resolve([[1, 0, 1], -1, 2], names, LabelRules(unlabeled="keep"), origin="x")
+    assert several.values == [(0, 1), None, (2,)]
+    with pytest.raises(LabelError, match="-1 is among several labels"):
+        resolve([[1, -1], 0, 1], names, LabelRules(), origin="x")
     order = LabelRules(classes=("b", "c", "a"))
     assert resolve(["b", "a", "b"], names, order, origin="x")[:2] == ([0, 2, 0], ["b", "c", "a"])
     assert resolve([1, 0, 1], names, order, origin="x", class_names=["a", "b"]).values == [0, 2, 0]

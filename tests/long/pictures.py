@@ -10,23 +10,28 @@ repeated, by a fixed seed. Prints a table: format, pictures, read, refused. It f
 import argparse
 import io
 import random
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import tifffile
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from support.pictures import encoded
 
 from seitpp.images.decode import FORMATS, ImageError, Reading, Sample, decode_image, image_size
 
 SIZE = 8, 8
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    """Encode pixels as a file of a kind of FORMATS, or as an array."""
+    buffer = io.BytesIO()
+    if kind == "NPY":
+        np.save(buffer, pixels)
+    else:
+        Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def originals() -> dict[str, tuple[bytes, Reading]]:
@@ -35,7 +40,7 @@ def originals() -> dict[str, tuple[bytes, Reading]]:
     bands = io.BytesIO()
     tifffile.imwrite(bands, np.dstack([picture, picture[..., :2]]), photometric="minisblack")
     files = {kind: (encoded(picture, kind), Reading()) for kind in (*FORMATS, "NPY")}
-    files["16 bits"] = encoded(picture[..., 0].astype(np.uint16) * 257), Reading("pad")
+    files["16 bits"] = encoded(picture[..., 0].astype(np.uint16) * 257, "PNG"), Reading("pad")
     files["5 bands"] = bands.getvalue(), Reading(channels=5)
     files["scaled JPEG"] = encoded(picture, "JPEG"), Reading("center_crop", scaled=True)
     return files
