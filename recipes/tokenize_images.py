@@ -113,7 +113,7 @@ class Config:
 
 PRESETS = {"published": Config(batch_size_per_process=256)}
 PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size_per_process=16)
-PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128, workers=0)
+PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
 

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from seitpp.engine.system import loader_workers
-from seitpp.images.batches import ImageDataset
+from seitpp.images.batches import ImageDataset, already_a_batch
 from seitpp.images.sources import open_source
 from seitpp.tokenizers import PatchKMeans
 
@@ -48,23 +49,25 @@ def make_tokenizer(path: Path) -> PatchKMeans:
     return tokenizer
 
 
-def decoding_rate(root: Path, workers: int) -> float:
+def decoded_batches(root: Path, workers: int) -> DataLoader:
     dataset = ImageDataset(open_source(str(root), None), (256, 256))
     starts = range(0, len(dataset), BATCH)
     batches = [list(range(start, min(start + BATCH, len(dataset)))) for start in starts]
-    start = time.perf_counter()
-    for _ in DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=workers):
-        pass
-    return len(dataset) / (time.perf_counter() - start)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=already_a_batch, num_workers=workers)
 
 
-def forward_rate(tokenizer: PatchKMeans, count: int) -> float:
-    pixels = torch.randint(256, (BATCH, 3, 256, 256), dtype=torch.uint8)
-    tokenizer.encode(pixels.float() / 255)
+def decoding_rate(root: Path, workers: int) -> float:
+    loader = decoded_batches(root, workers)
     start = time.perf_counter()
-    for _ in range(count // BATCH):
+    return sum(len(batch.images) for batch in loader) / (time.perf_counter() - start)
+
+
+def forward_rate(tokenizer: PatchKMeans, batches: list[Tensor]) -> float:
+    tokenizer.encode(batches[0].float() / 255)
+    start = time.perf_counter()
+    for pixels in batches:
         tokenizer.encode(pixels.float() / 255)
-    return count // BATCH * BATCH / (time.perf_counter() - start)
+    return sum(map(len, batches)) / (time.perf_counter() - start)
 
 
 def recipe_rate(root: Path, *, tokenizer: Path, out: Path, workers: int) -> float:
@@ -87,10 +90,11 @@ def main() -> None:
         images.mkdir()
         make_images(images, options.images)
         tokenizer = make_tokenizer(file)
+        batches = [batch.images.clone() for batch in decoded_batches(images, workers)]
         for turn in range(options.repeats):
             rates = {
                 "decoding alone": decoding_rate(images, workers),
-                "tokenizer alone": forward_rate(tokenizer, options.images),
+                "tokenizer alone": forward_rate(tokenizer, batches),
                 "recipe": recipe_rate(images, tokenizer=file, out=Path(folder) / f"tokens{turn}", workers=workers),
             }
             best = {name: max(rate, best[name]) for name, rate in rates.items()}
