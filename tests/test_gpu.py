@@ -14,6 +14,7 @@ import timm
 from PIL import Image
 from support.paths import RECIPES, ROOT, SUPPORT
 
+from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp import StoreWriter
 from seitpp.codebook import codebook_fingerprint
 from seitpp.models import MTM, TokenAdapt, save_classifier
@@ -52,7 +53,9 @@ def problems(reports: list[dict]) -> list[str]:
 def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
     """Training steps, checkpoints, evaluations, files and pictures, with numbers."""
     adapt, mtm, fine, segment = (tmp_path / name for name in ("adapt", "mtm", "fine", "segment"))
-    through = ["--tokenadapt", adapt, "--tokenadapt-fraction", 0.5]
+    through, half = ["--tokenadapt", adapt, "--tokenadapt-fraction", 0.5], ["smoke", "--precision", "bf16"]
+    scenes = default_scenes(FEW_SCENES)  # those of the preset smoke
+    pictures = ["--data", scenes.images / "images/validation", "--tokenizer", scenes.tokenizer]
     jobs = [
         ("tokenadapt_train", [*SHORT, 0.1, "--out", adapt]),
         ("mtm_pretrain", [*SHORT, 0.2, "--out", mtm, "--crop-size", 8, *through, "--color", "coloradapt"]),
@@ -68,6 +71,9 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
         ("inpaint", ["smoke", "--out", tmp_path / "inpaint", "--checkpoint", mtm]),
         ("evaluate", ["smoke", "--out", tmp_path / "evaluate", "--checkpoint", fine]),
         ("evaluate_segmentation", ["smoke", "--out", tmp_path / "scenes", "--checkpoint", segment]),
+        ("embed", [*half, "--out", tmp_path / "vectors", "--checkpoint", mtm]),
+        ("predict", [*half, "--out", tmp_path / "classes", "--checkpoint", fine]),
+        ("predict", [*half, "--out", tmp_path / "masks", "--checkpoint", segment, *pictures]),
     ]
     assert not problems(pretend(jobs))
     assert all(words[words.index("--out") + 1].is_dir() for _, words in jobs)

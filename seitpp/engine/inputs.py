@@ -205,7 +205,7 @@ def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoi
     if fingerprint != expected:
         raise UserError(
             f"codebook {fingerprint[:16]} of {source} is not the codebook {expected[:16]} that {checkpoint} "
-            "was trained on: name the store of its tokenizer"
+            "was trained on: name its tokenizer or a store of it"
         )
 
 
@@ -225,7 +225,7 @@ def check_codes(codebook: np.ndarray, *, source: str, saved: Loaded, checkpoint:
         unit = "codes" if takes_ids else "dimensions"
         raise UserError(
             f"the codebook of {source} has {size} {unit}, {checkpoint} takes {expected}: "
-            "name the store of its tokenizer"
+            "name its tokenizer or a store of it"
         )
 
 
@@ -273,6 +273,6 @@ def open_tokenadapt(path: str | None, codebook: np.ndarray, source: str) -> Toke
         got, want = (f"{codes} codes of {dim} dimensions" for codes, dim in (codebook.shape, sizes))
         raise UserError(
             f"the codebook of {source} has {got}, the TokenAdapt in {path} takes {want}: "
-            "name the store of its tokenizer"
+            "name its tokenizer or a store of it"
         )
     return model

@@ -155,7 +155,7 @@ def test_the_tokenadapt_is_taken_out(tmp_path, kind: str, layout: str) -> None:
     for other, found in ((codebook[1:], "16 codes of 4"), (codebook[:, 1:], "17 codes of 3")):
         refusal = (
             f"the codebook of the store has {found} dimensions, the TokenAdapt in {path} takes 17 codes of 4 "
-            "dimensions: name the store of its tokenizer"
+            "dimensions: name its tokenizer or a store of it"
         )
         with pytest.raises(UserError, match=f"^{re.escape(refusal)}$"):
             open_tokenadapt(path, other, "the store")
