@@ -5,11 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenize_images
 import torch
 from PIL import Image
-from support.running import run
+from support.running import call, run
+from support.vqgans import VQVAES, small_vqvae
 
 from seitpp import TokenStore, cli, tokenizers
+from seitpp.images.batches import DecodedImages
+from seitpp.images.sources import open_source
+from seitpp.tokenizers.encoding import encode
 
 
 @pytest.fixture
@@ -57,3 +62,17 @@ def test_pictures_to_tokens_to_pictures(pictures, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         cli.main()
     assert "expected one of llamagen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", VQVAES)
+def test_the_classes_of_transformers(pictures, tmp_path, name) -> None:
+    small_vqvae(name, levels=4).save_pretrained(tmp_path / "tokenizer")
+    words = ["--data", pictures, "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "tokens"]
+    call(tokenize_images, "smoke", *words, "--short-side", 64, "--workers", 0)
+    store, tokenizer = TokenStore(tmp_path / "tokens"), tokenizers.load(tmp_path / "tokenizer")
+    decoded = DecodedImages(open_source(str(pictures)), (64, 64)).__getitems__([0, 1])
+    expected = np.stack(encode(tokenizer, decoded, torch.device("cpu")))
+    assert tokenizer.spec.kind == f"{name.removesuffix('VQVAE').lower()}_vq"
+    assert store.tokenizer["fingerprint"] == tokenizer.fingerprint
+    assert expected.shape == (2, 8, 8) and np.array_equal(store.ids([0, 1]), expected)
+    assert np.array_equal(store.codebook, tokenizer.codebook.detach().numpy())

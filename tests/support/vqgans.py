@@ -32,6 +32,13 @@ LLAMAGEN = (
     (r"\.mid\.block_2\.", ".mid.2."),
 )
 
+# Classes of transformers -> the options that make them small.
+VQVAES = {
+    "ChameleonVQVAE": {"embed_dim": 8, "num_embeddings": 20, "latent_channels": 8, "resolution": 32},
+    "Emu3VQVAE": {"codebook_size": 20, "attn_resolutions": [1], "hidden_size": 64},
+    "JanusVQVAE": {"embed_dim": 8, "num_embeddings": 20, "latent_channels": 8, "num_patches": 16},
+}
+
 
 def small_vq_model(**options) -> nn.Module:
     """A VQModel of two levels with random weights."""
@@ -45,6 +52,15 @@ def small_vq_model(**options) -> nn.Module:
         vq_embed_dim=4,
         **options,
     ).eval()
+
+
+def small_vqvae(name: str, levels: int = 2) -> nn.Module:
+    """A VQVAE of transformers with random weights, whose patch has 2 ** (levels - 1) pixels a side."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    widths = [1, *[2] * (levels - 1)]
+    size = {"base_channels": 32, "channel_multiplier": widths, "num_res_blocks": 1, **VQVAES[name]}
+    return getattr(transformers, name)(getattr(transformers, f"{name}Config")(**size)).eval()
 
 
 def renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.vqgans import small_vq_model
+from support.vqgans import VQVAES, small_vq_model, small_vqvae
 from torch import Tensor, nn
 
 from seitpp import tokenizers
@@ -15,19 +15,7 @@ from seitpp.tokenizers import TokenizerError, code_counts
 from seitpp.tokenizers.adapters import ChameleonVQ, DiffusersVQ, Emu3VQ, JanusVQ
 
 SIZE = 32
-OPTIONS = {
-    "ChameleonVQVAE": {"embed_dim": 8, "num_embeddings": 20, "latent_channels": 8, "resolution": SIZE},
-    "Emu3VQVAE": {"codebook_size": 20, "attn_resolutions": [1], "hidden_size": 64},
-    "JanusVQVAE": {"embed_dim": 8, "num_embeddings": 20, "latent_channels": 8, "num_patches": 16},
-}
 ADAPTERS = {"ChameleonVQVAE": ChameleonVQ, "Emu3VQVAE": Emu3VQ, "JanusVQVAE": JanusVQ}
-
-
-def vqvae(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    size = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, **OPTIONS[name]}
-    return getattr(transformers, name)(getattr(transformers, f"{name}Config")(**size)).eval()
 
 
 def same(loaded: tokenizers.Tokenizer, expected: tokenizers.Tokenizer, images: Tensor) -> None:
@@ -62,9 +50,9 @@ def test_a_vqmodel_of_diffusers(images, tmp_path, layout) -> None:
     assert loaded.decode(loaded.encode(images)).shape == images.shape
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", VQVAES)
 def test_a_vqvae_of_transformers(images, tmp_path, name) -> None:
-    model, kind = vqvae(name), name.removesuffix("VQVAE").lower()
+    model, kind = small_vqvae(name), name.removesuffix("VQVAE").lower()
     model.bfloat16().save_pretrained(tmp_path / "model")
     expected = ADAPTERS[name](model.float())
     for path, given in ((tmp_path / "model", None), (tmp_path / "model" / "model.safetensors", kind)):
@@ -89,9 +77,9 @@ def test_a_vqvae_of_transformers(images, tmp_path, name) -> None:
         tokenizers.load(whole)
 
 
-@pytest.mark.parametrize("name", ["VQModel", *OPTIONS])
+@pytest.mark.parametrize("name", ["VQModel", *VQVAES])
 def test_a_compact_copy_saves_and_loads(images, tmp_path, name) -> None:
-    tokenizer = DiffusersVQ(small_vq_model()) if name == "VQModel" else ADAPTERS[name](vqvae(name))
+    tokenizer = DiffusersVQ(small_vq_model()) if name == "VQModel" else ADAPTERS[name](small_vqvae(name))
     tokenizer.set_image_size(SIZE)
     counts = code_counts(tokenizer.encode(images), 20)
     counts[7] += 1
