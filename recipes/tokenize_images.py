@@ -113,6 +113,8 @@ class Config:
 
 PRESETS = {"published": Config(batch_size_per_process=256)}
 PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size_per_process=16)
+PRESETS |= {name: replace(PRESETS["ade20k"], layout=name) for name in ("voc", "cityscapes")}
+PRESETS["pairs"] = replace(PRESETS["ade20k"], layout="pairs", source_split=None)
 PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 

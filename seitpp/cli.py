@@ -238,13 +238,16 @@ def _source_bytes(store: TokenStore) -> int | None:
 def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable[[np.ndarray], "Tensor"]:
     """Return a function from ids (H, W) to an image (C, height, width) in [0, 1], by the tokenizer at `path`.
 
-    Without a path each code has its own color. Raises CliError if the tokenizer is not that of the store.
+    Without a path each code has its own color. Raises CliError if the tokenizer is not that of the store,
+    or for a kind without a path.
     """
     import torch
 
     from seitpp import plots, tokenizers
 
     if path is None:
+        if kind:
+            raise CliError(f"--tokenizer-kind {kind}: name its file or folder with --tokenizer")
         decode = partial(plots.paint_codes, codebook=torch.from_numpy(store.codebook.copy()))
     else:
         tokenizer = tokenizers.load(path, kind)

@@ -90,8 +90,8 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     """Read a config from command line arguments: [preset] [--config run/config.json] [--flag value ...].
 
     The config begins as the preset or the file; each flag sets one field. If no preset is named it is `default`,
-    or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag, or
-    an unusable file.
+    or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag, an
+    unusable file, or --tokenizer-kind without --tokenizer.
     """
     rest = list(arguments)
     if AUTO in presets and "store" in named_settings(rest):
@@ -102,7 +102,10 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     config, rest = _from_file(presets[name], rest)
     rest = _current_flags(config, rest)
     _check_flags(config, rest)
-    return tyro.cli(type(config), default=config, args=rest)
+    parsed = tyro.cli(type(config), default=config, args=rest)
+    if getattr(parsed, "tokenizer_kind", None) and not parsed.tokenizer:
+        raise ConfigError(f"--tokenizer-kind {parsed.tokenizer_kind}: name its file or folder with --tokenizer")
+    return parsed
 
 
 def named_settings(arguments: Sequence[str]) -> set[str]:

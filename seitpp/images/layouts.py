@@ -23,6 +23,7 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 VOC_NAME = re.compile(r"\d{4}_\d{6}")  # of the images of Pascal VOC, whose classes are not those of other sets
+VOC_MORE = "SegmentationClassAug"  # masks of more images, from SBD, where Pascal VOC itself has none
 VOC_NAMES = ("labelmap.txt", "class_names.txt")  # written by CVAT and labelme beside the folders of VOC
 
 CITYSCAPES_CLASSES = (
@@ -213,8 +214,10 @@ def _voc(folder: Path, split: str | None) -> Listing:
             f"{folder}: expected the folders JPEGImages and SegmentationClass of Pascal VOC; check it"
         )
     masks = next(path for name in ("SegmentationClassPNG", "SegmentationClass") if (path := root / name).is_dir())
-    images, left_out = root / "JPEGImages", LeftOut()
+    images, more, left_out = root / "JPEGImages", root / VOC_MORE, LeftOut()
     files, others = _by_name(images, left_out), _by_name(masks, left_out)
+    roots = [masks, *([more] if more.is_dir() else [])]
+    others = {**_by_name(more, left_out), **others} if more in roots else others
     lists = {path.stem: path for path in _voc_lists(folder)}
     if lists or split:
         lines = lists[choose_split(lists, split, root)].read_text().splitlines()
@@ -234,7 +237,7 @@ def _voc(folder: Path, split: str | None) -> Listing:
         image_folder=images,
         mask_folder=masks,
         classes=classes,
-        mask_roots=(masks,),
+        mask_roots=tuple(roots),
         first=0,
         ignored=(255,),
         left_out=left_out,

@@ -1,7 +1,7 @@
 """The dataset card (README.md) of a store."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,14 +80,30 @@ def _labels(document: dict[str, Any]) -> str:
 
 
 def _inventories(document: dict[str, Any]) -> str:
-    """Return what was read for each split and what was left out, long lists shortened."""
+    """Return a table of what was read for each split and what was left out, long lists shortened."""
     texts = (
-        f"\nWhat was read for the split {name}, and what was left out:\n\n"
-        f"```json\n{json.dumps(_brief(split['inventory']), indent=2)}\n```\n"
+        f"\nWhat was read for the split {name}, and what was left out:\n\n| what | count |\n|---|---|\n"
+        + "".join(f"| {_cell(what)} | {_cell(count)} |\n" for what, count in _flat(_brief(split["inventory"])))
         for name, split in document["splits"].items()
         if "inventory" in split
     )
     return "".join(texts)
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the scalars of a JSON value, each with the names that lead to it; an empty list or object is none."""
+    if isinstance(value, Mapping | list) and value:
+        items = value.items() if isinstance(value, Mapping) else enumerate(value, start=1)
+        for name, part in items:
+            yield from _flat(part, f"{path}, {name}" if path else str(name))
+    else:
+        missing = "not recorded" if value is None else "none"
+        yield path, f"{value:,}" if isinstance(value, int) else str(value or missing)
+
+
+def _cell(text: str) -> str:
+    """Return text as it is shown in one cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _brief(value: Any) -> Any:

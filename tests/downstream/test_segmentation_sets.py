@@ -3,10 +3,12 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenize_images
 from PIL import Image
 
 from seitpp.errors import UserError
@@ -93,9 +95,20 @@ def test_voc_has_its_lists_its_classes_and_an_ignored_border(tmp_path: Path) -> 
     assert np.array_equal(label_maps(source)[0], np.where(mask == 255, 0, mask + 1))
     assert open_annotated(root, "validation").read(0).label == VOC_CLASSES.index("person")
     refuses("has the splits train, val, expected one of them", root)
+    # The masks of SBD are for images that have none; those of Pascal VOC itself stay.
+    write(root / "SegmentationClassAug/2007_000032.png", values_of(1))
+    write(root / "SegmentationClassAug/2007_000033.png", values_of(2, 0))
+    (root / "ImageSets/Segmentation/trainaug.txt").write_text("2007_000032\n2007_000033\n")
+    more = open_annotated(root, "trainaug")
+    assert [more.read(index).label for index in range(2)] == [0, 2] and not more.check_pairs()
     ignored = open_annotated(root, "train", MaskRules(ignore_label=(0, 255)))
     assert ignored.class_names == list(VOC_CLASSES[1:])
     assert set(label_maps(ignored)[0].ravel()) == {0, 1, 20}
+
+    config = replace(tokenize_images.PRESETS["voc"], data=str(root))
+    assert list(tokenize_images.open_parts(config)) == ["train"]
+    parts = tokenize_images.open_parts(replace(config, splits=True, skip_errors=True))
+    assert {split: len(part) for split, part in parts.items()} == {"train": 1, "trainaug": 2, "validation": 1}
 
 
 def test_other_sets_in_the_folders_of_voc_need_their_own_names(tmp_path: Path) -> None:
@@ -137,6 +150,8 @@ def test_cityscapes_has_its_official_classes(tmp_path: Path, kind: str) -> None:
     ]
     assert label_maps(source)[0][0, :4].tolist() == [1, 19, 3, 0] and source.read(0).label == 0
     assert len(open_annotated(tmp_path, "validation")) == 1
+    parts = tokenize_images.open_parts(replace(tokenize_images.PRESETS["cityscapes"], data=str(tmp_path)))
+    assert list(parts) == ["train"] and len(parts["train"]) == 2
     write(tmp_path / f"gtFine/train/aachen/aachen_000_gtFine_{kind}.png", values_of(99))
     with pytest.raises(UserError, match=rf"{kind}.png: row 0, column 0 has the value 99, expected a class"):
         source.read(0)
@@ -150,6 +165,9 @@ def test_pairs_of_folders_in_any_arrangement(tmp_path: Path) -> None:
         assert has_annotations(folder)
         source = open_annotated(folder, None, rules)
         assert [source.read(index).name for index in (0, 1)] == ["a.jpg", "sub/b.jpg"]
+        config = replace(tokenize_images.PRESETS["pairs"], data=str(folder), classes=rules.classes, hold_out=2)
+        parts = tokenize_images.open_parts(replace(config, background_class=True))
+        assert {split: part.names for split, part in parts.items()} == {"train": ["a"], "validation": ["sub/b"]}
         assert all(
             np.array_equal(*pair)
             for pair in zip(label_maps(source), (mask + 1 for mask in masks.values()), strict=True)

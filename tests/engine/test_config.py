@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import tokenize_images
 
 from seitpp.engine.config import ConfigError, load_config, parse
 from seitpp.engine.folder import RunError, choose_folder
@@ -45,6 +46,13 @@ def test_command_line_errors_suggest(arguments: list[str], message: str) -> None
     with pytest.raises(ConfigError) as error:
         parse(PRESETS, "smoke", arguments)
     assert str(error.value).startswith(message)
+
+
+def test_a_kind_of_tokenizer_needs_the_tokenizer() -> None:
+    presets, kind = tokenize_images.PRESETS, ["--tokenizer-kind", "cosmos"]
+    with pytest.raises(ConfigError, match="--tokenizer-kind cosmos: name its file or folder with --tokenizer"):
+        parse(presets, "digits", kind)
+    assert parse(presets, "digits", [*kind, "--tokenizer", "folder"]).tokenizer_kind == "cosmos"
 
 
 def test_config_file_repeats_a_run(tmp_path) -> None:

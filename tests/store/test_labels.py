@@ -298,12 +298,15 @@ def test_the_inventory_is_kept_and_shown(tmp_path):
     write(path, [1, 0], split="validation")
     assert TokenStore(path, "validation").inventory is None
     card = (path / layout.CARD).read_text()
-    assert "What was read for the split train, and what was left out:" in card and '"cat": 4' in card
+    assert (
+        "What was read for the split train, and what was left out:" in card
+        and "| read, cat | 4 |\n| read, dog | 3 |\n| left out, 1, why | suffix |" in card
+    )
     assert "split validation, and" not in card
     assert "| train | 7 (2 without a label) | 3 |" in card and "`label` is -1 where it is not known." in card
     many = write(tmp_path / "many", [0], inventory={"files": {str(i): i for i in range(30)}, "names": ["x"] * 40})
     card = (many / layout.CARD).read_text()
-    assert '"..": "10 more"' in card and ".. 20 more" in card and '"29"' not in card
+    assert "| files, .. | 10 more |" in card and "| names, 21 | .. 20 more |" in card and "files, 29" not in card
     assert len(TokenStore(many).inventory["files"]) == 30
     with pytest.raises(StoreError, match=r"inventory: .* bytes of JSON, expected at most 1048576; give counts"):
         write(tmp_path / "large", [0], inventory={"names": "x" * 2**20})
