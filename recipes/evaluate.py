@@ -36,10 +36,11 @@ from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.confusion import Confusions
 from seitpp.engine.evaluate import ClassMap, Predictions, class_map, class_precisions, mean_of_known, predict
-from seitpp.engine.inputs import check_codes, embedded, open_once, reading_of_run, require_labels
+from seitpp.engine.inputs import check_codes, embedded, open_once, readable, reading_of_run, require_labels
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
+from seitpp.images.decode import RGB, Reading
 from seitpp.images.labels import LabelRules, read_class_names
 from seitpp.images.sources import ImageSource, open_source
 from seitpp.models import MTM, Loaded, input_kind, input_size, load_pretrained
@@ -61,6 +62,7 @@ class Config(RunConfig):
     split: str | None = "validation"  # Split of the store or of the images. None: all of --data.
     # Central window in tokens: the side of a square, or height and width. None: as in the model's own run.
     eval_window: int | tuple[int, int] | None = None
+    skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
     labels: str | None = None  # File with the labels of --data, as for recipes/tokenize_images.py.
     # File with one class name a line, or a store: only these are evaluated. None: all classes of the images.
     classes: str | None = None
@@ -154,26 +156,27 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
 
 def pixels(config: Config, run: Run, size: tuple[int, int]) -> Data:
     """Open the images of --data; each is cropped to its center (`CentralBoxes`)."""
-    source = labeled_images(config, run)
+    source = labeled_images(config, run, RGB)
     view = EvalPixelView().to(run.device)
     dataset = ImageDataset(source, size, CentralBoxes(size))
     return Data(dataset, lambda batch: view(batch.images), source.class_names, source.labels.multi_label)
 
 
-def labeled_images(config: Config, run: Run) -> ImageSource:
-    """Open the images of --data. Raises UserError if one has no label."""
+def labeled_images(config: Config, run: Run, reading: Reading) -> ImageSource:
+    """Open the images of --data, with --skip-errors the readable ones. Raises UserError if one has no label."""
     rules = LabelRules(file=config.labels)
     source = open_once(run.accelerator, partial(open_source, config.data, config.split, rules))
     require_labels(source, "evaluate", config.data)
-    return source
+    return readable(source, run, reading=reading)
 
 
 def tokenized(config: Config, run: Run) -> tuple:
     """Open the images of --data with their tokenizer; return what `stored` does."""
-    source = labeled_images(config, run)
     tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     spec, codebook = tokenizer.spec, tokenizer.codebook.detach().cpu()
-    dataset = ImageDataset(source, spec.image_size, reading=reading_of_run(config.checkpoint, spec.channels))
+    reading = reading_of_run(config.checkpoint, spec.channels)
+    source = labeled_images(config, run, reading)
+    dataset = ImageDataset(source, spec.image_size, reading=reading)
 
     def ids(batch: Pixels) -> Tensor:
         return tokenizer.encode(batch.images.float() / 255)

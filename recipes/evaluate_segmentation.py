@@ -32,7 +32,7 @@ from downstream.segmentation.mmseg import load_mmseg
 from downstream.segmentation.sources import mask_rules
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.engine.config import RunConfig
-from seitpp.engine.inputs import embedded
+from seitpp.engine.inputs import embedded, readable
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE, open_annotated
@@ -63,6 +63,7 @@ class Config(RunConfig):
     background_class: bool = False
     # Kind of the tokenizer, only needed where its files do not show it (cosmos).
     tokenizer_kind: Kind | None = None
+    skip_errors: bool = False  # only with data: leave out images that cannot be read; OUT/skipped.txt has them
     split: str = "validation"  # of the store or of the data
     short_side: int | None = None  # only with data: in pixels after the resize; None: that of the training
     sliding_window: int | None = None  # in tokens; None: the size of the training crops
@@ -202,7 +203,9 @@ def open_images(config: Config, run: Run, trained_side: int | None) -> Data:
         raise UserError(f"got --data {wrong}, expected --data with --tokenizer and without --store")
     tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
     source = open_annotated(config.data, config.split, mask_rules(config))
-    source.check_pairs()
+    if not config.skip_errors:
+        source.check_pairs()
+    source = readable(source, run)
     short_side = config.short_side or trained_side or SHORT_SIDE
 
     def ids(images: Tensor) -> Tensor:

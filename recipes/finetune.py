@@ -52,6 +52,7 @@ from seitpp.engine.inputs import (
     open_once,
     open_stores,
     open_tokenadapt,
+    readable,
     require_labels,
     store_facts,
     train_subset,
@@ -89,6 +90,7 @@ class Config(TrainConfig):
     data: str | None = None  # Images to fine-tune on as pixels, as for recipes/tokenize_images.py.
     split: str | None = "train"  # Split of --data to train on. None: all of it.
     validation_split: str | None = "validation"  # Split of --data to evaluate on. None: every twentieth image.
+    skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
     # Tokens only: number of training images per class, chosen by the seed. None: all.
     labels_per_class: int | None = None
     # Weights that are trained: all; attention, position embedding and head; or the head alone.
@@ -343,9 +345,10 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
     splits = config.split, config.validation_split
-    train, validation = open_once(run.accelerator, partial(open_images, config.data, *splits, rules=LabelRules()))
-    for images in (train, validation):
-        require_labels(images, "finetune", config.data)
+    parts = open_once(run.accelerator, partial(open_images, config.data, *splits, rules=LabelRules()))
+    for part in parts:
+        require_labels(part, "finetune", config.data)
+    train, validation = (readable(part, run) for part in parts)
     names = train.class_names
     if not names or names != validation.class_names:
         raise UserError(

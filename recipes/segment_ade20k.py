@@ -61,6 +61,7 @@ class Config(TrainConfig):
     classes: str | None = None  # only with data: a file of class names; None: those of the set
     ignore_label: tuple[int, ...] = ()  # only with data: values of masks without a class
     background_class: bool = False  # only with data: value 0 of masks is a class, that of the first name
+    skip_errors: bool = False  # only with data: leave out images that cannot be read; OUT/skipped.txt has them
     checkpoint: str | None = None  # pre-trained weights: a run's folder or a model file; None: from scratch
     model: str = "mtm_vit_base"  # only without checkpoint: the name of the ViT
     tokenadapt: str | None = None  # to mirror half of the images: a run of recipes/tokenadapt_train.py or a file

@@ -33,7 +33,15 @@ from seitpp.data.digits import DigitsSource, digits
 from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.inputs import ON_DIGITS, embedded, image_facts, open_images, open_once, train_subset
+from seitpp.engine.inputs import (
+    ON_DIGITS,
+    embedded,
+    image_facts,
+    open_images,
+    open_once,
+    readable,
+    train_subset,
+)
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import MEASURES, Augmented, augment_in_every_way, compare, token_accuracy
 from seitpp.engine.run import Run
@@ -57,6 +65,7 @@ class Config(TrainConfig):
     data: str | None = None  # Folder, .parquet or .tar files, or name of a data set. None: as the preset says.
     split: str | None = None  # Split of --data to train on. None: all of it.
     validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
+    skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
     # Tokenizer file; it must take both image sizes. None: that of the digits; preset photos fits patch_kmeans.
     tokenizer: str | None = None
     # Kind of the tokenizer, only needed where its files do not show it (cosmos).
@@ -124,7 +133,7 @@ def main(config: Config) -> None:
     run = Run("tokenadapt_train", config)
 
     # 2. Data: training and validation images; a frozen tokenizer for original and for augmented images.
-    everything, validation = open_once(run.accelerator, partial(open_data, config))
+    everything, validation = open_data(config, run)
     train = train_subset(config, everything)
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
     pair = tokenizer_pair(tokenizer, config.image_size, config.crop_size)
@@ -263,12 +272,14 @@ def show(
     return {name: images.cpu() for name, images in rows.items()}
 
 
-def open_data(config: Config) -> tuple[Dataset, Dataset]:
+def open_data(config: Config, run: Run) -> tuple[Dataset, Dataset]:
     """Open the training and validation images: of --data, of two photographs, or the embedded digits."""
     size = config.load_size, config.load_size
     if config.data is not None:
-        train, validation = open_images(config.data, config.split, config.validation_split)
-        return ImageDataset(train, size), ImageDataset(validation, size)
+        splits = config.split, config.validation_split
+        parts = open_once(run.accelerator, partial(open_images, config.data, *splits))
+        train, validation = (ImageDataset(readable(part, run), size) for part in parts)
+        return train, validation
     if config.preset == "photos":
         return PhotographWindows(config.load_size, "train"), PhotographWindows(config.load_size, "validation")
     if config.preset not in ON_DIGITS:

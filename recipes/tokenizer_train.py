@@ -29,7 +29,7 @@ from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
-from seitpp.engine.inputs import image_facts, open_images, open_once, train_subset
+from seitpp.engine.inputs import image_facts, open_images, open_once, readable, train_subset
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import quality
 from seitpp.engine.run import Run
@@ -59,6 +59,7 @@ class Config(TrainConfig):
     data: str | None = None  # Folder, .parquet or .tar files, or name of a data set. None: the embedded digits.
     split: str | None = None  # Split of --data to train on. None: all of it.
     validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
+    skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
     kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"  # Kind of tokenizer.
     # Size of the tokenized images in pixels: height and width, or the side of a square.
     image_size: int | tuple[int, int] = 256
@@ -119,9 +120,10 @@ def main(config: Config) -> None:
 
     # 2. Data: training and validation images.
     check_settings(config)
-    train, validation = open_once(run.accelerator, partial(open_data, config))
-    size = config.load_size if config.kind == "vit_vqgan" else config.image_size
     reading = Reading(config.resize, config.bands, config.intensity)
+    parts = open_once(run.accelerator, partial(open_data, config))
+    train, validation = (readable(part, run, reading=reading) for part in parts)
+    size = config.load_size if config.kind == "vit_vqgan" else config.image_size
     images = train_subset(config, ImageDataset(train, height_and_width(size), reading=reading))
     images.__getitems__([0])  # wrong bands stop here, before anything is written
     run.describe(f"{len(images):,} images to train on, {len(validation):,} held out")

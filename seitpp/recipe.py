@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -54,6 +56,20 @@ def run_recipe(
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise
         fail(f"out of memory: {_fewer_images(config)}")
+    finally:
+        _end_workers()
+
+
+def _end_workers() -> None:
+    """Kill the data loading processes that an error or a signal has left.
+
+    They leave signals to the run, so the interpreter would wait for them for ever.
+    """
+    if left := multiprocessing.active_children():
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler raises an error for each
+        for process in left:
+            process.kill()
 
 
 def _settled(config: Config, named: set[str], settle: Callable[[Config, Collection[str]], Config]) -> Config:

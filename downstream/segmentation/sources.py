@@ -12,7 +12,7 @@ from downstream.segmentation.pixel_pipeline import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
 from seitpp.data.dataset import BatchOrder
-from seitpp.engine.inputs import image_facts, store_facts, train_subset
+from seitpp.engine.inputs import image_facts, readable, store_facts, train_subset
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import open_annotated
@@ -110,9 +110,10 @@ class PixelSource:
         scale: tuple[float, float],
         max_share: float,
     ):
-        train, validation = (open_annotated(data, split, rules) for split in ("train", "validation"))
-        train.check_pairs()
-        validation.check_pairs()
+        parts = [open_annotated(data, split, rules) for split in ("train", "validation")]
+        for part in parts if not run.config.skip_errors else ():
+            part.check_pairs()
+        train, validation = (readable(part, run) for part in parts)
         self.tokenizer, self.pixels_per_token = tokenizer, tokenizer.spec.patch
         self.short_side = short_side
         self.cells, batch_size, seed = self.pixels_per_token, run.config.batch_size, run.config.seed

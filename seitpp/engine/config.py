@@ -91,7 +91,7 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
 
     The config begins as the preset or the file; each flag sets one field. If no preset is named it is `default`,
     or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag, an
-    unusable file, or --tokenizer-kind without --tokenizer.
+    unusable file, --tokenizer-kind without --tokenizer, or --skip-errors without --data.
     """
     rest = list(arguments)
     if AUTO in presets and "store" in named_settings(rest):
@@ -105,6 +105,8 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     parsed = tyro.cli(type(config), default=config, args=rest)
     if getattr(parsed, "tokenizer_kind", None) and not parsed.tokenizer:
         raise ConfigError(f"--tokenizer-kind {parsed.tokenizer_kind}: name its file or folder with --tokenizer")
+    if getattr(parsed, "skip_errors", False) and not parsed.data:
+        raise ConfigError("--skip-errors is for images: name them with --data, or leave it out")
     return parsed
 
 

@@ -9,29 +9,33 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from seitpp.augment import SoftLabels
 from seitpp.augment.maps import Sides, both_sides
 from seitpp.codebook import codebook_fingerprint
-from seitpp.data.dataset import Chosen, fraction_of
+from seitpp.data.dataset import Chosen, evaluation_loader, fraction_of
 from seitpp.data.digits import digits
 from seitpp.data.selection import HELD_OUT, Selection, set_aside
 from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
-from seitpp.engine.run import Run
+from seitpp.engine.run import SKIPPED, Run
 from seitpp.errors import UserError
-from seitpp.images.decode import Reading
+from seitpp.images.annotated import AnnotatedSource
+from seitpp.images.decode import RGB, ImageError, Reading, decode_image
 from seitpp.images.labels import LabelRules
-from seitpp.images.sources import ImageSource, hold_out, open_source
+from seitpp.images.sources import ImageSource, SourceSubset, hold_out, open_source
 from seitpp.models import Loaded, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
 
 Data = TypeVar("Data")
+Source = TypeVar("Source", ImageSource, AnnotatedSource)
+
+BLOCK, CHECKED = 64, (8, 8)  # images of which `readable` decodes so many at a time, to so many pixels
 
 ON_DIGITS = ("digits", "smoke")  # the presets that run on the embedded digits
 
@@ -104,6 +108,50 @@ def open_images(
     if rules and source.class_names:
         rules = replace(rules, classes=tuple(source.class_names))
     return source, open_source(data, validation_split, rules)
+
+
+def readable(source: Source, run: Run, *, reading: Reading = RGB) -> Source:
+    """Return the images that can be read, if the run says `skip_errors`; else the source as it is.
+
+    So that every epoch and every evaluation has the same images, all are decoded once before, JPEGs at the lowest
+    resolution, by the workers of all processes, each of which must call this. What is left out is counted, printed
+    and listed in the run's skipped.txt. Raises UserError if nothing is left.
+    """
+    if not run.config.skip_errors:
+        return source
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    loader = evaluation_loader(_Checked(source, reading), BLOCK, rank=rank, ranks=ranks, workers=run.workers)
+    found = [error for errors in tqdm(loader, desc="reading all images", unit="batch") for error in errors]
+    errors = dict(sorted(gather_object(found)))
+    if not errors:
+        return source
+    run.print(
+        f"{len(errors):,} of {len(source):,} images cannot be read and are left out, see {run.out / SKIPPED}"
+    )
+    run.skip(errors.values())
+    kept = [index for index in range(len(source)) if index not in errors]
+    if not kept:
+        raise UserError(f"none of {len(source):,} images can be read: {errors[0]}; check --data")
+    return source.subset(kept) if isinstance(source, AnnotatedSource) else SourceSubset(source, kept)
+
+
+class _Checked(Dataset):
+    """The errors of images that cannot be read: a list of (index, message) for each batch."""
+
+    def __init__(self, source: ImageSource | AnnotatedSource, reading: Reading):
+        self.source, self.reading = source, replace(reading, scaled=True)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, str]]:
+        errors = []
+        for index in indices:
+            try:
+                decode_image(self.source.read(index), CHECKED, reading=self.reading)
+            except ImageError as error:
+                errors.append((index, str(error)))
+        return errors
 
 
 def reading_of_run(checkpoint: str, channels: int) -> Reading:

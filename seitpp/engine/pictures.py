@@ -14,7 +14,7 @@ from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.config import PictureConfig
 from seitpp.engine.inputs import check_codes, embedded, open_once, reading_of_run
-from seitpp.engine.run import Run
+from seitpp.engine.run import SKIPPED, Run
 from seitpp.errors import UserError
 from seitpp.files import replace_text
 from seitpp.images.batches import DecodedBatch, DecodedImages, already_a_batch
@@ -82,8 +82,8 @@ def finish(run: Run, errors: list[str], pictures: int) -> None:
     """Finish a run on `pictures`; `errors` has a line for each picture of this process that could not be read."""
     errors = gather_object(errors)
     if run.is_main and errors:
-        replace_text(run.out / "skipped.txt", "".join(f"{error}\n" for error in errors))
-        print(f"{len(errors):,} of {pictures:,} pictures could not be read, see {run.out / 'skipped.txt'}")
+        replace_text(run.out / SKIPPED, "".join(f"{error}\n" for error in errors))
+        print(f"{len(errors):,} of {pictures:,} pictures could not be read, see {run.out / SKIPPED}")
     run.finish({"pictures": pictures - len(errors), "skipped": len(errors)})
 
 

@@ -10,7 +10,7 @@ The loop behind `training.steps` and `training.update` is in `seitpp/engine/trai
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from seitpp.engine.training import Training
 from seitpp.errors import UserError
 
 DRY_RUN_IMAGES = 64
+SKIPPED = "skipped.txt"  # in the run's folder: a line for each image that was left out
 
 
 class Run:
@@ -60,6 +61,7 @@ class Run:
         self.checkpoints = self.out / "checkpoints"
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
+        self.skipped: list[str] = []
         self.progress = Progress()  # no reference to the Training: the cycle would keep its process groups alive
         set_seed(config.seed)
 
@@ -125,6 +127,12 @@ class Run:
     def _enter_folder(self) -> None:
         config = self.config
         self._lock = enter_folder(self.out, self.settings, resumed=self.resumed, overwrite=config.overwrite)
+        if self.skipped:
+            files.replace_text(self.out / SKIPPED, "".join(f"{line}\n" for line in self.skipped))
+
+    def skip(self, errors: Iterable[str]) -> None:
+        """Record images that are left out, a line for each; `start` writes them to skipped.txt."""
+        self.skipped += errors
 
     def change_lengths(self) -> None:
         """Store the other length of a resumed run, and remove its result if it had finished."""
@@ -190,7 +198,8 @@ class Run:
             "seitpp": __version__,
             "git_commit": git_commit(),
         }
-        complete = {**result, **throughput, **(data or {}), **origin}
+        skipped = {"skipped": len(self.skipped)} if self.skipped else {}
+        complete = {**skipped, **result, **throughput, **(data or {}), **origin}
         self.on_main(lambda: files.replace_json(self.out / "result.json", complete))
         if self.is_main:
             files.unlock(self._lock)

@@ -100,10 +100,12 @@ class AnnotatedSource:
                 f"{len(self)} images in {self.listing.image_folder}: expected at least {every}, of which every "
                 f"{every}th is held out"
             )
-        chosen = set(self.names[every - 1 :: every])
-        return self._part(set(self.names) - chosen), self._part(chosen)
+        chosen = range(every - 1, len(self), every)
+        return self.subset(index for index in range(len(self)) if index not in chosen), self.subset(chosen)
 
-    def _part(self, names: set[str]) -> "AnnotatedSource":
+    def subset(self, indices: Iterable[int]) -> "AnnotatedSource":
+        """Return some of the images, by their indices."""
+        names = {self.names[index] for index in indices}
         kept = [{name: file for name, file in files.items() if name in names} for files in self.listing[1:3]]
         return AnnotatedSource(self.listing._replace(images=kept[0], masks=kept[1]), self.classes)
 

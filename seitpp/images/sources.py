@@ -250,12 +250,14 @@ def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
         )
     name = find_split(list(opened), split) if split else next(iter(opened))
     if name is None:
-        raise ImageError(f"{path}: no split {name!r}, it has {', '.join(opened)}; check the split")
+        raise ImageError(f"{path}: no split {split!r}, it has {', '.join(opened)}; check the split")
     return opened[name]
 
 
 def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
     chosen = [file for file in files if file.name.startswith(split or "")]
+    if not chosen and (word := find_split({_leading_word(file.name) for file in files}, split or "")):
+        chosen = [file for file in files if _leading_word(file.name) == word]
     if not chosen:
         raise ImageError(
             f"{folder}: no file whose name begins with {split!r}, it has {files[0].name}, ...; check the split"

@@ -1,0 +1,77 @@
+"""Run recipes one after the other, each in a fork of this process, and report how it ended and how long it took.
+
+Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds), and perhaps
+`signal` with `after`, the text on its output after which it is sent. Writes one JSON object a line: `status`
+(None: it did not end and was killed), `seconds`, from the signal on if there is one, and what it printed: `out`
+and `err`.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import evaluate_segmentation
+import finetune  # noqa: F401  (imported once, before the forks)
+import mtm_pretrain  # noqa: F401
+import tokenize_images  # noqa: F401
+from support.paths import RECIPES
+
+evaluate_segmentation.load_mmseg()
+
+
+def start(job: dict, out: Path, err: Path) -> int:
+    """Fork, and return the number of the process that runs the recipe to the end of the interpreter."""
+    if pid := os.fork():
+        return pid
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    script = str(RECIPES / f"{job['recipe']}.py")
+    sys.argv = [script, *job["arguments"]]
+    runpy.run_path(script, run_name="__main__")
+    sys.exit(0)
+
+
+def ended(pid: int, limit: float) -> int | None:
+    """Wait for a process; return its exit status, negative for a signal, or None if it had to be killed."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def report(job: dict, folder: Path) -> dict:
+    """Run a job and say how it ended."""
+    out, err = folder / "out", folder / "err"
+    out.write_text("")
+    err.write_text("")
+    pid, began = start(job, out, err), time.monotonic()
+    if "signal" in job:
+        while job["after"] not in out.read_text() + err.read_text() and time.monotonic() < began + job["limit"]:
+            time.sleep(0.01)
+        began = time.monotonic()
+        os.kill(pid, job["signal"])
+    status = ended(pid, job["limit"])
+    return {"status": status, "seconds": time.monotonic() - began, "out": out.read_text(), "err": err.read_text()}
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp())  # not a context, which each fork would leave, too
+    for line in sys.stdin:
+        print(json.dumps(report(json.loads(line), folder)), flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
