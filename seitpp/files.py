@@ -1,21 +1,26 @@
 """Atomic writes of files and folders; everything that a run writes goes through this module.
 
 A file is written to a temporary file beside its target, synced, and renamed over it; a folder is filled beside its
-target, synced file by file, and renamed. Each change on disk is one call of `os` in this module, so that tests can
-make each of them fail, or kill the process at it. Nothing here imports torch.
+target, synced file by file, and renamed. A temporary file is new and has a random name, and nothing is written or
+removed through a link that somebody has put in its place. Each change on disk is one call of `os` in this module,
+so that tests can make each of them fail, or kill the process at it. Nothing here imports torch.
 """
 
-# ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108
+# ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108, PTH116
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
+import secrets
 import socket
 import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +30,11 @@ from seitpp.errors import UserError
 
 CHUNK = 1 << 20
 WINDOWS = sys.platform == "win32"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # else Windows writes two bytes for a newline
+TEMPORARY = ".tmp"  # the end of the names of temporary files
+# What file systems answer that cannot sync folders (CIFS, FUSE), and what a lock of another process answers.
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EACCES}
+HELD = {errno.EACCES, errno.EAGAIN}
 
 Lock = int | filelock.BaseFileLock
 
@@ -39,12 +49,16 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush the content of a file or folder to disk (fsync); Windows can do this to files only."""
-    if WINDOWS and path.is_dir():
+    """Flush the content of a file or folder to disk (fsync); Windows and some file systems do it to files only."""
+    folder = path.is_dir()
+    if WINDOWS and folder:
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes what is open for writing
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -60,8 +74,7 @@ def append_file(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    binary = getattr(os, "O_BINARY", 0)  # else Windows writes two bytes for a newline
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode | binary, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode | NO_LINK, 0o666)
     try:
         rest = memoryview(data)
         while rest:
@@ -74,32 +87,37 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` when the with-block ends. Several processes may do so at the same time."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()  # Windows renames no open file
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-    sync(path.parent)
+    with _replacement(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then replace `path` by that file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with _replacement(path) as temporary:
         write(temporary)
         os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes 0600
+
+
+@contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """Yield a new file beside `path`, which replaces it when the with-block ends, or is removed if it fails."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666))
+    try:
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         if temporary.exists():
             os.unlink(temporary)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that killed processes have left in a folder."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        if path.is_file() or path.is_symlink():
+            os.unlink(path)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
@@ -159,8 +177,10 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and its content, if it exists."""
-    if path.exists():
+    """Remove a folder and its content, if it exists; of a link, the link alone."""
+    if path.is_symlink():
+        os.unlink(path)
+    elif path.exists():
         empty_folder(path)
         os.rmdir(path)
 
@@ -228,15 +248,44 @@ def _lock_record(path: Path) -> int | None:
     """
     import fcntl  # not on Windows
 
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno in HELD:
+            os.close(descriptor)
+            return None
+        warnings.warn(f"{path}: no locks here ({error.strerror}): start nothing else on this folder", stacklevel=3)
+    if not _is_open_at(path, descriptor):  # its owner has removed it meanwhile, as `locked` does
         os.close(descriptor)
-        return None
+        return _lock_record(path)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
+
+
+def _is_open_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block, then remove it; wait, and say so, while another holds it."""
+    told = False
+    while (held := lock(path)) is None:
+        if not told:
+            print(f"waiting for {owner(path)}, which holds {path}", file=sys.stderr)
+            told = True
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no file that is open
+            os.unlink(path)
+        unlock(held)
 
 
 def owner(path: Path) -> str:

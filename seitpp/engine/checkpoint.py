@@ -15,6 +15,7 @@ No random state is saved: every random number is keyed by seed, epoch, image and
 
 import hashlib
 import json
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from seitpp.engine.precision import LossScaler
 from seitpp.errors import UserError
 
 KEPT = 2
+NAME = re.compile(r"step-\d{8}")  # a folder of another name is a copy that somebody has made
 MANIFEST = "manifest.json"
 
 Groups = dict[str, dict[str, Tensor]]  # tensors by name, in files by name
@@ -136,7 +138,7 @@ def newest(folder: Path) -> Path | None:
 
 def steps_in(folder: Path) -> list[Path]:
     """List the checkpoints in a folder, intact or damaged, the oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
 
 
 def _entry(path: Path) -> dict:

@@ -78,6 +78,7 @@ def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, ov
         if (folder / CONFIG).exists() and not overwrite:
             raise RunError(f"{folder}: another process has started a run there meanwhile: name another --out")
         files.empty_folder(folder, but=(LOCK, CONFIG))
+    files.remove_temporary(folder)
     if not (folder / CONTENTS).exists() and (contents := _contents(settings)):
         files.replace_json(folder / CONTENTS, contents)
     if not resumed:

@@ -14,7 +14,7 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from seitpp.codec import Codec
-from seitpp.files import empty_folder, make_folder, new_folder, remove_folder, replace_json, sync
+from seitpp.files import empty_folder, make_folder, new_folder, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.labels import check_labels, read_labels
 from seitpp.store.layout import StoreError
@@ -22,9 +22,8 @@ from seitpp.store.publish import BUILT, describe, replace_derived, withdraw, wri
 from seitpp.store.reader import TokenStore
 from seitpp.store.recode import BATCH, check_columns, copy_images, renumber
 from seitpp.store.shards import column_array, read_shard, write_shard
-from seitpp.store.spec import SplitSpec
+from seitpp.store.spec import SplitSpec, store_lock
 from seitpp.store.spec import describe as describe_codebook
-from seitpp.store.staging import LOCK, exclusive
 from seitpp.store.writer import StoreWriter
 
 Folder = str | os.PathLike[str]
@@ -53,19 +52,24 @@ def append(store: Folder, others: Sequence[Folder], *, split: str = "train") -> 
     parts = [Part(source, _new_numbers(source, target.class_names, str(target.path))) for source in sources]
     folder = target.path.parent / f".{target.path.name}-{split}.append"
     receipt = folder.with_suffix(".appended")  # beside the folder, which is removed first
-    make_folder(folder)
-    with exclusive(folder / LOCK):
-        try:
-            if not _is_done(receipt, target, sources):
-                empty_folder(folder, but=(LOCK,))  # left by a killed process
-                (folder / BUILT / split).mkdir(parents=True)
-                _build_split(target, parts, folder / BUILT)
-                replace_json(receipt, _receipt(layout.read_document(folder / BUILT)["checksum"], sources))
-                _replace_split(target, folder / BUILT)
-            _remove_old(target.path, split)
-        finally:
-            remove_folder(folder)
-            receipt.unlink(missing_ok=True)
+    try:
+        with store_lock(target.path):
+            try:
+                make_folder(folder)
+                if not _is_done(receipt, target, sources):
+                    empty_folder(folder)  # left by a killed process
+                    (folder / BUILT / split).mkdir(parents=True)
+                    _build_split(target, parts, folder / BUILT)
+                    appended = _receipt(layout.read_document(folder / BUILT)["checksum"], sources)
+                    write_file(folder / receipt.name, json.dumps(appended).encode())
+                    (folder / receipt.name).replace(receipt)
+                    sync(receipt.parent)
+                    _replace_split(target, folder / BUILT)
+                _remove_old(target.path, split)
+            finally:
+                remove_folder(folder)
+    finally:
+        receipt.unlink(missing_ok=True)  # last, so that the same call tidies up whatever was left
 
 
 def merge(out: Folder, stores: Sequence[Folder]) -> None:

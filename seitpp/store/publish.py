@@ -65,6 +65,7 @@ def build(
     """
     # Read again: another split may have been published in the meantime.
     store = spec.existing()
+    spec.adopt(store)
     empty_folder(folder / BUILT)
     with _parallel(processes) as parallel_map:
         _build(spec, folder / BUILT, staged, store=store, inventory=inventory, parallel_map=parallel_map)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import ClassLabel, Features, List, Value
 from jaxtyping import Float, Float32, Int32, Integer
 
 from seitpp import codec as codecs
+from seitpp.files import locked
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES
@@ -115,6 +117,10 @@ class SplitSpec:
         self._check_agreement(store)
         return store
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the lock of the target store during a block: from reading its tokens.json to the last rename."""
+        return store_lock(self.path)
+
     def adopt(self, store: dict[str, Any] | None) -> None:
         """Copy class names and tokenizer from tokens.json of a `store`, if they were not given and it exists."""
         if store is not None:
@@ -168,6 +174,12 @@ class SplitSpec:
         for key, value in given.items():
             if value != stored[key]:
                 raise StoreError(f"{self.path}: its {key} is {stored[key]}, got {value}; choose another store")
+
+
+def store_lock(path: Path) -> AbstractContextManager[None]:
+    """Hold the lock of the store at `path` during a block; the file lies beside it, since it may not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return locked(path.parent / f".{path.name}.lock")
 
 
 def describe(codebook: Float32[np.ndarray, "codes dim"]) -> str:

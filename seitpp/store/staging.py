@@ -3,15 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, Integer
 
-from seitpp.files import lock, new_file, remove_folder, sync, unlock, write_file
+from seitpp.files import new_file, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
@@ -21,7 +20,7 @@ from seitpp.store.shards import read_shard, write_shard
 from seitpp.store.spec import SplitSpec, check_inventory
 
 STAGED_NAME = re.compile(r"shard-(\d+)\.arrow")
-RECORD, LOCK = "staging.json", "publishing.lock"
+RECORD = "staging.json"
 
 
 class SplitStaging:
@@ -145,18 +144,18 @@ class SplitStaging:
         `inventory` says what was read and what was left out, as any mapping that JSON can represent: it is stored
         with the split and shown in the store's card. Only one process calls this; it starts `processes` processes
         for the encoding. If these are several, the calling script needs `if __name__ == "__main__"`. Raises
-        StoreError if shards are missing, or if another process is publishing the split.
+        StoreError if shards are missing. While another process adds to the store, it waits.
         """
         missing = sorted(set(range(self.num_shards)) - self.finished())
         if missing:
             raise StoreError(
                 f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}; write them"
             )
-        if not self.published:
-            with exclusive(self.folder / LOCK):
+        with self._spec.locked():
+            if not self.published:
                 self._publish(processes, check_inventory(inventory))
-        remove_folder(self.folder)
-        self._receipt.unlink(missing_ok=True)
+            remove_folder(self.folder)
+        self._receipt.unlink(missing_ok=True)  # last, so that the same call tidies up whatever was left
 
     def _publish(self, processes: int, inventory: dict[str, Any] | None) -> None:
         if self._was_interrupted():
@@ -198,6 +197,8 @@ class SplitStaging:
     def _begin(self) -> None:
         """Write the record of the staging folder, or raise StoreError if it has a different one."""
         path, record = self.folder / RECORD, self._record()
+        if self.folder.is_symlink():
+            raise StoreError(f"{self.folder}: a link, expected a folder of an interrupted run; remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             with new_file(path) as file:
@@ -224,15 +225,3 @@ def write_staged(spec: SplitSpec, folder: Path, *, shard: int, samples: Samples)
     """Write one staged shard durably and in one step."""
     with new_file(folder / f"shard-{shard:05d}.arrow") as file:
         write_shard(file, make_batch(spec, samples))
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` during the block. Raises StoreError if another process holds it."""
-    descriptor = lock(path)
-    if descriptor is None:
-        raise StoreError(f"{path.parent}: another process publishes this split; wait until it is done")
-    try:
-        yield
-    finally:
-        unlock(descriptor)

@@ -78,8 +78,9 @@ class StoreWriter:
                 if self._waiting.ids:
                     self._stage(len(self._waiting.ids))
                 staged = list(staged_shards(self._folder).values())
-                store = build(self._spec, self._folder, staged, inventory=self._inventory)
-                place(self._spec, self._folder, store)
+                with self._spec.locked():
+                    store = build(self._spec, self._folder, staged, inventory=self._inventory)
+                    place(self._spec, self._folder, store)
         finally:
             remove_folder(self._folder)
 

@@ -405,19 +405,51 @@ def test_a_published_or_foreign_split_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_two_processes_cannot_publish_at_once(tmp_path):
+def publish_at_once(path: Path, split: str, start: multiprocessing.Barrier) -> None:
+    staging = None if split.startswith("written") else make(path, split)
+    start.wait()
+    if staging is None:
+        write(path, split)
+    else:
+        staging.publish()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_splits_that_are_written_at_once_are_all_there(tmp_path, exists) -> None:
+    path = write(tmp_path / "s") if exists else tmp_path / "s"
+    splits, fork = ["validation", "test", "written", "written_too"], multiprocessing.get_context("fork")
+    start = fork.Barrier(len(splits))
+    processes = [fork.Process(target=publish_at_once, args=(path, split, start)) for split in splits]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(splits)
+    written = layout.read_document(path)["splits"]
+    assert {*written} == {*splits, *(["train"] if exists else [])}
+    assert all(len(TokenStore(path, split)) == N for split in written)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_who_publishes_waits_for_the_lock_of_the_store(tmp_path, capfd) -> None:
     staging = make(tmp_path / "s")
     code = (
-        "import sys, time; from pathlib import Path; from seitpp.files import lock; "
-        "held = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from seitpp.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(1)"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(staging.folder / "publishing.lock")], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout.readline() == "locked\n"
-    with pytest.raises(StoreError, match="another process publishes"):
-        staging.publish()
-    child.kill()
-    child.communicate()
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".s.lock")], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"locked\n"
     staging.publish()
+    assert f"waiting for process {child.pid} on " in capfd.readouterr().err
+    child.communicate()
     assert len(TokenStore(tmp_path / "s")) == N
+
+
+def test_a_link_in_the_place_of_a_staging_folder_is_refused(tmp_path) -> None:
+    kept = tmp_path / "kept/file"
+    kept.parent.mkdir()
+    kept.write_text("content")
+    (tmp_path / ".s-train.staging").symlink_to(kept.parent)
+    with pytest.raises(StoreError, match=r".s-train.staging: a link, expected a folder"):
+        begin(tmp_path / "s")
+    assert kept.read_text() == "content" and len([*kept.parent.iterdir()]) == 1
