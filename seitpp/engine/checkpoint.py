@@ -78,6 +78,8 @@ def save(folder: Path, step: int, *, data_fingerprint: str, tensors: Groups) -> 
     target = folder / f"step-{step:08d}"
     staging = folder / f".{target.name}.tmp"
     try:
+        files.make_folder(folder)
+        files.remove_temporary(folder)  # left by a killed process
         files.remove_folder(staging)
         files.make_folder(staging)
         _fill(staging, step, data_fingerprint, tensors)
