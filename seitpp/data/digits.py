@@ -12,7 +12,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from seitpp import files
@@ -40,6 +39,8 @@ def digits_images(split: str) -> tuple[Tensor, Tensor]:
     The validation split has the 36 images of each class whose pixels have the smallest SHA-256, so that the split
     depends only on the images.
     """
+    from sklearn.datasets import load_digits  # takes a second, and only runs on the digits need it
+
     data = load_digits()
     pixels, labels = data.images.astype("uint8"), torch.from_numpy(data.target).long()
     keys = [hashlib.sha256(image.tobytes()).digest() for image in pixels]

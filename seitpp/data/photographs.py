@@ -4,7 +4,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from sklearn.datasets import load_sample_images
 from torch.utils.data import Dataset
 
 from seitpp.images.batches import Pixels
@@ -21,6 +20,8 @@ class PhotographWindows(Dataset):
     """
 
     def __init__(self, side: int, split: str):
+        from sklearn.datasets import load_sample_images  # takes a second, and few runs need it
+
         self.images = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
         height, width = self.images.shape[-2:]
         bands = [HELD_OUT] if split == "validation" else [range(HELD_OUT.start), range(HELD_OUT.stop, width)]

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from sklearn.cluster import KMeans, MiniBatchKMeans, kmeans_plusplus
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,7 +128,9 @@ class PatchKMeans(Tokenizer):
         tokenizer._fit_components(rows)
         maps = tokenizer.features(patches)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal centers, of which one is kept below
+            warnings.filterwarnings(
+                "ignore", "Number of distinct clusters"
+            )  # of equal centers, of which one is kept below
             tokenizer._fit_codebook(maps)
         used = tokenizer.compact(code_counts(tokenizer.quantize(maps), spec.num_codes))
         if (codes := used.spec.num_codes) < num_codes:
@@ -215,6 +215,8 @@ def _smallest(numbers: list[Tensor], patches: list[Tensor], limit: int) -> tuple
 
 def _centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:
     """Compute the k-means centers (K, D) of vectors (N, D) float32."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second, and only fitting needs it
+
     if len(vectors) * num_codes <= EXACT_CELLS:
         return KMeans(num_codes, n_init=1, random_state=0).fit(vectors).cluster_centers_
     rng = np.random.default_rng(0)
@@ -233,6 +235,8 @@ def _centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:
 
 def _first_centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:
     """Run k-means++ on parts of the vectors and of the centers, because its time grows with both."""
+    from sklearn.cluster import kmeans_plusplus
+
     parts = -(-num_codes // PART)
     sizes = [len(part) for part in np.array_split(np.empty(num_codes), parts)]
     pairs = zip(np.array_split(vectors, parts), sizes, strict=True)
