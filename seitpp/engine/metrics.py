@@ -19,6 +19,7 @@ from seitpp.engine.precision import check_scale
 from seitpp.engine.system import peak_memory
 
 MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
+LONGEST_PRODUCT = 1.0  # seconds
 
 
 class MetricsLog:
@@ -196,6 +197,15 @@ def count_flops(model: nn.Module, *inputs: object) -> int:
 def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
     """Measure the FLOP/s of a large matrix product on this device, the best of five: the 100% of the MFU."""
     side = MATMUL_SIDE.get(device.type, 4096)
+    # On a CPU that lacks the dtype, the large products would take most of a minute.
+    if min(_product_seconds(side // 4, device, dtype, clock)) * 4**3 > LONGEST_PRODUCT:
+        side //= 4
+    return 2 * side**3 / min(_product_seconds(side, device, dtype, clock))
+
+
+def _product_seconds(
+    side: int, device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+) -> list[float]:
     a = torch.randn(side, side, device=device, dtype=dtype)
     seconds = []
     for _ in range(5):
@@ -204,7 +214,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], fl
         a @ a
         _synchronize(device)
         seconds.append(clock() - start)
-    return 2 * side**3 / min(seconds)
+    return seconds
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,38 +1,16 @@
 """Whatever ends a run, its process ends too: within seconds, with one line, whatever its workers do."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.models import tiny_mtm
-from support.paths import RECIPES, ROOT, SUPPORT
 from support.pictures import encoded, write
-from support.running import digits_codebook
+from support.running import digits_codebook, forked
 
 from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp.data.digits import digits
 from seitpp.models.weights.pretrained import save_pretrained
-
-LIMIT = 60  # seconds for a whole run of a smoke preset; what does not end takes for ever
-
-
-def forked(jobs: list[dict]) -> list[dict]:
-    """The reports of `jobs`, see tests/support/forked_recipes.py."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", RECIPES)))
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "forked_recipes.py")],
-        input="\n".join(json.dumps({"limit": LIMIT, **job}) for job in jobs),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == len(jobs), done.stderr[-3000:]
-    return reports
 
 
 @pytest.fixture(scope="module")
@@ -79,31 +57,17 @@ def test_an_unreadable_image_ends_every_recipe_or_is_left_out(files: Path, tmp_p
         "evaluate_segmentation": [*scenes, *by_scenes, *segmented],
     }
     jobs = [
-        {
-            "recipe": name,
-            "arguments": list(
-                map(str, ["smoke", *words, "--workers", 2, "--out", tmp_path / f"{name}-{kind}", *more])
-            ),
-        }
+        (name, "smoke", *words, "--workers", 2, "--out", tmp_path / f"{name}-{kind}", *more)
         for kind, more in (("skipped", ["--skip-errors"]), ("stopped", []))
         for name, words in recipes.items()
     ]
-    reports = forked(jobs)
-    for job, report in zip(jobs, reports, strict=True):
-        skips, out = (
-            job["arguments"][-1] == "--skip-errors",
-            Path(job["arguments"][-2 if "skip" in job["arguments"][-1] else -1]),
-        )
-        told = f"{job['recipe']}: {report}"
-        assert report["status"] == (0 if skips else 2), told
-        if skips:
-            listed = (
-                out.with_name(f"{out.name}-train-skipped.txt")
-                if job["recipe"] == "tokenize_images"
-                else out / "skipped.txt"
-            )
+    for (name, *words), report in zip(jobs, forked(*jobs), strict=True):
+        told, out = f"{name}: {report}", tmp_path / f"{name}-skipped"
+        if words[-1] == "--skip-errors":
+            store = name == "tokenize_images"
+            listed = out.with_name(f"{out.name}-train-skipped.txt") if store else out / "skipped.txt"
             lines = listed.read_text().splitlines()
-            assert lines and all("damaged" in line for line in lines), told
+            assert report["status"] == 0 and lines and all("damaged" in line for line in lines), told
         else:
             last = report["err"].splitlines()[-1]
-            assert last.startswith("error: ") and "damaged" in last, told
+            assert report["status"] == 2 and last.startswith("error: ") and "damaged" in last, told

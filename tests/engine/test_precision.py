@@ -161,9 +161,9 @@ def test_an_update_waits_for_nothing(tmp_path: Path, precision: str) -> None:
 
 
 def test_half_precision_learns_what_float32_learns(tmp_path: Path) -> None:
-    """A masked token model of three blocks, an epoch of the digits."""
+    """A masked token model of three blocks, half an epoch of the digits."""
     module, losses = recipe("mtm_pretrain"), {}
-    smoke = replace(module.PRESETS["smoke"], dropout=0.0, epochs=1, warmup_epochs=0.5)
+    smoke = replace(module.PRESETS["smoke"], dropout=0.0, epochs=0.5, warmup_epochs=0.2)
     for precision in ("no", "bf16", "fp16"):
         config = replace(smoke, precision=precision, out=str(tmp_path / precision))
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.paths import RECIPES
-from support.running import command, metrics, run, torchrun
+from support.running import command, forked, metrics, run, torchrun
 
 from seitpp import StoreWriter
 from seitpp.data.digits import digits
@@ -224,60 +223,42 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None
 
 
 def refused(*cases: tuple[list, list]) -> None:
-    """Each (command line, words): exit status 2 and one line on stderr that holds the words. Two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = pool.map(lambda case: run(*case[0]), cases)
-        for (line, words), finished in zip(cases, outcomes, strict=True):
-            assert finished.returncode == 2, (line, finished.stderr)
-            lines = [text for text in finished.stderr.splitlines() if text.strip()]
-            assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
-            for word in words:
-                assert str(word) in lines[0], lines[0]
+    """Each (command line, words): exit status 2 and one line on stderr that holds the words."""
+    for (line, words), report in zip(cases, forked(*(line for line, _ in cases)), strict=True):
+        assert report["status"] == 2, (line, report["err"])
+        lines = [text for text in report["err"].splitlines() if text.strip()]
+        assert len(lines) == 1 and lines[0].startswith("error: "), report["err"]
+        for word in words:
+            assert str(word) in lines[0], lines[0]
 
 
-def test_bad_command_lines_are_refused() -> None:
-    refused(
-        (["mtm_pretrain", "smok"], ["unknown preset 'smok'", "did you mean smoke?"]),
-        (["mtm_pretrain", "smoke", "--batchsize", "3"], ["unknown flag --batchsize", "--batch-size"]),
-        (["mtm_pretrain", "smoke", "--trackers", "no_such_tracker"], ["no_such_tracker", "seitpp[trackers]"]),
-        (["mtm_pretrain", "smoke", "--accumulation", "3"], ["global batch 128", "3 accumulation steps"]),
-        (["probe"], ["--checkpoint"]),
-    )
-
-
-def test_bad_folders_are_refused_and_left_alone(smoke: Path, tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
-    refused(
-        (["mtm_pretrain", "smoke", "--out", smoke], [smoke, "not empty", "--resume"]),
-        (["mtm_pretrain", "smoke", "--out", smoke, "--resume", "--seed", "1"], ["seed 0 -> 1"]),
-        (["mtm_pretrain", "smoke", "--out", smoke.parent, "--resume"], [smoke.parent, "holds no run"]),
-        (["probe", "--checkpoint", tmp_path / "none", "--out", tmp_path / "p"], ["no model file"]),
-    )
-    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
-
-
-def test_bad_stores_are_refused(smoke: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_refused_and_no_folder_is_touched(smoke: Path, tmp_path: Path) -> None:
     other = small_store(tmp_path / "other", (8, 8), seed=2)
     cut = small_store(tmp_path / "cut", (8, 8), seed=2)
     shard = next((cut / "train").glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    mixed = tmp_path / "mixed"
+    mixed, out = tmp_path / "mixed", ["--out", tmp_path / "run"]
     for split in ("train", "validation"):
         with StoreWriter(mixed, codebook=CODEBOOK, grid=None, split=split) as writer:
             writer.add_batch([np.zeros((4, 6), int), np.ones((6, 6), int)], [0, 1])
-    out = tmp_path / "run"
+    pretrain = ["mtm_pretrain", "smoke"]
+    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
     refused(
-        (
-            ["mtm_pretrain", "smoke", "--store", mixed, "--batch-size", "2", "--out", out],
-            [mixed, "expected one grid"],
-        ),
-        (["probe", "--checkpoint", smoke, "--store", other, "--out", out], ["codebook", other, smoke]),
-        (["mtm_pretrain", "published", "--out", out], ["needs --store"]),
-        (
-            ["mtm_pretrain", "smoke", "--crop-size", "28", "--out", out],
-            ["--crop-size 28", "(8, 8)", digits().store],
-        ),
-        (["mtm_pretrain", "smoke", "--store", cut, "--out", out], [shard]),
-        (["mtm_pretrain", "smoke", "--store", tmp_path / "none", "--out", out], [tmp_path / "none"]),
+        (["mtm_pretrain", "smok"], ["unknown preset 'smok'", "did you mean smoke?"]),
+        ([*pretrain, "--batchsize", "3"], ["unknown flag --batchsize", "--batch-size"]),
+        ([*pretrain, "--trackers", "no_such_tracker"], ["no_such_tracker", "seitpp[trackers]"]),
+        ([*pretrain, "--accumulation", "3"], ["global batch 128", "3 accumulation steps"]),
+        (["probe"], ["--checkpoint"]),
+        ([*pretrain, "--out", smoke], [smoke, "not empty", "--resume"]),
+        ([*pretrain, "--out", smoke, "--resume", "--seed", "1"], ["seed 0 -> 1"]),
+        ([*pretrain, "--out", smoke.parent, "--resume"], [smoke.parent, "holds no run"]),
+        (["probe", "--checkpoint", tmp_path / "none", *out], ["no model file"]),
+        ([*pretrain, "--store", mixed, "--batch-size", "2", *out], [mixed, "expected one grid"]),
+        (["probe", "--checkpoint", smoke, "--store", other, *out], ["codebook", other, smoke]),
+        (["mtm_pretrain", "published", *out], ["needs --store"]),
+        ([*pretrain, "--crop-size", "28", *out], ["--crop-size 28", "(8, 8)", digits().store]),
+        ([*pretrain, "--store", cut, *out], [shard]),
+        ([*pretrain, "--store", tmp_path / "none", *out], [tmp_path / "none"]),
     )
-    assert not out.exists(), "no folder of a run that could not start"
+    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
+    assert not (tmp_path / "run").exists(), "no folder of a run that could not start"

@@ -6,6 +6,7 @@ Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit`
 and `err`.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -16,13 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import evaluate_segmentation
-import finetune  # noqa: F401  (imported once, before the forks)
-import mtm_pretrain  # noqa: F401
-import tokenize_images  # noqa: F401
 from support.paths import RECIPES
 
-evaluate_segmentation.load_mmseg()
+from downstream.segmentation.mmseg import load_mmseg
 
 
 def start(job: dict, out: Path, err: Path) -> int:
@@ -68,8 +65,13 @@ def report(job: dict, folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp())  # not a context, which each fork would leave, too
-    for line in sys.stdin:
-        print(json.dumps(report(json.loads(line), folder)), flush=True)
+    jobs = [json.loads(line) for line in sys.stdin]
+    for name in {job["recipe"] for job in jobs}:  # once, before the forks
+        importlib.import_module(name)
+        if "segment" in name:
+            load_mmseg()
+    for job in jobs:
+        print(json.dumps(report(job, folder)), flush=True)
     shutil.rmtree(folder)
 
 

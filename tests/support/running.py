@@ -50,6 +50,21 @@ def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False)
 
 
+def forked(*jobs: tuple, limit: float = 60) -> list[dict]:
+    """The reports of jobs (recipe, argument, ..), one after the other, see tests/support/forked_recipes.py."""
+    lines = [{"recipe": name, "arguments": list(map(str, words)), "limit": limit} for name, *words in jobs]
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "forked_recipes.py")],
+        input="\n".join(map(json.dumps, lines)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([PATHS, str(RECIPES)])},
+    )
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == len(jobs), done.stderr[-3000:]
+    return reports
+
+
 def torchrun(
     processes: int, *arguments: object, script: Path = RECIPES / "mtm_pretrain.py"
 ) -> subprocess.CompletedProcess:
