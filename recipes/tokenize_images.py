@@ -60,7 +60,7 @@ from seitpp.images.annotated import (
 )
 from seitpp.images.batches import DecodedImages, ImageRecord, already_a_batch
 from seitpp.images.decode import Reading, Size, fit_short_side
-from seitpp.images.inventory import describe, inventory
+from seitpp.images.inventory import describe, digest, inventory
 from seitpp.images.labels import LabelRules, read_class_names
 from seitpp.images.layouts import Layout
 from seitpp.images.masks import MaskRules
@@ -164,6 +164,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
         tokenizer=description_of(tokenizer, config),
         columns={name: COLUMNS[name] for name in columns},
         multi_label=source.labels.multi_label,
+        digest=partial(digest, source),
     )
     todo = sorted(set(range(staging.num_shards)) - staging.finished())
     accelerator.wait_for_everyone()  # no process writes a shard before all processes have listed them

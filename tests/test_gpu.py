@@ -17,6 +17,7 @@ from support.paths import RECIPES, ROOT, SUPPORT
 from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp import StoreWriter
 from seitpp.codebook import codebook_fingerprint
+from seitpp.engine.folder import unknown_files
 from seitpp.models import MTM, TokenAdapt, save_classifier
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.tokenizers import TokenizerSpec, ViTVQGAN
@@ -76,7 +77,9 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
         ("predict", [*half, "--out", tmp_path / "masks", "--checkpoint", segment, *pictures]),
     ]
     assert not problems(pretend(jobs))
-    assert all(words[words.index("--out") + 1].is_dir() for _, words in jobs)
+    outs = {words[words.index("--out") + 1] for _, words in jobs}
+    assert all(unknown_files(out) == [] for out in outs - {tmp_path / "tokens"}), "--overwrite would refuse them"
+    assert (tmp_path / "tokens/tokens.json").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The folder of a run: chosen and checked before anything is written, then locked."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,17 @@ INPUTS = ("store", "data", "tokenizer", "tokenadapt", "init_from", "checkpoint",
 # Settings that say how long a run trains: a resumed run may train longer.
 LENGTHS = ("epochs", "steps")
 CONFIG, CONTENTS, LOCK, RESULT = "config.json", "inputs.json", ".lock", "result.json"
+# Settings that every run has, so that a config.json without them is that of something else.
+OF_EVERY_RUN = {"preset", "seed", "precision", "overwrite"}
+# Everything that a run of any recipe writes into its folder, and the folders of its trackers.
+WRITTEN = re.compile(
+    r"config\.json|inputs\.json|result\.json|metrics\.jsonl|evaluations\.jsonl|skipped\.txt|\.lock|\..*\.tmp"
+    r"|model(_ema)?\.safetensors|tokenizer\.safetensors|broken-step-\d{8}-rank-\d+\.safetensors"
+    r"|checkpoints(/step-\d{8}|/LATEST|/\..*\.tmp)?|report\.html|classes\.txt|labels|seitpp|wandb"
+    r"|(per_class|confusion|predictions)\.csv|(\.embeddings-\d{5}|embeddings)\.parquet"
+    r"|(augmented|confusion|curves|held_out|inpainting|legend|loss|loss_by_ratio|losses|nearest|pictures|probes"
+    r"|reconstructions|validation)\.png"
+)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -41,9 +53,10 @@ def choose_folder(
 
     The folder is `out`, or the first unused one of runs/NAME, runs/NAME-2, ... With `resume` the run in `out`
     continues, or starts if there is none yet, so that the same command does both. Raises RunError for `resume`
-    without `out`, and for a folder that is not empty, unless it holds a run and `overwrite` is set, or `resume` is
-    set and the run has the same settings: settings in `INPUTS` need the same content, those in `LENGTHS` and
-    `FREE_SETTINGS` are not compared, and one that an older run does not have counts as its value in `defaults`.
+    without `out`, and for a folder that is not empty, unless it holds a run alone and `overwrite` is set, or
+    `resume` is set and the run has the same settings: settings in `INPUTS` need the same content, those in
+    `LENGTHS` and `FREE_SETTINGS` are not compared, and one that an older run does not have counts as its value in
+    `defaults`.
     """
     if resume and not out:
         raise RunError("--resume without --out: name the folder of the run with --out")
@@ -59,6 +72,7 @@ def choose_folder(
             raise RunError(f"{folder} is not empty and holds no run (no {CONFIG}): name another --out")
         if not overwrite:
             raise RunError(f"{folder} is not empty: name another --out, or pass --resume or --overwrite")
+        _check_only_a_run(folder)
     return folder, False
 
 
@@ -84,6 +98,28 @@ def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, ov
     if not resumed:
         files.replace_json(folder / CONFIG, settings)  # last: it makes the folder that of a run
     return lock
+
+
+def unknown_files(folder: Path) -> list[str]:
+    """Return what no run writes, by its name in a folder."""
+    paths = [*folder.iterdir(), *(folder / "checkpoints").glob("*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return [name for name in names if not WRITTEN.fullmatch(name)]
+
+
+def _check_only_a_run(folder: Path) -> None:
+    """Raise RunError unless a folder holds a run alone, so that --overwrite removes only what runs write."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not config.keys() >= OF_EVERY_RUN:
+        raise RunError(f"{folder / CONFIG} is not that of a run, nothing is removed: name another --out")
+    if unknown := unknown_files(folder):
+        raise RunError(
+            f"{folder} holds {unknown[0]}, which no run writes, nothing is removed: move it away, or name another "
+            "--out"
+        )
 
 
 def planned_lengths(

@@ -1,8 +1,10 @@
 """What a source took and what it left out, for the terminal and for the card of a store."""
 
+import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from seitpp.errors import UserError
 from seitpp.store.labels import Label
 
 if TYPE_CHECKING:
@@ -51,6 +53,21 @@ def inventory(source: "ImageSource", unreadable: int = 0) -> dict[str, Any]:
         "classes": {names[index] if names else str(index): counts[index] for index in classes},
         "left_out": dict(sorted(source.left_out.counts.items())),
     }
+
+
+def digest(source: "ImageSource", images: range) -> str:
+    """Return the SHA-256 of names and labels of some images, and of the content of the first and the last file."""
+    found, values = hashlib.sha256(), source.labels.values or {}
+    for index in images:
+        label = values[index] if values else None
+        found.update(f"{source.names[index]}\0{label}\n".encode(errors="surrogateescape"))
+    for index in (images[0], images[-1]):
+        try:
+            sample = source.read(index)
+            found.update(sample.data + getattr(sample, "annotation", b""))
+        except UserError as error:  # of an image that cannot be read
+            found.update(str(error).encode(errors="surrogateescape"))
+    return found.hexdigest()
 
 
 def describe(source: "ImageSource") -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,13 @@ class SplitStaging:
         tokenizer: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
         multi_label: bool = False,
+        digest: Callable[[range], str] | None = None,
     ) -> None:
         """The arguments are those of StoreWriter; `num_images` is the number of images of the split, at least 1.
 
-        Raises StoreError also if the staging folder was begun with other arguments.
+        `digest` says what the images with some indices are: a shard that an earlier run has staged of other images
+        is removed, and only with it `num_images` may be another than in that run. Raises StoreError also if the
+        staging folder was begun with other arguments.
         """
         self._spec = SplitSpec(
             path,
@@ -72,7 +75,7 @@ class SplitStaging:
         )
         if not 1 <= num_images <= layout.MAX_ROWS:
             raise StoreError(f"num_images: got {num_images}, expected 1 .. {layout.MAX_ROWS}")
-        self.num_images = num_images
+        self.num_images, self._digest = num_images, digest
         self.folder = self._spec.path.parent / f".{self._spec.path.name}-{split}.staging"
         # Beside the folder, which is removed first.
         self._receipt = self.folder.with_suffix(".published")
@@ -80,6 +83,7 @@ class SplitStaging:
         if not self.published:
             self._spec.adopt(self._spec.existing(self._was_interrupted()))
             self._begin()
+            self._remove_others()
 
     @property
     def num_shards(self) -> int:
@@ -117,6 +121,11 @@ class SplitStaging:
                 f"shard {shard}: got {len(samples.ids)} images, expected at most {len(indices)}; "
                 "write the images of this shard only"
             )
+        if self._digest:
+            with new_file(
+                self.folder / f"shard-{shard:05d}.digest"
+            ) as file:  # first: a shard without it is unknown
+                file.write(self._digest(indices).encode())
         write_staged(self._spec, self.folder, shard=shard, samples=samples)
 
     def counts(self) -> Int64[np.ndarray, " codes"]:
@@ -208,11 +217,21 @@ class SplitStaging:
         except (ValueError, TypeError) as error:
             raise StoreError(f"{path}: damaged ({error}); remove {self.folder} to begin anew") from error
         for key, value in record.items():
-            if begun.get(key) != value:
+            if begun.get(key) != value and not (key == "num_images" and self._digest):
                 raise StoreError(
                     f"{self.folder}: begun with {key} {begun.get(key)}, got {value}; "
                     "use the same arguments, or remove the folder to begin anew"
                 )
+
+    def _remove_others(self) -> None:
+        """Remove the staged shards whose images are others now."""
+        if self._digest is None:
+            return
+        for shard, path in staged_shards(self.folder).items():
+            recorded = path.with_suffix(".digest")
+            known = shard < self.num_shards and recorded.exists()
+            if not known or recorded.read_text() != self._digest(self.images(shard)):
+                path.unlink(missing_ok=True)
 
 
 def staged_shards(folder: Path) -> dict[int, Path]:

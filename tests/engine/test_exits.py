@@ -10,6 +10,7 @@ from support.running import digits_codebook, forked
 
 from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp.data.digits import digits
+from seitpp.engine.folder import unknown_files
 from seitpp.models.weights.pretrained import save_pretrained
 
 
@@ -67,6 +68,7 @@ def test_an_unreadable_image_ends_every_recipe_or_is_left_out(files: Path, tmp_p
             store = name == "tokenize_images"
             listed = out.with_name(f"{out.name}-train-skipped.txt") if store else out / "skipped.txt"
             lines = listed.read_text().splitlines()
+            assert store or unknown_files(out) == []
             assert report["status"] == 0 and lines and all("damaged" in line for line in lines), told
         else:
             last = report["err"].splitlines()[-1]

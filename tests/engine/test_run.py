@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,24 @@ def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path
         choose_folder("x", {"lr": 2}, out="runs/x", resume=True, overwrite=False)
     with pytest.raises(RunError, match="not empty: name another --out, or pass --resume or --overwrite"):
         choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=False)
-    (run / "old").touch()
+    (run / "metrics.jsonl").touch()
     with pytest.raises(RunError, match="another process has started a run there meanwhile"):
         enter_folder(run, {"lr": 2}, resumed=False, overwrite=False)
-    folder, resumed = choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=True)
-    files.unlock(enter_folder(folder, {"lr": 2}, resumed=resumed, overwrite=True))
+    with pytest.raises(RunError, match=r"runs/x/config.json is not that of a run, nothing is removed"):
+        choose_folder("x", {"lr": 2}, out="runs/x", resume=False, overwrite=True)
+    settings = {"lr": 2, "preset": "smoke", "seed": 0, "precision": "no", "overwrite": False}
+    (run / "config.json").write_text(json.dumps(settings))
+    for name in ("notes.txt", "checkpoints/step-best/model.safetensors", "labels.csv", "loss.png.old"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+        name = name.removesuffix("/model.safetensors")
+        with pytest.raises(RunError, match=f"runs/x holds {name}, which no run writes, nothing is removed"):
+            choose_folder("x", settings, out="runs/x", resume=False, overwrite=True)
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    folder, resumed = choose_folder("x", settings, out="runs/x", resume=False, overwrite=True)
+    files.unlock(enter_folder(folder, settings, resumed=resumed, overwrite=True))
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
-    assert json.loads((run / "config.json").read_text()) == {"lr": 2}
+    assert json.loads((run / "config.json").read_text()) == settings
 
 
 def test_a_folder_is_locked_while_its_owner_lives(tmp_path) -> None:

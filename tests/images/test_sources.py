@@ -18,7 +18,7 @@ from support.pictures import (
 
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import ImageError, decode_image
-from seitpp.images.inventory import describe, inventory
+from seitpp.images.inventory import describe, digest, inventory
 from seitpp.images.labels import LabelRules
 from seitpp.images.sources import hold_out, open_every_split, open_source, split_names
 
@@ -234,3 +234,21 @@ def test_labels_of_a_batch_are_classes_or_rows(samples, tmp_path: Path) -> None:
     source = open_source(str(root), None, LabelRules(file=str(file), unlabeled="keep"))
     assert source.labels.multi_label and source.labels.values[:3] == [(0, 1), (1,), None]
     assert ImageDataset(source, (8, 8)).__getitems__([0, 1, 2])[2].tolist() == [[1, 1], [0, 1], [255, 255]]
+
+
+def test_a_digest_knows_names_labels_and_the_ends(samples, tmp_path: Path) -> None:
+    root = as_folder(tmp_path / "set", samples)
+
+    def found() -> list[str]:
+        source = open_source(str(root))
+        return [digest(source, range(0, 3)), digest(source, range(3, 6))]
+
+    first, second = found()
+    assert found() == [first, second] and first != second
+    last = root / CLASSES[1] / "005.png"
+    last.write_bytes(samples[0][0])
+    assert found()[0] == first and found()[1] != second
+    last.write_bytes(b"no picture")  # is read as it is: decoding comes later
+    assert found()[0] == first
+    (root / CLASSES[0] / "001.png").rename(root / CLASSES[0] / "0001.png")
+    assert found()[0] != first

@@ -405,6 +405,33 @@ def test_a_published_or_foreign_split_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_shards_of_other_images_are_made_again(tmp_path) -> None:
+    def staged(names: str, finished: set[int]) -> SplitStaging:
+        """Three shards of images that are called so, of which some are finished already."""
+        staging = begin(
+            tmp_path / "s", num_images=len(names), digest=lambda images: names[images.start : images.stop]
+        )
+        assert staging.finished() == finished
+        return staging
+
+    names = "a" * SHARD + "b" * SHARD + "c" * 10
+    staging = staged(names, set())
+    for shard in (0, 1):
+        write_images(staging, shard, staging.images(shard))
+    staged(names, {0, 1})
+    other = names[:SHARD] + "x" + names[SHARD + 1 :]  # as many images, one of which is another
+    write_images(staged(other, {0}), 2, range(40, 50))
+    staged(other[:-1], {0})  # an image is removed: what lies before it stays
+    staging = staged("z" * 40, set())
+    write_images(staging, 0, range(20))
+    write_images(staging, 1, range(20, 40))
+    staging.publish()
+    assert len(TokenStore(tmp_path / "s")) == 40 and [path.name for path in tmp_path.iterdir()] == ["s"]
+    with pytest.raises(StoreError, match=r"begun with num_images 50, got 49"):
+        begin(tmp_path / "t")
+        begin(tmp_path / "t", num_images=49)
+
+
 def publish_at_once(path: Path, split: str, start: multiprocessing.Barrier) -> None:
     staging = None if split.startswith("written") else make(path, split)
     start.wait()
