@@ -105,7 +105,7 @@ def main(config: Config) -> None:
         check_labels(predictions, len(names), config.checkpoint)
         result, images = predictions.accuracies(), len(predictions.labels)
 
-    # 4. Results.
+    # 4. Results, and then a picture.
     for name, value in result.items():
         run.print(f"{name} {value:6.2f} % of {images:,} images")
     if run.is_main and data.multi_label:
@@ -116,8 +116,9 @@ def main(config: Config) -> None:
         pairs = predictions.labels.numpy(), predictions.ranked[:, 0].numpy()
         found = Confusions.count(*pairs, len(names))
         write_tables(run.out, found, names)
-        plots.confusion(found, names, run.out / "confusion.png")
     run.finish(result, {"images": images, "classes": len(names)})
+    if run.is_main and not data.multi_label:
+        plots.confusion(found, names, run.out / "confusion.png")
 
 
 class Data(NamedTuple):

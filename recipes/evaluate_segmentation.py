@@ -116,11 +116,13 @@ def main(config: Config) -> None:
         predict, data.dataset, saved.class_names, accelerator=run.accelerator, workers=run.workers
     )
 
-    # 4. Results: metrics, a table of the classes, and pictures.
+    # 4. Results: metrics, a table of the classes, and then pictures.
     run.print(score.table())
     result = score.summary()
     if run.is_main:
         score.write_csv(run.out / "per_class.csv")
+    run.finish(result)
+    if run.is_main:
         pictures = pictures_of(data, predict, num_classes=len(saved.class_names), device=run.device)
         plots.write_segmentation_report(
             run.out,
@@ -129,7 +131,6 @@ def main(config: Config) -> None:
             per_class=score.per_class(),
             pictures=pictures,
         )
-    run.finish(result)
 
 
 def pictures_of(

@@ -335,7 +335,7 @@ def _draw(images: "list[Tensor]", titles: list[str], path: Path) -> None:
         axis.set_axis_off()
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(title if len(title) <= 20 else f"{title[:19]}..", fontsize=8)
+        axis.set_title(title if len(title) <= 20 else f"{title[:19]}..", fontsize=8, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from seitpp import plots
+from downstream.segmentation import prediction
+from seitpp import cli, plots
 from seitpp.engine.confusion import Confusions
 
 RATIOS = [0.4, 0.41, 0.44, 0.62, 0.63, 1.0]
@@ -100,6 +101,16 @@ def test_confusion_shows_names_that_a_font_can_draw(drawn, tmp_path: Path) -> No
     for labels in (drawn[0].get_xticklabels(), drawn[0].get_yticklabels()):
         assert [label.get_text() for label in labels] == shown
     assert drawn[0].get_title() == "" and drawn[0].images[0].get_array()[2].tolist() == [0.5, 0, 0.5, 0, 0]
+
+
+def test_names_are_drawn_as_they_are_written(tmp_path: Path) -> None:
+    """A dollar sign begins no formula."""
+    names = ["$10_and_$20", "a\\frac{", "<b>&"]
+    found = Confusions.count(np.array([0, 1, 2]), np.array([1, 1, 2]), 3)
+    plots.confusion(found, names, tmp_path / "confusion.png")
+    prediction._draw_legend(names, np.zeros((3, 3), np.uint8), tmp_path / "legend.png")
+    cli._draw([torch.zeros(3, 4, 4)] * 3, names, tmp_path / "shown.png")
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir()) and len([*tmp_path.iterdir()]) == 3
 
 
 def test_confusion_of_many_classes_shows_those_with_most_wrong_images(drawn, tmp_path: Path) -> None:

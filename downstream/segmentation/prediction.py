@@ -187,7 +187,7 @@ def _draw_legend(names: list[str], palette: np.ndarray, path: Path) -> None:
     for number, name in enumerate(names):
         column, row = divmod(number, LEGEND_ROWS)
         axis.add_patch(plt.Rectangle((column, -row), 0.06, 0.8, color=palette[number] / 255))
-        axis.text(column + 0.08, 0.4 - row, f"{number} {name[:30]}", va="center", fontsize=8)
+        axis.text(column + 0.08, 0.4 - row, f"{number} {name[:30]}", va="center", fontsize=8, parse_math=False)
     axis.set(xlim=(0, columns), ylim=(-min(len(names), LEGEND_ROWS) + 0.9, 1))
     axis.axis("off")
     with warnings.catch_warnings():  # of a name in a script that the font does not have

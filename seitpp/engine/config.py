@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
+from seitpp.engine.ranges import out_of_range
 from seitpp.errors import UserError, suggest
 from seitpp.tokenizers import Kind
 
@@ -90,8 +91,9 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     """Read a config from command line arguments: [preset] [--config run/config.json] [--flag value ...].
 
     The config begins as the preset or the file; each flag sets one field. If no preset is named it is `default`,
-    or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag, an
-    unusable file, --tokenizer-kind without --tokenizer, or --skip-errors without --data.
+    or AUTO where there is such a preset and --store is named. Raises ConfigError for an unknown preset or flag,
+    a number out of its range, an unusable file, --tokenizer-kind without --tokenizer, and --skip-errors without
+    --data.
     """
     rest = list(arguments)
     if AUTO in presets and "store" in named_settings(rest):
@@ -103,6 +105,8 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     rest = _current_flags(config, rest)
     _check_flags(config, rest)
     parsed = tyro.cli(type(config), default=config, args=rest)
+    if wrong := out_of_range(parsed):
+        raise ConfigError(wrong)
     if getattr(parsed, "tokenizer_kind", None) and not parsed.tokenizer:
         raise ConfigError(f"--tokenizer-kind {parsed.tokenizer_kind}: name its file or folder with --tokenizer")
     if getattr(parsed, "skip_errors", False) and not parsed.data:

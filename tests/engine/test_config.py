@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import re
 import signal
 import sys
 from dataclasses import asdict
+from typing import get_type_hints
 
 import pytest
 import tokenize_images
+from support.paths import RECIPES
+from support.running import recipe
 
 from seitpp.engine.config import ConfigError, load_config, parse
 from seitpp.engine.folder import RunError, choose_folder
+from seitpp.engine.ranges import RANGES, out_of_range
 from seitpp.engine.signals import Stopped
 from seitpp.errors import UserError
 from seitpp.recipe import run_recipe
@@ -53,6 +58,39 @@ def test_a_kind_of_tokenizer_needs_the_tokenizer() -> None:
     with pytest.raises(ConfigError, match="--tokenizer-kind cosmos: name its file or folder with --tokenizer"):
         parse(presets, "digits", kind)
     assert parse(presets, "digits", [*kind, "--tokenizer", "folder"]).tokenizer_kind == "cosmos"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py")))
+def test_every_number_has_a_range_that_all_presets_keep(name: str) -> None:
+    presets = recipe(name).PRESETS
+    kind = type(presets["published"])
+    hints = {name: str(hint) for name, hint in get_type_hints(kind).items() if name in kind.__dataclass_fields__}
+    numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", hint)}
+    assert numbers and numbers <= RANGES.keys()
+    assert [out_of_range(preset) for preset in presets.values()] == [None] * len(presets)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--accumulation", "-1"], "--accumulation -1: expected at least 1"),
+        (["--epochs", "nan"], "--epochs nan: expected more than 0"),
+        (["--epochs", "inf"], "--epochs inf: expected more than 0"),
+        (["--log-steps", "0"], "--log-steps 0: expected at least 1"),
+        (["--crop-scale", "-1", "2"], "--crop-scale -1 2: expected more than 0 and at most 1, the smaller first"),
+        (
+            ["--crop-scale", "1", "0.5"],
+            "--crop-scale 1 0.5: expected more than 0 and at most 1, the smaller first",
+        ),
+        (["--betas", "0.9", "1"], "--betas 0.9 1: expected at least 0 and less than 1"),
+        (["--crop-size", "0", "8"], "--crop-size 0 8: expected at least 1"),
+        (["--seed", "-1"], "--seed -1: expected at least 0"),
+        (["--workers", "-1"], "--workers -1: expected at least 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        parse(recipe("mtm_pretrain").PRESETS, "digits", flags)
 
 
 def test_config_file_repeats_a_run(tmp_path) -> None:

@@ -1,0 +1,80 @@
+"""The range of every number among the settings of the recipes, by the name of the setting.
+
+A name means the same in every recipe, so it has one range. A pair or list is checked number by number, and None,
+where a setting may be None, is no number.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+MOST = 2**31 - 1
+
+
+class Range(NamedTuple):
+    """The numbers from `low` to `high`; without `low` itself if `above`, without `high` itself if `below`.
+
+    The numbers of a setting with several must not fall if `rising`.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    rising: bool = False
+
+    def holds(self, number: float) -> bool:
+        """Return whether a number is in the range; no range has inf or nan."""
+        low = self.low < number if self.above else self.low <= number
+        high = number < self.high if self.below else number <= self.high
+        return low and high and math.isfinite(number)
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
+        high = f"less than {self.high:g}" if self.below else f"at most {self.high:g}"
+        text = low if self.high >= MOST else f"{low} and {high}"
+        return f"{text}, the smaller first" if self.rising else text
+
+
+COUNT, COUNT_OR_ZERO, POSITIVE, NOT_NEGATIVE = Range(1, MOST), Range(0, MOST), Range(0, above=True), Range(0)
+FRACTION, SHARE, RATE = Range(0, 1), Range(0, 1, above=True), Range(0, 1, below=True)
+ANY = Range(-math.inf)
+
+RANGES = {
+    **dict.fromkeys(("accumulation", "log_steps", "steps", "evaluation_steps", "batch_size"), COUNT),
+    **dict.fromkeys(("batch_size_per_process", "images", "measured", "rounds", "labels_per_class"), COUNT),
+    **dict.fromkeys(("image_size", "load_size", "crop_size", "size", "eval_window", "short_side"), COUNT),
+    **dict.fromkeys(("sliding_window", "stride", "patch", "bands", "code_dim", "num_codes", "fit_images"), COUNT),
+    **dict.fromkeys(("width", "depth", "heads", "channels"), COUNT),
+    **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_heads"), COUNT),
+    **dict.fromkeys(("workers", "warmup_steps", "hold_out", "refine_steps"), COUNT_OR_ZERO),
+    **dict.fromkeys(("epochs", "checkpoint_epochs", "evaluation_epochs", "base_lr", "lr", "clip"), POSITIVE),
+    **dict.fromkeys(("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "temperature"), NOT_NEGATIVE),
+    **dict.fromkeys(("mixup", "cutmix"), NOT_NEGATIVE),
+    **dict.fromkeys(("tokenadapt_fraction", "identity", "region"), FRACTION),
+    **dict.fromkeys(("fraction", "max_share", "layer_decay"), SHARE),
+    **dict.fromkeys(("dropout", "drop_path", "smoothing", "ema", "betas"), RATE),
+    "crop_scale": SHARE._replace(rising=True),
+    "scale": POSITIVE._replace(rising=True),
+    "scales": POSITIVE,
+    "intensity": ANY._replace(rising=True),
+    "ignore_label": ANY,
+    "seed": Range(0, 2**32 - 1),
+}
+
+
+def out_of_range(config: object) -> str | None:
+    """Return what is wrong with the first number of a config that is out of its range, None if none is."""
+    for field in dataclasses.fields(config):
+        value, allowed = getattr(config, field.name), RANGES.get(field.name)
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if _is_number(number)]
+        if allowed is None or not numbers:
+            continue
+        if not all(map(allowed.holds, numbers)) or (allowed.rising and sorted(numbers) != numbers):
+            given = " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
+            return f"--{field.name.replace('_', '-')} {given}: expected {allowed}"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
