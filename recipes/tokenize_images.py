@@ -34,6 +34,7 @@ model.
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
 
 from downstream.finegrained.sets import SetName, differences, read_set
-from seitpp import TokenStore, tokenizers
+from seitpp import TokenStore, files, tokenizers
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.inputs import open_once
 from seitpp.engine.system import loader_workers
@@ -132,7 +133,18 @@ def main(config: Config) -> None:
         accelerator.print(f"split {split}: {source if isinstance(source, AnnotatedSource) else describe(source)}")
     tokenizer = open_tokenizer(config, next(iter(parts.values())), accelerator)
     for split in missing_splits(config, list(parts)):
-        tokenize(parts[split], tokenizer, config=replace(config, split=split), accelerator=accelerator)
+        with sole_writer(config.out, split, accelerator):
+            tokenize(parts[split], tokenizer, config=replace(config, split=split), accelerator=accelerator)
+
+
+@contextmanager
+def sole_writer(out: str, split: str, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the lock of a split that is written. Raises UserError on all processes if another command holds it."""
+    path = Path(out).parent / f".{Path(out).name}-{split}.writer"
+    with ExitStack() as held:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open_once(accelerator, lambda: held.enter_context(files.owned(path)))
+        yield
 
 
 def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accelerator: Accelerator) -> None:

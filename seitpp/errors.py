@@ -1,6 +1,7 @@
 """Errors that programs print as one line, without a traceback."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,34 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the choice closest to an unknown word, or "" if none is similar."""
     close = difflib.get_close_matches(word, choices, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+# What the user can do about what an operating system refuses.
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room: your quota is used up",
+    errno.EIO: "repair the disk, or choose another folder",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "correct its permissions, or choose another",
+    errno.EPERM: "correct its permissions, or choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path, of which a part is a file",
+    errno.EEXIST: "check the path, of which a part is a file",
+    errno.EISDIR: "name a file",
+    errno.ELOOP: "check the path, of which a part is a link",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ESTALE: "check the network file system, and start again",
+}
+
+
+def os_message(error: OSError) -> str | None:
+    """Return one line about what the system refused: where, what, and what to do; None for other errors."""
+    remedy = REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    where = error.filename if error.filename2 is None else error.filename2
+    return f"{os.fsdecode(where)}: {error.strerror}; {remedy}" if where else f"{error.strerror}; {remedy}"
 
 
 def fail(message: str) -> NoReturn:

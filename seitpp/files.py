@@ -58,6 +58,7 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if not folder or error.errno not in NO_SYNC:
+            error.filename = str(path)
             raise
     finally:
         os.close(descriptor)
@@ -80,6 +81,9 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         while rest:
             rest = rest[os.write(descriptor, rest[:CHUNK]) :]
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)  # the system names no file of a descriptor
+        raise
     finally:
         os.close(descriptor)
 
@@ -202,7 +206,12 @@ def empty_folder(path: Path, but: Collection[str] = ()) -> None:
 
 def cache_root() -> Path:
     """Return the folder of this project in the user's cache; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seitpp"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "seitpp"
+    try:
+        return Path.home() / ".cache/seitpp"
+    except RuntimeError as error:
+        raise UserError("no home folder for a cache: set HOME or XDG_CACHE_HOME to a folder") from error
 
 
 def make_once(name: str, make: Callable[[Path], None]) -> Path:
@@ -272,6 +281,18 @@ def _is_open_at(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block, then remove it. Raises UserError if another process holds it."""
+    held = lock(path)
+    if held is None:
+        raise UserError(f"{path}: held by {owner(path)}, which writes the same: wait until it ends, or stop it")
+    try:
+        yield
+    finally:
+        _remove_lock(path, held)
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path` during the block, then remove it; wait, and say so, while another holds it."""
     told = False
@@ -283,9 +304,13 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no file that is open
-            os.unlink(path)
-        unlock(held)
+        _remove_lock(path, held)
+
+
+def _remove_lock(path: Path, held: Lock) -> None:
+    with suppress(OSError):  # Windows removes no file that is open
+        os.unlink(path)
+    unlock(held)
 
 
 def owner(path: Path) -> str:

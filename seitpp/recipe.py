@@ -18,7 +18,7 @@ from seitpp.engine.config import AUTO, Config, RunConfig, TrainConfig, load_conf
 from seitpp.engine.folder import CONFIG
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
-from seitpp.errors import UserError, fail
+from seitpp.errors import UserError, fail, os_message
 from seitpp.export import EXPORTED, export_model
 
 CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
@@ -35,8 +35,8 @@ def run_recipe(
     """Parse the command line and call `main`.
 
     `settle` chooses the settings of preset AUTO that are not named on the command line. An error that the user can
-    fix is printed as one line on stderr, with exit status 2. A run stopped by a signal exits with 128 plus its
-    number.
+    fix, or one of the operating system, is printed as one line on stderr, with exit status 2. A run stopped by a
+    signal exits with 128 plus its number.
     """
     config = None
     try:
@@ -52,6 +52,13 @@ def run_recipe(
         sys.exit(stopped.status)
     except UserError as error:
         fail(_one_line(str(error)))
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before the first update or after the last one", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if (message := os_message(error)) is None:
+            raise
+        fail(message)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise

@@ -80,7 +80,7 @@ def open_once(accelerator: Accelerator, open_data: Callable[[], Data]) -> Data:
     if accelerator.is_main_process:
         try:
             opened = [open_data(), None]
-        except UserError as error:
+        except (UserError, OSError) as error:
             opened = [None, error]
     data, error = broadcast_object_list(opened)
     if error is not None:

@@ -32,7 +32,7 @@ from seitpp.engine.optim import Schedule
 from seitpp.engine.precision import LossScaler, check_precision
 from seitpp.engine.system import check_installed, device_name, git_commit, loader_workers
 from seitpp.engine.training import Training
-from seitpp.errors import UserError
+from seitpp.errors import UserError, os_message
 
 DRY_RUN_IMAGES = 64
 SKIPPED = "skipped.txt"  # in the run's folder: a line for each image that was left out
@@ -94,7 +94,7 @@ class Run:
             try:
                 outcome[0] = function()
             except (UserError, OSError) as error:
-                outcome[1] = str(error)
+                outcome[1] = (os_message(error) if isinstance(error, OSError) else None) or str(error)
         value, error = broadcast_object_list(outcome)
         if error is not None:
             raise RunError(error)

@@ -11,6 +11,7 @@ from support.running import digits_codebook, forked
 from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp.data.digits import digits
 from seitpp.engine.folder import unknown_files
+from seitpp.files import owned
 from seitpp.models.weights.pretrained import save_pretrained
 
 
@@ -73,3 +74,26 @@ def test_an_unreadable_image_ends_every_recipe_or_is_left_out(files: Path, tmp_p
         else:
             last = report["err"].splitlines()[-1]
             assert report["status"] == 2 and last.startswith("error: ") and "damaged" in last, told
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places = {"n" * 300: "choose a shorter name", "file/run": "a part is a file", "/proc/run": "check the path"}
+    jobs = [
+        (*words, "--out", tmp_path / place)
+        for place in places
+        for words in (("seit_train", "smoke"), ("tokenize_images", "smoke"))
+    ]
+    for job, report in zip(jobs, forked(*jobs), strict=True):
+        *_, last = report["err"].splitlines()
+        remedy = next(remedy for place, remedy in places.items() if str(job[-1]).endswith(place))
+        assert report["status"] == 2 and last.startswith("error: ") and last.endswith(remedy), report
+        assert "Traceback" not in report["err"], report
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_command_that_writes_the_same_split_is_refused(tmp_path: Path) -> None:
+    with owned(tmp_path / ".tokens-train.writer"):
+        (report,) = forked(("tokenize_images", "smoke", "--out", tmp_path / "tokens"))
+    assert report["status"] == 2 and "which writes the same: wait until it ends" in report["err"].splitlines()[-1]
+    assert [*tmp_path.iterdir()] == []
