@@ -5,7 +5,7 @@ The caller passes the class of the error to raise. Also the copy of a batch to a
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,10 @@ def load_checkpoint(
         if archive:
             _check_stored(path)
         with torch.serialization.safe_globals(list(harmless)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        for tensor in _tensors_in(content):
+            _check_dense(tensor)
+        return content
     except Exception as problem:  # a damaged or malicious pickle can raise any exception
         raise error(
             f"{path} cannot be read as plain tensors, and is not unpickled since that could run code "
@@ -117,6 +120,20 @@ def _reason(problem: Exception) -> str:
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     line = next((line for line in lines if "WeightsUnpickler error" in line), lines[0])
     return line.split(". Please use")[0].strip()
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(content):
+        yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for part in content.values() if isinstance(content, Mapping) else content:
+            yield from _tensors_in(part)
+
+
+def _check_dense(tensor: Tensor) -> None:
+    """Raise ValueError for a tensor that has more values than its file: a copy of it could fill the memory."""
+    if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} that is not stored as such")
 
 
 def _check_stored(path: Path) -> None:

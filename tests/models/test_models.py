@@ -1,6 +1,9 @@
 """The models as timm citizens, their files, and where fine-tuning starts."""
 
 import json
+import resource
+import socket
+import time
 
 import pytest
 import timm
@@ -18,6 +21,8 @@ from seitpp.models import (
     classifier_from,
     load_classifier,
     load_mtm,
+    load_pretrained,
+    load_pretrained_tokenadapt,
     pixel_classifier_from,
     save_classifier,
 )
@@ -228,6 +233,97 @@ def test_bad_files_are_refused(tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, path, metadata={"classifier": header})
     with pytest.raises(ModelError, match="hf-hub:somebody/model, expected a model of timm"):
         load_classifier(path)
+
+
+def classifier_header(**changes) -> dict:
+    arguments = {
+        "img_size": [14, 14],
+        "in_chans": 4,
+        "embed_dim": 96,
+        "depth": 3,
+        "num_heads": 3,
+        "stem": "linear",
+    }
+    arguments |= changes.pop("arguments", {})
+    spec = {"name": "seit_vit_nano", "arguments": {**arguments, "num_classes": 10, "global_pool": "avg"}}
+    return {"spec": spec, "codebook": None, "class_names": None, "window": None, **changes}
+
+
+def mtm_header(**settings) -> dict:
+    return {"settings": {"encoder": "mtm_vit_nano", **settings}, "codebook": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "message"),
+    [
+        ("classifier", classifier_header(arguments={"pretrained": True}), "header has pretrained True"),
+        (
+            "classifier",
+            classifier_header(arguments={"checkpoint_path": "/etc/passwd"}),
+            "header has checkpoint_path",
+        ),
+        (
+            "classifier",
+            classifier_header(arguments={"pretrained_cfg_overlay": {"url": "x"}}),
+            "pretrained_cfg_over",
+        ),
+        (
+            "classifier",
+            classifier_header(arguments={"depth": 10**6}),
+            "has 1,000,000 blocks, but it has 1 tensors",
+        ),
+        ("classifier", classifier_header(arguments={"depth": True}), "header has depth True"),
+        ("classifier", classifier_header(arguments={"embed_dim": 10**12}), "header has embed_dim 1000000000000"),
+        ("classifier", classifier_header(arguments={"embed_dim": 97, "depth": 1}), "header describes no model"),
+        (
+            "classifier",
+            classifier_header(arguments={"img_size": [10**6, 10**6], "depth": 1}),
+            "expected .* by its",
+        ),
+        ("classifier", classifier_header(arguments={"in_chans": 10**6, "depth": 1}), "expected .* by its header"),
+        ("classifier", classifier_header(spec=7), "header has spec 7"),
+        ("classifier", classifier_header(spec={"name": "seit_vit_nano"}), "header lacks arguments"),
+        ("classifier", classifier_header(class_names=[1]), r"header has class_names \[1\]"),
+        ("classifier", [], r"header has \[\] for an object"),
+        ("classifier", {}, "header lacks spec"),
+        ("mtm", mtm_header(encoder="hf-hub:somebody/model"), "header has encoder 'hf-hub:somebody/model'"),
+        ("mtm", mtm_header(encoder="vit_base_patch16_224"), "header has encoder 'vit_base_patch16_224'"),
+        ("mtm", mtm_header(encoder_size={"pretrained": 1}), "header has pretrained 1"),
+        ("mtm", mtm_header(encoder_size={"depth": 10**6}), "1,000,000 blocks"),
+        ("mtm", mtm_header(decoder_depth=10**6), "1,000,000 blocks"),
+        ("mtm", mtm_header(grid=[10**5, 10**5], encoder_size={"depth": 1}, decoder_depth=1), "expected .* by its"),
+        ("mtm", mtm_header(dropout=float("nan")), "header has dropout nan"),
+        ("tokenadapt", {"settings": {"grid": [10**5, 10**5]}, "codebook": None}, "expected .* by its header"),
+        ("tokenadapt", {"settings": {"width": 10**6, "heads": 3}, "codebook": None}, "header"),
+    ],
+)
+def test_headers_of_strangers_are_refused_before_anything_is_built(
+    tmp_path, monkeypatch, kind: str, header: object, message: str
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the network is used")
+
+    monkeypatch.setattr(socket, "socket", forbidden)
+    path, began, before = tmp_path / "m.safetensors", time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+    save_file({"x": torch.zeros(1)}, path, metadata={kind: json.dumps(header)})
+    load = load_pretrained_tokenadapt if kind == "tokenadapt" else load_pretrained
+    with pytest.raises(ModelError, match=message) as refused:
+        load(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value) and len(str(refused.value)) < 500
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert time.monotonic() - began < 2 and (after.ru_maxrss - before.ru_maxrss) < 200 * 2**10
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_checkpoint_of_more_values_than_bytes_is_refused(tmp_path) -> None:
+    path = tmp_path / "m.pth"
+    for tensor in (torch.zeros(1).expand(10**10), torch.eye(3).to_sparse()):
+        torch.save({"model": {"head.bias": tensor}}, path)
+        with pytest.raises(ModelError, match="not stored as such"):
+            load_pretrained(path)
+    torch.save({"model": {f"blocks.{10**9}.x": torch.zeros(1), "cls_token": torch.zeros(1, 1, 64)}}, path)
+    with pytest.raises(ModelError, match=str(path)):
+        load_pretrained(path)
 
 
 # Where fine-tuning starts

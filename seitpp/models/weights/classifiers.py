@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,38 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from seitpp.models.stem import ModelError, StemAdapter
+from seitpp.models.stem import STEMS, ModelError, StemAdapter
 from seitpp.models.vit import TokenEmbed
+from seitpp.models.weights.rebuild import (
+    checked,
+    is_count,
+    is_pair,
+    is_side,
+    is_size,
+    is_text,
+    is_texts,
+    one_of,
+    optional,
+    rebuild,
+)
 from seitpp.tensors import load_tensors, save_tensors
+
+# What the header of a classifier may hold; anything else could make timm read files or ask the network.
+SPEC = {"name": is_text, "arguments": lambda value: isinstance(value, dict)}
+ARGUMENTS = {
+    **dict.fromkeys(("img_size", "patch_size"), is_side),
+    **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads", "num_codes"), is_size),
+    "num_classes": is_count,
+    "global_pool": one_of("", "avg", "token"),
+    "stem": one_of(*STEMS),
+}
+HEADER = {
+    "spec": lambda value: isinstance(value, dict),
+    "codebook": optional(is_text),
+    "class_names": optional(is_texts),
+    "window": optional(is_pair),
+    "multi_label": lambda value: isinstance(value, bool),
+}
 
 
 def write_model(path: Path, model: nn.Module, *, kind: str, header: Mapping[str, Any]) -> None:
@@ -119,14 +149,16 @@ def load_classifier(path: Path) -> Loaded:
     Raises ModelError if the file is missing, damaged, of another kind, or holds a model that timm does not know.
     """
     header, tensors = read_model(path, "classifier", "a classifier that save_classifier wrote")
-    spec = ClassifierSpec(**header["spec"])
+    checked(path, header, HEADER, needs=("spec", "codebook"))
+    spec = ClassifierSpec(**checked(path, header["spec"], SPEC, needs=("name", "arguments")))
+    checked(path, spec.arguments, ARGUMENTS)
     if not timm.is_model(spec.name):  # create_model would look for other names on the network
         raise ModelError(f"{path} holds a {spec.name}, expected a model of timm or seitpp.models: update both")
-    model = timm.create_model(spec.name, **spec.arguments)
-    model.load_state_dict(tensors)
-    window = tuple(header["window"]) if header["window"] else None
+    build = partial(timm.create_model, spec.name, **spec.arguments)
+    model = rebuild(path, build, tensors, depth=spec.arguments.get("depth", 0))
+    window = tuple(header["window"]) if header.get("window") else None
     multi_label = header.get("multi_label", False)
-    return Loaded(model.eval(), header["codebook"], header["class_names"], spec, window, multi_label)
+    return Loaded(model, header["codebook"], header.get("class_names"), spec, window, multi_label)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -1,7 +1,9 @@
 """Load a trained model from the folder of a run, a model file of this library, or an official checkpoint."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -10,12 +12,38 @@ from seitpp.models.mtm import MTM
 from seitpp.models.resnet import TokenResNet
 from seitpp.models.stem import ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt
-from seitpp.models.vit import TokenEmbed
+from seitpp.models.vit import SIZES, TokenEmbed
 from seitpp.models.weights.classifiers import Loaded, load_classifier, read_model, write_model
+from seitpp.models.weights.rebuild import (
+    Check,
+    checked,
+    is_fraction,
+    is_pair,
+    is_size,
+    is_text,
+    one_of,
+    optional,
+    rebuild,
+)
 from seitpp.models.weights.release import from_release
 from seitpp.tensors import header_keys
 
 AVERAGED = "model_ema.safetensors"  # in the folder of a run, the moving average of the weights
+# What the headers of both models of masked token modeling may hold.
+ENCODERS = one_of(*(f"mtm_vit_{size}" for size in SIZES))
+ENCODER_SIZE = dict.fromkeys(("embed_dim", "depth", "num_heads"), is_size)
+MTM_SETTINGS = {
+    "encoder": ENCODERS,
+    "grid": is_pair,
+    **dict.fromkeys(("num_codes", "code_dim", "decoder_width", "decoder_depth", "decoder_heads"), is_size),
+    "dropout": is_fraction,
+    "encoder_size": optional(lambda value: isinstance(value, dict)),
+}
+TOKENADAPT_SETTINGS = {
+    **dict.fromkeys(("grid", "crop"), is_pair),
+    **dict.fromkeys(("num_codes", "code_dim", "width", "heads", "mlp"), is_size),
+}
+HEADER = {"settings": lambda value: isinstance(value, dict), "codebook": optional(is_text)}
 KINDS = ("mtm", "classifier", "tokenadapt")  # kinds of model files of this library
 
 
@@ -63,9 +91,10 @@ def load_mtm(path: Path) -> Loaded:
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
     header, tensors = read_model(path, "mtm", "the model.safetensors of a pre-training run")
-    model = MTM(**header["settings"])
-    model.load_state_dict(tensors)
-    return Loaded(model.eval(), header["codebook"])
+    settings = _settings(path, header, MTM_SETTINGS)
+    size = checked(path, settings.get("encoder_size") or {}, ENCODER_SIZE)
+    depth = max(size.get("depth", 0), settings.get("decoder_depth", 0))
+    return Loaded(rebuild(path, partial(MTM, **settings), tensors, depth=depth), header["codebook"])
 
 
 def load_tokenadapt(path: Path) -> Loaded:
@@ -74,9 +103,12 @@ def load_tokenadapt(path: Path) -> Loaded:
     Raises ModelError naming the file if it is missing, damaged or of another kind.
     """
     header, tensors = read_model(path, "tokenadapt", "the model.safetensors of a tokenadapt_train run")
-    model = TokenAdapt(**header["settings"])
-    model.load_state_dict(tensors)
-    return Loaded(model.eval(), header["codebook"])
+    settings = _settings(path, header, TOKENADAPT_SETTINGS)
+    return Loaded(rebuild(path, partial(TokenAdapt, **settings), tensors, depth=1), header["codebook"])
+
+
+def _settings(path: Path, header: object, checks: Mapping[str, Check]) -> dict[str, Any]:
+    return checked(path, checked(path, header, HEADER, needs=("settings", "codebook"))["settings"], checks)
 
 
 def model_file(path: Path, ema: bool = True) -> Path:

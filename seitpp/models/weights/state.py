@@ -69,8 +69,16 @@ class ReleasedState(dict):
         return {"embed_dim": width, "depth": self.depth("blocks."), "num_heads": self.heads(width, HEAD)}
 
     def depth(self, prefix: str) -> int:
-        """Return the number of blocks under `prefix`, at least 1, so that `fill` reports a missing block."""
-        return 1 + max((int(name.split(".")[1]) for name in self if name.startswith(prefix)), default=0)
+        """Return the number of blocks under `prefix`, at least 1, so that `fill` reports a missing block.
+
+        Raises ModelError for a number that the file cannot hold.
+        """
+        numbers = [name.split(".")[1] for name in self if name.startswith(prefix)]
+        if wrong := [number for number in numbers if not number.isdecimal() or int(number) >= len(self)]:
+            raise ModelError(
+                f"{self.path}: {prefix}{wrong[0]} of {len(self)} tensors, expected blocks numbered from 0"
+            )
+        return 1 + max(map(int, numbers), default=0)
 
     def heads(self, width: int, channels: int) -> int:
         """Return the number of heads. Raises ModelError unless `width` is a multiple of the head's `channels`."""
