@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT
 from downstream.segmentation.data import IGNORED
 from downstream.segmentation.mmseg import load_mmseg
-from seitpp.models.weights.classifiers import classifier_spec, read_model, write_model
+from seitpp.models import ModelError
+from seitpp.models.vit import SIZES
+from seitpp.models.weights.classifiers import ARGUMENTS, classifier_spec, read_model, write_model
+from seitpp.models.weights.rebuild import check_tensors, checked, is_size, is_text, is_texts, one_of, optional
 
 RESCALES = [4, 2, 1, 0.5]  # Feature2Pyramid's factors for the four levels, which have one cell per ViT patch
+# What the header of a segmenter may hold.
+HEADER = {
+    "backbone": lambda value: isinstance(value, dict),
+    "class_names": lambda value: is_texts(value) and len(value) > 0,
+    "channels": is_size,
+    "codebook": optional(is_text),
+    "patch": is_size,
+    "short_side": optional(is_size),
+}
+BACKBONE = {"vit": one_of(*(f"{kind}_vit_{size}" for kind in ("seit", "mtm") for size in SIZES)), **ARGUMENTS}
 AUXILIARY_LEVEL, AUXILIARY_CHANNELS, AUXILIARY_WEIGHT = 2, 256, 0.4
 
 
@@ -189,7 +203,19 @@ def load_segmenter(path: Path) -> SavedSegmenter:
     """
     path = path / "model.safetensors" if path.is_dir() else path
     header, tensors = read_model(path, "segmenter", "the model.safetensors of a segmentation run")
-    backbone, names = TokenViT(**header["backbone"]), header["class_names"]
+    checked(path, header, HEADER, needs=("backbone", "class_names", "channels", "codebook", "patch"))
+    settings, names = checked(path, header["backbone"], BACKBONE, needs=("vit",)), header["class_names"]
+
+    # mmsegmentation's heads cannot be built without memory: their width and number of classes are compared first.
+    parts = {
+        name.removeprefix("backbone."): part for name, part in tensors.items() if name.startswith("backbone.")
+    }
+    check_tensors(path, partial(TokenViT, **settings), parts, depth=settings.get("depth", 0))
+    last, expected = tensors.get("decode_head.conv_seg.weight"), (len(names), header["channels"], 1, 1)
+    if last is None or tuple(last.shape) != expected:
+        got = "none" if last is None else tuple(last.shape)
+        raise ModelError(f"{path}: its last layer is {got}, expected {expected} by its header; save it again")
+    backbone = TokenViT(**settings)
     model = build_segmenter(backbone, len(names), channels=header["channels"])
     model.load_state_dict(tensors)
     return SavedSegmenter(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class TokenizerSpec:
     `num_codes` codes of dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes
     L2-normalized) or "euclidean".
     Raises TokenizerError for an unknown lookup, for sizes that are not positive or do not fit the patch, and for
-    means or deviations of another number of channels.
+    means or deviations of another number of channels, or that are not finite.
     """
 
     kind: str
@@ -70,6 +71,13 @@ class TokenizerSpec:
             raise TokenizerError(
                 f"{self.kind} tokenizer: got {len(self.mean)} means and {len(self.std)} deviations, expected one "
                 f"for each of {self.channels} channels"
+            )
+        numbers = (*self.mean, *self.std)
+        finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        if not finite or min(self.std) <= 0:
+            raise TokenizerError(
+                f"{self.kind} tokenizer: got means {self.mean} and deviations {self.std}, expected finite "
+                "numbers, the deviations more than 0"
             )
         if any(side % self.patch for side in self.image_size):
             raise TokenizerError(

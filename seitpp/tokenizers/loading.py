@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from seitpp.errors import suggest
@@ -56,9 +57,16 @@ def load(name_or_path: str | Path, kind: str | None = None) -> Tokenizer:
     | `cosmos` | a folder with encoder.jit and decoder.jit |
 
     The kind is found from the file unless it is given. TorchScript is code and is loaded only if `kind` is
-    "cosmos". Raises TokenizerError, which names the file, if it is missing or damaged, or holds anything else.
+    "cosmos". Raises TokenizerError, which names the file, if it is missing or damaged, holds anything else, or
+    has a codebook that is not finite.
     """
-    path = Path(name_or_path)
+    tokenizer = _load(Path(name_or_path), kind)
+    if not torch.isfinite(tokenizer.codebook).all():
+        raise TokenizerError(f"{name_or_path}: a codebook with values that are not finite; name another file")
+    return tokenizer
+
+
+def _load(path: Path, kind: str | None) -> Tokenizer:
     if kind is not None and kind not in KINDS:
         near = suggest(kind, KINDS)
         raise TokenizerError(f"unknown kind of tokenizer {kind!r}: expected one of {_kinds()}{near}")

@@ -37,6 +37,7 @@ from seitpp.codebook import embed, nearest
 from seitpp.engine.optim import adamw
 from seitpp.models import ModelError, load_pretrained, save_classifier, save_release
 from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.tensors import save_tensors
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 
 CODES, DIM, CLASSES, PATCH = 17, 6, 20, 4
@@ -327,6 +328,19 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_segmenter(tmp_path / "none")
     with pytest.raises(ModelError, match=r"mtm is of another kind: expected the model\.safetensors of a segm"):
         load_segmenter(sources(tmp_path)["mtm"])
+    backbone = {"vit": "mtm_vit_nano", "img_size": [8, 8], "depth": 1}
+    header = {"backbone": backbone, "channels": 8, "codebook": None, "class_names": ["a", "b"], "patch": 8}
+    for wrong, message in (
+        ({"backbone": {**backbone, "vit": "hf-hub:somebody/model"}}, "header has vit 'hf-hub:somebody/model'"),
+        ({"backbone": {**backbone, "pretrained": True}}, "header has pretrained True"),
+        ({"backbone": {**backbone, "depth": 10**6}}, "1,000,000 blocks"),
+        ({}, "but it has 0 tensors"),
+        ({"channels": 10**9}, "header has channels 1000000000"),
+        ({"class_names": []}, r"header has class_names \[\]"),
+    ):
+        save_tensors(tmp_path / "m", {"x": torch.zeros(1)}, key="segmenter", header={**header, **wrong})
+        with pytest.raises(ModelError, match=message):
+            load_segmenter(tmp_path / "m")
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from support.vqgans import VQVAES, small_vq_model, small_vqvae
 from torch import Tensor, nn
 
 from seitpp import tokenizers
-from seitpp.tokenizers import TokenizerError, code_counts
+from seitpp.tokenizers import PatchKMeans, TokenizerError, TokenizerSpec, code_counts
 from seitpp.tokenizers.adapters import ChameleonVQ, DiffusersVQ, Emu3VQ, JanusVQ
 
 SIZE = 32
@@ -161,3 +161,16 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path) -> None:
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(TokenizerError, match="no weights named diffusion_pytorch_model"):
         tokenizers.load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value: float) -> None:
+    tokenizer = PatchKMeans.fit(torch.rand(4, 3, 16, 16), image_size=16, patch=4, num_codes=8, code_dim=4)
+    tokenizer.codebook[3, 1] = value
+    tokenizer.save(tmp_path / "t.safetensors")
+    with pytest.raises(TokenizerError, match=r"t.safetensors: a codebook with values that are not finite"):
+        tokenizers.load(tmp_path / "t.safetensors")
+    spec = tokenizer.spec.to_json()
+    for wrong in ({"std": [1, 0, 1]}, {"std": [1, value, 1]}, {"mean": [0, value, 0]}, {"mean": [0, "x", 0]}):
+        with pytest.raises(TokenizerError, match="expected finite numbers, the deviations more than 0"):
+            TokenizerSpec.from_json({**spec, **wrong})

@@ -77,15 +77,23 @@ def checked(
 
 
 def rebuild(path: Path, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], *, depth: int) -> nn.Module:
-    """Build a model of `depth` blocks and load the tensors of its file.
+    """Build a model of `depth` blocks, in eval mode, with the tensors of its file; see `check_tensors`."""
+    check_tensors(path, build, tensors, depth=depth)
+    model = build()
+    model.load_state_dict(dict(tensors))
+    return model.eval()
 
-    It is built without memory first, and only once more if its tensors are those of the file. Raises ModelError,
-    which names the file, if they are not, or if nothing can be built.
+
+def check_tensors(
+    path: Path, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], *, depth: int
+) -> None:
+    """Raise ModelError, which names the file, unless its tensors are those of the model that `build` builds.
+
+    The model is built without memory, so that a header cannot ask for more than its file has; and not at all if
+    the file has fewer tensors than blocks.
     """
     if depth > len(tensors):
-        raise ModelError(
-            f"{path}: its header has {depth:,} blocks, but it has {len(tensors):,} tensors; save it again"
-        )
+        raise ModelError(f"{path}: its header has {depth:,} blocks, but it has {len(tensors):,} tensors")
     try:
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
@@ -96,12 +104,7 @@ def rebuild(path: Path, build: Callable[[], nn.Module], tensors: Mapping[str, Te
     if found != expected:
         name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         shapes = [tuple(shapes[name]) if name in shapes else "no tensor" for shapes in (found, expected)]
-        raise ModelError(
-            f"{path}: {name} is {shapes[0]}, expected {shapes[1]} by its header; save the model again"
-        )
-    model = build()
-    model.load_state_dict(dict(tensors))
-    return model.eval()
+        raise ModelError(f"{path}: {name} is {shapes[0]}, expected {shapes[1]} by its header; save it again")
 
 
 def _brief(value: object) -> str:
