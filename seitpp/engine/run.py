@@ -9,6 +9,7 @@
 The loop behind `training.steps` and `training.update` is in `seitpp/engine/training.py`.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -26,7 +27,7 @@ from seitpp import __version__, files
 from seitpp.engine import checkpoint
 from seitpp.engine.config import RunConfig
 from seitpp.engine.distributed import ZeroLaunch, find_launch
-from seitpp.engine.folder import RunError, change_lengths, choose_folder, enter_folder, planned_lengths
+from seitpp.engine.folder import RESULT, RunError, change_lengths, choose_folder, enter_folder, planned_lengths
 from seitpp.engine.metrics import MetricsLog, Progress
 from seitpp.engine.optim import Schedule
 from seitpp.engine.precision import LossScaler, check_precision
@@ -35,6 +36,7 @@ from seitpp.engine.training import Training
 from seitpp.errors import UserError, os_message
 
 DRY_RUN_IMAGES = 64
+SPEED = "images_per_second"
 SKIPPED = "skipped.txt"  # in the run's folder: a line for each image that was left out
 
 
@@ -181,6 +183,12 @@ class Run:
         """Return the images to evaluate on: the whole dataset, or in a dry run its first 64 images."""
         return Subset(dataset, range(min(len(dataset), DRY_RUN_IMAGES))) if self.config.dry_run else dataset
 
+    def _recorded_speed(self) -> dict[str, float]:
+        """Return the speed in result.json of a finished run that is resumed, which has nothing left to train."""
+        path = self.out / RESULT
+        stored = json.loads(path.read_text()) if self.resumed and path.is_file() else {}
+        return {SPEED: stored[SPEED]} if SPEED in stored else {}
+
     def finish(self, result: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
         """Write result.json and release the folder.
 
@@ -188,7 +196,7 @@ class Run:
         result: recipe, time, steps, processes, device, version and commit.
         """
         speed = self.progress.speed
-        throughput = {"images_per_second": speed.images / speed.seconds} if speed and speed.images else {}
+        throughput = {SPEED: speed.images / speed.seconds} if speed and speed.images else self._recorded_speed()
         origin = {
             "recipe": self.recipe,
             "seconds": round(time.perf_counter() - self.started, 1),
@@ -200,7 +208,7 @@ class Run:
         }
         skipped = {"skipped": len(self.skipped)} if self.skipped else {}
         complete = {**skipped, **result, **throughput, **(data or {}), **origin}
-        self.on_main(lambda: files.replace_json(self.out / "result.json", complete))
+        self.on_main(lambda: files.replace_json(self.out / RESULT, complete))
         if self.is_main:
             files.unlock(self._lock)
         self.accelerator.end_training()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,14 @@ def call(monkeypatch, *arguments: object) -> None:
     """The command line, in this process."""
     monkeypatch.setattr(sys, "argv", ["mtm_pretrain.py", *map(str, arguments)])
     run_recipe(mtm_pretrain.main, mtm_pretrain.PRESETS, "digits", settle=mtm_pretrain.choose)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_result(smoke: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(smoke, tmp_path / "run")
+    call(monkeypatch, "smoke", "--out", tmp_path / "run", "--resume")
+    results = [json.loads((folder / "result.json").read_text()) for folder in (smoke, tmp_path / "run")]
+    assert results[0].keys() == results[1].keys() and results[0]["images_per_second"] > 0
+    assert {name for name in results[0] if results[0][name] != results[1][name]} <= {"seconds", "git_commit"}
 
 
 def own_images(path: Path, labels: list, grid: tuple[int, int]) -> Path:
