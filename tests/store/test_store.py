@@ -476,6 +476,20 @@ def test_every_truncation_of_a_listed_shard_is_refused(store):
             TokenStore(store, "validation", verify=False)
 
 
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_compressed_shard_is_refused_as_it_is(store, compression: str):
+    """A gigabyte of zeros would be a kilobyte of file."""
+    name = layout.shard_name("validation", 0, 1)
+    with pa.ipc.open_stream((store / name).read_bytes()) as stream:
+        (batch,) = stream
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with (store / name).open("wb") as file, pa.ipc.new_stream(file, batch.schema, options=options) as stream:
+        stream.write_batch(batch)
+    relist(store, name)
+    with pytest.raises(StoreError, match=rf"{name}: no shard of a token store \(its record batch is compressed\)"):
+        TokenStore(store, "validation", verify=False)
+
+
 def test_foreign_shards_are_refused(store):
     name = layout.shard_name("validation", 0, 1)
     payloads = datasets.load_from_disk(str(store / "validation"))["tokens"][:]
