@@ -19,6 +19,7 @@ from seitpp.augment import Keys, random_geometry
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
 from seitpp.engine.reconstruction import MEASURES
+from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_tokenadapt
 from seitpp.tokenizers import PatchKMeans
@@ -140,7 +141,8 @@ def test_bad_settings_are_refused(folder, tmp_path, preset: str, changes: dict, 
 
 
 def test_a_folder_and_a_tokenizer_of_the_users(folder, tmp_path) -> None:
-    train, held_out = tokenadapt_train.open_data(replace(TINY, data=str(folder)))
+    config = replace(TINY, data=str(folder), out=str(tmp_path / "unused"))
+    train, held_out = tokenadapt_train.open_data(config, Run("tokenadapt_train", config))
     assert (len(train), len(held_out)) == (38, 2)
     images = train.__getitems__(list(range(38))).images / 255
     PatchKMeans.fit(images, image_size=32, patch=8, num_codes=20, code_dim=6).save(
