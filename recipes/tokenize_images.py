@@ -34,7 +34,7 @@ model.
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -141,10 +141,16 @@ def main(config: Config) -> None:
 def sole_writer(out: str, split: str, accelerator: Accelerator) -> Iterator[None]:
     """Hold the lock of a split that is written. Raises UserError on all processes if another command holds it."""
     path = Path(out).parent / f".{Path(out).name}-{split}.writer"
-    with ExitStack() as held:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open_once(accelerator, lambda: held.enter_context(files.owned(path)))
-        yield
+    created = not path.parent.exists()
+    try:
+        with ExitStack() as held:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open_once(accelerator, lambda: held.enter_context(files.owned(path)))
+            yield
+    finally:
+        if created and accelerator.is_main_process:
+            with suppress(OSError):  # it holds the store
+                path.parent.rmdir()
 
 
 def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accelerator: Accelerator) -> None:

@@ -103,7 +103,7 @@ def test_killed_and_started_again_gives_the_same_bytes(store, folder, tokenizer,
     line = [sys.executable, *arguments(folder, tokenizer, out, "--keep-source")]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".tokens-train.staging/shard-*")):
+    while not list(tmp_path.glob(".tokens-train.staging/shard-*.arrow")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)  # the loader's worker, too
