@@ -32,7 +32,7 @@ from downstream.segmentation.mmseg import load_mmseg
 from downstream.segmentation.sources import mask_rules
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.engine.config import RunConfig
-from seitpp.engine.inputs import embedded, readable
+from seitpp.engine.inputs import embedded, open_once, readable
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE, open_annotated
@@ -203,10 +203,8 @@ def open_images(config: Config, run: Run, trained_side: int | None) -> Data:
         wrong = "with --store" if config.store else "without --tokenizer"
         raise UserError(f"got --data {wrong}, expected --data with --tokenizer and without --store")
     tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
-    source = open_annotated(config.data, config.split, mask_rules(config))
-    if not config.skip_errors:
-        source.check_pairs()
-    source = readable(source, run)
+    opened = open_once(run.accelerator, partial(open_annotated, config.data, config.split, mask_rules(config)))
+    source = readable(opened, run)
     short_side = config.short_side or trained_side or SHORT_SIDE
 
     def ids(images: Tensor) -> Tensor:

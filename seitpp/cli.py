@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seitpp.codec import CODECS
-from seitpp.errors import UserError, fail, os_message, suggest
+from seitpp.errors import UserError, fail, fail_by_system, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, grow, hub, layout, release
 from seitpp.store.labels import Label
@@ -196,9 +196,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        if (message := os_message(error)) is None:
-            raise
-        fail(message)
+        fail_by_system(error)
 
 
 # Reading

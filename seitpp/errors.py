@@ -49,6 +49,14 @@ def os_message(error: OSError) -> str | None:
     return f"{os.fsdecode(where)}: {error.strerror}; {remedy}" if where else f"{error.strerror}; {remedy}"
 
 
+def fail_by_system(error: OSError) -> NoReturn:
+    """End as `fail` with the line of `os_message`; raise the error itself where there is none."""
+    message = os_message(error)
+    if message is None:
+        raise error
+    fail(message)
+
+
 def fail(message: str) -> NoReturn:
     """Print one line to standard error, with the rank of a distributed process, and exit with status 2."""
     rank = os.environ.get("RANK")

@@ -18,7 +18,7 @@ from seitpp.engine.config import AUTO, Config, RunConfig, TrainConfig, load_conf
 from seitpp.engine.folder import CONFIG
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
-from seitpp.errors import UserError, fail, os_message
+from seitpp.errors import UserError, fail, fail_by_system
 from seitpp.export import EXPORTED, export_model
 
 CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
@@ -53,12 +53,10 @@ def run_recipe(
     except UserError as error:
         fail(_one_line(str(error)))
     except KeyboardInterrupt:
-        print("stopped by SIGINT before the first update or after the last one", file=sys.stderr)
+        print("stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        if (message := os_message(error)) is None:
-            raise
-        fail(message)
+        fail_by_system(error)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(config, TrainConfig) or not _is_out_of_memory(error):
             raise

@@ -21,12 +21,21 @@ from downstream.segmentation.mmseg import load_mmseg
 from seitpp.models import ModelError
 from seitpp.models.vit import SIZES
 from seitpp.models.weights.classifiers import ARGUMENTS, classifier_spec, read_model, write_model
-from seitpp.models.weights.rebuild import check_tensors, checked, is_size, is_text, is_texts, one_of, optional
+from seitpp.models.weights.rebuild import (
+    check_tensors,
+    checked,
+    is_object,
+    is_size,
+    is_text,
+    is_texts,
+    one_of,
+    optional,
+)
 
 RESCALES = [4, 2, 1, 0.5]  # Feature2Pyramid's factors for the four levels, which have one cell per ViT patch
 # What the header of a segmenter may hold.
 HEADER = {
-    "backbone": lambda value: isinstance(value, dict),
+    "backbone": is_object,
     "class_names": lambda value: is_texts(value) and len(value) > 0,
     "channels": is_size,
     "codebook": optional(is_text),

@@ -12,7 +12,7 @@ from downstream.segmentation.pixel_pipeline import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
 from seitpp.data.dataset import BatchOrder
-from seitpp.engine.inputs import image_facts, readable, store_facts, train_subset
+from seitpp.engine.inputs import image_facts, open_once, readable, store_facts, train_subset
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import open_annotated
@@ -110,9 +110,8 @@ class PixelSource:
         scale: tuple[float, float],
         max_share: float,
     ):
-        parts = [open_annotated(data, split, rules) for split in ("train", "validation")]
-        for part in parts if not run.config.skip_errors else ():
-            part.check_pairs()
+        splits = "train", "validation"
+        parts = open_once(run.accelerator, lambda: [open_annotated(data, split, rules) for split in splits])
         train, validation = (readable(part, run) for part in parts)
         self.tokenizer, self.pixels_per_token = tokenizer, tokenizer.spec.patch
         self.short_side = short_side

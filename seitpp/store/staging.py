@@ -121,10 +121,8 @@ class SplitStaging:
                 f"shard {shard}: got {len(samples.ids)} images, expected at most {len(indices)}; "
                 "write the images of this shard only"
             )
-        if self._digest:
-            with new_file(
-                self.folder / f"shard-{shard:05d}.digest"
-            ) as file:  # first: a shard without it is unknown
+        if self._digest:  # first, since a shard without its digest is made again
+            with new_file(self.folder / f"shard-{shard:05d}.digest") as file:
                 file.write(self._digest(indices).encode())
         write_staged(self._spec, self.folder, shard=shard, samples=samples)
 

@@ -128,9 +128,8 @@ class PatchKMeans(Tokenizer):
         tokenizer._fit_components(rows)
         maps = tokenizer.features(patches)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Number of distinct clusters"
-            )  # of equal centers, of which one is kept below
+            # Of equal centers, of which one is kept below.
+            warnings.filterwarnings("ignore", "Number of distinct clusters")
             tokenizer._fit_codebook(maps)
         used = tokenizer.compact(code_counts(tokenizer.quantize(maps), spec.num_codes))
         if (codes := used.spec.num_codes) < num_codes:

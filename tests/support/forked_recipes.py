@@ -1,9 +1,7 @@
 """Run recipes one after the other, each in a fork of this process, and report how it ended and how long it took.
 
-Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds), and perhaps
-`signal` with `after`, the text on its output after which it is sent. Writes one JSON object a line: `status`
-(None: it did not end and was killed), `seconds`, from the signal on if there is one, and what it printed: `out`
-and `err`.
+Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds). Writes one
+JSON object a line: `status` (None: it did not end and was killed), `seconds`, and what it printed: `out` and `err`.
 """
 
 import importlib
@@ -54,11 +52,6 @@ def report(job: dict, folder: Path) -> dict:
     out.write_text("")
     err.write_text("")
     pid, began = start(job, out, err), time.monotonic()
-    if "signal" in job:
-        while job["after"] not in out.read_text() + err.read_text() and time.monotonic() < began + job["limit"]:
-            time.sleep(0.01)
-        began = time.monotonic()
-        os.kill(pid, job["signal"])
     status = ended(pid, job["limit"])
     return {"status": status, "seconds": time.monotonic() - began, "out": out.read_text(), "err": err.read_text()}
 

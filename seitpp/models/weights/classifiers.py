@@ -17,6 +17,7 @@ from seitpp.models.vit import TokenEmbed
 from seitpp.models.weights.rebuild import (
     checked,
     is_count,
+    is_object,
     is_pair,
     is_side,
     is_size,
@@ -29,7 +30,7 @@ from seitpp.models.weights.rebuild import (
 from seitpp.tensors import load_tensors, save_tensors
 
 # What the header of a classifier may hold; anything else could make timm read files or ask the network.
-SPEC = {"name": is_text, "arguments": lambda value: isinstance(value, dict)}
+SPEC = {"name": is_text, "arguments": is_object}
 ARGUMENTS = {
     **dict.fromkeys(("img_size", "patch_size"), is_side),
     **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads", "num_codes"), is_size),
@@ -38,7 +39,7 @@ ARGUMENTS = {
     "stem": one_of(*STEMS),
 }
 HEADER = {
-    "spec": lambda value: isinstance(value, dict),
+    "spec": is_object,
     "codebook": optional(is_text),
     "class_names": optional(is_texts),
     "window": optional(is_pair),

@@ -18,6 +18,7 @@ from seitpp.models.weights.rebuild import (
     Check,
     checked,
     is_fraction,
+    is_object,
     is_pair,
     is_size,
     is_text,
@@ -30,20 +31,19 @@ from seitpp.tensors import header_keys
 
 AVERAGED = "model_ema.safetensors"  # in the folder of a run, the moving average of the weights
 # What the headers of both models of masked token modeling may hold.
-ENCODERS = one_of(*(f"mtm_vit_{size}" for size in SIZES))
 ENCODER_SIZE = dict.fromkeys(("embed_dim", "depth", "num_heads"), is_size)
 MTM_SETTINGS = {
-    "encoder": ENCODERS,
+    "encoder": one_of(*(f"mtm_vit_{size}" for size in SIZES)),
     "grid": is_pair,
     **dict.fromkeys(("num_codes", "code_dim", "decoder_width", "decoder_depth", "decoder_heads"), is_size),
     "dropout": is_fraction,
-    "encoder_size": optional(lambda value: isinstance(value, dict)),
+    "encoder_size": optional(is_object),
 }
 TOKENADAPT_SETTINGS = {
     **dict.fromkeys(("grid", "crop"), is_pair),
     **dict.fromkeys(("num_codes", "code_dim", "width", "heads", "mlp"), is_size),
 }
-HEADER = {"settings": lambda value: isinstance(value, dict), "codebook": optional(is_text)}
+HEADER = {"settings": is_object, "codebook": optional(is_text)}
 KINDS = ("mtm", "classifier", "tokenadapt")  # kinds of model files of this library
 
 

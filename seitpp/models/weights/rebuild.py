@@ -48,6 +48,11 @@ def is_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(is_text, value))
 
 
+def is_object(value: object) -> bool:
+    """Whether a value is a JSON object."""
+    return isinstance(value, dict)
+
+
 def optional(check: Check) -> Check:
     """Return the check of a value that may also be None."""
     return lambda value: value is None or check(value)
@@ -66,7 +71,7 @@ def checked(
     Raises ModelError, which names the file, for a name without a check, a missing one of `needs`, or a wrong
     value.
     """
-    if not isinstance(found, dict):
+    if not is_object(found):
         raise ModelError(f"{path}: its header has {_brief(found)} for an object; save the model again")
     for name, value in found.items():
         if name not in checks or not checks[name](value):
