@@ -114,9 +114,9 @@ def readable(source: Source, run: Run, *, reading: Reading = RGB) -> Source:
     """Return the images that can be read, if the run says `skip_errors`; else the source as it is.
 
     Without `skip_errors`, images without mask and masks without image are refused (ImageError). With it, all
-    images are decoded once before, JPEGs at the lowest resolution, by the workers of all processes, each of which must
-    call this: so every epoch and every evaluation has the same images. What is left out is counted, printed and
-    listed in the run's skipped.txt. Raises UserError if nothing is left.
+    images are decoded once before, JPEGs at the lowest resolution, by the workers of all processes, each of which
+    must call this: so every epoch and every evaluation has the same images. What is left out is counted, printed
+    and listed in the run's skipped.txt. Raises UserError if nothing is left.
     """
     if not run.config.skip_errors:
         if isinstance(source, AnnotatedSource):

@@ -1,8 +1,8 @@
 """Run recipes one after the other, each in a fork of this process, and report how it ended and how long it took.
 
 Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds). Writes one
-JSON object a line: `status` (None: it did not end and was killed), `seconds`, and what it
-printed: `out` and `err`.
+JSON object a line: `status` (None: it did not end and was killed), `seconds`, and what it printed: `out`
+and `err`.
 """
 
 import importlib
