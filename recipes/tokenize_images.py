@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader
 from downstream.finegrained.sets import SetName, differences, read_set
 from seitpp import TokenStore, files, tokenizers
 from seitpp.data.digits import DigitsSource, digits
+from seitpp.engine import peers
 from seitpp.engine.inputs import open_once
 from seitpp.engine.system import loader_workers
 from seitpp.errors import UserError
@@ -128,6 +129,7 @@ def main(config: Config) -> None:
     if config.out is None:
         raise UserError("no store to write: name a folder with --out")
     accelerator = Accelerator()
+    peers.watch()
     parts = open_once(accelerator, partial(open_parts, config))
     for split, source in parts.items():
         accelerator.print(f"split {split}: {source if isinstance(source, AnnotatedSource) else describe(source)}")

@@ -21,6 +21,13 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def check_version(found: object, newest: int, *, path: object, error: type[UserError]) -> None:
+    """Raise `error` unless the version `found` in a file is one of 1 .. `newest`."""
+    if type(found) is not int or not 1 <= found <= newest:
+        expected = "1" if newest == 1 else f"1 to {newest}"
+        raise error(f"{path}: written in version {found!r} of its format, expected {expected}: upgrade seitpp")
+
+
 # What the user can do about what an operating system refuses.
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",

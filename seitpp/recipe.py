@@ -16,6 +16,7 @@ import torch
 
 from seitpp.engine.config import AUTO, Config, RunConfig, TrainConfig, load_config, named_settings, parse
 from seitpp.engine.folder import CONFIG
+from seitpp.engine.peers import ending_together
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError, fail, fail_by_system
@@ -36,17 +37,18 @@ def run_recipe(
 
     `settle` chooses the settings of preset AUTO that are not named on the command line. An error that the user can
     fix, or one of the operating system, is printed as one line on stderr, with exit status 2. A run stopped by a
-    signal exits with 128 plus its number.
+    signal exits with 128 plus its number. The other processes of the launch end, too.
     """
     config = None
     try:
         config = parse(presets, default, sys.argv[1:])
         if settle and config.preset == AUTO and "--config" not in sys.argv:
             config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
-        if isinstance(config, RunConfig) and config.dry_run:
-            rehearse(main, config)
-        else:
-            main(config)
+        with ending_together():
+            if isinstance(config, RunConfig) and config.dry_run:
+                rehearse(main, config)
+            else:
+                main(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)

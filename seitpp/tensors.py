@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seitpp.errors import UserError
+from seitpp.errors import UserError, check_version
 from seitpp.files import replace_file
 
 ADVICE = "save its state dict alone, as safetensors, where you trust the file"
+VERSION = 1  # of the headers, as a number in each; a reader refuses larger ones, and none is 1
 ERRORS = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError)
 
 
@@ -39,7 +40,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, header:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    metadata = {key: json.dumps(header)}
+    metadata = {key: json.dumps({**header, "version": VERSION})}
     replace_file(path, lambda temporary: save_file(copies, temporary, metadata))
 
 
@@ -48,7 +49,8 @@ def load_tensors(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Load the header under `key`, None if there is none, and the wanted tensors of a safetensors file.
 
-    `wanted` selects tensors by name. Raises `error` with the path if the file cannot be read.
+    `wanted` selects tensors by name. Raises `error` with the path if the file cannot be read, or if a newer
+    version of this library has written it.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -56,6 +58,8 @@ def load_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except ERRORS as problem:
         raise error(f"{path} cannot be read: {problem}: expected a whole safetensors file") from problem
+    if isinstance(header, dict):
+        check_version(header.pop("version", 1), VERSION, path=path, error=error)
     return header, tensors
 
 

@@ -15,13 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from seitpp import files
+from seitpp.errors import UserError
 from seitpp.images.decode import Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import Labels
 from seitpp.store import StoreWriter
 from seitpp.tokenizers import PatchKMeans
 
-# The tokens depend only on these values, whose hash is in the name of the cache folder.
+# SHA-256 of the pixels (1797, 8, 8) uint8 and the labels (1797,) uint8.
+CONTENT = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
+# The tokens depend only on the images and these values, whose hash is in the name of the cache folder.
 SETTINGS = {"version": 2, "image_size": 32, "patch": 4, "num_codes": 64, "code_dim": 32}
 VALIDATION_PER_CLASS = 36
 
@@ -37,12 +40,19 @@ def digits_images(split: str) -> tuple[Tensor, Tensor]:
     """Return images (N, 3, 8, 8) float32 in [0, 1] and labels (N,) int64 of "train" (1,437) or "validation" (360).
 
     The validation split has the 36 images of each class whose pixels have the smallest SHA-256, so that the split
-    depends only on the images.
+    depends only on the images. Raises UserError if scikit-learn ships other digits than it did.
     """
-    from sklearn.datasets import load_digits  # takes a second, and only runs on the digits need it
+    import sklearn  # takes a second, and only runs on the digits need it
+    from sklearn.datasets import load_digits
 
     data = load_digits()
     pixels, labels = data.images.astype("uint8"), torch.from_numpy(data.target).long()
+    content = hashlib.sha256(pixels.tobytes() + data.target.astype("uint8").tobytes()).hexdigest()
+    if content != CONTENT:
+        raise UserError(
+            f"the digits of scikit-learn {sklearn.__version__} have the SHA-256 {content[:16]}, expected "
+            f"{CONTENT[:16]}, on which every figure of the digits was measured: install another scikit-learn"
+        )
     keys = [hashlib.sha256(image.tobytes()).digest() for image in pixels]
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):

@@ -7,7 +7,7 @@
         optimizer.safetensors    the optimizer's tensors, by parameter name
         ema.safetensors          the moving average of the weights, where the run keeps one
         scaler.safetensors       the loss scale and its counter, with fp16
-        state.json               step, and the fingerprint of the training data
+        state.json               version, step, and the fingerprint of the training data
         manifest.json            size and SHA-256 of the other files, written last
 
 No random state is saved: every random number is keyed by seed, epoch, image and step.
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from seitpp import files
 from seitpp.engine.distributed import OptimizerState, split_as
 from seitpp.engine.precision import LossScaler
-from seitpp.errors import UserError
+from seitpp.errors import UserError, check_version
 
+VERSION = 1  # of a checkpoint, as a number in each; none is 1
 KEPT = 2
 NAME = re.compile(r"step-\d{8}")  # a folder of another name is a copy that somebody has made
 MANIFEST = "manifest.json"
@@ -107,7 +108,7 @@ def _fill(folder: Path, step: int, data_fingerprint: str, tensors: Groups) -> No
 
     for name, group in tensors.items():
         write(f"{name}.safetensors", safetensors.torch.save(_contiguous(group)))
-    write("state.json", json.dumps({"step": step, "store": data_fingerprint}).encode())
+    write("state.json", json.dumps({"version": VERSION, "step": step, "store": data_fingerprint}).encode())
     files.write_file(folder / MANIFEST, _manifest_file(manifest))
 
 
@@ -171,8 +172,9 @@ def _verify(path: Path) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read the checkpoint at a path from `newest`."""
+    """Read the checkpoint at a path from `newest`. Raises CheckpointError for one of a newer version."""
     state = json.loads((path / "state.json").read_text())
+    check_version(state.get("version", 1), VERSION, path=path, error=CheckpointError)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, state["step"], state["store"], tensors)
 

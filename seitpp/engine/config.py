@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 
 from seitpp.engine.ranges import out_of_range
-from seitpp.errors import UserError, suggest
+from seitpp.errors import UserError, check_version, suggest
 from seitpp.tokenizers import Kind
 
 Config = TypeVar("Config")
+
+VERSION = 1  # of a config.json, as a number in each; none is 1
 
 # Names of fields in the previous version -> their present names, of which a recipe has one.
 RENAMED = {
@@ -120,9 +122,13 @@ def named_settings(arguments: Sequence[str]) -> set[str]:
     return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
-def current_names(settings: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """Rename the settings that had other names in the previous version (`RENAMED`) to those in `fields`."""
-    return {_current_name(name, fields): value for name, value in settings.items()}
+def current_names(stored: Mapping[str, Any], fields: Collection[str], path: Path) -> dict[str, Any]:
+    """Return the settings that a config.json holds, with those of a previous version under the names in `fields`.
+
+    Raises ConfigError if a newer version of this library has written it.
+    """
+    check_version(stored.get("version", 1), VERSION, path=path, error=ConfigError)
+    return {_current_name(name, fields): value for name, value in stored.items() if name != "version"}
 
 
 def _current_name(name: str, fields: Collection[str]) -> str:
@@ -176,7 +182,7 @@ def load_config(kind: type[Config], path: Path) -> Config:
     if not isinstance(stored, dict):
         raise ConfigError(f"{path} cannot be read as the config of a run: expected an object")
     fields = {field.name for field in dataclasses.fields(kind)}
-    stored = current_names(stored, fields)
+    stored = current_names(stored, fields, path)
     if unknown := sorted(set(stored) - fields):
         raise ConfigError(f"{path} is the config of another recipe or version: has {', '.join(unknown)}")
     # JSON has no tuples, and every sequence of a config is a tuple.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from seitpp import files
 from seitpp.store import layout
+from seitpp.store.fingerprint import store_fingerprint
 
 SIZED = 1000  # files of a set of images whose sizes are compared; the names of all are
 
@@ -14,7 +15,7 @@ SIZED = 1000  # files of a set of images whose sizes are compared; the names of 
 def content_fingerprint(path: str) -> str | None:
     """Return a fingerprint of the store, the run, the file or the folder at `path`.
 
-    It is the checksum of a store, and the SHA-256 of a file or of the model files in the folder of a run. Of any
+    It is that of a store's content, and the SHA-256 of a file or of the model files in the folder of a run. Of any
     other folder, such as a set of images, it covers the names of all files and the sizes of about 1,000 of them;
     of a file of 4 GiB and more its size, its first MiB and its last. Returns None if there is nothing, or for the
     address of a hub or a bucket. Raises StoreError for a damaged store.
@@ -25,7 +26,7 @@ def content_fingerprint(path: str) -> str | None:
     if where.is_file():
         return _of_file(where)
     if (where / layout.DOCUMENT).is_file():
-        return layout.read_document(where)["checksum"]
+        return store_fingerprint(where, layout.read_document(where))
     models = sorted(where.glob("model*.safetensors"))
     if models:
         return _digest(f"{model.name} {files.sha256(model)}" for model in models)

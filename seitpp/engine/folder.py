@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from seitpp import files
-from seitpp.engine.config import current_names
+from seitpp.engine.config import VERSION, current_names
 from seitpp.engine.contents import content_fingerprint
 from seitpp.errors import UserError
 
@@ -96,7 +96,8 @@ def enter_folder(folder: Path, settings: Mapping[str, Any], *, resumed: bool, ov
     if not (folder / CONTENTS).exists() and (contents := _contents(settings)):
         files.replace_json(folder / CONTENTS, contents)
     if not resumed:
-        files.replace_json(folder / CONFIG, settings)  # last: it makes the folder that of a run
+        # Last: it makes the folder that of a run.
+        files.replace_json(folder / CONFIG, {"version": VERSION, **settings})
     return lock
 
 
@@ -144,7 +145,7 @@ def _free_folder(folder: Path) -> Path:
 
 
 def _stored_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    stored = current_names(json.loads((folder / CONFIG).read_text()), settings)
+    stored = current_names(json.loads((folder / CONFIG).read_text()), settings, folder / CONFIG)
     return json.loads(json.dumps({name: defaults.get(name) for name in settings})) | stored
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
-from seitpp.engine import checkpoint
+from seitpp.engine import checkpoint, peers
 from seitpp.engine.config import RunConfig
 from seitpp.engine.distributed import ZeroLaunch, find_launch
 from seitpp.engine.folder import RESULT, RunError, change_lengths, choose_folder, enter_folder, planned_lengths
@@ -53,6 +53,7 @@ class Run:
         check_installed(config.trackers)
         self.started = time.perf_counter()
         self.accelerator = Accelerator(mixed_precision=config.precision)
+        peers.watch()
         self.launch = find_launch(self.accelerator)
         check_precision(config.precision, self.accelerator.device, isinstance(self.launch, ZeroLaunch))
         self.scaler = LossScaler(self.accelerator) if config.precision == "fp16" else None

@@ -99,12 +99,13 @@ class Training:
         """Iterate over (step, this process's part of a micro-batch), from the current step to the end.
 
         For each item, the caller must call `update` once. `dataset.__getitems__` turns a list of indices into a
-        batch with a method `to(device)`. Checkpoints are saved when the schedule says, and at the end. When an
-        evaluation is due, `evaluate` is called on every process, with the model in eval mode; its scores are
-        printed and written to evaluations.jsonl.
+        batch with a method `to(device)`. Checkpoints are saved when the schedule says, before each evaluation, and
+        at the end. When an evaluation is due, `evaluate` is called on every process, with the model in eval mode;
+        its scores are printed and written to evaluations.jsonl. Raises Stopped at once after SIGTERM or SIGINT in
+        an evaluation.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        accumulation, self._dataset = self.accumulation, dataset
+        accumulation, self._dataset, self._evaluates = self.accumulation, dataset, evaluate is not None
         loader = training_loader(
             dataset,
             self.order,
@@ -122,7 +123,7 @@ class Training:
         try:
             while self.step < self._end:
                 step = self.step
-                if evaluate and step and step % self._evaluate_every == 0:
+                if evaluate and step and self._evaluation_is_due():
                     self._evaluate(evaluate)
                 self._micro_batches = []
                 for micro in range(accumulation):
@@ -168,17 +169,26 @@ class Training:
 
     def _after_update(self) -> None:
         stop_signal = self._stop_signal.agreed()
-        checkpoint_due = stop_signal or self.step % self._checkpoint_every == 0 or self.step == self._end
+        # Saved before an evaluation, too, which thus can be stopped at once on any number of processes.
+        checkpoint_due = (
+            stop_signal
+            or self.step % self._checkpoint_every == 0
+            or self.step == self._end
+            or (self._evaluates and self._evaluation_is_due())
+        )
         if checkpoint_due or self.step % self.config.log_steps == 0:
             self._flush()
         if checkpoint_due:
             self.save()
         if stop_signal:
             self._stop_signal.release()
-            raise Stopped(
-                f"stopped after step {self.step}, which is saved: go on with --resume --out {self.run.out}",
-                stop_signal,
-            )
+            raise Stopped(self._stopped("stopped"), stop_signal)
+
+    def _stopped(self, how: str) -> str:
+        return f"{how} after step {self.step}, which is saved: go on with --resume --out {self.run.out}"
+
+    def _evaluation_is_due(self) -> bool:
+        return self.step % self._evaluate_every == 0
 
     def save(self) -> None:
         """Save a checkpoint of the current step. Raises RunError if writing fails."""
@@ -258,7 +268,8 @@ class Training:
         if self._recorder.pending:
             self._flush()
         self.model.eval()
-        scores = dict(evaluate())
+        with self._stop_signal.at_once(self._stopped("stopped in the evaluation")):
+            scores = dict(evaluate())
         self.model.train()
         self._recorder.write_evaluation(self.step, scores)
 

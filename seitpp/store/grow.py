@@ -364,7 +364,7 @@ def _replace_split(target: TokenStore, built: Path) -> None:
     """Replace a split by the longer one in `built`; the store can be read after every single rename."""
     root, folder = target.path, target.path / target.split
     document = layout.read_document(root)
-    if document["checksum"] != target.fingerprint:
+    if document["checksum"] != target.checksum:
         raise StoreError(f"{root}: another process has changed it in the meantime; repeat the command")
     described = [f"{target.split}/{name}" for name in (layout.DATASET_INFO, layout.STATE)]
     withdraw(root, document, built, names=(*layout.DERIVED, *described))
@@ -383,11 +383,11 @@ def _remove_old(root: Path, split: str) -> None:
     sync(root / split)
 
 
-def _receipt(fingerprint: str, sources: Sequence[TokenStore]) -> dict[str, Any]:
+def _receipt(checksum: str, sources: Sequence[TokenStore]) -> dict[str, Any]:
     """Return what is written before a split is replaced: the store that comes, and what is appended."""
-    return {"store": fingerprint, "appended": [source.fingerprint for source in sources]}
+    return {"store": checksum, "appended": [source.checksum for source in sources]}
 
 
 def _is_done(receipt: Path, target: TokenStore, sources: Sequence[TokenStore]) -> bool:
     """Return whether a killed process has appended just this, and only could not tidy up."""
-    return receipt.exists() and json.loads(receipt.read_bytes()) == _receipt(target.fingerprint, sources)
+    return receipt.exists() and json.loads(receipt.read_bytes()) == _receipt(target.checksum, sources)

@@ -20,10 +20,11 @@ from seitpp.codec import Codec
 from seitpp.files import empty_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
+from seitpp.store.fingerprint import split_fingerprint
 from seitpp.store.labels import read_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import column_array, read_shard, write_shard
-from seitpp.store.spec import SplitSpec, fingerprint
+from seitpp.store.spec import SplitSpec
 
 # The folder inside the staging folder that holds the new files until they are published.
 BUILT = "store"
@@ -222,12 +223,11 @@ def _encode(task: Encoding) -> int:
 
 
 def _state(split: str, folder: Path) -> dict[str, Any]:
-    """Return state.json for `datasets`, with a fingerprint of the shards, which identifies them in caches."""
+    """Return state.json for `datasets`, with the fingerprint of the split, which identifies it in caches, too."""
     shards = sorted(folder.glob("*.arrow"))
-    hashes = "".join(layout.file_entry(shard)["sha256"] for shard in shards)
     return {
         "_data_files": [{"filename": shard.name} for shard in shards],
-        "_fingerprint": fingerprint(hashes.encode()),
+        "_fingerprint": split_fingerprint(shards),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

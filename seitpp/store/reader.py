@@ -15,6 +15,7 @@ from seitpp import codec as codecs
 from seitpp.codec.base import check_counts
 from seitpp.store import layout
 from seitpp.store.columns import Column
+from seitpp.store.fingerprint import store_fingerprint
 from seitpp.store.hub import pull
 from seitpp.store.labels import Label, Labels, is_label_column, read_labels
 from seitpp.store.layout import StoreError
@@ -46,7 +47,7 @@ class TokenStore:
     classes; num_labeled, the number of images that have a label; labels (N,) int64; grids (N, 2) int64;
     columns {name: kind} of the additional columns; payload_bytes of the split; tokenizer (dict or None), the
     description of the tokenizer; inventory (dict or None), what was read for the split and what was left out;
-    fingerprint, 64 hex digits, equal for equal content.
+    fingerprint, 64 hex digits, equal for equal content, and checksum, that of tokens.json, equal for equal files.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
@@ -186,7 +187,7 @@ class TokenStore:
         largest = max(split["num_classes"] for split in document["splits"].values())
         self.num_classes = len(self.class_names) if self.class_names else largest
         self.tokenizer = document["tokenizer"]
-        self.fingerprint = document["checksum"]
+        self.checksum, self.fingerprint = document["checksum"], store_fingerprint(self.path, document)
         entry = document["splits"][self.split]
         self.payload_bytes = entry["payload_bytes"]
         self.num_labeled = entry.get("num_labeled", entry["rows"])

@@ -184,12 +184,7 @@ def store_lock(path: Path) -> AbstractContextManager[None]:
 
 def describe(codebook: Float32[np.ndarray, "codes dim"]) -> str:
     """Return the shape and fingerprint of a codebook, short enough for a message."""
-    return f"{codebook.shape} {fingerprint(codebook.tobytes())}"
-
-
-def fingerprint(data: bytes) -> str:
-    """Return the first 12 hex digits of the SHA-256 of `data`."""
-    return hashlib.sha256(data).hexdigest()[:12]
+    return f"{codebook.shape} {hashlib.sha256(codebook.tobytes()).hexdigest()[:12]}"
 
 
 def check_inventory(inventory: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
+import sklearn.datasets
 import torch
 
 from seitpp import TokenStore, tokenizers
 from seitpp.data.digits import digits, digits_images
+from seitpp.errors import UserError
 
 
 def test_the_split_of_the_digits_never_changes() -> None:
@@ -20,6 +23,15 @@ def test_the_split_of_the_digits_never_changes() -> None:
     pixels = validation[:, 0].mul(16).sum(dim=(1, 2))
     assert pixels[:8].tolist() == [337.0, 338.0, 378.0, 325.0, 320.0, 327.0, 355.0, 340.0]
     assert len(train_labels) == 1437
+
+
+def test_other_digits_than_those_of_before_are_refused(monkeypatch) -> None:
+    changed = sklearn.datasets.load_digits()
+    changed.images[700, 3, 3] += 1
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: changed)
+    expected = f"scikit-learn {sklearn.__version__} have the SHA-256 .* install another scikit-learn"
+    with pytest.raises(UserError, match=expected):
+        digits_images("train")
 
 
 def test_digits_are_tokenized_once_and_reused(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Whatever ends a run, its process ends too: within seconds, with one line, whatever its workers do."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +71,44 @@ def test_an_unreadable_image_ends_every_recipe_or_is_left_out(files: Path, tmp_p
             listed = out.with_name(f"{out.name}-train-skipped.txt") if store else out / "skipped.txt"
             lines = listed.read_text().splitlines()
             assert store or unknown_files(out) == []
-            assert report["status"] == 0 and lines and all("damaged" in line for line in lines), told
+            assert report["statuses"] == [0] and lines and all("damaged" in line for line in lines), told
         else:
             last = report["err"].splitlines()[-1]
-            assert report["status"] == 2 and last.startswith("error: ") and "damaged" in last, told
+            assert report["statuses"] == [2] and last.startswith("error: ") and "damaged" in last, told
+
+
+def test_an_error_of_one_process_ends_the_launch(files: Path, tmp_path: Path) -> None:
+    """Which reads the one broken image, while the other waits for its gradients."""
+    few = ["--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0, "--split", "train"]
+    splits = ["--validation-split", "validation", "--workers", 1]
+    out = ["--out", tmp_path / "run"]
+    job = ("tokenizer_train", "smoke", "--data", files / "pictures", *few, *splits, *out)
+    (report,) = forked(job, options=[{"processes": 2}])
+    *_, last = report["err"].splitlines()
+    assert report["statuses"] == [2, 2] and report["seconds"] < 30, report
+    assert last.startswith("error (rank ") and "damaged" in last and "Traceback" not in report["err"], report
+
+
+def test_a_signal_ends_a_run_at_any_moment(tmp_path: Path) -> None:
+    """With one line: while it starts, trains, evaluates and ends, on one process and on two."""
+    moments = {
+        "": "stopped by SIGINT",
+        "config.json": "stopped by SIGINT",
+        "metrics.jsonl": "stopped after step ",
+        "checkpoints/step-00000011": "stopped in the evaluation after step 11, which is saved: go on with ",
+        "model.safetensors": "stopped by SIGINT",
+    }
+    cases = [(moment, 1) for moment in moments] + [("checkpoints/step-00000011", 2)]
+    outs = [tmp_path / str(number) for number in range(len(cases))]
+    options = [
+        {"signal": signal.SIGINT, "after": str(out / moment) if moment else 0.1, "processes": processes}
+        for out, (moment, processes) in zip(outs, cases, strict=True)
+    ]
+    jobs = [("mtm_pretrain", "smoke", "--evaluation-epochs", 1, "--out", out) for out in outs]
+    for (moment, processes), report in zip(cases, forked(*jobs, options=options), strict=True):
+        *_, last = report["err"].splitlines()
+        assert report["signalled"] and report["statuses"] == [130] * processes, report
+        assert last.startswith(moments[moment]) and "Traceback" not in report["err"], report
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
@@ -87,7 +122,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
     for job, report in zip(jobs, forked(*jobs), strict=True):
         *_, last = report["err"].splitlines()
         remedy = next(remedy for place, remedy in places.items() if str(job[-1]).endswith(place))
-        assert report["status"] == 2 and last.startswith("error: ") and last.endswith(remedy), report
+        assert report["statuses"] == [2] and last.startswith("error: ") and last.endswith(remedy), report
         assert "Traceback" not in report["err"], report
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -95,5 +130,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
 def test_a_second_command_that_writes_the_same_split_is_refused(tmp_path: Path) -> None:
     with owned(tmp_path / ".tokens-train.writer"):
         (report,) = forked(("tokenize_images", "smoke", "--out", tmp_path / "tokens"))
-    assert report["status"] == 2 and "which writes the same: wait until it ends" in report["err"].splitlines()[-1]
+    assert (
+        report["statuses"] == [2] and "which writes the same: wait until it ends" in report["err"].splitlines()[-1]
+    )
     assert [*tmp_path.iterdir()] == []

@@ -234,7 +234,7 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None
 def refused(*cases: tuple[list, list]) -> None:
     """Each (command line, words): exit status 2 and one line on stderr that holds the words."""
     for (line, words), report in zip(cases, forked(*(line for line, _ in cases)), strict=True):
-        assert report["status"] == 2, (line, report["err"])
+        assert report["statuses"] == [2], (line, report["err"])
         lines = [text for text in report["err"].splitlines() if text.strip()]
         assert len(lines) == 1 and lines[0].startswith("error: "), report["err"]
         for word in words:

@@ -1,8 +1,9 @@
-"""Run recipes one after the other, each in a fork of this process, and report how it ended and how long it took.
+"""Run recipes one after the other, in forks of this process, and report how each ended and how long it took.
 
-Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds). Writes one
-JSON object a line: `status` (None: it did not end and was killed), `seconds`, and what it printed: `out`
-and `err`.
+Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds), `processes`
+(of one launch, on the CPU), and for a run that is signalled `signal` and `after` (seconds from its start, or a
+path that is there by then). Writes one JSON object a line: `statuses` of the processes (None: it did not end and
+was killed), `seconds` from the start or from the signal, `signalled`, and what they printed: `out` and `err`.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -21,12 +23,13 @@ from support.paths import RECIPES
 from downstream.segmentation.mmseg import load_mmseg
 
 
-def start(job: dict, out: Path, err: Path) -> int:
+def start(job: dict, out: Path, err: Path, launch: dict[str, str]) -> int:
     """Fork, and return the number of the process that runs the recipe to the end of the interpreter."""
     if pid := os.fork():
         return pid
+    os.environ.update(launch)
     for path, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     script = str(RECIPES / f"{job['recipe']}.py")
     sys.argv = [script, *job["arguments"]]
@@ -34,9 +37,20 @@ def start(job: dict, out: Path, err: Path) -> int:
     sys.exit(0)
 
 
-def ended(pid: int, limit: float) -> int | None:
-    """Wait for a process; return its exit status, negative for a signal, or None if it had to be killed."""
-    end = time.monotonic() + limit
+def launches(processes: int) -> list[dict[str, str]]:
+    """The environment of each process of one launch, as torchrun sets it."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common["ACCELERATE_USE_CPU"] = "1"
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def ended(pid: int, end: float) -> int | None:
+    """Wait for a process until `end`; return its exit status, negative for a signal, or None if it was killed."""
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -47,14 +61,43 @@ def ended(pid: int, limit: float) -> int | None:
     return None
 
 
+def signalled(pids: list[int], job: dict) -> bool:
+    """Send the job's signal when it is time; return whether all processes still ran."""
+    if "signal" not in job:
+        return False
+    began = time.monotonic()
+    while _all_run(pids) and not _is_time(job["after"], began):
+        time.sleep(0.005)
+    running = _all_run(pids)
+    for pid in pids:
+        os.kill(pid, job["signal"])
+    return running
+
+
+def _all_run(pids: list[int]) -> bool:
+    return all(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for pid in pids)
+
+
+def _is_time(after: float | str, began: float) -> bool:
+    if isinstance(after, str):
+        return Path(after).exists() and Path(after).stat().st_size > 0
+    return time.monotonic() > began + after
+
+
 def report(job: dict, folder: Path) -> dict:
     """Run a job and say how it ended."""
     out, err = folder / "out", folder / "err"
     out.write_text("")
     err.write_text("")
-    pid, began = start(job, out, err), time.monotonic()
-    status = ended(pid, job["limit"])
-    return {"status": status, "seconds": time.monotonic() - began, "out": out.read_text(), "err": err.read_text()}
+    began = time.monotonic()
+    pids = [start(job, out, err, launch) for launch in launches(job["processes"])]
+    sent = signalled(pids, job)
+    if sent:
+        began = time.monotonic()
+    statuses = [ended(pid, began + job["limit"]) for pid in pids]
+    seconds = time.monotonic() - began
+    printed = {"out": out.read_text(), "err": err.read_text()}
+    return {"statuses": statuses, "seconds": seconds, "signalled": sent, **printed}
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 
@@ -50,9 +52,15 @@ def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False)
 
 
-def forked(*jobs: tuple, limit: float = 60) -> list[dict]:
-    """The reports of jobs (recipe, argument, ..), one after the other, see tests/support/forked_recipes.py."""
-    lines = [{"recipe": name, "arguments": list(map(str, words)), "limit": limit} for name, *words in jobs]
+def forked(*jobs: tuple, limit: float = 60, options: Sequence[dict] = ()) -> list[dict]:
+    """The reports of jobs (recipe, argument, ..), one after the other; see tests/support/forked_recipes.py.
+
+    `options` has more for each job: `processes`, or `signal` and `after`.
+    """
+    lines = [
+        {"recipe": name, "arguments": list(map(str, words)), "limit": limit, "processes": 1, **more}
+        for (name, *words), more in zip_longest(jobs, options, fillvalue={})
+    ]
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "forked_recipes.py")],
         input="\n".join(map(json.dumps, lines)),

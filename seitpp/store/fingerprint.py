@@ -1,0 +1,94 @@
+"""Fingerprints of what a store holds, which do not depend on how a version of pyarrow or `datasets` writes it.
+
+The fingerprint of a split is in its state.json, where `datasets` keeps its own; that of a store covers those of
+all splits, the codebook, the code table and the class names. docs/format.md is the normative description.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from seitpp.store import layout
+from seitpp.store.layout import StoreError
+from seitpp.store.shards import read_shard
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def split_fingerprint(shards: Iterable[Path]) -> str:
+    """Return the SHA-256 of the columns of all shards of a split, in this order."""
+    digest = hashlib.sha256()
+    for path in shards:
+        batch = read_shard(path)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            digest.update(f"{name} {column.type} {len(column)}\n".encode())
+            _add(digest, column)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, column: pa.Array) -> None:
+    """Add which values are there, and these: the sizes of lists and strings, then what is in them, little-endian.
+
+    What lies in the buffers of a missing value, and where a buffer begins, is left to the writer.
+    """
+    digest.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    values = column.drop_null()
+    if pa.types.is_list(column.type):
+        digest.update(_integers(pa.compute.list_value_length(values)))
+        _add(digest, values.flatten())
+    elif pa.types.is_binary(column.type) or pa.types.is_string(column.type):
+        digest.update(_integers(pa.compute.binary_length(values)))
+        for value in values:
+            digest.update(value.as_buffer())
+    elif pa.types.is_integer(column.type):
+        digest.update(_integers(values))
+    else:  # a column of another program
+        digest.update(repr(values.to_pylist()).encode())
+
+
+def _integers(values: pa.Array) -> bytes:
+    return values.to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+
+
+def store_fingerprint(root: Path, document: dict[str, Any]) -> str:
+    """Return the fingerprint of the store `root`, whose tokens.json is `document`.
+
+    It is the checksum of tokens.json where a state.json has no such fingerprint: seitpp wrote it before there were
+    any, or it is being replaced. Raises StoreError for a damaged state.json or codebook.
+    """
+    splits = {split: _recorded(root, document, split) for split in document["splits"]}
+    if not all(splits.values()):
+        return document["checksum"]
+    codebook = layout.read_codebook(root, document)
+    content = {
+        "codebook": [*codebook.shape, hashlib.sha256(codebook.astype("<f4").tobytes()).hexdigest()],
+        "grid": document["grid"],
+        "codec": document["codec"],
+        "table": document["files"].get(layout.TABLE, {}).get("sha256"),
+        "class_names": document["class_names"],
+        "splits": splits,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _recorded(root: Path, document: dict[str, Any], split: str) -> str | None:
+    name = f"{split}/{layout.STATE}"
+    if name not in document["files"]:
+        return None
+    if (size := document["files"][name]["bytes"]) > layout.MAX_DOCUMENT_BYTES:
+        raise StoreError(
+            f"{root / name}: {size} bytes, expected at most {layout.MAX_DOCUMENT_BYTES}; copy it again"
+        )
+    layout.check_files(root, document["files"], [name], checksums=True)
+    try:
+        recorded = json.loads((root / name).read_bytes())["_fingerprint"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise StoreError(f"{root / name}: no state of a data set ({error}); copy it again") from error
+    return recorded if isinstance(recorded, str) and SHA256.fullmatch(recorded) else None
