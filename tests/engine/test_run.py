@@ -60,7 +60,7 @@ def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path
     folder, resumed = choose_folder("x", settings, out="runs/x", resume=False, overwrite=True)
     files.unlock(enter_folder(folder, settings, resumed=resumed, overwrite=True))
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
-    assert json.loads((run / "config.json").read_text()) == settings
+    assert json.loads((run / "config.json").read_text()) == {"version": 1, **settings}
 
 
 def test_a_folder_is_locked_while_its_owner_lives(tmp_path) -> None:
