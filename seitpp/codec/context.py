@@ -7,8 +7,8 @@ every machine.
 Source of the smoothing: absolute discounting, Ney, Essen and Kneser 1994.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from seitpp.codec.ans_coder import (
 )
 from seitpp.codec.base import MAX_TOKENS, CodecError, check_ids, check_num_codes
 from seitpp.codec.checksum import Checksum
-from seitpp.codec.context_table import MAX_CLASSES, ContextTable, quantized
+from seitpp.codec.context_table import KINDS, MAX_CLASSES, ContextTable, quantized
 
 # Strides from coarse to fine. At a larger stride tokens are too far apart to predict each other.
 STRIDES = (4, 2, 1)
@@ -39,7 +39,7 @@ CHUNK = 512
 # blocks of this size: those of 2^24 tokens would take 670 MB.
 BLOCK = 2**18
 # A codec keeps tables of this many probabilities (4 bytes each), and of 16 for each byte of the learned table: a
-# byte of it can ask for a table of 65,536. More are made when they are needed.
+# byte of it can ask for a table of 65,536. Where there are more, it makes them again.
 KEPT, KEPT_PER_BYTE = 2**24, 16
 # About this many tokens are enough for k-means to learn the centers.
 SAMPLE = 2**16
@@ -67,23 +67,22 @@ class Step:
         return self._made() if self._kept is None else self._kept
 
     def _made(self) -> Iterator[Block]:
-        for start in range(0, self._size, BLOCK):
-            block = self._block(start, min(start + BLOCK, self._size))
-            if block.positions.size:
-                yield block
+        # Only the rows and columns of the stride.
+        size = math.prod(-(-side // self._stride) for side in self._grid)
+        for start in range(0, size, BLOCK):
+            yield self._block(np.arange(start, min(start + BLOCK, size)))
 
-    def _block(self, start: int, end: int) -> Block:
+    def _block(self, places: np.ndarray) -> Block:
         (height, width), stride = self._grid, self._stride
-        y, x = np.divmod(np.arange(start, end), width)
-        odd_y, odd_x = y // stride % 2 == 1, x // stride % 2 == 1
-        chosen = (y % stride == 0) & (x % stride == 0) & (odd_y != odd_x if self._direct else odd_y & odd_x)
-        y, x = y[chosen], x[chosen]
+        y, x = np.divmod(places, -(-width // stride))
+        chosen = np.flatnonzero((y ^ x if self._direct else y & x) & 1)
+        y, x = y[chosen] * stride, x[chosen] * stride
         neighbors = np.empty((4, y.size), np.int64)
         for around, (down, right) in zip(neighbors, OFFSETS[self._direct], strict=True):
             rows, columns = y + down * stride, x + right * stride
             inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
             around[:] = np.where(inside, rows * width + columns, self._size)
-        return Block(np.flatnonzero(chosen) + start, neighbors)
+        return Block(y * width + x, neighbors)
 
 
 class ContextCodec:
@@ -107,8 +106,9 @@ class ContextCodec:
         self.table = table
         self._tables = tables = ContextTable.from_bytes(table, num_codes)
         self._static = categorical(tables.static + 1)
-        self._model = lru_cache((KEPT + KEPT_PER_BYTE * len(table)) // num_codes)(self._make_model)
         self._num_classes = len(tables.centers)
+        self._models: list[Categorical | None] = [None] * (KINDS * self._num_classes)
+        self._made, self._kept = 0, (KEPT + KEPT_PER_BYTE * len(table)) // num_codes
         self._scores = _scores(tables.vectors, tables.centers)
         self._coarse, self._steps = _steps(self.grid)
         self._seed = min(seed_size(num_codes), height * width)
@@ -178,28 +178,47 @@ class ContextCodec:
         `ids` (H * W + 1,) ends with K; the tokens of a group must be in it before the next group is requested.
         """
         coded = ids.size - 1 - self._seed
-        for model, positions in self._groups(ids):
-            if positions.size <= coded:
-                yield model, positions
-            else:
-                yield model, positions[:coded]
-                yield None, positions[coded:]
-            coded = max(0, coded - positions.size)
+        for positions, groups in self._groups(ids):
+            start = 0
+            for model, end in groups:
+                if end <= coded:
+                    yield model, positions[start:end]
+                else:
+                    cut = max(start, coded)
+                    yield model, positions[start:cut]
+                    yield None, positions[cut:end]
+                start = end
+            coded -= positions.size
 
-    def _groups(self, ids: np.ndarray) -> Iterator[tuple[Categorical, np.ndarray]]:
-        """Groups of (model, positions): those of a step are sorted by class, then row by row."""
-        yield self._static, self._coarse
+    def _groups(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Iterable[tuple[Categorical, int]]]]:
+        """Of each step, positions sorted by class, then row by row; and (model, end) of each class.
+
+        Of a large grid, those of each class and block by themselves.
+        """
+        yield self._coarse, [(self._static, self._coarse.size)]
         for step in self._steps:
+            first = step.kind * self._num_classes
             blocks = [_by_class(ids, block, self._scores) for block in step.blocks()]
-            for number in sorted(set().union(*blocks)):
-                model = self._model(step.kind * self._num_classes + number)
-                for positions in blocks:
-                    if number in positions:
-                        yield model, positions[number]
+            if len(blocks) == 1:
+                positions, used, ends = blocks[0]
+                yield positions, zip([self._model(first + number) for number in used], ends, strict=True)
+                continue
+            pieces = [dict(zip(used, pairwise([0, *ends]), strict=True)) for _, used, ends in blocks]
+            for number in sorted(set().union(*pieces)):
+                for (positions, *_), piece in zip(blocks, pieces, strict=True):
+                    start, end = piece.get(number, (0, 0))
+                    yield positions[start:end], [(self._model(first + number), end - start)]
 
-    def _make_model(self, table: int) -> Categorical:
-        weights = self._tables.weights(table)
-        return self._static if weights is None else categorical(weights)
+    def _model(self, table: int) -> Categorical:
+        """Return the probabilities of a table, made when it is first needed."""
+        model = self._models[table]
+        if model is None:
+            if self._made >= self._kept:
+                self._models, self._made = [None] * len(self._models), 0
+            weights = self._tables.weights(table)
+            model = self._models[table] = self._static if weights is None else categorical(weights)
+            self._made += 1
+        return model
 
 
 def _steps(grid: tuple[int, int]) -> tuple[np.ndarray, list[Step]]:
@@ -214,14 +233,13 @@ def _blocks(steps: list[Step]) -> Iterator[tuple[Step, Block]]:
     return ((step, block) for step in steps for block in step.blocks())
 
 
-def _by_class(ids: np.ndarray, block: Block, scores: np.ndarray) -> dict[int, np.ndarray]:
-    """The positions of each class that occurs in a block, row by row."""
+def _by_class(ids: np.ndarray, block: Block, scores: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+    """The positions of a block sorted by class, then row by row; the classes that occur, and where each ends."""
     classes = _classes(ids, block.neighbors, scores)
-    positions = block.positions[np.argsort(classes, kind="stable")]
     sizes = np.bincount(classes)
     used = np.flatnonzero(sizes)
-    ends = np.cumsum(sizes[used]).tolist()
-    return {number: positions[a:b] for number, (a, b) in zip(used.tolist(), pairwise([0, *ends]), strict=True)}
+    positions = block.positions[np.argsort(classes, kind="stable")]
+    return positions, used.tolist(), np.cumsum(sizes[used]).tolist()
 
 
 def _scores(vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
