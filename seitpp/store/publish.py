@@ -167,8 +167,8 @@ def survey(staged: Path, num_codes: int, new_ids: Int32[np.ndarray, " codes"] | 
     """Count the rows and codes of a staged shard and find its largest label; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
     counts = np.zeros(num_codes, np.int64)
-    _, _, data = batch.column("tokens").buffers()
-    size = pa.compute.sum(pa.compute.binary_length(batch.column("tokens"))).as_py() or 0
+    _, offsets, data = batch.column("tokens").buffers()
+    size = int(np.frombuffer(offsets, np.int32)[len(batch)]) if len(batch) else 0
     for start in range(0, size, 2 * COUNTED):
         counts += np.bincount(_ids(data[start : min(start + 2 * COUNTED, size)], new_ids), minlength=num_codes)
     labels = read_labels(batch)
