@@ -307,7 +307,7 @@ def _open_shard(path: Path, name: str, *, grid: tuple[int, int] | None, multi_la
         raise StoreError(f"{path}: no images; copy it again")
     _, offsets, data = batch.column("tokens").buffers()
     offsets = np.frombuffer(offsets, np.int32, len(batch) + 1)
-    if offsets[0] < 0 or not (offsets[1:] > offsets[:-1]).all():
+    if not (offsets[1:] > offsets[:-1]).all():
         raise StoreError(
             f"{path}: payloads that overlap or are empty, expected one after the other; copy it again"
         )
