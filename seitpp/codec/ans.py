@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer, UInt16
 
-from seitpp.codec.ans_coder import body_of, categorical, coder_of, seed_of, seed_size, seeded
-from seitpp.codec.base import check_counts, check_ids, check_num_codes, counts_bytes
+from seitpp.codec.ans_coder import body_of, categorical, coder_of, most_bytes, seed_of, seed_size, seeded
+from seitpp.codec.base import PIECE, check_counts, check_ids, check_num_codes, counts_bytes
 from seitpp.codec.checksum import Checksum
 
 
@@ -34,9 +34,12 @@ class AnsCodec:
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> UInt16[np.ndarray, " {num_tokens}"]:
         """Return the ids, all below num_codes. Raises CodecError if the payload is damaged."""
-        coder = coder_of(self._checksum.unwrap(data, num_tokens), self.num_codes)
+        body = self._checksum.unwrap(data, num_tokens, most=most_bytes(num_tokens))
+        coder = coder_of(body, self.num_codes)
         coded = max(0, num_tokens - self._seed)
         ids = np.empty(num_tokens, np.uint16)
-        ids[:coded] = coder.decode(self._model, coded)
+        for start in range(0, coded, PIECE):
+            end = min(start + PIECE, coded)
+            ids[start:end] = coder.decode(self._model, end - start)
         ids[coded:] = list(seed_of(coder, self.num_codes, num_tokens - coded))
         return ids

@@ -34,6 +34,15 @@ def seed_size(num_codes: int) -> int:
     return 1 if num_codes == 1 else next(m for m in range(25) if num_codes**m >= TOTAL)
 
 
+def most_bytes(num_tokens: int) -> int:
+    """Return an upper limit of the body of an image.
+
+    A token has 24 bits at most, since no probability is below 1 / TOTAL, and less than one more for what divisions
+    round; the seed has 40, and the rest of the last word is zeros that are removed.
+    """
+    return 4 * num_tokens + 8
+
+
 def seeded(ids: Integer[np.ndarray, " seed"], num_codes: int) -> AnsCoder:
     """Return a coder that holds only the seed: the tokens of an image that are decoded last."""
     number = 0
@@ -60,12 +69,14 @@ def body_of(coder: AnsCoder) -> bytes:
     return coder.get_compressed().astype(WORD, copy=False).tobytes().rstrip(b"\0")
 
 
-def coder_of(body: bytes, num_codes: int) -> AnsCoder:
+def coder_of(body: memoryview, num_codes: int) -> AnsCoder:
     """Return the coder that holds `body`. Raises CodecError for a body that `body_of` never returns."""
     if body[-1:] == b"\0" or (num_codes == 1 and body):
         raise CodecError("payload is not canonical: it has bytes that no encoder writes")
     return _coder(body)
 
 
-def _coder(body: bytes) -> AnsCoder:
-    return AnsCoder(np.frombuffer(body + bytes(-len(body) % 4), WORD))
+def _coder(body: bytes | memoryview) -> AnsCoder:
+    words = np.zeros(-(-len(body) // 4), WORD)
+    words.view(np.uint8)[: len(body)] = np.frombuffer(body, np.uint8)
+    return AnsCoder(words)

@@ -12,6 +12,8 @@ MAX_CODES = 2**16
 MAX_TOKENS = 2**24
 # Below this, sums of counts are exact in float64.
 MAX_COUNT_SUM = 2**53
+# An image is decoded in pieces of this many tokens, so that what is needed beside its ids does not grow with it.
+PIECE = 2**16
 
 
 class CodecError(UserError):
@@ -51,6 +53,12 @@ def check_num_tokens(num_tokens: int) -> None:
         raise CodecError(f"number of tokens: got {num_tokens}, expected 0 .. {MAX_TOKENS}")
 
 
+def check_size(size: int, num_tokens: int, most: int) -> None:
+    """Raise CodecError for a payload of more than `most` bytes, before it is read or memory allocated for it."""
+    if size > most:
+        raise CodecError(f"payload of {size} bytes, expected at most {most} for {num_tokens} tokens: damaged")
+
+
 def check_num_codes(num_codes: int) -> None:
     """Raise ValueError unless ids below `num_codes` fit uint16."""
     if not 1 <= num_codes <= MAX_CODES:
@@ -78,9 +86,9 @@ def counts_bytes(counts: Integer[np.ndarray, " codes"]) -> bytes:
     return len(counts).to_bytes(4, "little") + counts.astype("<u8").tobytes()
 
 
-def check_below(ids: Integer[np.ndarray, " tokens"], num_codes: int) -> None:
-    """Raise CodecError with the position of the first decoded id that is not below `num_codes`."""
+def check_below(ids: Integer[np.ndarray, " tokens"], num_codes: int, *, first: int) -> None:
+    """Raise CodecError for a decoded id that is not below `num_codes`; `first` is the position of ids[0]."""
     wrong = ids >= num_codes
     if wrong.any():
         token = int(wrong.argmax())
-        raise CodecError(f"token {token}: id {ids[token]}, expected 0 .. {num_codes - 1}: damaged")
+        raise CodecError(f"token {first + token}: id {ids[token]}, expected 0 .. {num_codes - 1}: damaged")

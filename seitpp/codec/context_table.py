@@ -1,13 +1,11 @@
 """The learned table of the codec "context" and its bytes: docs/format.md, "Table of the codec context"."""
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Float, Int8, Int64, Integer
 
-from seitpp.codec.base import MAX_CODES, CodecError
+from seitpp.codec.base import MAX_CODES, PIECE, CodecError
 
 MAX_CLASSES = 256
 # Components of a vector: limits the size of the table for large code dimensions, and keeps scores in 32 bits.
@@ -28,25 +26,23 @@ class ContextTable(NamedTuple):
     vectors: Int8[np.ndarray, "codes components"]  # a quantized projection of the codebook
     centers: Int8[np.ndarray, "classes components"]
     static: Int64[np.ndarray, " codes"]  # how often each code occurs
-    keys: Int64[np.ndarray, " entries"]  # ascending: t * K + id, for the ids that occur in table t
-    counts: Int64[np.ndarray, " entries"]  # >= 1: how often each of them occurs
+    keys: Integer[np.ndarray, " entries"]  # ascending: t * K + id, for the ids that occur in table t
+    counts: Integer[np.ndarray, " entries"]  # >= 1: how often each of them occurs
 
-    def weights(self) -> Iterator[Int64[np.ndarray, " codes"] | None]:
-        """Yield the weights of each table in turn, None for a table without counts.
+    def weights(self, table: int) -> Int64[np.ndarray, " codes"] | None:
+        """Return the weights of a table; None for one without counts.
 
         Absolute discounting: 3/4 is subtracted from every count, and their sum is distributed over all codes in
         proportion to the static counts plus one.
         """
-        num_codes, classes = len(self.vectors), len(self.centers)
+        first = table * len(self.vectors)
+        start, end = np.searchsorted(self.keys, [first, first + len(self.vectors)])
+        if start == end:
+            return None
         static = self.static + 1
-        bounds = np.searchsorted(self.keys, np.arange(KINDS * classes + 1) * num_codes)
-        for table, (start, end) in enumerate(pairwise(bounds)):
-            if start == end:
-                yield None
-                continue
-            weights = (3 * (end - start) << 12) * static // static.sum()
-            weights[self.keys[start:end] - table * num_codes] += (4 * self.counts[start:end] - 3) << 12
-            yield weights
+        weights = (3 * (end - start) << 12) * static // static.sum()
+        weights[self.keys[start:end] - first] += (4 * self.counts[start:end].astype(np.int64) - 3) << 12
+        return weights
 
     def to_bytes(self) -> bytes:
         """Return the bytes that a store keeps as `codec.table`."""
@@ -71,31 +67,32 @@ class ContextTable(NamedTuple):
                 f"components, expected {num_codes}, 1 .. {MAX_CLASSES} and 1 .. {MAX_COMPONENTS}"
             )
         rows = np.frombuffer(data, np.int8, start - 12, 12).reshape(-1, components)
-        numbers = _from_varints(np.frombuffer(data, np.uint8, offset=start))
-        static, sizes, rest = np.split(numbers, [num_codes, num_codes + KINDS * classes])
-        entries = int(sizes.sum())
-        if sizes.size != KINDS * classes or rest.size != 2 * entries:
+        head, rest = _split(np.frombuffer(data, np.uint8, offset=start), num_codes + KINDS * classes)
+        static, sizes = np.split(head.astype(np.int64), [num_codes])
+        entries, given = int(sizes.sum()), _how_many(rest)
+        if sizes.size != KINDS * classes or given != 2 * entries:
             raise CodecError(
-                f"context table: got {len(numbers)} numbers, expected another {entries} ids and counts"
+                f"context table: got {head.size + given} numbers, expected another {entries} ids and counts"
             )
-        counts = rest[entries:] + 1
-        if max(static.sum(), counts.sum()) > MAX_SUM:
+        gaps, counts = np.split(_from_varints(rest), [entries])
+        total = int(counts.sum(dtype=np.int64)) + entries
+        if max(static.sum(), total) > MAX_SUM:
             raise CodecError(
-                f"context table: got counts of {static.sum()} and {counts.sum()} tokens, "
-                f"expected at most {MAX_SUM}"
+                f"context table: got counts of {static.sum()} and {total} tokens, expected at most {MAX_SUM}"
             )
-        keys = _keys(sizes, rest[:entries], num_codes)
-        return cls(rows[:num_codes], rows[num_codes:], static, keys, counts)
+        return cls(rows[:num_codes], rows[num_codes:], static, _keys(sizes, gaps, num_codes), counts + 1)
 
 
 def _keys(sizes: np.ndarray, gaps: np.ndarray, num_codes: int) -> np.ndarray:
     """The keys of tables with `sizes` ids each, given the number of codes skipped before each id."""
-    after = np.cumsum(gaps + 1)
-    before = np.append(0, after)[np.cumsum(sizes) - sizes]
-    ids = after - 1 - np.repeat(before, sizes)
-    if (ids >= num_codes).any():
-        raise CodecError(f"context table: got id {ids.max()}, expected 0 .. {num_codes - 1}")
-    return np.repeat(np.arange(len(sizes)), sizes) * num_codes + ids
+    keys, end = np.empty(gaps.size, np.int32), 0
+    for table, size in enumerate(sizes.tolist()):
+        start, end = end, end + size
+        ids = np.cumsum(gaps[start:end].astype(np.int64) + 1) - 1
+        if size and ids[-1] >= num_codes:
+            raise CodecError(f"context table: got id {ids[-1]}, expected 0 .. {num_codes - 1}")
+        keys[start:end] = table * num_codes + ids
+    return keys
 
 
 def quantized(codebook: Float[np.ndarray, "codes dim"]) -> Int8[np.ndarray, "codes components"]:
@@ -125,17 +122,34 @@ def _to_varints(numbers: np.ndarray) -> bytes:
     return (shifted & 127 | more << 7).astype(np.uint8)[used].tobytes()
 
 
-def _from_varints(data: np.ndarray) -> np.ndarray:
-    """(n,) int64 below 2^32. Raises CodecError if the bytes end inside a number or one is too large."""
-    last = np.flatnonzero(data < 128)
-    first = np.append(-1, last)[:-1] + 1
-    sizes = last - first + 1
-    if (data[-1:] >= 128).any() or (sizes > 5).any():
+def _split(data: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first n numbers, or all if there are fewer, and the bytes of those after them."""
+    if (data[-1:] >= 128).any():
         raise CodecError("context table: got a number that is cut off or longer than 5 bytes")
-    if not data.size:
-        return np.empty(0, np.int64)
-    shift = 7 * (np.arange(data.size) - np.repeat(first, sizes))
-    numbers = np.add.reduceat((data & 127).astype(np.int64) << shift, first)
-    if (numbers > MAX_SUM).any():
-        raise CodecError(f"context table: got a number {numbers.max()}, expected at most {MAX_SUM}")
+    last = np.flatnonzero(data[: 5 * n] < 128)[:n]
+    end = int(last[-1]) + 1 if last.size else 0
+    return _from_varints(data[:end]), data[end:]
+
+
+def _how_many(data: np.ndarray) -> int:
+    """The number of numbers, counted before memory is allocated for them."""
+    return sum(np.count_nonzero(data[start : start + PIECE] < 128) for start in range(0, data.size, PIECE))
+
+
+def _from_varints(data: np.ndarray) -> np.ndarray:
+    """(n,) uint32. Raises CodecError if a number is longer than 5 bytes or too large."""
+    numbers, filled, start = np.empty(_how_many(data), np.uint32), 0, 0
+    while start < data.size:
+        last = np.flatnonzero(data[start : start + PIECE] < 128)
+        first = np.append(-1, last)[:-1] + 1
+        sizes = last - first + 1
+        if not last.size or (sizes > 5).any():
+            raise CodecError("context table: got a number that is cut off or longer than 5 bytes")
+        piece = data[start : start + int(last[-1]) + 1]
+        shift = 7 * (np.arange(piece.size) - np.repeat(first, sizes))
+        values = np.add.reduceat((piece & 127).astype(np.int64) << shift, first)
+        if (values > MAX_SUM).any():
+            raise CodecError(f"context table: got a number {values.max()}, expected at most {MAX_SUM}")
+        numbers[filled : filled + values.size] = values
+        filled, start = filled + values.size, start + piece.size
     return numbers

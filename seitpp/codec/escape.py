@@ -7,7 +7,15 @@ id unnoticed. Source: the SeiT release, whose decoder stops at id 509; this one 
 import numpy as np
 from jaxtyping import Integer, UInt16
 
-from seitpp.codec.base import CodecError, check_below, check_ids, check_num_codes, check_num_tokens
+from seitpp.codec.base import (
+    PIECE,
+    CodecError,
+    check_below,
+    check_ids,
+    check_num_codes,
+    check_num_tokens,
+    check_size,
+)
 
 ESCAPE = 0xFF
 
@@ -35,14 +43,20 @@ class EscapeCodec:
         Raises CodecError if the bytes do not hold exactly `num_tokens` valid ids; other damage is not detected.
         """
         check_num_tokens(num_tokens)
+        check_size(len(data), num_tokens, num_tokens * ((self.num_codes - 1) // ESCAPE + 1))
         stream = np.frombuffer(data, np.uint8)
-        ends = np.flatnonzero(stream != ESCAPE)
-        if len(ends) < num_tokens:
+        ids = np.empty(num_tokens, np.uint16)
+        token, last = 0, -1  # the next token, and where the one before it ends
+        for start in range(0, stream.size, PIECE):
+            ends = np.flatnonzero(stream[start : start + PIECE] != ESCAPE)[: num_tokens - token] + start
+            if ends.size:
+                piece = np.diff(ends, prepend=last) * ESCAPE - ESCAPE + stream[ends]
+                check_below(piece, self.num_codes, first=token)
+                ids[token : token + ends.size] = piece
+                token, last = token + ends.size, int(ends[-1])
+        if token < num_tokens:
             cut = "inside" if stream.size and stream[-1] == ESCAPE else "before"
-            raise CodecError(f"{stream.size} bytes end {cut} token {len(ends)}, expected {num_tokens}: truncated")
-        size = int(ends[num_tokens - 1]) + 1 if num_tokens else 0
-        if size < stream.size:
-            raise CodecError(f"byte {size}: the {num_tokens} tokens end here, of {stream.size} bytes: damaged")
-        ids = np.diff(ends, prepend=-1) * ESCAPE - ESCAPE + stream[ends]
-        check_below(ids, self.num_codes)
-        return ids.astype(np.uint16)
+            raise CodecError(f"{stream.size} bytes end {cut} token {token}, expected {num_tokens}: truncated")
+        if last + 1 < stream.size:
+            raise CodecError(f"byte {last + 1}: the {num_tokens} tokens end here, of {stream.size} bytes: damaged")
+        return ids

@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 from jaxtyping import Int64, Integer, UInt16
 
-from seitpp.codec.base import CodecError, check_counts, check_ids, check_num_codes, counts_bytes
+from seitpp.codec.base import PIECE, CodecError, check_counts, check_ids, check_num_codes, counts_bytes
 from seitpp.codec.checksum import Checksum
 
 # No code word is longer: every weight is at least 2^-22 of their sum, and a word of n bits needs a sum of at
@@ -31,6 +31,7 @@ class HuffmanCodec:
         self.num_codes = num_codes
         self._checksum = Checksum(counts_bytes(counts))
         self._lengths = word_lengths(counts)
+        self._longest = int(self._lengths.max())
         # Codes sorted by the length of their words; in this order the words, padded to WINDOW bits, ascend.
         self._order = np.argsort(self._lengths, kind="stable")
         sizes = np.int64(1) << (WINDOW - self._lengths[self._order])
@@ -44,27 +45,38 @@ class HuffmanCodec:
     def encode(self, ids: Integer[np.ndarray, " tokens"]) -> bytes:
         """Return the payload of ids in 0 .. num_codes - 1. Raises ValueError if `ids` are not 1-D and valid."""
         ids = check_ids(ids, self.num_codes)
-        bits = np.unpackbits(self._words[ids].view(np.uint8)).reshape(-1, WINDOW)
-        used = np.arange(WINDOW) < self._lengths[ids, None]
-        return self._checksum.wrap(np.packbits(bits[used]).tobytes(), ids.size)
+        parts, bits = [], np.empty(0, np.uint8)
+        for start in range(0, ids.size, PIECE):
+            bits = np.append(bits, self._bits(ids[start : start + PIECE]))
+            whole = bits.size // 8 * 8  # the bits after the last whole byte go on in the next piece
+            parts.append(np.packbits(bits[:whole]).tobytes())
+            bits = bits[whole:]
+        return self._checksum.wrap(b"".join(parts) + np.packbits(bits).tobytes(), ids.size)
 
     def decode(self, data: bytes | memoryview, num_tokens: int) -> UInt16[np.ndarray, " {num_tokens}"]:
         """Return the ids, all below num_codes. Raises CodecError if the payload is damaged."""
-        body = self._checksum.unwrap(data, num_tokens)
+        body = self._checksum.unwrap(data, num_tokens, most=-(-num_tokens * self._longest // 8))
         if self.num_codes == 1:
-            if body:
-                raise CodecError("payload is not canonical: a single code takes no bits")
             return np.zeros(num_tokens, np.uint16)
-        windows = _windows(body)
-        kinds = np.searchsorted(self._first, windows, side="right") - 1
-        starts, end = _walk(self._steps[kinds].tolist(), num_tokens)
-        if end > 8 * len(body):
-            raise CodecError(f"body of {len(body)} bytes ends in token {num_tokens - 1}: truncated")
-        if end <= 8 * len(body) - 8 or windows[end:].any():
-            raise CodecError(f"payload holds more than {num_tokens} tokens: damaged")
-        kinds = kinds[starts]
-        ranks = (windows[starts] - self._first[kinds]) >> (WINDOW - self._steps[kinds])
-        return self._order[self._ranks[kinds] + ranks].astype(np.uint16)
+        ids = np.empty(num_tokens, np.uint16)
+        token = end = 0  # the next token, and the bit that it starts at
+        for first in range(0, len(body), PIECE):
+            if token == num_tokens:
+                break
+            windows = _windows(body[first : first + PIECE + WINDOW // 8])[: 8 * PIECE]
+            kinds = np.searchsorted(self._first, windows, side="right") - 1
+            starts, end = _walk(self._steps[kinds].tolist(), end - 8 * first, num_tokens - token)
+            end += 8 * first
+            kinds = kinds[starts]
+            ranks = (windows[starts] - self._first[kinds]) >> (WINDOW - self._steps[kinds])
+            ids[token : token + len(starts)] = self._order[self._ranks[kinds] + ranks]
+            token += len(starts)
+        _check_end(body, end, token=token, num_tokens=num_tokens)
+        return ids
+
+    def _bits(self, ids: np.ndarray) -> np.ndarray:
+        bits = np.unpackbits(self._words[ids].view(np.uint8)).reshape(-1, WINDOW)
+        return bits[np.arange(WINDOW) < self._lengths[ids, None]]
 
 
 def word_lengths(counts: Integer[np.ndarray, " codes"]) -> Int64[np.ndarray, " codes"]:
@@ -88,9 +100,9 @@ def word_lengths(counts: Integer[np.ndarray, " codes"]) -> Int64[np.ndarray, " c
     return np.array(depths[:num_codes], np.int64)
 
 
-def _windows(body: bytes) -> np.ndarray:
+def _windows(body: memoryview) -> np.ndarray:
     """(8 * len(body),) int64: the WINDOW bits that start at each bit of the body, zeros after its end."""
-    padded = np.frombuffer(body + bytes(4), np.uint8).astype(np.int64)
+    padded = np.frombuffer(bytes(body) + bytes(4), np.uint8).astype(np.int64)
     size = len(body)
     five = np.zeros(size, np.int64)
     for i in range(5):
@@ -98,14 +110,26 @@ def _windows(body: bytes) -> np.ndarray:
     return (five[:, None] >> np.arange(8, 0, -1) & (2**WINDOW - 1)).ravel()
 
 
-def _walk(lengths: list[int], num_tokens: int) -> tuple[list[int], int]:
-    """First bit of each token, and the end of the last one, given the length of the word at every bit."""
-    starts, position, size = [], 0, len(lengths)
-    for token in range(num_tokens):
+def _walk(lengths: list[int], position: int, num_tokens: int) -> tuple[list[int], int]:
+    """The first bits of up to `num_tokens` tokens from `position` on, and the end of the last one.
+
+    `lengths` has the length of the word that would start at each bit.
+    """
+    starts, size = [], len(lengths)
+    for _ in range(num_tokens):
         if position >= size:
-            raise CodecError(
-                f"body of {size // 8} bytes ends before token {token}, expected {num_tokens}: truncated"
-            )
+            break
         starts.append(position)
         position += lengths[position]
     return starts, position
+
+
+def _check_end(body: memoryview, end: int, *, token: int, num_tokens: int) -> None:
+    """Raise CodecError unless all tokens end at the bit `end`, less than a byte before the end of `body`."""
+    size = 8 * len(body)
+    if end > size:
+        raise CodecError(f"body of {len(body)} bytes ends in token {token - 1}: truncated")
+    if token < num_tokens:
+        raise CodecError(f"body of {len(body)} bytes ends before token {token}, expected {num_tokens}: truncated")
+    if end <= size - 8 or (end < size and body[-1] & (2 ** (size - end) - 1)):
+        raise CodecError(f"payload holds more than {num_tokens} tokens: damaged")

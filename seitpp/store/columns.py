@@ -10,19 +10,28 @@ import pyarrow as pa
 from jaxtyping import Integer
 
 from seitpp.store.layout import StoreError
-from seitpp.store.shards import ARROW_TYPES
+from seitpp.store.shards import ARROW_TYPES, ShardFile
 
 
 class Column:
     """One column of a split as a sequence; `kind` is "string", "binary" or "int64". It stays on disk."""
 
-    def __init__(self, name: str, kind: str, shards: Sequence[pa.RecordBatch], *, starts: list[int], folder: Path):
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        shards: Sequence[pa.RecordBatch],
+        *,
+        files: Sequence[ShardFile],
+        starts: list[int],
+        folder: Path,
+    ):
         """Open a column. `starts` holds the index of the first image of each shard; `folder` is for messages.
 
         Raises StoreError if the column of a shard is missing, has nulls, or is of another kind.
         """
         self.name, self.kind = name, kind
-        self._folder, self._starts = folder, starts
+        self._folder, self._files, self._starts = folder, files, starts
         self._length = starts[-1] + len(shards[-1])
         fields = [shard.schema.get_field_index(name) for shard in shards]  # -1: none, or two
         arrays = [shard.column(i) if i >= 0 else None for shard, i in zip(shards, fields, strict=True)]
@@ -50,6 +59,7 @@ class Column:
     def _value(self, index: SupportsIndex) -> str | bytes | int:
         position = range(self._length)[index]
         shard = bisect_right(self._starts, position) - 1
+        self._files[shard].check()
         value = self._parts[shard][position - self._starts[shard]]
         if self.kind != "string":
             return value

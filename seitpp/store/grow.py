@@ -20,7 +20,7 @@ from seitpp.store.labels import check_labels, read_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import BUILT, describe, replace_derived, withdraw, write_dataset_files
 from seitpp.store.reader import TokenStore
-from seitpp.store.recode import BATCH, check_columns, copy_images, renumber
+from seitpp.store.recode import check_columns, copy_images, renumber
 from seitpp.store.shards import column_array, read_shard, write_shard
 from seitpp.store.spec import SplitSpec, store_lock
 from seitpp.store.spec import describe as describe_codebook
@@ -214,8 +214,9 @@ def _chosen_names(store: TokenStore, chosen: Sequence[str]) -> list[str]:
 def _with_class(source: TokenStore, positions: Sequence[int] | np.ndarray, classes: list[int]) -> list[int]:
     """Return those of `positions` whose images have one of `classes`."""
     chosen: list[int] = []
-    for start in range(0, len(positions), BATCH):
-        part = positions[start : start + BATCH]
+    rows = max(1, 2**24 // source.num_classes)
+    for start in range(0, len(positions), rows):
+        part = positions[start : start + rows]
         wanted = (source.multi_hot(part)[:, classes] == 1).any(axis=1)
         chosen.extend(int(position) for position, one in zip(part, wanted, strict=True) if one)
     return chosen

@@ -82,7 +82,7 @@ def _are_sets(labels: Labels) -> bool:
     lengths = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != len(values) or (lengths < 0).any() or lengths[~labels.known].any():
         return False
-    ascends = np.diff(values) > 0
+    ascends = values[1:] > values[:-1]
     starts = offsets[(offsets > 0) & (offsets < len(values))]
     ascends[starts - 1] = True  # from one image to the next
     return bool(ascends.all())

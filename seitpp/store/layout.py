@@ -13,6 +13,7 @@ import safetensors.numpy
 from jaxtyping import Float32, Integer
 
 from seitpp.codec import MAX_CODES, MAX_TOKENS
+from seitpp.codec.base import MAX_COUNT_SUM
 from seitpp.errors import UserError
 from seitpp.files import sha256, write_file
 
@@ -33,8 +34,20 @@ DERIVED = (CARD, DATASET_DICT)
 MAX_CODE_DIM = 2**16
 MAX_ROWS = 2**32
 MAX_DOCUMENT_BYTES = 2**26
+MAX_VALUES = 2**21
+MAX_SPLITS = 2**10
+MAX_CODEBOOK_NUMBERS = 2**26
 MAX_TABLE_BYTES = 2**28
+MAX_SHARD_BYTES = 2**34
 MAX_INVENTORY_BYTES = 2**20
+# A split, and images that are decoded at once, have so many tokens, or so many for each byte of their payloads: a
+# payload of two bytes can be an image of 2^24 equal tokens.
+FREE_TOKENS = 2**28
+TOKENS_PER_BYTE = 2**12
+# An image of lists of classes, and a classifier, take memory for each class.
+MAX_CLASSES = 2**20
+# The header of the codebook's file, which has one tensor.
+HEADER_BYTES = 2**16
 
 # In the order of tokens.json, where the checksum follows them.
 KEYS = (
@@ -69,8 +82,8 @@ def shard_names(document: dict[str, Any], split: str) -> list[str]:
     names = sorted(name for name in document["files"] if name.startswith(f"{split}/data-"))
     if not names or names != [shard_name(split, index, len(names)) for index in range(len(names))]:
         raise StoreError(
-            f"{DOCUMENT}: the shards of split {split!r} have gaps: got {names}, expected all numbers from 0; "
-            "copy the store again"
+            f"{DOCUMENT}: the shards of split {split!r} have gaps: got {_short(names)}, expected all numbers from "
+            "0; copy the store again"
         )
     return names
 
@@ -118,6 +131,9 @@ def read_document(root: Path) -> dict[str, Any]:
             f"{path}: {path.stat().st_size} bytes, expected at most {MAX_DOCUMENT_BYTES}; copy it again"
         )
     raw = path.read_bytes()
+    # Counted before they are made: "{}," is 3 bytes of JSON and 72 of memory.
+    if (values := sum(map(raw.count, (b"[", b"{", b",")))) > MAX_VALUES:
+        raise StoreError(f"{path}: {values} values, expected at most {MAX_VALUES}; copy it again")
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -126,7 +142,7 @@ def read_document(root: Path) -> dict[str, Any]:
         raise StoreError(f'{path}: no token store, expected "format": "{FORMAT}"; give the folder of a store')
     if document.get("version") not in VERSIONS:
         expected = " or ".join(map(str, VERSIONS))
-        raise StoreError(f"{path}: version {document.get('version')}, expected {expected}; upgrade seitpp")
+        raise StoreError(f"{path}: version {_short(document.get('version'))}, expected {expected}; upgrade seitpp")
     if raw != _sealed(raw[: -len(_sealed(b""))]):
         raise StoreError(f"{path}: checksum does not match, the file is damaged or edited; copy it again")
     for problem in _problems(document):
@@ -142,16 +158,20 @@ def _sealed(body: bytes) -> bytes:
 def _problems(document: dict[str, Any]) -> Iterator[str]:
     """Describe what is wrong with tokens.json; later checks rely on earlier ones."""
     if set(document) != {*KEYS, "checksum"}:
-        yield f"keys {sorted(document)}, expected {sorted([*KEYS, 'checksum'])}"
+        yield f"keys {_short(sorted(document))}, expected {sorted([*KEYS, 'checksum'])}"
     if document["grid"] is not None and not is_grid(document["grid"]):
-        yield f"grid {document['grid']!r}, expected null or [height, width] of 1 .. {MAX_TOKENS} tokens"
+        yield f"grid {_short(document['grid'])}, expected null or [height, width] of 1 .. {MAX_TOKENS} tokens"
     if not _is_int(document["num_codes"], 1, MAX_CODES):
-        yield f"num_codes {document['num_codes']!r}, expected 1 .. {MAX_CODES}"
+        yield f"num_codes {_short(document['num_codes'])}, expected 1 .. {MAX_CODES}"
     if not _is_int(document["code_dim"], 1, MAX_CODE_DIM):
-        yield f"code_dim {document['code_dim']!r}, expected 1 .. {MAX_CODE_DIM}"
+        yield f"code_dim {_short(document['code_dim'])}, expected 1 .. {MAX_CODE_DIM}"
+    if (numbers := document["num_codes"] * document["code_dim"]) > MAX_CODEBOOK_NUMBERS:
+        yield f"num_codes and code_dim: a codebook of {numbers} numbers, expected at most {MAX_CODEBOOK_NUMBERS}"
     codec = document["codec"]
     if not isinstance(codec, dict) or set(codec) != {"name", "counts"} or not isinstance(codec["name"], str):
         yield f"codec: got {type(codec).__name__}, expected an object with a name and counts"
+    if not _is_counts(codec["counts"], document["num_codes"]):
+        yield f"codec: got other counts, expected {document['num_codes']} integers of 0 .. {MAX_COUNT_SUM - 1}"
     names = document["class_names"]
     if names is not None and not is_class_names(names):
         yield "class_names: expected a list of distinct strings, or null"
@@ -161,16 +181,49 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
         yield f"files: no entry {CODEBOOK}, expected one"
     for name, entry in document["files"].items():
         if not FILE_NAME.fullmatch(name):
-            yield f"file name {name!r}: expected NAME or SPLIT/NAME inside of the store"
+            yield f"file name {_short(name)}: expected NAME or SPLIT/NAME inside of the store"
         if not _is_file_entry(entry):
-            yield f"file {name!r}: expected its size in bytes and its SHA-256, got {entry!r}"
-        if name == TABLE and entry["bytes"] > MAX_TABLE_BYTES:
-            yield f"file {name!r}: {entry['bytes']} bytes, expected at most {MAX_TABLE_BYTES}"
+            yield f"file {_short(name)}: expected its size in bytes and its SHA-256, got {_short(entry)}"
+        if entry["bytes"] > (limit := _most_bytes(document, name)):
+            yield f"file {_short(name)}: {entry['bytes']} bytes, expected at most {limit}"
+    if len(document["splits"]) > MAX_SPLITS:
+        yield f"{len(document['splits'])} splits, expected at most {MAX_SPLITS}"
     for split, entry in document["splits"].items():
         if not SPLIT_NAME.fullmatch(split) or not _is_split_entry(entry, document["version"]):
-            yield f"split {split!r}: expected its rows, payload_bytes and num_classes, got {entry!r}"
+            yield f"split {_short(split)}: expected its rows, payload_bytes and num_classes, got {_short(entry)}"
     if len({entry.get("multi_label", False) for entry in document["splits"].values()}) > 1:
         yield "splits: some with one class an image and some with lists, expected all alike"
+
+
+def _short(value: Any) -> str:
+    """Return a value as it is shown in a message: a stranger's may have megabytes."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}.."
+
+
+def _is_counts(value: Any, num_codes: int) -> bool:
+    if not isinstance(value, list) or len(value) != num_codes:
+        return False
+    return all(_is_int(count, 0, MAX_COUNT_SUM - 1) for count in value)
+
+
+def _most_bytes(document: dict[str, Any], name: str) -> int:
+    """Return the largest size of a listed file: what is not a shard is read as a whole."""
+    if name == CODEBOOK:
+        return 4 * document["num_codes"] * document["code_dim"] + HEADER_BYTES
+    if name == TABLE:
+        return MAX_TABLE_BYTES
+    return MAX_SHARD_BYTES if name.endswith(".arrow") else MAX_DOCUMENT_BYTES
+
+
+def check_tokens(where: Any, tokens: int, payload_bytes: int) -> None:
+    """Raise StoreError for too many tokens in so few bytes of payloads; `where` is for messages."""
+    most = FREE_TOKENS + TOKENS_PER_BYTE * payload_bytes
+    if tokens > most:
+        raise StoreError(
+            f"{where}: {tokens} tokens in {payload_bytes} bytes of payloads, expected at most {most}; read fewer "
+            "images at once, or copy the split again"
+        )
 
 
 def _is_int(value: Any, low: int, high: int) -> bool:

@@ -1,6 +1,7 @@
 """Build a store from staged shards: count the codes, encode with the exact counts, publish by renames."""
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,8 +29,10 @@ from seitpp.store.spec import SplitSpec
 
 # The folder inside the staging folder that holds the new files until they are published.
 BUILT = "store"
-# A codec with a learned table learns from at most so many images.
-LEARNED_IMAGES = 2**13
+# A codec with a learned table learns from at most so many images, and tokens.
+LEARNED_IMAGES, LEARNED_TOKENS = 2**13, 2**26
+# So many tokens are counted at once.
+COUNTED = 2**20
 
 
 class Survey(NamedTuple):
@@ -114,6 +117,7 @@ def _build(
     table = layout.read_table(spec.path, document) if store else _learned(spec, filled, rows)
     (built / spec.split).mkdir()
     payload_bytes = _encode_all(spec, built, filled, document["codec"], table, parallel_map)
+    layout.check_tokens(spec.path, sum(int(survey.counts.sum()) for survey in surveys), payload_bytes)
     classes = spec.class_names or range(1 + max(survey.largest_label for survey in surveys))
     split = layout.split_entry(
         rows,
@@ -163,9 +167,12 @@ def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
 def survey(staged: Path, num_codes: int, new_ids: Int32[np.ndarray, " codes"] | None = None) -> Survey:
     """Count the rows and codes of a staged shard and find its largest label; `new_ids` as in SplitSpec."""
     batch = read_shard(staged)
-    ids = _ids(b"".join(ids.as_buffer() for ids in batch.column("tokens")), new_ids)
+    counts = np.zeros(num_codes, np.int64)
+    _, offsets, data = batch.column("tokens").buffers()
+    size = int(np.frombuffer(offsets, np.int32)[len(batch)]) if len(batch) else 0
+    for start in range(0, size, 2 * COUNTED):
+        counts += np.bincount(_ids(data[start : min(start + 2 * COUNTED, size)], new_ids), minlength=num_codes)
     labels = read_labels(batch)
-    counts = np.bincount(ids, minlength=num_codes)
     return Survey(len(batch), counts, labels.largest(), int(labels.known.sum()))
 
 
@@ -179,7 +186,8 @@ def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
     if spec.codec != codecs.ContextCodec.name:
         return None
     tokens = (ids for path in staged for ids in read_shard(path).column("tokens"))
-    chosen = islice(tokens, 0, None, -(-rows // LEARNED_IMAGES))
+    images = min(LEARNED_IMAGES, max(1, LEARNED_TOKENS // math.prod(spec.grid)))
+    chosen = islice(tokens, 0, None, -(-rows // images))
     grids = [_ids(ids.as_buffer(), spec.new_ids).reshape(spec.grid) for ids in chosen]
     return codecs.ContextCodec.learn(np.stack(grids), spec.codebook).table
 

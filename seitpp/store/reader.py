@@ -1,5 +1,6 @@
 """Read one split of a store: its shards are memory-mapped, its ids decoded on demand."""
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from seitpp.store.fingerprint import store_fingerprint
 from seitpp.store.hub import pull
 from seitpp.store.labels import Label, Labels, is_label_column, read_labels
 from seitpp.store.layout import StoreError
-from seitpp.store.shards import ARROW_TYPES, read_shard
+from seitpp.store.shards import ARROW_TYPES, ShardFile, read_shard
 from seitpp.store.spec import OWN_COLUMNS
 
 # Prefix of a hub id: without it, a mistyped path never reaches the network.
@@ -30,6 +31,7 @@ class Shard(NamedTuple):
     """The buffers of one memory-mapped shard: the payload of image i is data[offsets[i] : offsets[i + 1]]."""
 
     name: str
+    file: ShardFile
     batch: pa.RecordBatch
     offsets: Int32[np.ndarray, " offsets"]
     data: memoryview
@@ -45,9 +47,10 @@ class TokenStore:
     num_codes K; codebook (K, D) float32; counts (K,) int64, how often each code occurs in the split that was
     written first; codec; class_names (list or None); num_classes; multi_label, whether images have tuples of
     classes; num_labeled, the number of images that have a label; labels (N,) int64; grids (N, 2) int64;
-    columns {name: kind} of the additional columns; payload_bytes of the split; tokenizer (dict or None), the
-    description of the tokenizer; inventory (dict or None), what was read for the split and what was left out;
-    fingerprint, 64 hex digits, equal for equal content, and checksum, that of tokens.json, equal for equal files.
+    columns {name: kind} of the additional columns; column_names, those of all columns; payload_bytes of the split;
+    tokenizer (dict or None), the description of the tokenizer; inventory (dict or None), what was read for the
+    split and what was left out; fingerprint, 64 hex digits, equal for equal content, and checksum, that of
+    tokens.json, equal for equal files.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
@@ -76,6 +79,7 @@ class TokenStore:
         # Index of the first image of each shard.
         self._starts = np.cumsum([0, *(len(shard.batch) for shard in self._shards[:-1])]).tolist()
         self._length = self._starts[-1] + len(self._shards[-1].batch)
+        self.column_names = self._shards[0].batch.schema.names
         self.columns = _other_columns(self._shards[0].batch.schema)
         self._check_split(document["splits"][split])
 
@@ -90,6 +94,7 @@ class TokenStore:
         """Return the ids and the label of image `index`. Raises IndexError, and StoreError if it is damaged."""
         position = range(self._length)[index]
         shard, row = self._locate(position)
+        shard.file.check()
         return self._decode(position).reshape(self.grid or _sides(shard, row)), shard.labels.label(row)
 
     def ids(
@@ -97,13 +102,17 @@ class TokenStore:
     ) -> UInt16[np.ndarray, "images height width"]:
         """Return the ids of images with the same grid.
 
-        Raises IndexError, and StoreError if an image is damaged or the grids differ.
+        Raises IndexError, and StoreError if an image is damaged, the grids differ, or there are too many tokens.
         """
-        positions = range(self._length)
-        height, width = self.grid or self._common_grid([positions[index] for index in indices])
-        ids = np.empty((len(indices), height * width), np.uint16)
-        for row, index in zip(ids, indices, strict=True):
-            row[:] = self._decode(positions[index])
+        positions = [range(self._length)[index] for index in indices]
+        height, width = self.grid or self._common_grid(positions)
+        self._check_intact(positions)
+        if len(positions) * height * width > layout.FREE_TOKENS:
+            size = int(self.payload_sizes[positions].sum())
+            layout.check_tokens(f"ids of {len(positions)} images", len(positions) * height * width, size)
+        ids = np.empty((len(positions), height * width), np.uint16)
+        for row, position in zip(ids, positions, strict=True):
+            row[:] = self._decode(position)
         return ids.reshape(len(ids), height, width)
 
     @cached_property
@@ -114,24 +123,27 @@ class TokenStore:
         """
         if self.multi_label:
             raise StoreError(f"{self.path}: its images have several classes each, expected one; use another store")
-        return np.concatenate([shard.labels.values for shard in self._shards])
+        return np.concatenate([shard.labels.values for shard in self._intact()])
 
     def multi_hot(
         self, indices: Sequence[int] | Integer[np.ndarray, " images"]
     ) -> UInt8[np.ndarray, "images classes"]:
         """Return rows that are 1 for each class of an image and 0 for others, or 255 where there is no label.
 
-        Raises IndexError.
+        Raises IndexError, and StoreError if there are too many classes.
         """
-        positions = range(self._length)
-        hot = np.empty((len(indices), self.num_classes), np.uint8)
-        for row, index in zip(hot, indices, strict=True):
-            shard, number = self._locate(positions[index])
+        self._check_classes("rows of zeros and ones")
+        positions = [range(self._length)[index] for index in indices]
+        self._check_intact(positions)
+        hot = np.empty((len(positions), self.num_classes), np.uint8)
+        for row, position in zip(hot, positions, strict=True):
+            shard, number = self._locate(position)
             row[:] = shard.labels.multi_hot(number, self.num_classes)
         return hot
 
     def require_classes(self, purpose: str) -> None:
-        """Raise StoreError unless every image of the split has a label, for the sake of `purpose`."""
+        """Raise StoreError unless every image of the split has a label, of not too many classes, for `purpose`."""
+        self._check_classes(purpose)
         missing = len(self) - self.num_labeled
         if missing or not self.num_classes:
             without = f"{missing:,} of {len(self):,} images" if missing else "all images"
@@ -143,14 +155,14 @@ class TokenStore:
     @property
     def payload_sizes(self) -> Int64[np.ndarray, " images"]:
         """The number of bytes of each image's encoded ids."""
-        return np.concatenate([np.diff(shard.offsets.astype(np.int64)) for shard in self._shards])
+        return np.concatenate([np.diff(shard.offsets.astype(np.int64)) for shard in self._intact()])
 
     @cached_property
     def grids(self) -> Int64[np.ndarray, "images 2"]:
         """The height and width of each image in tokens, read on first access."""
         if self.grid is not None:
             return np.broadcast_to(np.array(self.grid), (self._length, 2))
-        return np.concatenate([np.stack(shard.sides, axis=1) for shard in self._shards]).astype(np.int64)
+        return np.concatenate([np.stack(shard.sides, axis=1) for shard in self._intact()]).astype(np.int64)
 
     def column(self, name: str) -> Column:
         """Return the column `name` of `columns`. Raises StoreError if there is none, or if it is damaged."""
@@ -158,7 +170,9 @@ class TokenStore:
             names = ", ".join(self.columns) or "none"
             raise StoreError(f"{self.path}: split {self.split!r} has no column {name!r}, it has {names}")
         batches = [shard.batch for shard in self._shards]
-        return Column(name, self.columns[name], batches, starts=self._starts, folder=self.path / self.split)
+        files = [shard.file for shard in self._intact()]
+        folder = self.path / self.split
+        return Column(name, self.columns[name], batches, files=files, starts=self._starts, folder=folder)
 
     @property
     def lookup(self) -> str:
@@ -178,7 +192,7 @@ class TokenStore:
         for split in self.splits:
             store = self if split == self.split else TokenStore(self.path, split, verify=False)
             for position in range(len(store)):
-                store._decode(position)
+                store[position]
 
     def _set_fields(self, document: dict[str, Any]) -> None:
         self.grid = None if document["grid"] is None else tuple(document["grid"])
@@ -204,8 +218,8 @@ class TokenStore:
 
     def _own_files(self) -> list[str]:
         """List the files of the store without those of other splits."""
-        others = tuple(f"{split}/" for split in self.splits if split != self.split)
-        return [name for name in self._document["files"] if not name.startswith(others)]
+        others = {split for split in self.splits if split != self.split}
+        return [name for name in self._document["files"] if name.partition("/")[0] not in others]
 
     def _check_split(self, expected: dict[str, int]) -> None:
         size = sum(int(shard.offsets[-1]) - int(shard.offsets[0]) for shard in self._shards)
@@ -214,6 +228,8 @@ class TokenStore:
                 f"{self.path / self.split}: {len(self)} images of {size} bytes, "
                 f"expected {expected['rows']} of {expected['payload_bytes']}; copy the split again"
             )
+        tokens = len(self) * math.prod(self.grid) if self.grid else sum(map(_tokens, self._shards))
+        layout.check_tokens(self.path / self.split, tokens, size)
         for shard in self._shards:
             classes = shard.labels.classes()
             low, high = classes.min(initial=2**63 - 1), classes.max(initial=-1)
@@ -228,6 +244,22 @@ class TokenStore:
                 f"{self.path / self.split}: {labeled} images have a label, expected {self.num_labeled}; "
                 "copy the split again"
             )
+
+    def _check_classes(self, purpose: str) -> None:
+        if self.num_classes > layout.MAX_CLASSES:
+            raise StoreError(
+                f"{purpose}: {self.num_classes} classes in {self.path}, expected at most {layout.MAX_CLASSES}"
+            )
+
+    def _check_intact(self, positions: Sequence[int]) -> None:
+        """Raise StoreError if a file of these images was cut since it was opened."""
+        for number in {bisect_right(self._starts, position) - 1 for position in positions}:
+            self._shards[number].file.check()
+
+    def _intact(self) -> list[Shard]:
+        for shard in self._shards:
+            shard.file.check()
+        return self._shards
 
     def _common_grid(self, positions: list[int]) -> tuple[int, int]:
         grids = {_sides(*self._locate(position)) for position in positions}
@@ -259,8 +291,13 @@ def _sides(shard: Shard, row: int) -> tuple[int, int]:
     return int(heights[row]), int(widths[row])
 
 
+def _tokens(shard: Shard) -> int:
+    heights, widths = shard.sides
+    return int(heights.astype(np.int64) @ widths.astype(np.int64))
+
+
 def _open_shard(path: Path, name: str, *, grid: tuple[int, int] | None, multi_label: bool) -> Shard:
-    batch = read_shard(path)
+    file, batch = ShardFile.of(path), read_shard(path)
     _require_column(path, batch, "tokens", pa.binary())
     _require_labels(path, batch, multi_label)
     for column in ("height", "width") if grid is None else ():
@@ -272,11 +309,15 @@ def _open_shard(path: Path, name: str, *, grid: tuple[int, int] | None, multi_la
         raise StoreError(f"{path}: no images; copy it again")
     _, offsets, data = batch.column("tokens").buffers()
     offsets = np.frombuffer(offsets, np.int32, len(batch) + 1)
+    if not (offsets[1:] > offsets[:-1]).all():
+        raise StoreError(
+            f"{path}: payloads that overlap or are empty, expected one after the other; copy it again"
+        )
     try:
         labels = read_labels(batch)
     except StoreError as error:
         raise StoreError(f"{path}: {error}; copy it again") from error
-    return Shard(name, batch, offsets, memoryview(data or b""), labels, sides)
+    return Shard(name, file, batch, offsets, memoryview(data or b""), labels, sides)
 
 
 def _require_column(path: Path, batch: pa.RecordBatch, name: str, kind: pa.DataType) -> None:

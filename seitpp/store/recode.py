@@ -1,10 +1,10 @@
 """Convert a store to another codec; images and their order stay the same."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
@@ -18,7 +18,8 @@ from seitpp.store.shards import ARROW_TYPES
 from seitpp.store.spec import OWN_COLUMNS
 from seitpp.store.writer import StoreWriter
 
-BATCH = 1024
+# Images are copied in batches of so many, and of so many tokens where they are large.
+BATCH, BATCH_TOKENS = 1024, 2**22
 
 
 def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: str) -> None:
@@ -36,8 +37,7 @@ def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: st
 
 def check_columns(source: TokenStore) -> None:
     """Raise StoreError for a column of a kind that StoreWriter does not write: another program has added it."""
-    present = datasets.load_from_disk(str(source.path / source.split)).column_names
-    foreign = sorted(set(present) - {*OWN_COLUMNS, *source.columns})
+    foreign = sorted(set(source.column_names) - {*OWN_COLUMNS, *source.columns})
     if foreign:
         raise StoreError(
             f"{source.path}: split {source.split!r} has columns that would be lost: {', '.join(foreign)}; "
@@ -58,13 +58,27 @@ def copy_images(
     """
     columns = {name: source.column(name) for name in source.columns}
     with tqdm(total=len(positions), desc=source.split, unit=" images", disable=None) as bar:
-        for start in range(0, len(positions), BATCH):
-            part = positions[start : start + BATCH]
+        for part in _batches(source, positions):
             ids, labels = zip(*(source[position] for position in part), strict=True)
             others = {name: column[part] for name, column in columns.items()}
             renumbered = [renumber(label, classes) for label in labels]
             writer.add_batch(np.stack(ids) if source.grid else ids, renumbered, others)
             bar.update(len(part))
+
+
+def _batches(
+    source: TokenStore, positions: Sequence[int] | Integer[np.ndarray, " images"]
+) -> Iterator[Sequence[int] | np.ndarray]:
+    """Split `positions` into parts of at most BATCH images and BATCH_TOKENS tokens, but at least one image."""
+    start = tokens = 0
+    for end, position in enumerate(positions):
+        size = math.prod(source.grids[position].tolist())
+        if end > start and (end - start == BATCH or tokens + size > BATCH_TOKENS):
+            yield positions[start:end]
+            start, tokens = end, 0
+        tokens += size
+    if start < len(positions):
+        yield positions[start:]
 
 
 def renumber(label: Label, classes: Mapping[int, int] | None) -> Label:

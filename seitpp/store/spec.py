@@ -112,6 +112,10 @@ class SplitSpec:
             raise StoreError(
                 f"{self.path}: has a split {self.split!r} already; nothing is overwritten, choose another"
             )
+        if len(store["splits"]) >= layout.MAX_SPLITS:
+            raise StoreError(
+                f"{self.path}: has {layout.MAX_SPLITS} splits already; write the others into another store"
+            )
         if (self.path / self.split).exists() and not replace_left:
             raise StoreError(f"{self.path / self.split}: left by an interrupted writer; remove it to go on")
         self._check_agreement(store)
@@ -135,6 +139,11 @@ class SplitSpec:
             raise StoreError(
                 f"codebook: got shape {codebook.shape}, expected 1 .. {codecs.MAX_CODES} codes "
                 f"of dimension 1 .. {layout.MAX_CODE_DIM}"
+            )
+        if codebook.size > layout.MAX_CODEBOOK_NUMBERS:
+            raise StoreError(
+                f"codebook: got {codebook.size} numbers, expected at most {layout.MAX_CODEBOOK_NUMBERS}; "
+                "take fewer or shorter codes"
             )
         if self.grid is not None and not layout.is_grid(self.grid):
             raise StoreError(f"grid: got {self.grid}, expected (height, width), 1 .. {codecs.MAX_TOKENS} tokens")

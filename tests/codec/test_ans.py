@@ -241,14 +241,14 @@ def test_a_seed_that_no_ids_make_is_refused(num_codes, num_tokens):
         assert sum(int(i) * num_codes**at for at, i in enumerate(ids)) == number
     for number in (num_codes**num_tokens, 2**40, 2**64 - 1, 2**200):
         body = number.to_bytes(26, "little").rstrip(b"\0")
-        with pytest.raises(CodecError, match="goes on after its last token"):
+        with pytest.raises(CodecError, match=r"goes on after its last token|expected at most"):
             codec.decode(forge(codec, body, num_tokens), num_tokens)
 
 
 def test_too_many_bytes_under_a_right_check_are_refused(payload):
     codec, _, data = payload
     with pytest.raises(CodecError, match="goes on after its last token"):
-        codec.decode(forge(codec, data[2:], 10), 10)
+        codec.decode(forge(codec, data[2:], 200), 200)
 
 
 def test_one_byte_does_not_pass_for_a_check_that_ends_in_zero():

@@ -123,11 +123,12 @@ def test_every_place_is_coded_once_and_after_its_neighbors():
         codec = learned(height, width, 4, num_images=1)
         known = set(codec._coarse.tolist())
         for step in codec._steps:
-            around = set(step.neighbors.ravel().tolist())
-            assert around - {height * width} <= known
-            assert (step.neighbors < height * width).any(axis=0).all()
-            assert not known & set(step.positions.tolist())
-            known |= set(step.positions.tolist())
+            for positions, neighbors in step.blocks():
+                around = set(neighbors.ravel().tolist())
+                assert around - {height * width} <= known
+                assert (neighbors < height * width).any(axis=0).all()
+                assert not known & set(positions.tolist())
+            known |= {position for block in step.blocks() for position in block.positions.tolist()}
         assert known == set(range(height * width))
 
 

@@ -184,7 +184,8 @@ def test_random_bytes_are_refused_or_canonical(name, num_codes):
         (b"\1\2\3\4", 3, "byte 3: the 3 tokens end here, of 4 bytes"),
         (b"\1\2\3\xff", 3, "byte 3: the 3 tokens end here, of 4 bytes"),
         (b"\1\xff\x2d\3", 3, "token 1: id 300, expected 0 .. 299"),
-        (b"\1" + b"\xff" * 999 + b"\3\3", 3, "token 1: id 254748, expected 0 .. 299"),
+        (b"\1\xff\xff\3\3", 3, "token 1: id 513, expected 0 .. 299"),
+        (b"\1" + b"\xff" * 999 + b"\3\3", 3, "payload of 1002 bytes, expected at most 6 for 3 tokens"),
     ],
 )
 def test_escape_names_the_place_of_damage(data, num_tokens, message):
@@ -195,10 +196,12 @@ def test_escape_names_the_place_of_damage(data, num_tokens, message):
 @pytest.mark.parametrize(
     ("name", "body", "num_tokens", "message"),
     [
-        ("packed", b"\0\0", 1, "body of 2 bytes, expected 1 for 1 tokens"),
+        ("packed", b"", 1, "body of 0 bytes, expected 1 for 1 tokens"),
+        ("packed", b"\0\0", 1, "payload of 4 bytes, expected at most 3 for 1 tokens"),
         ("packed", b"\1", 1, "bits after its last token"),
         ("packed", b"\xe0", 1, "token 0: id 7, expected 0 .. 4"),
-        ("huffman", b"\0\0", 1, "more than 1 tokens"),
+        ("huffman", b"\0\0", 1, "payload of 4 bytes, expected at most 3 for 1 tokens"),
+        ("huffman", b"\0\0", 3, "more than 3 tokens"),
         ("huffman", b"\1", 1, "more than 1 tokens"),
         ("huffman", b"", 1, "body of 0 bytes ends before token 0"),
         ("huffman", b"\xff", 3, "body of 1 bytes ends in token 2"),
