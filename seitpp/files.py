@@ -22,11 +22,11 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import filelock
 
-from seitpp.errors import UserError
+from seitpp.errors import UserError, refusing
 
 CHUNK = 1 << 20
 WINDOWS = sys.platform == "win32"
@@ -46,6 +46,23 @@ def sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError for any other text, also one that is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_json(path: Path, error: type[UserError], expected: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises `error`, which names the file and what was `expected`."""
+    with refusing(error, path, expected):
+        value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise error(f"{path}: got a {type(value).__name__}, expected a JSON object: {expected}")
+    return value
 
 
 def sync(path: Path) -> None:
