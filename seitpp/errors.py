@@ -39,8 +39,8 @@ def reason(problem: BaseException) -> str:
 
 
 @contextmanager
-def refusing(kind: type[UserError], where: object, expected: str) -> Iterator[None]:
-    """Raise whatever the block raises about the stranger's file `where` as one line of `kind`.
+def refusing(kind: type[UserError], complaint: str, expected: str) -> Iterator[None]:
+    """Raise whatever the block raises about a stranger's file as one line of `kind` that begins with `complaint`.
 
     Libraries raise any exception for a damaged file. Our own errors pass as they are, and so does MemoryError:
     sizes are checked before there is memory for them.
@@ -50,7 +50,7 @@ def refusing(kind: type[UserError], where: object, expected: str) -> Iterator[No
     except (UserError, MemoryError):
         raise
     except Exception as problem:
-        raise kind(f"{where}: cannot be read ({reason(problem)}); expected {expected}") from problem
+        raise kind(f"{complaint} ({reason(problem)}); expected {expected}") from problem
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

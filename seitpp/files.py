@@ -49,16 +49,22 @@ def sha256(path: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError for any other text, also one that is nested too deep."""
+    """Return the value of a JSON text.
+
+    Raises ValueError for any other text, and for one that is nested too deep or has half a character (surrogate).
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
 
 def read_json(path: Path, error: type[UserError], expected: str) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `error`, which names the file and what was `expected`."""
-    with refusing(error, path, expected):
+    with refusing(error, f"{path} cannot be read", expected):
         value = parse_json(path.read_bytes())
     if not isinstance(value, dict):
         raise error(f"{path}: got a {type(value).__name__}, expected a JSON object: {expected}")

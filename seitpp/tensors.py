@@ -9,13 +9,15 @@ import math
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from seitpp.errors import UserError, reason, refusing
 from seitpp.files import parse_json, replace_file
@@ -57,10 +59,31 @@ def load_tensors(
 
     `wanted` selects tensors by name. Raises `error` with the path if the file cannot be read.
     """
-    with refusing(error, path, "a whole safetensors file"), safe_open(path, "pt") as file:
+    with refusing(error, f"{path} cannot be read", "a whole safetensors file"), safe_open(path, "pt") as file:
         header = parse_json((file.metadata() or {}).get(key, "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     return header, tensors
+
+
+@contextmanager
+def built_for(tensors: int) -> Iterator[None]:
+    """Stop building modules, by a ValueError, as soon as they have far more parameters than a file has tensors.
+
+    A header can ask for any number of layers, which take time even without memory.
+    """
+    found = 0
+
+    def count(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal found
+        found += 1
+        if found > 2 * tensors + 100:
+            raise ValueError(f"a network of more than {found - 1:,} parameters for {tensors:,} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def header_keys(path: Path) -> set[str]:
@@ -147,7 +170,7 @@ def _check_dense(tensor: Tensor) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for a zip archive that torch.save does not write, since loading it could fill the memory."""
+    """Raise ValueError for a zip archive that torch.save does not write, and which could fill the memory."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed entries")

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import files
+from seitpp.engine.folder import RunError
 from seitpp.engine.precision import check_scale
 from seitpp.engine.system import peak_memory
+from seitpp.errors import refusing
 
 MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 LONGEST_PRODUCT = 1.0  # seconds
@@ -30,9 +32,9 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Remove the lines after `step`, and an incomplete last line of a killed run."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.replace_text(self.path, "".join(kept))
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and self._record(line)["step"] <= step]
+        files.replace_bytes(self.path, b"".join(kept))
 
     def write(self, records: list[dict]) -> None:
         """Append records and sync the file."""
@@ -40,7 +42,15 @@ class MetricsLog:
 
     def read(self) -> list[dict]:
         """Return all records."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [self._record(line) for line in self.path.read_bytes().splitlines()]
+
+    def _record(self, line: bytes) -> dict:
+        complaint = f"{self.path}: a line cannot be read"
+        with refusing(RunError, complaint, "a record with its step; remove the line, or name another --out"):
+            record = files.parse_json(line)
+            if type(record["step"]) is not int:
+                raise TypeError(f"step {record['step']!r}")
+        return record
 
 
 class NotFinite(NamedTuple):

@@ -22,6 +22,8 @@ from seitpp.tensors import save_tensors
 
 # Codebook rows at most this far apart are the same code, rounded differently.
 SAME_ROW = 1e-5
+MOST = 1 << 20  # of any size of a tokenizer
+RESIZES = ("bicubic", "bilinear")  # the filters that torch antialiases
 HEADER = "tokenizer"  # key of the spec in the header of a tokenizer file
 
 
@@ -42,8 +44,8 @@ class TokenizerSpec:
     image in [0, 1], per channel. One token covers `patch` x `patch` pixels and is the id of the nearest of
     `num_codes` codes of dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes
     L2-normalized) or "euclidean".
-    Raises TokenizerError for an unknown lookup, for sizes that are not positive or do not fit the patch, and for
-    means or deviations of another number of channels, or that are not finite.
+    Raises TokenizerError for an unknown lookup or filter, for sizes that are not in [1, 2^20] or do not fit the
+    patch, and for means or deviations of another number of channels, or that are not finite.
     """
 
     kind: str
@@ -59,13 +61,17 @@ class TokenizerSpec:
     channels: int = 3
 
     def __post_init__(self):
+        if not isinstance(self.kind, str):
+            raise TokenizerError(f"a tokenizer of kind {self.kind!r}, expected its name")
         if self.lookup not in LOOKUPS:
             raise TokenizerError(f"{self.kind} tokenizer: got lookup {self.lookup!r}, expected one of {LOOKUPS}")
+        if self.resize not in RESIZES:
+            raise TokenizerError(f"{self.kind} tokenizer: got resize {self.resize!r}, expected one of {RESIZES}")
         sizes = (*self.image_size, self.patch, self.num_codes, self.code_dim, self.channels)
-        if len(self.image_size) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        if len(self.image_size) != 2 or not all(type(size) is int and 0 < size <= MOST for size in sizes):
             raise TokenizerError(
                 f"{self.kind} tokenizer: got image_size, patch, num_codes, code_dim and channels {sizes}, "
-                "expected positive integers, two of them for image_size"
+                f"expected positive integers up to {MOST:,}, two of them for image_size"
             )
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise TokenizerError(
