@@ -48,6 +48,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class BoundedFile(io.BufferedReader):
+    """A file open for reading that makes no memory for more bytes than it has, whatever a header in it says."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read up to `size` bytes, all that are left if it is negative or None."""
+        left = max(self.size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from seitpp.errors import UserError, reason, refusing
-from seitpp.files import parse_json, replace_file
+from seitpp.files import BoundedFile, parse_json, replace_file
 
 ADVICE = "save its state dict alone, as safetensors, where you trust the file"
 # What a checkpoint may call to make memory of any size; torch allows it, and no state dict does it.
@@ -184,11 +184,9 @@ def _check_bare(path: Path) -> None:
 
     The number of values of each tensor is in it, and torch makes memory for them before it reads any.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
+    with BoundedFile(path) as file:
         for _ in range(5):  # the magic number, two pickles about versions, the content, the names of its tensors
-            _check_pickle(file, most=16 * size + SLACK)
+            _check_pickle(file, most=16 * file.size + SLACK)
 
 
 def _check_pickle(file: BinaryIO, *, most: float) -> None:

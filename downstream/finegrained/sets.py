@@ -77,7 +77,8 @@ def _check_listing(listing: Listing) -> None:
     for path, label in listing.train + listing.validation:
         if type(label) is not int or not 0 <= label < len(names):
             raise ValueError(f"class {label!r} of {path}, counted from 0, of {len(names)} classes")
-        if Path(path).is_absolute() or ".." in Path(path).parts or not path.isprintable():
+        parts = path.replace("\\", "/").split("/")
+        if not parts[0] or parts[0].endswith(":") or ".." in parts or not path.isprintable():
             raise ValueError(f"an image {path!r}, outside the folder")
 
 

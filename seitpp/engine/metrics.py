@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Remove the lines after `step`, and an incomplete last line of a killed run."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and self._record(line)["step"] <= step]
+        with self._reading():
+            kept = [line for line in lines if line.endswith(b"\n") and _record(line)["step"] <= step]
         files.replace_bytes(self.path, b"".join(kept))
 
     def write(self, records: list[dict]) -> None:
@@ -42,15 +44,18 @@ class MetricsLog:
 
     def read(self) -> list[dict]:
         """Return all records."""
-        return [self._record(line) for line in self.path.read_bytes().splitlines()]
+        with self._reading():
+            return [_record(line) for line in self.path.read_bytes().splitlines()]
 
-    def _record(self, line: bytes) -> dict:
-        complaint = f"{self.path}: a line cannot be read"
-        with refusing(RunError, complaint, "a record with its step; remove the line, or name another --out"):
-            record = files.parse_json(line)
-            if type(record["step"]) is not int:
-                raise TypeError(f"step {record['step']!r}")
-        return record
+    def _reading(self) -> AbstractContextManager[None]:
+        return refusing(RunError, f"{self.path} cannot be read", "a record with its step on each line; mend it")
+
+
+def _record(line: bytes) -> dict:
+    record = files.parse_json(line)
+    if type(record["step"]) is not int:
+        raise TypeError(f"step {record['step']!r}")
+    return record
 
 
 class NotFinite(NamedTuple):

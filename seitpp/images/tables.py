@@ -146,6 +146,8 @@ class ParquetSource:
             # Reopened, and read without threads: neither survives the fork of data loader workers.
             with refusing(ImageError, f"{path}: row group {group} cannot be read", "a whole file; copy it again"):
                 table = _open_parquet(path).read_row_group(group, columns=[self.columns.image], use_threads=False)
+                if len(table) != self._ends[number] - (self._ends[number - 1] if number else 0):
+                    raise ValueError(f"{len(table):,} rows, others by its head")
                 self._held = number, table[self.columns.image].to_pylist()
         rows = self._held[1]
         image = rows[index - (self._ends[number] - len(rows))]
@@ -228,7 +230,11 @@ def _data(image: Any, name: str, *, folder: Path | None = None) -> bytes:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     with refusing(ImageError, f"{path}: cannot be read as Parquet", "a whole file; copy it again"):
-        return pq.ParquetFile(path)
+        file, size = pq.ParquetFile(path), path.stat().st_size
+        groups = range(file.metadata.num_row_groups)
+        if not 0 <= sum(file.metadata.row_group(group).num_rows for group in groups) <= size:
+            raise ValueError(f"more rows than its {size:,} bytes")
+        return file
 
 
 def open_arrow(folder: Path) -> datasets.Dataset | datasets.DatasetDict:

@@ -1,6 +1,5 @@
 """Images in uncompressed tar files, as WebDataset and others pack them; nothing is unpacked."""
 
-import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seitpp.errors import refusing
-from seitpp.files import parse_json
+from seitpp.files import BoundedFile, parse_json
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import LabelRules, Labels, RawLabel, as_number, resolve, unlabeled
@@ -28,18 +27,6 @@ class Member(NamedTuple):
     size: int
     name: str
     suffix: str
-
-
-class _Tar(io.FileIO):
-    """A file that makes no memory for more bytes than it has, whatever a header says."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.size = path.stat().st_size
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self.size - self.tell(), 0)
-        return super().read(left if size < 0 else min(size, left))
 
 
 class TarSource:
@@ -178,7 +165,7 @@ def _members(path: Path, left_out: LeftOut) -> list[Member]:
     complaint = f"{path}: cannot be read as an uncompressed tar"
     with (
         refusing(ImageError, complaint, "a whole one; unpack or copy it again"),
-        _Tar(path) as file,
+        BoundedFile(path) as file,
         tarfile.open(fileobj=file, mode="r:") as tar,
     ):
         for member in tar:
