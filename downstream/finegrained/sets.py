@@ -132,7 +132,7 @@ def cars(folder: Path) -> Listing:
 def cub200(folder: Path) -> Listing:
     """Read images/, images.txt, image_class_labels.txt, train_test_split.txt (1 is train) and classes.txt."""
     paths, labels, in_train, names = (
-        dict(line.split() for line in _lines(folder / f"{name}.txt"))
+        _read(folder / f"{name}.txt", _pairs)
         for name in ("images", "image_class_labels", "train_test_split", "classes")
     )
 
@@ -202,6 +202,10 @@ def _read(path: Path, read: Callable[[Path], Content]) -> Content:
 
 def _lines(path: Path) -> list[str]:
     return _read(path, lambda path: path.read_text(encoding="utf-8").splitlines())
+
+
+def _pairs(path: Path) -> dict[str, str]:
+    return dict(line.split() for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def _object(path: Path) -> dict[str, Any]:

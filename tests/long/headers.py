@@ -5,8 +5,8 @@
 
 A file of each kind of support/strangers.py has bytes changed, cut, put in, repeated or swapped; or its JSON loses
 keys, gets others, or has values that nobody would write; or tensors of a checkpoint change. An input fails if
-reading it raises anything but a UserError in one line, takes 2 s of computing or 200 MB, asks the network, starts a
-process, unpickles an object, or touches a file outside of its folder. Failing inputs stay in
+reading it raises anything but a UserError in one line, takes 2 s of computing or 200 MB, asks the network, starts
+a process, unpickles an object, or touches a file outside of its folder. Failing inputs stay in
 tests/long/headers-failures (--keep).
 
 Prints a table: kind, inputs, refused, read, longest ms, largest MB. The exit status is not 0 after any failure.
