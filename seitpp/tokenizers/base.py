@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from seitpp.tensors import save_tensors
 # Codebook rows at most this far apart are the same code, rounded differently.
 SAME_ROW = 1e-5
 MOST = 1 << 20  # of any size of a tokenizer
+LARGEST = sys.float_info.max  # an int can be larger, and is then no number to compute with
 RESIZES = ("bicubic", "bilinear")  # the filters that torch antialiases
 HEADER = "tokenizer"  # key of the spec in the header of a tokenizer file
 
@@ -79,7 +80,7 @@ class TokenizerSpec:
                 f"for each of {self.channels} channels"
             )
         numbers = (*self.mean, *self.std)
-        finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        finite = all(type(number) in (int, float) and abs(number) <= LARGEST for number in numbers)
         if not finite or min(self.std) <= 0:
             raise TokenizerError(
                 f"{self.kind} tokenizer: got means {self.mean} and deviations {self.std}, expected finite "
