@@ -348,7 +348,10 @@ def height_and_width(size: ImageSize) -> tuple[int, int]:
 
 
 def require_equal_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], complaint: str) -> None:
-    """Raise TokenizerError that begins with `complaint` unless all tensors have the same names and shapes."""
+    """Raise TokenizerError that begins with `complaint` unless all tensors have the same names and shapes.
+
+    Floating-point numbers are expected where there are any.
+    """
     problems = [
         *(f"{name} is missing" for name in expected if name not in got),
         *(f"{name} is unexpected" for name in got if name not in expected),
@@ -356,6 +359,11 @@ def require_equal_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tenso
             f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
             for name, tensor in expected.items()
             if name in got and got[name].shape != tensor.shape
+        ),
+        *(
+            f"{name} is {got[name].dtype}, expected {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in got and tensor.is_floating_point() and not got[name].is_floating_point()
         ),
     ]
     if problems:

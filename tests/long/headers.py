@@ -371,6 +371,8 @@ class Watch:
         place = os.path.realpath(os.fsdecode(path)) if b"\0" not in os.fsencode(path) else "\0"
         if place.startswith(f"{self.folder}/") or place in (self.folder, "\0", "/dev/null"):
             return
+        if place.endswith("/<unknown>"):  # a traceback looks for the source of compiled code
+            return
         if writes or not place.startswith(LIBRARIES):
             self.found.append(f"{event} {place}{' for writing' if writes else ''}")
 
