@@ -3,16 +3,54 @@
 import difflib
 import errno
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+LONGEST = 4000  # characters of a message, of which the middle is left out if there are more
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the text of a Python object
 
 
 class UserError(ValueError):
     """An error that the user can fix; its message is one line: where, what was got, what was expected, what to do.
 
-    Programs print it and exit with status 2. Every other exception is a bug and keeps its traceback.
+    Programs print it and exit with status 2. Every other exception is a bug and keeps its traceback. What does not
+    print is escaped, since a stranger's file may name anything, and a terminal obeys some of it; `args` has it as
+    it was given.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} .. {text[-LONGEST // 2 :]}"
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def reason(problem: BaseException) -> str:
+    """Return what a library says about a file: one line of at most 300 characters."""
+    text = getattr(problem, "strerror", None) or str(problem)
+    if isinstance(problem, KeyError) and problem.args:
+        text = f"no {problem.args[0]!r}"
+    return ADDRESS.sub("", " ".join(text.split()))[:300] or type(problem).__name__
+
+
+@contextmanager
+def refusing(kind: type[UserError], complaint: str, expected: str) -> Iterator[None]:
+    """Raise whatever the block raises about a stranger's file as one line of `kind` that begins with `complaint`.
+
+    Libraries raise any exception for a damaged file. Our own errors pass as they are, and so does MemoryError:
+    sizes are checked before there is memory for them.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as problem:
+        raise kind(f"{complaint} ({reason(problem)}); expected {expected}") from problem
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

@@ -22,11 +22,11 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import filelock
 
-from seitpp.errors import UserError
+from seitpp.errors import UserError, refusing
 
 CHUNK = 1 << 20
 WINDOWS = sys.platform == "win32"
@@ -46,6 +46,42 @@ def sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class BoundedFile(io.BufferedReader):
+    """A file open for reading that makes no memory for more bytes than it has, whatever a header in it says."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read up to `size` bytes, all that are left if it is negative or None."""
+        left = max(self.size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises ValueError for any other text, and for one that is nested too deep or has half a character (surrogate).
+    """
+    try:
+        value = json.loads(text)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_json(path: Path, error: type[UserError], expected: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises `error`, which names the file and what was `expected`."""
+    with refusing(error, f"{path} cannot be read", expected):
+        value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise error(f"{path}: got a {type(value).__name__}, expected a JSON object: {expected}")
+    return value
 
 
 def sync(path: Path) -> None:

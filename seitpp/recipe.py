@@ -53,7 +53,7 @@ def run_recipe(
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
     except UserError as error:
-        fail(_one_line(str(error)))
+        fail(str(UserError(_one_line(error.args[0]))))
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

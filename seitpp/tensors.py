@@ -3,23 +3,32 @@
 The caller passes the class of the error to raise. Also the copy of a batch to a device.
 """
 
+import io
 import json
+import math
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from seitpp.errors import UserError, check_version
-from seitpp.files import replace_file
+from seitpp.errors import UserError, check_version, reason, refusing
+from seitpp.files import BoundedFile, parse_json, replace_file
 
 ADVICE = "save its state dict alone, as safetensors, where you trust the file"
 VERSION = 1  # of the headers, as a number in each; a reader refuses larger ones, and none is 1
-ERRORS = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError)
+# What a checkpoint may call to make memory of any size; torch allows it, and no state dict does it.
+MAKERS = (" bytearray", "Tensor")
+NUMBERS = ("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4")  # operations of a pickle
+SLACK = 1 << 22  # of the sum of the numbers in a bare pickle, for those that are no sizes
+MAGIC = 0x1950A86A20F9469CFC6C  # the number at the beginning of a bare pickle of torch.save
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -52,15 +61,33 @@ def load_tensors(
     `wanted` selects tensors by name. Raises `error` with the path if the file cannot be read, or if a newer
     version of this library has written it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(key, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-    except ERRORS as problem:
-        raise error(f"{path} cannot be read: {problem}: expected a whole safetensors file") from problem
+    with refusing(error, f"{path} cannot be read", "a whole safetensors file"), safe_open(path, "pt") as file:
+        header = parse_json((file.metadata() or {}).get(key, "null"))
+        tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     if isinstance(header, dict):
         check_version(header.pop("version", 1), VERSION, path=path, error=error)
     return header, tensors
+
+
+@contextmanager
+def built_for(tensors: int) -> Iterator[None]:
+    """Stop building modules, by a ValueError, as soon as they have far more parameters than a file has tensors.
+
+    A header can ask for any number of layers, which take time even without memory.
+    """
+    found = 0
+
+    def count(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal found
+        found += 1
+        if found > 2 * tensors + 100:
+            raise ValueError(f"a network of more than {found - 1:,} parameters for {tensors:,} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def header_keys(path: Path) -> set[str]:
@@ -84,17 +111,19 @@ def load_checkpoint(
     """Load a `torch.save` file of tensors, plain containers and numbers, and instances of the classes `harmless`.
 
     Nothing else is unpickled, and tensors of a zip archive are read from disk only when they are used. Raises
-    `error` with the path and `advice` if the file is damaged, holds anything else, or is compressed.
+    `error` with the path and `advice` if the file is damaged, holds anything else, is compressed, or asks for more
+    memory than its size.
     """
     try:
         archive = zipfile.is_zipfile(path)
-        if archive:
-            _check_stored(path)
+        (_check_archive if archive else _check_bare)(path)
         with torch.serialization.safe_globals(list(harmless)):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
         for tensor in _tensors_in(content):
             _check_dense(tensor)
         return content
+    except MemoryError:
+        raise
     except Exception as problem:  # a damaged or malicious pickle can raise any exception
         raise error(
             f"{path} cannot be read as plain tensors, and is not unpickled since that could run code "
@@ -121,17 +150,21 @@ def load_state_dict(path: Path, error: type[UserError], wanted: Callable[[str], 
 
 def _reason(problem: Exception) -> str:
     """The line of torch's message that says what was rejected, without its advice to trust the file."""
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    line = next((line for line in lines if "WeightsUnpickler error" in line), lines[0])
-    return line.split(". Please use")[0].strip()
+    lines = str(problem).strip().splitlines()
+    line = next((line for line in lines if "WeightsUnpickler error" in line), lines[0] if lines else "")
+    return line.split(". Please use")[0].strip() or reason(problem)
 
 
 def _tensors_in(content: Any) -> Iterator[Tensor]:
-    if torch.is_tensor(content):
-        yield content
-    elif isinstance(content, Mapping | list | tuple):
-        for part in content.values() if isinstance(content, Mapping) else content:
-            yield from _tensors_in(part)
+    """Yield each tensor of nested containers, also of some that hold themselves or one part many times."""
+    seen, waiting = set(), [content]
+    while waiting:
+        part = waiting.pop()
+        if torch.is_tensor(part):
+            yield part
+        elif isinstance(part, Mapping | list | tuple) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += part.values() if isinstance(part, Mapping) else part
 
 
 def _check_dense(tensor: Tensor) -> None:
@@ -140,8 +173,36 @@ def _check_dense(tensor: Tensor) -> None:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} that is not stored as such")
 
 
-def _check_stored(path: Path) -> None:
-    """Raise ValueError for a compressed archive: torch.save never compresses, so it could be a zip bomb."""
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for a zip archive that torch.save does not write, and which could fill the memory."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed entries")
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                _check_pickle(io.BytesIO(archive.read(name)), most=math.inf)
+
+
+def _check_bare(path: Path) -> None:
+    """Raise ValueError for a bare pickle of torch.save that names far more values than its file can have.
+
+    The number of values of each tensor is in it, and torch makes memory for them before it reads any.
+    """
+    with BoundedFile(path) as file:
+        for _ in range(5):  # the magic number, two pickles about versions, the content, the names of its tensors
+            _check_pickle(file, most=16 * file.size + SLACK)
+
+
+def _check_pickle(file: BinaryIO, *, most: float) -> None:
+    """Read the operations of one pickle, without executing any, and raise ValueError if it asks for memory.
+
+    `most` is for the sum of its numbers.
+    """
+    total = 0
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL" and argument.endswith(MAKERS):
+            raise ValueError(f"a call of {argument}")
+        if operation.name in NUMBERS and argument != MAGIC:
+            total += abs(argument)
+        if total > most:
+            raise ValueError("numbers of values that are larger than the file")

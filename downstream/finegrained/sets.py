@@ -5,19 +5,20 @@
 order of classes. Nothing is copied, unpacked or cached.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import datasets
-from scipy.io import loadmat
 
-from seitpp.errors import UserError
+from downstream.finegrained.matlab import read_variables
+from seitpp.errors import UserError, refusing
+from seitpp.files import parse_json
 
 SetName = Literal["flowers102", "cars", "cub200", "inat18", "inat19", "pets", "food101"]
+Content = TypeVar("Content")
 Images = list[tuple[str, int]]  # (path relative to the folder of the data set, label) of each image
 
 
@@ -47,24 +48,38 @@ class FineGrained(NamedTuple):
 def read_set(name: str, folder: str | PathLike[str]) -> datasets.DatasetDict:
     """Read the splits `train` and `validation` of the data set `name`, one of SETS, from `folder`.
 
-    Raises SetError if the name is unknown, or if a list file or the first image of a split is missing.
+    Raises SetError if the name is unknown, if a list file or the first image of a split is missing, if a list is
+    damaged or of another form, and if it names an image outside the folder or a class that is none.
     """
     if name not in SETS:
         raise SetError(f"unknown set {name!r}: expected one of {', '.join(SETS)}")
-    try:
-        listing = SETS[name].read(Path(folder))
-        for path, _ in listing.train[:1] + listing.validation[:1]:
-            (Path(folder) / path).stat()  # fail now, not in an hour, if only the lists are there
-    except OSError as error:
-        raise SetError(
-            f"{error.filename}: {error.strerror}; expected {SETS[name].title} as its authors distribute it, "
-            f"see {SETS[name].page}"
-        ) from error
+    expected = f"{SETS[name].title} as its authors distribute it, see {SETS[name].page}"
+    with refusing(SetError, f"{folder}: its lists do not go together", expected):
+        try:
+            listing = SETS[name].read(Path(folder))
+            _check_listing(listing)
+            for path, _ in listing.train[:1] + listing.validation[:1]:
+                (Path(folder) / path).stat()  # fail now, not in an hour, if only the lists are there
+        except OSError as error:
+            raise SetError(f"{error.filename}: {error.strerror}; expected {expected}") from error
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=listing.class_names)}
     )
     splits = {"train": listing.train, "validation": listing.validation}
     return datasets.DatasetDict({split: _paths(folder, splits[split], features) for split in splits})
+
+
+def _check_listing(listing: Listing) -> None:
+    """Raise ValueError unless all names are different texts, all labels are theirs, and all images lie inside."""
+    names = listing.class_names
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"{len(names)} names of classes, of which some are empty or occur twice, or none at all")
+    for path, label in listing.train + listing.validation:
+        if type(label) is not int or not 0 <= label < len(names):
+            raise ValueError(f"class {label!r} of {path}, counted from 0, of {len(names)} classes")
+        parts = path.replace("\\", "/").split("/")
+        if not parts[0] or parts[0].endswith(":") or ".." in parts or not path.isprintable():
+            raise ValueError(f"an image {path!r}, outside the folder")
 
 
 def differences(name: str, splits: datasets.DatasetDict) -> list[str]:
@@ -88,23 +103,25 @@ def flowers102(folder: Path) -> Listing:
 
     The files have no class names, so the names are the class numbers.
     """
-    labels = _mat(folder / "imagelabels.mat")["labels"].tolist()
-    parts = _mat(folder / "setid.mat")
+    labels, parts = (_read(folder / name, read_variables) for name in ("imagelabels.mat", "setid.mat"))
+    classes = dict(enumerate(labels["labels"], 1))  # from 1, as the images are
 
     def images(part: str) -> Images:
-        return [(f"jpg/image_{number:05d}.jpg", labels[number - 1] - 1) for number in parts[part].tolist()]
+        return [(f"jpg/image_{number:05d}.jpg", classes[number] - 1) for number in parts[part]]
 
-    names = [str(number) for number in range(1, max(labels) + 1)]
+    if (last := max(classes.values())) > len(classes):
+        raise ValueError(f"class {last} of {len(classes):,} images")
+    names = [str(number) for number in range(1, last + 1)]
     return Listing(images("trnid") + images("valid"), images("tstid"), names)
 
 
 def cars(folder: Path) -> Listing:
     """Read cars_train/, cars_test/, devkit/ and the file with the labels of the test images beside the devkit."""
-    names = _mat(folder / "devkit/cars_meta.mat")["class_names"].tolist()
+    names = _read(folder / "devkit/cars_meta.mat", read_variables)["class_names"]
 
     def images(annotations: str, subfolder: str) -> Images:
-        rows = _mat(folder / annotations)["annotations"]
-        return [(f"{subfolder}/{image['fname']}", image["class"] - 1) for image in rows]
+        rows = _read(folder / annotations, read_variables)["annotations"]
+        return [(f"{subfolder}/{image['fname']}", _only(image["class"]) - 1) for image in rows]
 
     # Some copies of the data set have this file inside the devkit.
     test = "cars_test_annos_withlabels.mat"
@@ -115,7 +132,7 @@ def cars(folder: Path) -> Listing:
 def cub200(folder: Path) -> Listing:
     """Read images/, images.txt, image_class_labels.txt, train_test_split.txt (1 is train) and classes.txt."""
     paths, labels, in_train, names = (
-        dict(line.split() for line in _lines(folder / f"{name}.txt"))
+        _read(folder / f"{name}.txt", _pairs)
         for name in ("images", "image_class_labels", "train_test_split", "classes")
     )
 
@@ -131,7 +148,7 @@ def cub200(folder: Path) -> Listing:
 
 def inat(folder: Path, year: int) -> Listing:
     """Read train_valYEAR/, trainYEAR.json and valYEAR.json; labels follow the order of the category ids."""
-    train, validation = (json.loads((folder / f"{part}{year}.json").read_bytes()) for part in ("train", "val"))
+    train, validation = (_read(folder / f"{part}{year}.json", _object) for part in ("train", "val"))
     categories = sorted(train["categories"], key=lambda category: category["id"])
     labels = {category["id"]: label for label, category in enumerate(categories)}
 
@@ -171,14 +188,28 @@ def _paths(folder: str | PathLike[str], images: Images, features: datasets.Featu
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _mat(path: Path) -> dict[str, Any]:
-    """Return the variables of a MATLAB file, with axes of length 1 removed and structs as dicts."""
-    with path.open("rb") as file:
-        return loadmat(file, simplify_cells=True)
+def _only(values: list[int]) -> int:
+    (value,) = values
+    return value
+
+
+def _read(path: Path, read: Callable[[Path], Content]) -> Content:
+    """Read a list file by `read`. Raises SetError naming it if it is damaged, and OSError if there is none."""
+    path.stat()
+    with refusing(SetError, f"{path}: cannot be read", "a list as its authors distribute it; download it again"):
+        return read(path)
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+    return _read(path, lambda path: path.read_text(encoding="utf-8").splitlines())
+
+
+def _pairs(path: Path) -> dict[str, str]:
+    return dict(line.split() for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return dict(parse_json(path.read_bytes()))
 
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from downstream.segmentation.backbone import PixelTokenViT, TokenViT
 from downstream.segmentation.data import IGNORED
 from downstream.segmentation.mmseg import load_mmseg
+from seitpp.errors import refusing
 from seitpp.models import ModelError
 from seitpp.models.vit import SIZES
 from seitpp.models.weights.classifiers import ARGUMENTS, classifier_spec, read_model, write_model
@@ -215,18 +216,24 @@ def load_segmenter(path: Path) -> SavedSegmenter:
     checked(path, header, HEADER, needs=("backbone", "class_names", "channels", "codebook", "patch"))
     settings, names = checked(path, header["backbone"], BACKBONE, needs=("vit",)), header["class_names"]
 
-    # mmsegmentation's heads cannot be built without memory: their width and number of classes are compared first.
+    # mmsegmentation's heads cannot be built without memory: the sizes that others follow are compared first.
     parts = {
         name.removeprefix("backbone."): part for name, part in tensors.items() if name.startswith("backbone.")
     }
     check_tensors(path, partial(TokenViT, **settings), parts, depth=settings.get("depth", 0))
-    last, expected = tensors.get("decode_head.conv_seg.weight"), (len(names), header["channels"], 1, 1)
-    if last is None or tuple(last.shape) != expected:
-        got = "none" if last is None else tuple(last.shape)
-        raise ModelError(f"{path}: its last layer is {got}, expected {expected} by its header; save it again")
-    backbone = TokenViT(**settings)
-    model = build_segmenter(backbone, len(names), channels=header["channels"])
-    model.load_state_dict(tensors)
+    channels = header["channels"]
+    for layer, expected in (
+        ("decode_head.conv_seg", (len(names), channels, 1, 1)),
+        ("decode_head.fpn_bottleneck.conv", (channels, 4 * channels, 3, 3)),
+    ):
+        weight = tensors.get(f"{layer}.weight")
+        if weight is None or tuple(weight.shape) != expected:
+            got = "none" if weight is None else tuple(weight.shape)
+            raise ModelError(f"{path}: its {layer} is {got}, expected {expected} by its header; save it again")
+    with refusing(ModelError, f"{path} is not a whole segmenter", "the tensors of its header; save it again"):
+        backbone = TokenViT(**settings)
+        model = build_segmenter(backbone, len(names), channels=channels)
+        model.load_state_dict(tensors)
     return SavedSegmenter(
         model.eval(), header["codebook"], names, header["patch"], backbone.window, header.get("short_side")
     )

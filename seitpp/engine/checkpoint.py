@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from seitpp import files
 from seitpp.engine.distributed import OptimizerState, split_as
 from seitpp.engine.precision import LossScaler
-from seitpp.errors import UserError, check_version
+from seitpp.errors import UserError, check_version, refusing
 
 VERSION = 1  # of a checkpoint, as a number in each; none is 1
 KEPT = 2
@@ -117,7 +117,7 @@ def latest(folder: Path) -> str:
     pointer = folder / "LATEST"
     if not pointer.exists():
         return "there is no checkpoint yet"
-    return f"the last good checkpoint is {pointer.read_text()}"
+    return f"the last good checkpoint is {pointer.read_text(errors='replace')[:20]}"
 
 
 def newest(folder: Path) -> Path | None:
@@ -159,8 +159,8 @@ def _manifest_file(manifest: dict[str, dict]) -> bytes:
 def _verify(path: Path) -> None:
     try:
         written = (path / MANIFEST).read_bytes()
-        manifest = json.loads(written)
-        if written != _manifest_file(manifest):
+        manifest = files.parse_json(written)
+        if written != _manifest_file(manifest) or not all(name == Path(name).name for name in manifest):
             raise CheckpointError(f"{path / MANIFEST} is not the file that was saved")
         for name in sorted({"model.safetensors", "optimizer.safetensors", "state.json"} | set(manifest)):
             if manifest[name] != _entry(path / name):
@@ -172,11 +172,18 @@ def _verify(path: Path) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read the checkpoint at a path from `newest`. Raises CheckpointError for one of a newer version."""
-    state = json.loads((path / "state.json").read_text())
+    """Read the checkpoint at a path from `newest`.
+
+    Raises CheckpointError for one that no run has saved, or one of a newer version.
+    """
+    state = files.read_json(path / "state.json", CheckpointError, "the step and the data of a checkpoint")
     check_version(state.get("version", 1), VERSION, path=path, error=CheckpointError)
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path, state["step"], state["store"], tensors)
+    step, data = state.get("step"), state.get("store")
+    if type(step) is not int or not 0 <= step < 10**8 or not isinstance(data, str):
+        raise CheckpointError(f"{path}: step {step!r} on data {data!r}, expected a number and a fingerprint")
+    with refusing(CheckpointError, f"{path} cannot be read", "whole safetensors files"):
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(path, step, data, tensors)
 
 
 def restore(
@@ -205,9 +212,10 @@ def restore(
         current = module.state_dict()
         tensors = checkpoint.tensors[name].items()
         module.load_state_dict({key: split_as(tensor, current[key]) for key, tensor in tensors})
-    if scaler:
-        scaler.restore(checkpoint.tensors["scaler"])
-    optimizer.restore(model, checkpoint.tensors["optimizer"])
+    with refusing(CheckpointError, f"{checkpoint.path} is of another optimizer", "that of this run"):
+        if scaler:
+            scaler.restore(checkpoint.tensors["scaler"])
+        optimizer.restore(model, checkpoint.tensors["optimizer"])
 
 
 def _check_same(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

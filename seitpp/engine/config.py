@@ -1,16 +1,16 @@
 """The settings of a recipe: a frozen dataclass, named presets, and the command line that changes their fields."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from seitpp.engine.ranges import out_of_range
 from seitpp.errors import UserError, check_version, suggest
+from seitpp.files import read_json
 from seitpp.tokenizers import Kind
 
 Config = TypeVar("Config")
@@ -173,17 +173,33 @@ def _from_file(config: Config, arguments: list[str]) -> tuple[Config, list[str]]
 def load_config(kind: type[Config], path: Path) -> Config:
     """Read the config.json of a run; a field that an older run does not have has its default.
 
-    Raises ConfigError if the file cannot be read, or names the fields that `kind` does not have.
+    Raises ConfigError if the file cannot be read, names fields that `kind` does not have, or has a value that the
+    flag of its field could not have.
     """
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
-    if not isinstance(stored, dict):
-        raise ConfigError(f"{path} cannot be read as the config of a run: expected an object")
+    stored, hints = read_json(path, ConfigError, "the config of a run"), get_type_hints(kind)
     fields = {field.name for field in dataclasses.fields(kind)}
     stored = current_names(stored, fields, path)
     if unknown := sorted(set(stored) - fields):
         raise ConfigError(f"{path} is the config of another recipe or version: has {', '.join(unknown)}")
     # JSON has no tuples, and every sequence of a config is a tuple.
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ConfigError(f"{path} cannot be the config of a run: {name} is {value!r}; correct it")
+    config = kind(**values)
+    if wrong := out_of_range(config):
+        raise ConfigError(f"{path} cannot be the config of a run: {wrong}")
+    return config
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Return whether a value is of the type of a field: a number, a text, a choice, a tuple, or one of several."""
+    kind, choices = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return isinstance(value, str) and value in choices
+    if kind is tuple:
+        parts = choices[:1] * len(value) if choices[-1] is ... and isinstance(value, tuple) else choices
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if choices:
+        return any(_fits(value, choice) for choice in choices)
+    return type(value) is hint or (hint is float and type(value) is int)

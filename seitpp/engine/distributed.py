@@ -194,11 +194,16 @@ class OptimizerState:
         return state | {f"{name}/step": counters[p] for name, p in model.named_parameters() if p in counters}
 
     def restore(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Load the state `tensors`, which are whole; where the parameter is split, each process takes its part."""
+        """Load the state `tensors`, which are whole; where the parameter is split, each process takes its part.
+
+        Raises KeyError or ValueError for those of another model.
+        """
         parameters, counters = dict(model.named_parameters()), self._counters()
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition("/")
             parameter = parameters[name]
+            if tensor.ndim and tensor.shape != parameter.shape:
+                raise ValueError(f"{full_name} is {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}")
             if key == "step" and parameter in counters:
                 counters[parameter].copy_(tensor)
             else:  # with AdamW's step counter, which a fused optimizer keeps on the device of its parameter

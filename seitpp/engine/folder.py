@@ -11,6 +11,7 @@ from seitpp import files
 from seitpp.engine.config import VERSION, current_names
 from seitpp.engine.contents import content_fingerprint
 from seitpp.errors import UserError
+from seitpp.files import read_json
 
 # Settings that do not change what a run computes: a resumed run may have other values.
 FREE_SETTINGS = {
@@ -33,6 +34,7 @@ WRITTEN = re.compile(
     r"|(augmented|confusion|curves|held_out|inpainting|legend|loss|loss_by_ratio|losses|nearest|pictures|probes"
     r"|reconstructions|validation)\.png"
 )
+OF_A_RUN = "the config of a run"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -110,12 +112,9 @@ def unknown_files(folder: Path) -> list[str]:
 
 def _check_only_a_run(folder: Path) -> None:
     """Raise RunError unless a folder holds a run alone, so that --overwrite removes only what runs write."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError:
-        config = None
-    if not isinstance(config, dict) or not config.keys() >= OF_EVERY_RUN:
-        raise RunError(f"{folder / CONFIG} is not that of a run, nothing is removed: name another --out")
+    advice = "nothing is removed: name another --out"
+    if not read_json(folder / CONFIG, RunError, f"the config of a run, {advice}").keys() >= OF_EVERY_RUN:
+        raise RunError(f"{folder / CONFIG} is not that of a run, {advice}")
     if unknown := unknown_files(folder):
         raise RunError(
             f"{folder} holds {unknown[0]}, which no run writes, nothing is removed: move it away, or name another "
@@ -133,7 +132,7 @@ def planned_lengths(
 
 def change_lengths(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write other lengths into the config.json of a run, and remove the result of the shorter one."""
-    stored = json.loads((folder / CONFIG).read_text())
+    stored = read_json(folder / CONFIG, RunError, OF_A_RUN)
     if (folder / RESULT).exists():
         files.remove_file(folder / RESULT)
     files.replace_json(folder / CONFIG, stored | {name: settings[name] for name in LENGTHS if name in settings})
@@ -145,7 +144,7 @@ def _free_folder(folder: Path) -> Path:
 
 
 def _stored_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    stored = current_names(json.loads((folder / CONFIG).read_text()), settings, folder / CONFIG)
+    stored = current_names(read_json(folder / CONFIG, RunError, OF_A_RUN), settings, folder / CONFIG)
     return json.loads(json.dumps({name: defaults.get(name) for name in settings})) | stored
 
 
@@ -159,7 +158,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping
         if stored.get(name) != given.get(name)
     ]
     path = folder / CONTENTS
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    recorded = read_json(path, RunError, "fingerprints by setting") if path.exists() else {}
     for name in INPUTS:
         changes += _input_changes(name, stored.get(name), given.get(name), recorded=recorded)
     if changes:
@@ -168,12 +167,14 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping
         )
 
 
-def _input_changes(name: str, stored: str | None, given: str | None, *, recorded: Mapping[str, str]) -> list[str]:
+def _input_changes(name: str, stored: Any, given: str | None, *, recorded: Mapping[str, Any]) -> list[str]:
     """Say how what a setting points to differs from what the run read; an empty list where it does not."""
-    if stored is None or given is None:
+    if not isinstance(stored, str) or not isinstance(given, str):
         return [] if stored == given else [f"{name} {stored!r} -> {given!r}"]
     content = content_fingerprint(given)
-    expected = recorded.get(name) or (content_fingerprint(stored) if stored != given else None)
+    expected = recorded.get(name)
+    if not isinstance(expected, str):
+        expected = content_fingerprint(stored) if stored != given else None
     if content is None or expected is None:
         # The checkpoint knows the fingerprint of its store, which is compared when the store is open.
         remote = name == "store" and ("://" in stored or "://" in given)

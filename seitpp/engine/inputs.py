@@ -1,6 +1,5 @@
 """The inputs of a run: its stores, images and codebooks, and training steps on zeros that measure memory."""
 
-import json
 from collections.abc import Callable, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from seitpp.data.selection import HELD_OUT, Selection, set_aside
 from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
 from seitpp.engine.run import SKIPPED, Run
-from seitpp.errors import UserError
+from seitpp.errors import UserError, refusing
+from seitpp.files import read_json
 from seitpp.images.annotated import AnnotatedSource
 from seitpp.images.decode import RGB, ImageError, Reading, decode_image
 from seitpp.images.labels import LabelRules
@@ -160,9 +160,10 @@ class _Checked(Dataset):
 def reading_of_run(checkpoint: str, channels: int) -> Reading:
     """Return how the images of a run's store were read, as its result.json says; the default where it does not."""
     result = Path(checkpoint) / "result.json"
-    record = json.loads(result.read_text()) if result.is_file() else {}
-    tokenizer = (record.get("data") or {}).get("tokenizer") or {}
-    return Reading.from_json(tokenizer.get("reading"), channels)
+    record = read_json(result, UserError, "the result of a run") if result.is_file() else {}
+    with refusing(UserError, f"{result} cannot be read", "how the images of a run were read"):
+        tokenizer = (record.get("data") or {}).get("tokenizer") or {}
+        return Reading.from_json(tokenizer.get("reading"), channels)
 
 
 def require_labels(source: ImageSource, purpose: str, data: str) -> None:

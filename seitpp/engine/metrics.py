@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seitpp import files
+from seitpp.engine.folder import RunError
 from seitpp.engine.precision import check_scale
 from seitpp.engine.system import peak_memory
+from seitpp.errors import refusing
 
 MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 LONGEST_PRODUCT = 1.0  # seconds
@@ -30,9 +33,10 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Remove the lines after `step`, and an incomplete last line of a killed run."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.replace_text(self.path, "".join(kept))
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        with self._reading():
+            kept = [line for line in lines if line.endswith(b"\n") and _record(line)["step"] <= step]
+        files.replace_bytes(self.path, b"".join(kept))
 
     def write(self, records: list[dict]) -> None:
         """Append records and sync the file."""
@@ -40,7 +44,18 @@ class MetricsLog:
 
     def read(self) -> list[dict]:
         """Return all records."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        with self._reading():
+            return [_record(line) for line in self.path.read_bytes().splitlines()]
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return refusing(RunError, f"{self.path} cannot be read", "a record with its step on each line; mend it")
+
+
+def _record(line: bytes) -> dict:
+    record = files.parse_json(line)
+    if type(record["step"]) is not int:
+        raise TypeError(f"step {record['step']!r}")
+    return record
 
 
 class NotFinite(NamedTuple):

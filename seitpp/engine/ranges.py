@@ -6,6 +6,7 @@ where a setting may be None, is no number.
 
 import dataclasses
 import math
+import sys
 from typing import NamedTuple
 
 MOST = 2**31 - 1
@@ -27,7 +28,7 @@ class Range(NamedTuple):
         """Return whether a number is in the range; no range has inf or nan."""
         low = self.low < number if self.above else self.low <= number
         high = number < self.high if self.below else number <= self.high
-        return low and high and math.isfinite(number)
+        return low and high and abs(number) <= sys.float_info.max  # an int can be larger
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"

@@ -9,7 +9,6 @@
 The loop behind `training.steps` and `training.update` is in `seitpp/engine/training.py`.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -187,7 +186,7 @@ class Run:
     def _recorded_speed(self) -> dict[str, float]:
         """Return the speed in result.json of a finished run that is resumed, which has nothing left to train."""
         path = self.out / RESULT
-        stored = json.loads(path.read_text()) if self.resumed and path.is_file() else {}
+        stored = files.read_json(path, RunError, "the result of a run") if self.resumed and path.is_file() else {}
         return {SPEED: stored[SPEED]} if SPEED in stored else {}
 
     def finish(self, result: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:

@@ -12,7 +12,6 @@ After `import seitpp.models`, `timm.create_model("local-dir:FOLDER", pretrained=
 push, "hf-hub:OWNER/NAME" does so too. `load_pretrained` accepts the folder as well.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,4 @@ def push_model(folder: str | os.PathLike[str], repo_id: str, private: bool = Fal
 def _read_json(path: Path, expected: str) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"no {path}: {expected}")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    return files.read_json(path, ModelError, "a JSON object")

@@ -1,7 +1,7 @@
 """Decode one encoded image: named formats, orientation, bit depth, bands, and the rule that fits it to a size."""
 
 import io
-import re
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from seitpp.errors import UserError
+from seitpp.errors import UserError, reason
 from seitpp.store.labels import Label
 
 # (height, width) of every resized image, or a function from the original (height, width) to the resized one.
@@ -104,9 +104,7 @@ def readable(name: str) -> Iterator[None]:
             f"{name}: cannot be read as an image (none of the formats {', '.join(FORMATS)})"
         ) from error
     except Exception as error:  # damaged files make the decoders raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = re.sub(r" at 0x[0-9a-f]+", "", reason)  # addresses differ from run to run
-        raise ImageError(f"{name}: cannot be read as an image ({reason})") from error
+        raise ImageError(f"{name}: cannot be read as an image ({reason(error)})") from error
 
 
 def is_image(head: bytes) -> bool:
@@ -180,10 +178,25 @@ def read_bands(sample: Sample, reading: Reading) -> np.ndarray:
     return _to_bytes(values, reading.intensity, sample.name)
 
 
+def load_array(data: bytes) -> np.ndarray:
+    """Return the array of a .npy file.
+
+    Raises ValueError for any other file, and for one that claims more values than it has, before there is memory
+    for them.
+    """
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+        raise ValueError(f"{len(data):,} bytes for {shape} of {dtype}")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
 def _values(sample: Sample) -> np.ndarray:
     """Return the values of an array file, a TIFF with any bands, or a picture in its own bands."""
     if sample.data.startswith(NPY):
-        return np.load(io.BytesIO(sample.data), allow_pickle=False)
+        return load_array(sample.data)
     if sample.data[:4] in (b"II*\0", b"MM\0*"):
         with tifffile.TiffFile(io.BytesIO(sample.data)) as file:
             values = file.series[0]

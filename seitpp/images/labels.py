@@ -2,22 +2,25 @@
 
 import csv
 import io
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from seitpp.errors import UserError
-from seitpp.images.class_lists import read_classes
+from seitpp.errors import UserError, refusing
+from seitpp.files import parse_json
+from seitpp.images.class_lists import LARGEST, read_classes
 from seitpp.store.labels import Label
 from seitpp.store.layout import read_document
 
 # What a source says: a number or a name, several of them, or None.
 RawLabel = int | str | list[int | str] | None
+KINDS = (int, bool, str)
 
 NAMES = ("name", "file_name", "filename", "file", "image", "image_id", "imageid", "path", "img", "id")
 LABELS = ("label", "labels", "class", "cls", "class_name", "classname", "category", "target", "predictionstring")
+NUMBER = re.compile(r"-?[0-9]{1,18}")
 SEVERAL = ("|", ";")  # between the labels in one cell of a table
 ANNOTATION_FILES = ("metadata.csv", "metadata.jsonl", "labels.csv", "labels.txt", "labels.json")
 
@@ -90,10 +93,11 @@ def resolve(
     LabelError for an unknown or negative class, for words beside numbers, and for images without a label among
     others unless they are to be kept.
     """
+    _check_kinds(raw, names, origin)
     several = any(type(value) is list for value in raw)
     items = {item for value in raw for item in _items(value)} if several else set(raw)
     items.discard(None)
-    kinds = set(map(type, items))
+    kinds = {int if type(item) is bool else type(item) for item in items}
     if not kinds and not several:
         _check_unused(rules, origin)
         return Labels([None] * len(raw), list(rules.classes or class_names or ()) or None, NO_LABELS)
@@ -131,6 +135,19 @@ def resolve(
     return Labels(values, final, origin, several)
 
 
+def _check_kinds(raw: Sequence[Any], names: Sequence[str], origin: str) -> None:
+    """Raise LabelError unless each label is a number or a name, a list of them, or None."""
+    if set(map(type, raw)) <= {*KINDS, type(None)}:
+        return
+    for index, value in enumerate(raw):
+        for item in _items(value):
+            if type(item) not in KINDS and value is not None:
+                raise LabelError(
+                    f"{names[index]}: a label of type {type(item).__name__} ({origin}), expected a number or a "
+                    "name, or a list of them: mend it, or name another column or key"
+                )
+
+
 def _items(value: RawLabel) -> list[int | str | None]:
     return value if isinstance(value, list) else [value]
 
@@ -157,12 +174,12 @@ def _table(
 
 
 def _is_class(number: int | None, final: list[str] | None) -> bool:
-    return number is None or (number >= 0 and (final is None or number < len(final)))
+    return number is None or 0 <= number < (LARGEST if final is None else len(final))
 
 
 def _wrong(name: str, item: int | str, final: list[str] | None) -> LabelError:
     expected = f"0 to {len(final) - 1}" if final and isinstance(item, int) else "a class of the list"
-    expected = expected if final else "0 or more, or -1 for none"
+    expected = expected if final else f"0 or more, or -1 for none, and less than {LARGEST:,}"
     return LabelError(f"{name}: label {item!r}, expected {expected}: mend the label, or name the classes")
 
 
@@ -176,20 +193,14 @@ def read_label_file(path: str | Path) -> dict[str, RawLabel]:
     labels for a name.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise LabelError(f"--labels {path}: cannot be read ({reason}); name a file of names and labels") from error
-    suffix = file.suffix.lower()
-    try:
+    with refusing(LabelError, f"--labels {path}: cannot be read", "names of images with labels"):
+        text, suffix = file.read_text(encoding="utf-8-sig"), file.suffix.lower()
         rows = _json_rows(text, suffix) if suffix in (".json", ".jsonl", ".ndjson") else _table_rows(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabelError(f"--labels {path}: expected names of images with labels ({error})") from error
     labels: dict[str, RawLabel] = {}
     for name, label in rows:
         if labels.setdefault(name, label) != label:
             raise LabelError(f"--labels {path}: {name!r} has two labels, {labels[name]!r} and {label!r}: keep one")
+    _check_kinds(list(labels.values()), list(labels), f"--labels {path}")
     if not labels:
         raise LabelError(f"--labels {path}: no names in it; expected a name and a label on each line")
     return _numbers_or_names(labels)
@@ -197,8 +208,8 @@ def read_label_file(path: str | Path) -> dict[str, RawLabel]:
 
 def _json_rows(text: str, suffix: str) -> list[tuple[str, Any]]:
     if suffix != ".json":
-        return [_pair(json.loads(line)) for line in text.splitlines() if line.strip()]
-    content = json.loads(text)
+        return [_pair(parse_json(line)) for line in text.splitlines() if line.strip()]
+    content = parse_json(text)
     if isinstance(content, dict) and isinstance(content.get("labels"), list):  # as StyleGAN's dataset.json
         content = content["labels"]
     return list(content.items()) if isinstance(content, dict) else [_pair(row) for row in content]
@@ -258,8 +269,8 @@ def _is_number(text: str) -> bool:
 
 
 def as_number(text: str) -> int | str:
-    """Return the integer that a text is, else the text."""
-    return int(text) if text.lstrip("-").isdigit() else text
+    """Return the integer of at most 18 digits that a text is, else the text."""
+    return int(text) if NUMBER.fullmatch(text) else text
 
 
 def _numbers_or_names(labels: dict[str, Any]) -> dict[str, RawLabel]:

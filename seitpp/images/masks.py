@@ -1,6 +1,5 @@
 """Masks of segmentation sets: which value, or color, of a mask is which class."""
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +8,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from seitpp.errors import refusing
 from seitpp.images.class_lists import LARGEST, ClassList, Color
-from seitpp.images.decode import ImageError, open_image
+from seitpp.images.decode import ImageError, load_array, open_image
 
 Layout = Literal["ade20k", "voc", "cityscapes", "pairs"]
 # Stored label maps are bytes, and one of their values marks ignored pixels.
@@ -167,10 +167,8 @@ def decode_mask(data: bytes, name: str, *, colored: bool = False) -> np.ndarray:
 
 
 def _decode_array(data: bytes, name: str) -> np.ndarray:
-    try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ImageError(f"{name}: cannot be read as an array ({error}); write it with numpy.save") from error
+    with refusing(ImageError, f"{name}: cannot be read as an array", "what numpy.save writes"):
+        values = load_array(data)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim != 2 or values.dtype.kind not in "bui" or not values.size:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from seitpp.errors import reason, refusing
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import LabelRules, Labels, RawLabel, resolve, unlabeled
@@ -50,7 +51,11 @@ def _can_be_image(feature: Any) -> bool:
     if isinstance(feature, datasets.Image):
         return True
     if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"}
+        return set(feature) == {"bytes", "path"} and _is_binary(feature["bytes"])
+    return _is_binary(feature)
+
+
+def _is_binary(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
 
@@ -98,7 +103,9 @@ class ParquetSource:
     def __init__(self, paths: Sequence[Path], rules: LabelRules | None):
         self.left_out = LeftOut()
         schema = _open_parquet(paths[0]).schema_arrow
-        self.columns = choose_columns(datasets.Features.from_arrow_schema(schema), rules, str(paths[0]))
+        with refusing(ImageError, f"{paths[0]}: cannot be read", "a table with columns that `datasets` knows"):
+            features = datasets.Features.from_arrow_schema(schema)
+        self.columns = choose_columns(features, rules, str(paths[0]))
         self._groups: list[tuple[Path, int]] = []
         rows, raw, paths_inside, self.names = [], [], [], []
         for path in paths:
@@ -111,9 +118,11 @@ class ParquetSource:
             for group in range(file.metadata.num_row_groups):
                 self._groups.append((path, group))
                 rows.append(file.metadata.row_group(group).num_rows)
-            if self.columns.label:
-                raw += file.read(columns=[self.columns.label], use_threads=False)[self.columns.label].to_pylist()
-            paths_inside += _paths_in(file, self.columns.image)
+            with refusing(ImageError, f"{path}: cannot be read as Parquet", "a whole file; copy it again"):
+                if self.columns.label:
+                    read = file.read(columns=[self.columns.label], use_threads=False)
+                    raw += read[self.columns.label].to_pylist()
+                paths_inside += _paths_in(file, self.columns.image)
             self.names += [f"{path.name}#{index}" for index in range(len(self.names), sum(rows))]
         self._ends = np.cumsum(rows).tolist()
         if not self.names:
@@ -135,16 +144,15 @@ class ParquetSource:
         path, group = self._groups[number]
         if self._held[0] != number:
             # Reopened, and read without threads: neither survives the fork of data loader workers.
-            try:
+            with refusing(ImageError, f"{path}: row group {group} cannot be read", "a whole file; copy it again"):
                 table = _open_parquet(path).read_row_group(group, columns=[self.columns.image], use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                raise ImageError(
-                    f"{path}: row group {group} cannot be read ({_reason(error)}); copy it again"
-                ) from error
-            self._held = number, table[self.columns.image].to_pylist()
+                if len(table) != self._ends[number] - (self._ends[number - 1] if number else 0):
+                    raise ValueError(f"{len(table):,} rows, others by its head")
+                self._held = number, table[self.columns.image].to_pylist()
         rows = self._held[1]
         image = rows[index - (self._ends[number] - len(rows))]
-        return Sample(_data(image, path.parent, self.names[index]), self.names[index], self.labels.values[index])
+        data = _data(image, self.names[index], folder=path.parent)
+        return Sample(data, self.names[index], self.labels.values[index])
 
 
 class DatasetSource:
@@ -156,11 +164,12 @@ class DatasetSource:
     def __init__(self, data: datasets.Dataset, name: str, rules: LabelRules | None):
         self.left_out = LeftOut()
         self.columns = choose_columns(data.features, rules, name)
-        column = data.select_columns([self.columns.image]).with_format("arrow")[:][self.columns.image]
-        paths = pc.struct_field(column, "path").to_pylist() if pa.types.is_struct(column.type) else []
+        with refusing(ImageError, f"{name}: cannot be read", "a whole data set"):
+            column = data.select_columns([self.columns.image]).with_format("arrow")[:][self.columns.image]
+            paths = pc.struct_field(column, "path").to_pylist() if pa.types.is_struct(column.type) else []
+            raw = list(data.with_format(None)[self.columns.label][:]) if self.columns.label else []
         self.names = _names(paths, [f"{name}#{index}" for index in range(len(data))])
-        raw = data.with_format(None)[self.columns.label][:] if self.columns.label else []
-        self.labels = _labels_of(list(raw), self.names, rules, self.columns)
+        self.labels = _labels_of(raw, self.names, rules, self.columns)
         self.class_names = self.labels.class_names
         image = data.features[self.columns.image]
         undecoded = data.select_columns([self.columns.image])
@@ -173,8 +182,9 @@ class DatasetSource:
 
     def read(self, index: int) -> Sample:
         """Read image `index`. Raises ImageError if its file cannot be read."""
-        image = self._data[index][self.columns.image]
-        return Sample(_data(image, Path(), self.names[index]), self.names[index], self.labels.values[index])
+        with refusing(ImageError, f"{self.names[index]}: cannot be read", "a whole data set"):
+            image = self._data[index][self.columns.image]
+        return Sample(_data(image, self.names[index]), self.names[index], self.labels.values[index])
 
 
 def _paths_in(file: pq.ParquetFile, image: str) -> list[str | None]:
@@ -187,7 +197,8 @@ def _paths_in(file: pq.ParquetFile, image: str) -> list[str | None]:
 
 def _names(paths: list[str | None], numbered: list[str]) -> list[str]:
     """Return the names of images: their paths if all have one and none repeats, else numbers of rows."""
-    return paths if all(paths) and len(set(paths)) == len(numbered) else numbered
+    whole = all(isinstance(path, str) and path for path in paths) and len(set(paths)) == len(numbered)
+    return paths if whole else numbered
 
 
 def _labels_of(raw: list[RawLabel], names: Sequence[str], rules: LabelRules | None, columns: Columns) -> Labels:
@@ -197,39 +208,39 @@ def _labels_of(raw: list[RawLabel], names: Sequence[str], rules: LabelRules | No
     return resolve(raw or [None] * len(names), names, rules, origin=origin, class_names=columns.class_names)
 
 
-def _data(image: Any, folder: Path, name: str) -> bytes:
-    """Return the bytes of an image cell: bytes, or {bytes, path} of which one is given."""
-    if isinstance(image, bytes):
-        return image
-    if image is None or (image.get("bytes") is None and not image.get("path")):
+def _data(image: Any, name: str, *, folder: Path | None = None) -> bytes:
+    """Return the bytes of an image cell: bytes, or {bytes, path} of which one is given.
+
+    With a `folder`, the path is relative to it, and a file outside is not read.
+    """
+    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    if data is None and not path:
         raise ImageError(f"{name}: no image in this row; remove the row")
-    if image.get("bytes") is not None:
-        return image["bytes"]
-    try:
-        return (folder / image["path"]).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{image['path']}: cannot be read ({error.strerror})") from error
+    if isinstance(data, bytes):
+        return data
+    if data is not None or not isinstance(path, str):
+        raise ImageError(f"{name}: got a {type(data or path).__name__}, expected the bytes of an image, or a path")
+    file = Path(path) if folder is None else folder / path
+    with refusing(ImageError, f"{path}: cannot be read", "the file of an image"):
+        outside = folder is not None and not file.resolve().is_relative_to(folder.resolve())
+        if outside or (file.exists() and not file.is_file()):
+            raise ImageError(f"{path}: expected the file of an image{f' below {folder}' if outside else ''}")
+        return file.read_bytes()
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ImageError(f"{path}: cannot be read as Parquet ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
+    with refusing(ImageError, f"{path}: cannot be read as Parquet", "a whole file; copy it again"):
+        file, size = pq.ParquetFile(path), path.stat().st_size
+        groups = range(file.metadata.num_row_groups)
+        if not 0 <= sum(file.metadata.row_group(group).num_rows for group in groups) <= size:
+            raise ValueError(f"more rows than its {size:,} bytes")
+        return file
 
 
 def open_arrow(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
     """Open what `save_to_disk` wrote. Raises ImageError if it is damaged."""
-    try:
+    with refusing(ImageError, f"{folder}: cannot be read as a data set on disk", "a whole one; copy it again"):
         return datasets.load_from_disk(str(folder))
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ImageError(
-            f"{folder}: cannot be read as a data set on disk ({_reason(error)}); copy it again"
-        ) from error
 
 
 def is_arrow(folder: Path) -> bool:
@@ -244,7 +255,7 @@ def load_hub(name: str, split: str | None) -> datasets.DatasetDict | datasets.Da
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub, the network and scripts of data sets raise many kinds
-        reason = _reason(error).split(". ")[0]
+        said = reason(error).split(". ")[0]
         raise ImageError(
-            f"hf://{name}: cannot be loaded ({type(error).__name__}: {reason}); check the name"
+            f"hf://{name}: cannot be loaded ({type(error).__name__}: {said}); check the name"
         ) from error

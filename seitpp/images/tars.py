@@ -1,12 +1,13 @@
 """Images in uncompressed tar files, as WebDataset and others pack them; nothing is unpacked."""
 
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from seitpp.errors import refusing
+from seitpp.files import BoundedFile, parse_json
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import LabelRules, Labels, RawLabel, as_number, resolve, unlabeled
@@ -132,10 +133,8 @@ def _label(path: Path, members: Iterable[Member], rules: LabelRules) -> RawLabel
                 return _word(_text(path, by_suffix[suffix]))
     if (member := by_suffix.get("json")) is None:
         return None
-    try:
-        content = json.loads(_text(path, member))
-    except ValueError as error:
-        raise ImageError(f"{path}/{member.name}: no JSON ({error}); mend the file") from error
+    with refusing(ImageError, f"{path}/{member.name}: cannot be read", "JSON; mend the file"):
+        content = parse_json(_text(path, member))
     keys = [rules.key] if rules.key else JSON_KEYS
     value = next((content[key] for key in keys if key in content), None) if isinstance(content, dict) else content
     words = value if isinstance(value, list) else [value]
@@ -162,25 +161,28 @@ def _word(text: str) -> RawLabel:
 
 def _members(path: Path, left_out: LeftOut) -> list[Member]:
     """List the files of a tar from its headers. Raises ImageError if it is compressed, damaged or has no end."""
-    size, members = path.stat().st_size, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                base = member.name.rpartition("/")[2]
-                if member.offset_data + (member.size if member.isfile() else 0) > size:
-                    raise ImageError(f"{path}: cut in {member.name} at byte {size:,}; copy it again")
-                if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..", "")):
-                    left_out.add("hidden", member.name)
-                elif member.isfile():
-                    suffix = base.rpartition(".")[2].lower()
-                    members.append(Member(member.offset_data, member.size, member.name, suffix))
-                elif not member.isdir():
-                    left_out.add("link or device in a tar", member.name)
-            _check_end(path, tar.offset, size)
-    except (tarfile.TarError, OSError) as error:
-        raise ImageError(
-            f"{path}: cannot be read as an uncompressed tar ({error}); unpack or copy it again"
-        ) from error
+    size, members, place = path.stat().st_size, [], -1
+    complaint = f"{path}: cannot be read as an uncompressed tar"
+    with (
+        refusing(ImageError, complaint, "a whole one; unpack or copy it again"),
+        BoundedFile(path) as file,
+        tarfile.open(fileobj=file, mode="r:") as tar,
+    ):
+        for member in tar:
+            base = member.name.rpartition("/")[2]
+            if member.size < 0 or tar.offset <= place:  # else it could be read in a circle for ever
+                raise ImageError(f"{path}: damaged at byte {member.offset:,}; copy it again")
+            place = tar.offset
+            if member.offset_data + (member.size if member.isfile() else 0) > size:
+                raise ImageError(f"{path}: cut in {member.name} at byte {size:,}; copy it again")
+            if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..", "")):
+                left_out.add("hidden", member.name)
+            elif member.isfile() and not member.issparse():
+                suffix = base.rpartition(".")[2].lower()
+                members.append(Member(member.offset_data, member.size, member.name, suffix))
+            elif not member.isdir():
+                left_out.add("link, device or sparse file in a tar", member.name)
+        _check_end(path, tar.offset, size)
     return members
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +22,9 @@ from seitpp.tensors import save_tensors
 
 # Codebook rows at most this far apart are the same code, rounded differently.
 SAME_ROW = 1e-5
+MOST = 1 << 20  # of any size of a tokenizer
+LARGEST = sys.float_info.max  # an int can be larger, and is then no number to compute with
+RESIZES = ("bicubic", "bilinear")  # the filters that torch antialiases
 HEADER = "tokenizer"  # key of the spec in the header of a tokenizer file
 
 
@@ -42,8 +45,8 @@ class TokenizerSpec:
     image in [0, 1], per channel. One token covers `patch` x `patch` pixels and is the id of the nearest of
     `num_codes` codes of dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes
     L2-normalized) or "euclidean".
-    Raises TokenizerError for an unknown lookup, for sizes that are not positive or do not fit the patch, and for
-    means or deviations of another number of channels, or that are not finite.
+    Raises TokenizerError for an unknown lookup or filter, for sizes that are not in [1, 2^20] or do not fit the
+    patch, and for means or deviations of another number of channels, or that are not finite.
     """
 
     kind: str
@@ -59,13 +62,17 @@ class TokenizerSpec:
     channels: int = 3
 
     def __post_init__(self):
+        if not isinstance(self.kind, str):
+            raise TokenizerError(f"a tokenizer of kind {self.kind!r}, expected its name")
         if self.lookup not in LOOKUPS:
             raise TokenizerError(f"{self.kind} tokenizer: got lookup {self.lookup!r}, expected one of {LOOKUPS}")
+        if self.resize not in RESIZES:
+            raise TokenizerError(f"{self.kind} tokenizer: got resize {self.resize!r}, expected one of {RESIZES}")
         sizes = (*self.image_size, self.patch, self.num_codes, self.code_dim, self.channels)
-        if len(self.image_size) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        if len(self.image_size) != 2 or not all(type(size) is int and 0 < size <= MOST for size in sizes):
             raise TokenizerError(
                 f"{self.kind} tokenizer: got image_size, patch, num_codes, code_dim and channels {sizes}, "
-                "expected positive integers, two of them for image_size"
+                f"expected positive integers up to {MOST:,}, two of them for image_size"
             )
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise TokenizerError(
@@ -73,7 +80,7 @@ class TokenizerSpec:
                 f"for each of {self.channels} channels"
             )
         numbers = (*self.mean, *self.std)
-        finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        finite = all(type(number) in (int, float) and abs(number) <= LARGEST for number in numbers)
         if not finite or min(self.std) <= 0:
             raise TokenizerError(
                 f"{self.kind} tokenizer: got means {self.mean} and deviations {self.std}, expected finite "
@@ -341,7 +348,10 @@ def height_and_width(size: ImageSize) -> tuple[int, int]:
 
 
 def require_equal_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], complaint: str) -> None:
-    """Raise TokenizerError that begins with `complaint` unless all tensors have the same names and shapes."""
+    """Raise TokenizerError that begins with `complaint` unless all tensors have the same names and shapes.
+
+    Floating-point numbers are expected where there are any.
+    """
     problems = [
         *(f"{name} is missing" for name in expected if name not in got),
         *(f"{name} is unexpected" for name in got if name not in expected),
@@ -349,6 +359,11 @@ def require_equal_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tenso
             f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
             for name, tensor in expected.items()
             if name in got and got[name].shape != tensor.shape
+        ),
+        *(
+            f"{name} is {got[name].dtype}, expected {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in got and tensor.is_floating_point() and not got[name].is_floating_point()
         ),
     ]
     if problems:

@@ -4,9 +4,9 @@ The libraries are imported when such a folder is loaded. Nothing is unpickled, a
 """
 
 import importlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seitpp.tensors import load_state_dict, load_tensors
+from seitpp.errors import refusing
+from seitpp.files import parse_json
+from seitpp.tensors import built_for, load_state_dict, load_tensors
 from seitpp.tokenizers.adapters import NETWORK, Adapter, ChameleonVQ, DiffusersVQ, Emu3VQ, JanusVQ, TorchScriptVQ
 from seitpp.tokenizers.base import HEADER, TokenizerError, TokenizerSpec, fp32_copies, require_equal_shapes
 
@@ -23,6 +25,7 @@ DIFFUSERS_CLASS = "VQModel"
 WEIGHTS = "diffusion_pytorch_model"  # begin of the names of weights of diffusers
 INSIDE = "vqmodel."  # prefix of the tokenizer's tensors in a language model of transformers
 COSMOS_FILES = ("encoder.jit", "decoder.jit")
+ENTRY = 40  # a file has more bytes for each of its tensors
 PROBE = 64  # side in pixels of the image that shows the patch of a TorchScript encoder
 
 
@@ -64,7 +67,8 @@ def load_diffusers(path: Path) -> Adapter:
     if not name.startswith(f"{WEIGHTS}."):
         raise TokenizerError(f"{vq}: no weights named {WEIGHTS}: save the model by save_pretrained()")
     variant = ".".join(name.split(".")[1:-1])  # as fp16
-    try:
+    _network(DIFFUSERS, _config(vq), path, tensors=(vq / name).stat().st_size // ENTRY)
+    with _loading(path):
         model, info = _library("diffusers", path).VQModel.from_pretrained(
             vq,
             local_files_only=True,
@@ -72,11 +76,9 @@ def load_diffusers(path: Path) -> Adapter:
             variant=variant or None,
             output_loading_info=True,
         )
-    except Exception as problem:
-        raise _unreadable(path, problem) from problem
     if problems := [f"{what}: {', '.join(map(str, keys[:5]))}" for what, keys in info.items() if keys]:
         raise TokenizerError(f"{path} is not a complete diffusers {DIFFUSERS_CLASS}: {'; '.join(problems)}")
-    return DiffusersVQ(model.float())
+    return _adapter(DIFFUSERS, model.float(), path)
 
 
 def load_transformers(path: Path, kind: str) -> Adapter:
@@ -95,8 +97,8 @@ def load_transformers(path: Path, kind: str) -> Adapter:
     for file in [] if tensors else sorted(folder.glob("pytorch_model*.bin")):
         tensors |= load_state_dict(file, TokenizerError, lambda name: not whole or INSIDE in name)
     tensors = {name.split(INSIDE, 1)[-1]: tensor for name, tensor in tensors.items()}
-    network = _network(kind, config["vq_config"] if whole else config, path)
-    return FAMILIES[kind].adapter(_filled(network, tensors, path))
+    network = _network(kind, config["vq_config"] if whole else config, path, tensors=len(tensors))
+    return _adapter(kind, _filled(network, tensors, path), path)
 
 
 def load_cosmos(path: Path) -> Adapter:
@@ -106,7 +108,7 @@ def load_cosmos(path: Path) -> Adapter:
     a file is missing or cannot be run.
     """
     folder = path if path.is_dir() else path.parent
-    try:
+    with _loading(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch advises against TorchScript
             encoder, decoder = (torch.jit.load(folder / name, map_location="cpu") for name in COSMOS_FILES)
@@ -116,8 +118,6 @@ def load_cosmos(path: Path) -> Adapter:
             output = encoder(torch.zeros(1, 3, PROBE, PROBE, dtype=dtype))
         ids = output if isinstance(output, Tensor) else output[0]
         patch = PROBE // ids.shape[-1]
-    except Exception as problem:
-        raise _unreadable(path, problem) from problem
     return TorchScriptVQ(encoder, decoder, patch=patch)
 
 
@@ -129,9 +129,8 @@ def rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
     spec = TokenizerSpec.from_json({key: value for key, value in header.items() if key != NETWORK})
     kind = spec.kind.removesuffix("_vq")
     weights = {name[len("model.") :]: part for name, part in tensors.items() if name.startswith("model.")}
-    network = _filled(_network(kind, header.get(NETWORK) or {}, path), weights, path)
-    adapter = DiffusersVQ(network) if kind == DIFFUSERS else FAMILIES[kind].adapter(network)
-    return adapter.restore(spec, tensors, str(path))
+    network = _network(kind, header.get(NETWORK) or {}, path, tensors=len(weights))
+    return _adapter(kind, _filled(network, weights, path), path).restore(spec, tensors, str(path))
 
 
 def _vq_folder(folder: Path) -> Path | None:
@@ -145,10 +144,8 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         return {}
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as problem:
-        raise TokenizerError(f"{file} cannot be read as JSON: {problem}") from problem
+    with refusing(TokenizerError, f"{file} cannot be read as JSON", "the config of a network"):
+        values = parse_json(file.read_bytes())
     return values if isinstance(values, dict) else {}
 
 
@@ -159,17 +156,22 @@ def _library(name: str, path: Path) -> ModuleType:
         raise TokenizerError(f"{path} needs {name}, which cannot be imported: pip install {name}") from problem
 
 
-def _network(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
-    """The network of a config, without memory for its weights."""
+def _network(kind: str, config: Mapping[str, Any], path: Path, *, tensors: int) -> nn.Module:
+    """The network of a config for a file of so many tensors, without memory for its weights."""
     library = _library("diffusers" if kind == DIFFUSERS else "transformers", path)
-    try:
-        with torch.device("meta"):
-            if kind == DIFFUSERS:
-                return library.VQModel.from_config(dict(config))
-            name = FAMILIES[kind].network
-            return getattr(library, name)(getattr(library, f"{name}Config").from_dict(dict(config)))
-    except Exception as problem:
-        raise _unreadable(path, problem) from problem
+    with _loading(path), torch.device("meta"), built_for(tensors):
+        if kind == DIFFUSERS:
+            return library.VQModel.from_config(dict(config))
+        name = FAMILIES[kind].network
+        made = getattr(library, f"{name}Config")
+        # Its own settings alone: those of every network of transformers can name code, or files of the hub.
+        own = made().to_dict().keys() - library.PreTrainedConfig().to_dict().keys()
+        return getattr(library, name)(made(**{key: value for key, value in config.items() if key in own}))
+
+
+def _adapter(kind: str, network: nn.Module, path: Path) -> Adapter:
+    with _loading(path):
+        return DiffusersVQ(network) if kind == DIFFUSERS else FAMILIES[kind].adapter(network)
 
 
 def _filled(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -178,9 +180,5 @@ def _filled(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn
     return network
 
 
-def _unreadable(path: Path, problem: Exception) -> TokenizerError:
-    """One line about what a library says, which can be any exception with any text."""
-    if isinstance(problem, TokenizerError):
-        return problem
-    reason = " ".join(str(problem).split())[:300] or type(problem).__name__
-    return TokenizerError(f"{path} cannot be loaded: {reason}")
+def _loading(path: Path) -> AbstractContextManager[None]:
+    return refusing(TokenizerError, f"{path} cannot be loaded", "what its library saved")

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from seitpp.errors import suggest
+from seitpp.errors import refusing, suggest
 from seitpp.tensors import is_checkpoint, load_checkpoint, load_tensors
 from seitpp.tokenizers import libraries, patch_kmeans, refined, vit_vqgan, vqgan
-from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec
-from seitpp.tokenizers.patch_kmeans import PatchKMeans, patch_values
+from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec, require_equal_shapes
+from seitpp.tokenizers.patch_kmeans import PatchKMeans
 from seitpp.tokenizers.refined import RefinedPatchKMeans
 from seitpp.tokenizers.vit_vqgan import ViTVQGAN
 from seitpp.tokenizers.vqgan import VQGAN
@@ -58,11 +58,14 @@ def load(name_or_path: str | Path, kind: str | None = None) -> Tokenizer:
 
     The kind is found from the file unless it is given. TorchScript is code and is loaded only if `kind` is
     "cosmos". Raises TokenizerError, which names the file, if it is missing or damaged, holds anything else, or
-    has a codebook that is not finite.
+    has values that are not finite.
     """
     tokenizer = _load(Path(name_or_path), kind)
     if not torch.isfinite(tokenizer.codebook).all():
         raise TokenizerError(f"{name_or_path}: a codebook with values that are not finite; name another file")
+    for name, tensor in tokenizer.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise TokenizerError(f"{name_or_path}: {name} has values that are not finite; name another file")
     return tokenizer
 
 
@@ -107,7 +110,10 @@ def _load_file(path: Path, kind: str | None) -> Tokenizer:
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The header of a file, None for a checkpoint, and its tensors, with the names of the network itself."""
     if not is_checkpoint(path):
-        return load_tensors(path, HEADER, TokenizerError)
+        header, tensors = load_tensors(path, HEADER, TokenizerError)
+        if header is not None and not isinstance(header, dict):
+            raise TokenizerError(f"{path}: its header is a {type(header).__name__}, expected that of a tokenizer")
+        return header, tensors
     if _is_torchscript(path):
         raise _is_code(path)
     content = load_checkpoint(path, TokenizerError, harmless=HARMLESS)
@@ -138,7 +144,10 @@ def _beside_config(path: Path) -> bool:
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
+    with (
+        refusing(TokenizerError, f"{path} cannot be read", "a whole zip archive"),
+        zipfile.ZipFile(path) as archive,
+    ):
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
@@ -153,17 +162,15 @@ def _kinds() -> str:
 
 
 def _own(spec: TokenizerSpec, tensors: dict[str, Tensor], path: Path) -> Tokenizer:
-    # Checked before anything is allocated, since the header can claim any size.
-    expected = {"codebook": (spec.num_codes, spec.code_dim), "mean": (patch_values(spec),)}
-    for name, shape in expected.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            raise TokenizerError(
-                f"{path} is not a complete {spec.kind} tokenizer: expected {name} of shape {shape} by its header"
-            )
-    tokenizer = PatchKMeans(spec) if spec.kind == patch_kmeans.KIND else RefinedPatchKMeans(spec)
-    try:
+    make = PatchKMeans if spec.kind == patch_kmeans.KIND else RefinedPatchKMeans
+    complaint = f"{path} is not a complete {spec.kind} tokenizer"
+    if spec.code_dim < 2:
+        raise TokenizerError(f"{complaint}: codes of dimension {spec.code_dim}, expected 2 or more")
+    with refusing(TokenizerError, complaint, "one that can be built by its header"):
+        with torch.device("meta"):  # nothing is allocated unchecked, since the header can claim any size
+            require_equal_shapes(make(spec).state_dict(), tensors, complaint)
+        tokenizer = make(spec)
         tokenizer.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise TokenizerError(f"{path} is not a complete {spec.kind} tokenizer: {reason}") from error
+    if not tokenizer.scale > 0:
+        raise TokenizerError(f"{complaint}: a scale of {tokenizer.scale.item()}, expected more than 0")
     return tokenizer.eval()

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seitpp.tensors import is_checkpoint, load_state_dict, load_tensors
+from seitpp.errors import refusing
+from seitpp.tensors import built_for, is_checkpoint, load_state_dict, load_tensors
 from seitpp.tokenizers.base import (
     HEADER,
     ImageSize,
@@ -155,9 +156,11 @@ class ViTVQGAN(Tokenizer):
         read_spec, encoder, decoder = _configuration(tensors, path)
         if spec is not None:  # from the header that `save` writes: shapes do not tell a grid that is not square
             read_spec = replace(spec, num_codes=read_spec.num_codes, code_dim=read_spec.code_dim)
-        with torch.device("meta"):
+        complaint = f"{path} is not a complete ViT-VQGAN"
+        fitting = refusing(TokenizerError, complaint, "sizes that go together")
+        with fitting, torch.device("meta"), built_for(len(tensors)):
             tokenizer = cls(read_spec, encoder, decoder)
-        require_equal_shapes(tokenizer.state_dict(), tensors, f"{path} is not a complete ViT-VQGAN")
+        require_equal_shapes(tokenizer.state_dict(), tensors, complaint)
         tokenizer.load_state_dict(fp32_copies(tensors), assign=True)
         return tokenizer.requires_grad_().eval()
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seitpp.errors import reason
 from seitpp.tokenizers.adapters import HALF, Adapter, MapAdapter
 from seitpp.tokenizers.base import TokenizerError, TokenizerSpec, fp32_copies, require_equal_shapes
 
@@ -236,10 +237,11 @@ class VQGAN(MapAdapter):
         if found is None or kind not in (None, found):
             what = f"that of {found}" if found else "no VQGAN"
             raise TokenizerError(f"{path}: got {what}, expected a VQGAN of {kind or ', '.join(KINDS)}")
+        complaint, table = f"{path} is not a complete {found} VQGAN", tensors.get(CODEBOOK)
+        if table is None or table.ndim != 2:
+            raise TokenizerError(f"{complaint}: {CODEBOOK} is missing, or has not two dimensions")
         renamed = _taming_names({name: part for name, part in tensors.items() if name.startswith(PARTS)})
-        table = tensors[CODEBOOK]
-        network = network_of(renamed, table.shape[-1], f"{path} is not a complete {found} VQGAN")
-        return cls(network, table, kind=found)
+        return cls(network_of(renamed, table.shape[1], complaint), table, kind=found)
 
     @classmethod
     def rebuild(cls, header: Mapping, tensors: Mapping[str, Tensor], path: Path) -> Adapter:
@@ -293,9 +295,8 @@ def network_of(tensors: Mapping[str, Tensor], code_dim: int, complaint: str) -> 
                 )
     except KeyError as error:
         raise TokenizerError(f"{complaint}: {error.args[0]} is missing") from error
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise TokenizerError(f"{complaint}: its layers do not fit together ({reason})") from error
+    except Exception as error:  # of torch, for shapes that do not go together
+        raise TokenizerError(f"{complaint}: its layers do not fit together ({reason(error)})") from error
     require_equal_shapes(network.state_dict(), tensors, complaint)
     network.load_state_dict(fp32_copies(tensors), assign=True)
     return network
@@ -305,7 +306,7 @@ def parts(shapes: Shapes, name: str) -> list[str]:
     """Return the names of the numbered children of a module: `name`.0, `name`.1 and so on."""
     start = len(name) + 1
     numbers = {key[start:].split(".", 1)[0] for key in shapes if key.startswith(f"{name}.")}
-    return [f"{name}.{number}" for number in sorted(map(int, filter(str.isdigit, numbers)))]
+    return [f"{name}.{number}" for number in sorted(map(int, filter(str.isdecimal, numbers)))]
 
 
 def _unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

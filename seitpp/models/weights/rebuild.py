@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seitpp.errors import reason
 from seitpp.models.stem import ModelError
+from seitpp.tensors import built_for
 
 MOST = 1 << 20  # of any size in a header
 Check = Callable[[Any], bool]
@@ -94,17 +96,16 @@ def check_tensors(
 ) -> None:
     """Raise ModelError, which names the file, unless its tensors are those of the model that `build` builds.
 
-    The model is built without memory, so that a header cannot ask for more than its file has; and not at all if
-    the file has fewer tensors than blocks.
+    The model is built without memory, so that a header cannot ask for more than its file has, and not to its end
+    if it has far more parameters; not at all if the file has fewer tensors than blocks.
     """
     if depth > len(tensors):
         raise ModelError(f"{path}: its header has {depth:,} blocks, but it has {len(tensors):,} tensors")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), built_for(len(tensors)):
             expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
     except Exception as problem:  # of timm or torch, for sizes that do not go together
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ModelError(f"{path}: its header describes no model ({reason}); save it again") from problem
+        raise ModelError(f"{path}: its header describes no model ({reason(problem)}); save it again") from problem
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
         name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))

@@ -25,11 +25,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from seitpp import files
+from seitpp.errors import refusing
 from seitpp.models.mtm import MTM
 from seitpp.models.stem import STEMS, ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import PATCH, TokenEmbed
 from seitpp.models.weights.state import ReleasedState, read_state, renamed
+from seitpp.tensors import built_for
 from seitpp.tokenizers.transformer import HEAD, sincos_positions
 
 DECODER_HEAD = 32  # channels of an attention head in the decoder of MTM
@@ -105,7 +107,10 @@ def from_release(path: str | Path, part: Literal["model", "tokenadapt"] = "model
         state = {name: tensor for name, tensor in state.items() if name.startswith(KIND_PREFIXES[kind])}
     tensors = ReleasedState(path, kind, state)
     tensors.need(REQUIRED[kind])
-    model, names = _empty(tensors)
+    with refusing(ModelError, f"{path} ({kind}) has tensors of wrong shapes", "those of a release"):
+        with torch.device("meta"), built_for(len(tensors)):  # nothing is allocated by their shapes unchecked
+            tensors.shaped(*_empty(tensors))
+        model, names = _empty(tensors)
     return tensors.fill(model, names, expected_unused=_expected_unused(tensors))
 
 

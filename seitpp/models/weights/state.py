@@ -25,7 +25,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     else:  # DeiT saves its arguments together with the model
         content = load_checkpoint(path, ModelError, harmless=(argparse.Namespace,))
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise ModelError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -50,18 +51,23 @@ class ReleasedState(dict):
     ) -> nn.Module:
         """Copy the tensors into `model`, whose names `renamed` maps by `names`, and return it in eval mode.
 
-        Unused tensors are listed in one warning, except those in `expected_unused`. Raises ModelError naming the
-        missing tensors, or the first tensor of a wrong shape.
+        Unused tensors are listed in one warning, except those in `expected_unused`. Raises ModelError as `shaped`.
         """
-        theirs = {name: renamed(name, names) for name in model.state_dict()}
-        if missing := [name for name in theirs.values() if name not in self]:
-            raise self._lacks(missing)
-        model.load_state_dict(
-            {name: self._shaped(theirs[name], tensor.shape) for name, tensor in model.state_dict().items()}
-        )
-        if unused := sorted(set(self) - set(theirs.values()) - expected_unused):
+        model.load_state_dict(self.shaped(model, names))
+        theirs = {renamed(name, names) for name in model.state_dict()}
+        if unused := sorted(set(self) - theirs - expected_unused):
             warnings.warn(f"{self.path}: {len(unused)} tensors are not used: {', '.join(unused)}", stacklevel=3)
         return model.eval()
+
+    def shaped(self, model: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+        """Return the tensors of `model`, under its names and in its shapes.
+
+        Raises ModelError naming the missing tensors, or the first tensor of a wrong shape.
+        """
+        wanted = model.state_dict()
+        if missing := [theirs for name in wanted if (theirs := renamed(name, names)) not in self]:
+            raise self._lacks(missing)
+        return {name: self._shaped(renamed(name, names), tensor.shape) for name, tensor in wanted.items()}
 
     def size(self) -> dict[str, int]:
         """Return the width, depth and number of heads of the encoder, as arguments of timm."""
