@@ -1,8 +1,9 @@
 """Run recipes one after the other, each in a fork of this process, and report how it ended and how long it took.
 
-Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds). Writes one
-JSON object a line: `status` (None: it did not end and was killed), `seconds`, and what it printed: `out`
-and `err`.
+Reads one JSON object a line from standard input: `recipe` (or seitpp, the command), `arguments`, `limit` (the most
+seconds), and if they are not those of this process, `folder`, where it runs, `environment`, variables that are set,
+and `stdout`: "closed", "unread" (a pipe that nobody reads any more) or a file. Writes one JSON object a line:
+`status` (None: it did not end and was killed), `seconds`, and what it printed: `out` and `err`.
 """
 
 import importlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from support.paths import RECIPES
 
 from downstream.segmentation.mmseg import load_mmseg
+from seitpp import cli
 
 
 def start(job: dict, out: Path, err: Path) -> int:
@@ -28,10 +30,29 @@ def start(job: dict, out: Path, err: Path) -> int:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    redirect(job.get("stdout"))
+    os.environ |= job.get("environment", {})
+    os.chdir(job.get("folder", "."))
+    if job["recipe"] == "seitpp":
+        sys.argv = ["seitpp", *job["arguments"]]
+        sys.exit(cli.main())
     script = str(RECIPES / f"{job['recipe']}.py")
     sys.argv = [script, *job["arguments"]]
     runpy.run_path(script, run_name="__main__")
     sys.exit(0)
+
+
+def redirect(stdout: str | None) -> None:
+    """Give this process another standard output, buffered as one that is no terminal, see the top."""
+    if stdout == "closed":
+        os.close(1)
+        sys.stdout = None
+    elif stdout == "unread":
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(read)
+    elif stdout:
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
 
 
 def ended(pid: int, limit: float) -> int | None:
@@ -59,12 +80,12 @@ def report(job: dict, folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp())  # not a context, which each fork would leave, too
-    jobs = [json.loads(line) for line in sys.stdin]
-    for name in {job["recipe"] for job in jobs}:  # once, before the forks
-        importlib.import_module(name)
-        if "segment" in name:
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["recipe"] != "seitpp":  # before the fork
+            importlib.import_module(job["recipe"])
+        if "segment" in job["recipe"]:
             load_mmseg()
-    for job in jobs:
         print(json.dumps(report(job, folder)), flush=True)
     shutil.rmtree(folder)
 
