@@ -84,14 +84,15 @@ def part_name(rank: int) -> str:
 def write_part(path: Path, batches: Iterator[tuple[list[str], np.ndarray]]) -> None:
     """Write batches of names and vectors to a Parquet file, none if there are no batches."""
     writer = None
-    for names, vectors in batches:
-        flat = pa.array(vectors.ravel(), pa.float32())
-        columns = [pa.array(names, pa.string()), pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])]
-        table = pa.table(columns, names=["name", "vector"])
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    if writer:
-        writer.close()
+    with files.naming(path):
+        for names, vectors in batches:
+            flat = pa.array(vectors.ravel(), pa.float32())
+            columns = [pa.array(names, pa.string()), pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])]
+            table = pa.table(columns, names=["name", "vector"])
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
 
 
 def join_parts(parts: list[Path], path: Path) -> None:

@@ -412,8 +412,7 @@ def report_errors(errors: list[str], skip: bool, path: Path) -> None:
     """Raise UserError for an unreadable image, or with `skip` append it to the list at `path`."""
     if not skip:
         raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors; finished shards are kept")
-    with path.open("a") as file:
-        file.writelines(f"{error}\n" for error in errors)
+    files.append_file(path, "".join(f"{error}\n" for error in errors).encode(errors="backslashreplace"))
 
 
 def write_shard(

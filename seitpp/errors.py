@@ -2,9 +2,11 @@
 
 import difflib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -21,10 +23,14 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+OUTPUT = "standard output"
+
 # What the user can do about what an operating system refuses.
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room: your quota is used up",
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another disk",
+    errno.EPIPE: "start again with a reader that stays, or with a file",
     errno.EIO: "repair the disk, or choose another folder",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "correct its permissions, or choose another",
@@ -46,11 +52,16 @@ def os_message(error: OSError) -> str | None:
     if remedy is None:
         return None
     where = error.filename if error.filename2 is None else error.filename2
-    return f"{os.fsdecode(where)}: {error.strerror}; {remedy}" if where else f"{error.strerror}; {remedy}"
+    what = f"{os.strerror(error.errno)}; {remedy}"
+    return f"{os.fsdecode(where)}: {what}" if where else what
 
 
 def fail_by_system(error: OSError) -> NoReturn:
     """End as `fail` with the line of `os_message`; raise the error itself where there is none."""
+    try:
+        flush_output()
+    except OSError as unprinted:
+        error = unprinted if error.filename is None else error
     message = os_message(error)
     if message is None:
         raise error
@@ -59,6 +70,27 @@ def fail_by_system(error: OSError) -> NoReturn:
 
 def fail(message: str) -> NoReturn:
     """Print one line to standard error, with the rank of a distributed process, and exit with status 2."""
-    rank = os.environ.get("RANK")
-    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    rank, line = os.environ.get("RANK"), message.replace("\n", "\\n")  # names can hold a newline
+    with suppress(OSError):
+        flush_output()
+    with suppress(OSError):  # on a full disk, too
+        print(f"error{f' (rank {rank})' if rank else ''}: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def print_anything() -> None:
+    """Let both outputs print characters that their encoding lacks, and file names that are no text, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> None:
+    """Flush standard output. Raises OSError that names it; the interpreter does not try it again at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = OUTPUT
+        raise

@@ -3,19 +3,20 @@
 The caller passes the class of the error to raise. Also the copy of a batch to a device.
 """
 
+import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from seitpp.errors import UserError
-from seitpp.files import replace_file
+from seitpp.files import replace_bytes
 
 ADVICE = "save its state dict alone, as safetensors, where you trust the file"
 ERRORS = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError)
@@ -39,8 +40,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, header:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    metadata = {key: json.dumps(header)}
-    replace_file(path, lambda temporary: save_file(copies, temporary, metadata))
+    # Its save_file reports a full disk as an error of its own kind, without the number of the system's.
+    replace_bytes(path, safetensors.torch.save(copies, {key: json.dumps(header)}))
 
 
 def load_tensors(
@@ -96,6 +97,13 @@ def load_checkpoint(
             f"{path} cannot be read as plain tensors, and is not unpickled since that could run code "
             f"({_reason(problem)}): {advice}"
         ) from problem
+
+
+def checkpoint_bytes(content: Any) -> bytes:
+    """Return the file of `torch.save`, which reports a full disk as an error of its own kind."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def load_state_dict(path: Path, error: type[UserError], wanted: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -172,7 +172,7 @@ def _verify(path: Path) -> None:
 
 def load(path: Path) -> Checkpoint:
     """Read the checkpoint at a path from `newest`."""
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_bytes())
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, state["step"], state["store"], tensors)
 

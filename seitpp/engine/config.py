@@ -170,7 +170,7 @@ def load_config(kind: type[Config], path: Path) -> Config:
     Raises ConfigError if the file cannot be read, or names the fields that `kind` does not have.
     """
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_bytes())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
     if not isinstance(stored, dict):

@@ -110,7 +110,7 @@ def unknown_files(folder: Path) -> list[str]:
 def _check_only_a_run(folder: Path) -> None:
     """Raise RunError unless a folder holds a run alone, so that --overwrite removes only what runs write."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_bytes())
     except ValueError:
         config = None
     if not isinstance(config, dict) or not config.keys() >= OF_EVERY_RUN:
@@ -132,7 +132,7 @@ def planned_lengths(
 
 def change_lengths(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write other lengths into the config.json of a run, and remove the result of the shorter one."""
-    stored = json.loads((folder / CONFIG).read_text())
+    stored = json.loads((folder / CONFIG).read_bytes())
     if (folder / RESULT).exists():
         files.remove_file(folder / RESULT)
     files.replace_json(folder / CONFIG, stored | {name: settings[name] for name in LENGTHS if name in settings})
@@ -144,7 +144,7 @@ def _free_folder(folder: Path) -> Path:
 
 
 def _stored_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    stored = current_names(json.loads((folder / CONFIG).read_text()), settings)
+    stored = current_names(json.loads((folder / CONFIG).read_bytes()), settings)
     return json.loads(json.dumps({name: defaults.get(name) for name in settings})) | stored
 
 
@@ -158,7 +158,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], defaults: Mapping
         if stored.get(name) != given.get(name)
     ]
     path = folder / CONTENTS
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    recorded = json.loads(path.read_bytes()) if path.exists() else {}
     for name in INPUTS:
         changes += _input_changes(name, stored.get(name), given.get(name), recorded=recorded)
     if changes:

@@ -160,7 +160,7 @@ class _Checked(Dataset):
 def reading_of_run(checkpoint: str, channels: int) -> Reading:
     """Return how the images of a run's store were read, as its result.json says; the default where it does not."""
     result = Path(checkpoint) / "result.json"
-    record = json.loads(result.read_text()) if result.is_file() else {}
+    record = json.loads(result.read_bytes()) if result.is_file() else {}
     tokenizer = (record.get("data") or {}).get("tokenizer") or {}
     return Reading.from_json(tokenizer.get("reading"), channels)
 

@@ -186,7 +186,7 @@ class Run:
     def _recorded_speed(self) -> dict[str, float]:
         """Return the speed in result.json of a finished run that is resumed, which has nothing left to train."""
         path = self.out / RESULT
-        stored = json.loads(path.read_text()) if self.resumed and path.is_file() else {}
+        stored = json.loads(path.read_bytes()) if self.resumed and path.is_file() else {}
         return {SPEED: stored[SPEED]} if SPEED in stored else {}
 
     def finish(self, result: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:

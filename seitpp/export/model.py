@@ -121,6 +121,6 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"no {path}: {expected}")
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_bytes()))
     except (OSError, TypeError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error

@@ -146,7 +146,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
     except (OSError, ValueError) as problem:
         raise TokenizerError(f"{file} cannot be read as JSON: {problem}") from problem
     return values if isinstance(values, dict) else {}

@@ -239,7 +239,7 @@ class Checks:
             self.fault("never ended", where, " ".join(words))
         elif report["status"] == 2 and (len(errors) != 1 or told[-1:] != errors):
             self.fault("lines", where, report["err"][-500:])
-        elif report["status"] not in (0, 2, -13):
+        elif report["status"] not in (0, 2, 141):
             self.fault("exit statuses", where, f"{report['status']}: {report['err'][-300:]}")
         if disk.is_dir() and (broken := half_written(disk)):
             self.fault("half-written files", where, ", ".join(broken))

@@ -1,9 +1,9 @@
 """Run recipes one after the other, each in a fork of this process, and report how it ended and how long it took.
 
 Reads one JSON object a line from standard input: `recipe` (or seitpp, the command), `arguments`, `limit` (the most
-seconds), and if they are not those of this process, `folder`, where it runs, `environment`, variables that are set,
-and `stdout`: "closed", "unread" (a pipe that nobody reads any more) or a file. Writes one JSON object a line:
-`status` (None: it did not end and was killed), `seconds`, and what it printed: `out` and `err`.
+seconds), and if they are not those of this process, `folder`, where it runs, and `stdout`: "closed", "unread" (a
+pipe that nobody reads any more) or a file. Writes one JSON object a line: `status` (None: it did not end and was
+killed), `seconds`, and what it printed: `out` and `err`.
 """
 
 import importlib
@@ -17,6 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401 (once, before the forks, as those below)
+import sklearn.cluster  # noqa: F401
+from PIL import Image
 from support.paths import RECIPES
 
 from downstream.segmentation.mmseg import load_mmseg
@@ -31,7 +34,6 @@ def start(job: dict, out: Path, err: Path) -> int:
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     redirect(job.get("stdout"))
-    os.environ |= job.get("environment", {})
     os.chdir(job.get("folder", "."))
     if job["recipe"] == "seitpp":
         sys.argv = ["seitpp", *job["arguments"]]
@@ -79,6 +81,7 @@ def report(job: dict, folder: Path) -> dict:
 
 
 def main() -> None:
+    Image.init()
     folder = Path(tempfile.mkdtemp())  # not a context, which each fork would leave, too
     for line in sys.stdin:
         job = json.loads(line)
