@@ -51,7 +51,7 @@ from seitpp import TokenStore, files, tokenizers
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.inputs import open_once
 from seitpp.engine.system import loader_workers
-from seitpp.errors import UserError
+from seitpp.errors import UserError, escaped
 from seitpp.images.annotated import (
     SHORT_SIDE,
     AnnotatedSource,
@@ -412,7 +412,7 @@ def report_errors(errors: list[str], skip: bool, path: Path) -> None:
     """Raise UserError for an unreadable image, or with `skip` append it to the list at `path`."""
     if not skip:
         raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors; finished shards are kept")
-    files.append_file(path, "".join(f"{error}\n" for error in errors).encode(errors="backslashreplace"))
+    files.append_file(path, "".join(f"{escaped(error)}\n" for error in errors).encode())
 
 
 def write_shard(

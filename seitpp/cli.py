@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seitpp.codec import CODECS
-from seitpp.errors import UserError, fail, fail_by_system, flush_output, print_anything, suggest
+from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, grow, hub, layout, release
 from seitpp.store.labels import Label
@@ -189,8 +189,8 @@ def pull(repo_id: str, folder: Path | None) -> None:
 
 def main() -> None:
     """Run the command line. An error of the user is printed as one line on stderr, with exit status 2."""
-    print_anything()
     try:
+        prepare_text()
         options = vars(_parse(sys.argv[1:]))
         options.pop("run")(**options)
         flush_output()

@@ -70,7 +70,7 @@ def fail_by_system(error: OSError) -> NoReturn:
 
 def fail(message: str) -> NoReturn:
     """Print one line to standard error, with the rank of a distributed process, and exit with status 2."""
-    rank, line = os.environ.get("RANK"), message.replace("\n", "\\n")  # names can hold a newline
+    rank, line = os.environ.get("RANK"), escaped(message)
     with suppress(OSError):
         flush_output()
     with suppress(OSError):  # on a full disk, too
@@ -78,11 +78,22 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def print_anything() -> None:
-    """Let both outputs print characters that their encoding lacks, and file names that are no text, as escapes."""
+def escaped(text: str) -> str:
+    """Return one line of text; bytes of a file name that are no UTF-8, and a newline in one, become escapes."""
+    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+
+
+def prepare_text() -> None:
+    """Let both outputs print characters that their encoding lacks, as escapes.
+
+    Raises UserError where Python takes the names of files for another encoding than UTF-8: those of classes and
+    pictures would be stored as others than elsewhere.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.getfilesystemencoding() != "utf-8":
+        raise UserError(f"names of files are read as {sys.getfilesystemencoding()} here: set PYTHONUTF8=1")
 
 
 def flush_output() -> None:

@@ -139,8 +139,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    replace_bytes(path, text.encode())
+    """Write a UTF-8 text file atomically; bytes of a file name that are no text become escapes."""
+    replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def replace_json(path: Path, value: object) -> None:

@@ -18,7 +18,7 @@ from seitpp.engine.config import AUTO, Config, RunConfig, TrainConfig, load_conf
 from seitpp.engine.folder import CONFIG
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
-from seitpp.errors import UserError, fail, fail_by_system, flush_output, print_anything
+from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text
 from seitpp.export import EXPORTED, export_model
 
 CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
@@ -39,8 +39,8 @@ def run_recipe(
     signal exits with 128 plus its number.
     """
     config = None
-    print_anything()
     try:
+        prepare_text()
         config = parse(presets, default, sys.argv[1:])
         if settle and config.preset == AUTO and "--config" not in sys.argv:
             config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)

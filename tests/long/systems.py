@@ -37,6 +37,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from downstream.segmentation.default import FEW_SCENES, default_scenes  # noqa: E402
 from seitpp.data.digits import digits  # noqa: E402
 from support.paths import RECIPES, ROOT, SUPPORT  # noqa: E402
+from support.pictures import encoded  # noqa: E402
 
 PAGE = 4096
 LIMIT = 120  # seconds of a run
@@ -62,8 +63,8 @@ COMMANDS = {
     "export-model": "seitpp export-model IN/seit OUT",
     "push": "seitpp push IN/store me/tokens",
     "pull": "seitpp pull me/tokens OUT",
-    "seit_train": "seit_train smoke --store IN/store --resume --out OUT",
-    "mtm_pretrain": "mtm_pretrain smoke --store IN/store --tokenizer IN/tokenizer.safetensors --resume --out OUT",
+    "seit_train": "seit_train smoke --epochs 1 --warmup-epochs 0 --store IN/store --resume --out OUT",
+    "mtm_pretrain": "mtm_pretrain smoke --epochs 1 --warmup-epochs 0 --store IN/store --tokenizer IN/tokenizer.safetensors --resume --out OUT",
     "finetune": f"finetune smoke --data IN/pictures {FEW} --size 32 --checkpoint IN/mtm --resume --out OUT",
     "tokenadapt_train": f"tokenadapt_train smoke --data IN/pictures --split train --validation-split validation {FEW}"
     " --tokenizer IN/tokenizer.safetensors --resume --out OUT",
@@ -432,7 +433,19 @@ def embedded(checks: Checks, server: Server, *, refused: bool) -> None:
                 checks.fault("failures", where, report["err"][-300:])
 
 
-CONDITIONS = {"full": full_disk, "read-only": read_only, "names": names, "output": outputs}
+def letters(checks: Checks, server: Server, name: str) -> None:
+    """Pictures and a class whose names are no UTF-8, as those of old archives, and hold a newline."""
+    if "IN/pictures" not in COMMANDS[name] or name == "evaluate":  # whose model knows other classes
+        return
+    with mounted(checks.disk):
+        where = f"{name}, names that are no UTF-8"
+        words = [word.replace("/pictures", "/latin") for word in words_of(name, checks.inputs, "out")]
+        report = checks.run(server, where, words, checks.disk, folder=str(checks.disk))
+        if report["status"] != 0:
+            checks.fault("failures", where, report["line"])
+
+
+CONDITIONS = {"full": full_disk, "read-only": read_only, "names": names, "output": outputs, "letters": letters}
 
 
 def home_missing(checks: Checks) -> Iterator[tuple[Server, bool]]:
@@ -449,7 +462,13 @@ def ascii_only(checks: Checks) -> Iterator[tuple[Server, bool]]:
     cache = {"HOME": checks.root, "XDG_CACHE_HOME": checks.root / "cache"}
     yield Server("LANG=C", {"LANG": "C", "LC_ALL": "C", **cache}), False
     plain = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    yield Server("LANG=C and no UTF-8", {**plain, **cache}), False
+    server = Server("LANG=C and no UTF-8", {**plain, **cache})
+    for name in COMMANDS:
+        with mounted(checks.disk):
+            where, words = f"{name}, {server.title}", words_of(name, checks.inputs, "out")
+            report = checks.run(server, where, words, checks.disk, folder=str(checks.disk))
+            checks.must_fail(where, report, "set PYTHONUTF8=1")
+    server.close()
 
 
 # Each gives servers, and whether the embedded data have no place to be made at.
@@ -468,15 +487,24 @@ def under(servers: Iterator[tuple[Server, bool]], checks: Checks, only: list[str
 # What is read
 
 
-def make_inputs(server: Server, inputs: Path) -> None:
-    """Make small stores, pictures, scenes, and models of them, with a class and files that have umlauts."""
+def draw_pictures(folder: Path, name: str, letter: str) -> None:
+    """Write noise of two classes, one with that name, as files whose names begin with that letter."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 64), ("validation", 32)):
         for number in range(count):
-            folder = inputs / "pictures" / split / ("Gr\u00f6\u00dfe", "b")[number % 2]
-            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / split / (name, "b")[number % 2] / f"{letter}_{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(256, size=(40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"\u00e4_{number:02d}.png")
+            path.write_bytes(encoded(pixels))
+
+
+def make_inputs(server: Server, inputs: Path) -> None:
+    """Make small stores, pictures, scenes, and models of them.
+
+    A class and files have umlauts, and in another set of pictures umlauts that are no UTF-8, and a newline.
+    """
+    draw_pictures(inputs / "pictures", "Gr\u00f6\u00dfe", "\u00e4")
+    draw_pictures(inputs / "latin", os.fsdecode(b"Gr\xf6\xdfe"), os.fsdecode(b"\xe4\n"))
     shutil.copytree(default_scenes(FEW_SCENES).images.parent, inputs / "scenes")
     shutil.copy(digits().tokenizer, inputs / "tokenizer.safetensors")
     made = {
