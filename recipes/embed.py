@@ -88,7 +88,7 @@ def write_part(path: Path, batches: Iterator[tuple[list[str], np.ndarray]]) -> N
         for names, vectors in batches:
             flat = pa.array(vectors.ravel(), pa.float32())
             columns = [
-                pa.array(map(escaped, names), pa.string()),
+                pa.array(names, pa.string()),
                 pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
             ]
             table = pa.table(columns, names=["name", "vector"])
