@@ -396,13 +396,16 @@ CONDITIONS = {"full": full_disk, "read-only": read_only, "names": names, "output
 def without_home(checks: Checks, only: list[str]) -> None:
     """HOME is not set, or a folder that is not there, or one that is read-only; inputs are named, or embedded."""
     read_only_home = mounted(checks.root / "home", f"size={PAGE},ro")
+    fonts = checks.root / "fonts"  # else every fork removes the folder that matplotlib has made for all of them
+    fonts.mkdir()
+    fonts.chmod(0o777)
     for title, home, folder in (
         ("no HOME", {}, nullcontext()),
         ("a HOME that is not there", {"HOME": "/nowhere/home"}, nullcontext()),
         ("a read-only HOME", {"HOME": checks.root / "home"}, read_only_home),
     ):
         with folder:
-            server = Server(title, home, stranger=True)
+            server = Server(title, {**home, "MPLCONFIGDIR": fonts}, stranger=True)
             under(server, checks, only)
             for name, command in EMBEDDED.items():
                 where = f"{name} on embedded data, {title}"
