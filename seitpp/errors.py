@@ -52,7 +52,7 @@ def os_message(error: OSError) -> str | None:
     if remedy is None:
         return None
     where = error.filename if error.filename2 is None else error.filename2
-    what = f"{os.strerror(error.errno)}; {remedy}"
+    what = f"{error.strerror}; {remedy}"
     return f"{os.fsdecode(where)}: {what}" if where else what
 
 
@@ -84,13 +84,15 @@ def escaped(text: str) -> str:
 
 
 def prepare_text() -> None:
-    """Let both outputs print characters that their encoding lacks, as escapes.
+    """Let both outputs print characters that their encoding lacks, as escapes; one that is closed goes nowhere.
 
     Raises UserError where Python takes the names of files for another encoding than UTF-8: those of classes and
     pictures would be stored as others than elsewhere.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # no file that is written may get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if sys.getfilesystemencoding() != "utf-8":
         raise UserError(f"names of files are read as {sys.getfilesystemencoding()} here: set PYTHONUTF8=1")
@@ -99,8 +101,7 @@ def prepare_text() -> None:
 def flush_output() -> None:
     """Flush standard output. Raises OSError that names it; the interpreter does not try it again at its end."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         error.filename = OUTPUT
