@@ -29,7 +29,7 @@ from seitpp.engine.config import PictureConfig
 from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
 from seitpp.engine.probe import pooled
 from seitpp.engine.run import Run
-from seitpp.errors import UserError
+from seitpp.errors import UserError, escaped
 from seitpp.images.batches import DecodedImages
 from seitpp.images.decode import decode_image
 from seitpp.models import load_pretrained
@@ -84,14 +84,18 @@ def part_name(rank: int) -> str:
 def write_part(path: Path, batches: Iterator[tuple[list[str], np.ndarray]]) -> None:
     """Write batches of names and vectors to a Parquet file, none if there are no batches."""
     writer = None
-    for names, vectors in batches:
-        flat = pa.array(vectors.ravel(), pa.float32())
-        columns = [pa.array(names, pa.string()), pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])]
-        table = pa.table(columns, names=["name", "vector"])
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    if writer:
-        writer.close()
+    with files.naming(path):
+        for names, vectors in batches:
+            flat = pa.array(vectors.ravel(), pa.float32())
+            columns = [
+                pa.array(names, pa.string()),
+                pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            ]
+            table = pa.table(columns, names=["name", "vector"])
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
 
 
 def join_parts(parts: list[Path], path: Path) -> None:
@@ -123,7 +127,7 @@ def draw_nearest(path: Path, images: DecodedImages, picture: Path) -> None:
     similar[np.arange(len(queries)), queries] = np.inf  # the picture itself comes first
     nearest = np.argsort(-similar, axis=1, kind="stable")[:, : NEIGHBORS + 1]
     whole = replace(images.reading, resize="pad")
-    places = {name: index for index, name in enumerate(images.source.names)}
+    places = {escaped(name): index for index, name in enumerate(images.source.names)}
     names = table["name"].to_pylist()
     columns: dict[str, list[Tensor]] = {}
     for rank in range(nearest.shape[1]):

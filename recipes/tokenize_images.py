@@ -52,7 +52,7 @@ from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine import peers
 from seitpp.engine.inputs import open_once
 from seitpp.engine.system import loader_workers
-from seitpp.errors import UserError
+from seitpp.errors import UserError, escaped
 from seitpp.images.annotated import (
     SHORT_SIDE,
     AnnotatedSource,
@@ -414,8 +414,7 @@ def report_errors(errors: list[str], skip: bool, path: Path) -> None:
     """Raise UserError for an unreadable image, or with `skip` append it to the list at `path`."""
     if not skip:
         raise UserError(f"{errors[0]}; repair or remove it, or pass --skip-errors; finished shards are kept")
-    with path.open("a") as file:
-        file.writelines(f"{error}\n" for error in errors)
+    files.append_file(path, "".join(f"{escaped(error)}\n" for error in errors).encode())
 
 
 def write_shard(

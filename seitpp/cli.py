@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -14,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seitpp.codec import CODECS
-from seitpp.errors import UserError, fail, fail_by_system, suggest
+from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, grow, hub, layout, release
 from seitpp.store.labels import Label
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 SAMPLE = 10_000
 SOURCE_BYTES = "source_bytes"  # column with the size of the image file that the tokens come from
 SHOWN_CLASSES = 10  # class names that `info` prints at most
+UNREAD = 141  # the exit status where nobody reads the output any more, as shells say it
 
 
 class CliError(UserError):
@@ -187,14 +189,19 @@ def pull(repo_id: str, folder: Path | None) -> None:
 
 def main() -> None:
     """Run the command line. An error of the user is printed as one line on stderr, with exit status 2."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `seitpp info STORE | head`
     try:
+        prepare_text()
         options = vars(_parse(sys.argv[1:]))
         options.pop("run")(**options)
+        flush_output()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # quietly, in `seitpp info STORE | head`
+        with suppress(OSError):
+            flush_output()
+        sys.exit(UNREAD)
     except OSError as error:
         fail_by_system(error)
 

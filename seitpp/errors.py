@@ -2,11 +2,12 @@
 
 import difflib
 import errno
+import io
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 LONGEST = 4000  # characters of a message, of which the middle is left out if there are more
@@ -66,10 +67,14 @@ def check_version(found: object, newest: int, *, path: object, error: type[UserE
         raise error(f"{path}: written in version {found!r} of its format, expected {expected}: upgrade seitpp")
 
 
+OUTPUT = "standard output"
+
 # What the user can do about what an operating system refuses.
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room: your quota is used up",
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another disk",
+    errno.EPIPE: "start again with a reader that stays, or with a file",
     errno.EIO: "repair the disk, or choose another folder",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "correct its permissions, or choose another",
@@ -91,11 +96,16 @@ def os_message(error: OSError) -> str | None:
     if remedy is None:
         return None
     where = error.filename if error.filename2 is None else error.filename2
-    return f"{os.fsdecode(where)}: {error.strerror}; {remedy}" if where else f"{error.strerror}; {remedy}"
+    what = f"{error.strerror}; {remedy}"
+    return f"{os.fsdecode(where)}: {what}" if where else what
 
 
 def fail_by_system(error: OSError) -> NoReturn:
     """End as `fail` with the line of `os_message`; raise the error itself where there is none."""
+    try:
+        flush_output()
+    except OSError as unprinted:
+        error = unprinted if error.filename is None else error
     message = os_message(error)
     if message is None:
         raise error
@@ -104,6 +114,39 @@ def fail_by_system(error: OSError) -> NoReturn:
 
 def fail(message: str) -> NoReturn:
     """Print one line to standard error, with the rank of a distributed process, and exit with status 2."""
-    rank = os.environ.get("RANK")
-    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    rank, line = os.environ.get("RANK"), escaped(message)
+    with suppress(OSError):
+        flush_output()
+    with suppress(OSError):  # on a full disk, too
+        print(f"error{f' (rank {rank})' if rank else ''}: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def escaped(text: str) -> str:
+    """Return one line of text; bytes of a file name that are no UTF-8, and a newline in one, become escapes."""
+    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+
+
+def prepare_text() -> None:
+    """Let both outputs print characters that their encoding lacks, as escapes; one that is closed goes nowhere.
+
+    Raises UserError where Python takes the names of files for another encoding than UTF-8: those of classes and
+    pictures would be stored as others than elsewhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # no file that is written may get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.getfilesystemencoding() != "utf-8":
+        raise UserError(f"names of files are read as {sys.getfilesystemencoding()} here: set PYTHONUTF8=1")
+
+
+def flush_output() -> None:
+    """Flush standard output. Raises OSError that names it; the interpreter does not try it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = OUTPUT
+        raise

@@ -91,13 +91,24 @@ def sync(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes what is open for writing
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as error:
         if not folder or error.errno not in NO_SYNC:
-            error.filename = str(path)
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError of the block that names no file, as the system's about an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -113,13 +124,11 @@ def append_file(path: Path, data: bytes) -> None:
 def _write(path: Path, data: bytes, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode | NO_LINK, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest[:CHUNK]) :]
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = str(path)  # the system names no file of a descriptor
-        raise
+        with naming(path):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest[:CHUNK]) :]
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -135,7 +144,6 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then replace `path` by that file atomically."""
     with _replacement(path) as temporary:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes 0600
 
 
 @contextmanager
@@ -144,10 +152,11 @@ def _replacement(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666))
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         if temporary.exists():
             os.unlink(temporary)
@@ -166,8 +175,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    replace_bytes(path, text.encode())
+    """Write a UTF-8 text file atomically; bytes of a file name that are no text become escapes."""
+    replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def replace_json(path: Path, value: object) -> None:
@@ -205,8 +214,9 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield staging / "made"
-        publish_folder(staging / "made", target)
+        with naming(target):
+            yield staging / "made"
+            publish_folder(staging / "made", target)
     finally:
         remove_folder(staging)
 
@@ -259,7 +269,8 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
     make_folder(root)
     staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}-"))
     try:
-        make(staging)
+        with naming(folder):
+            make(staging)
         os.chmod(staging, 0o777 & ~_umask())  # mkdtemp allows only the owner
         os.rename(staging, folder)
     except OSError:
@@ -304,8 +315,9 @@ def _lock_record(path: Path) -> int | None:
     if not _is_open_at(path, descriptor):  # its owner has removed it meanwhile, as `locked` does
         os.close(descriptor)
         return _lock_record(path)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    with suppress(OSError):  # of a full disk, which hinders no lock
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
 
 

@@ -19,7 +19,7 @@ from seitpp.engine.folder import CONFIG
 from seitpp.engine.peers import ending_together
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
-from seitpp.errors import UserError, fail, fail_by_system
+from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text
 from seitpp.export import EXPORTED, export_model
 
 CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
@@ -41,6 +41,7 @@ def run_recipe(
     """
     config = None
     try:
+        prepare_text()
         config = parse(presets, default, sys.argv[1:])
         if settle and config.preset == AUTO and "--config" not in sys.argv:
             config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
@@ -49,6 +50,7 @@ def run_recipe(
                 rehearse(main, config)
             else:
                 main(config)
+        flush_output()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
@@ -89,8 +91,9 @@ def _settled(config: Config, named: set[str], settle: Callable[[Config, Collecti
 
 
 def _one_line(message: str) -> str:
-    """Return the last line of an error that a data loading process raised, whose message has its traceback."""
-    return re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1]) if "\n" in message else message
+    """Return what follows the traceback in the message of an error that a data loading process raised."""
+    _, frame, error = message.strip().rpartition("\n    ")  # of the last line of code
+    return re.sub(r"^[\w.]+: ", "", error.partition("\n")[2]) if frame else message
 
 
 def rehearse(main: Callable[[Config], None], config: Config) -> None:
@@ -110,7 +113,7 @@ def rehearse(main: Callable[[Config], None], config: Config) -> None:
         if os.environ.get("RANK", "0") != "0":
             return
         parts = ["started", "saved", "resumed", "evaluated", "reported"]
-        if json.loads((out / "result.json").read_text())["recipe"] in EXPORTED:
+        if json.loads((out / "result.json").read_bytes())["recipe"] in EXPORTED:
             export_model(out, Path(folder) / "exported")
             parts.append("exported")
     print(f"dry run: {', '.join(parts)} in {time.perf_counter() - started:.0f} s; no files are kept")

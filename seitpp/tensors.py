@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from seitpp.errors import UserError, check_version, reason, refusing
-from seitpp.files import BoundedFile, parse_json, replace_file
+from seitpp.files import BoundedFile, parse_json, replace_bytes
 
 ADVICE = "save its state dict alone, as safetensors, where you trust the file"
 VERSION = 1  # of the headers, as a number in each; a reader refuses larger ones, and none is 1
@@ -50,7 +50,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, header:
         for name, tensor in tensors.items()
     }
     metadata = {key: json.dumps({**header, "version": VERSION})}
-    replace_file(path, lambda temporary: save_file(copies, temporary, metadata))
+    # Its save_file reports a full disk as an error of its own kind, without the number of the system's.
+    replace_bytes(path, safetensors.torch.save(copies, metadata))
 
 
 def load_tensors(
@@ -129,6 +130,13 @@ def load_checkpoint(
             f"{path} cannot be read as plain tensors, and is not unpickled since that could run code "
             f"({_reason(problem)}): {advice}"
         ) from problem
+
+
+def checkpoint_bytes(content: Any) -> bytes:
+    """Return the file of `torch.save`, which reports a full disk as an error of its own kind."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def load_state_dict(path: Path, error: type[UserError], wanted: Callable[[str], bool]) -> dict[str, Tensor]:

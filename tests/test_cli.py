@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from support.faults import in_child
 from support.paths import ROOT
 
 from seitpp import StoreWriter, TokenStore, cli
@@ -356,6 +357,50 @@ def test_the_hub_without_a_network(store, tmp_path, monkeypatch, capsys):
     assert "me/tokens on the hub" in fails(monkeypatch, capsys, "pull", "me/tokens", tmp_path / "pulled")
 
 
+# What the system refuses
+
+
+def refused(log: Path, *arguments: object, **more: object) -> tuple[int, list[str]]:
+    """Exit status and lines of a command in a child: `most` bytes a file, or `stdout`, a descriptor."""
+    resource = pytest.importorskip("resource")  # not on Windows
+
+    def child() -> None:
+        if "stdout" in more:
+            sys.stdout = os.fdopen(more["stdout"], "w")
+        if "most" in more:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (more["most"], more["most"]))
+        sys.argv = ["seitpp", *map(str, arguments)]
+        cli.main()
+
+    log.unlink(missing_ok=True)
+    return in_child(child, log), log.read_text().splitlines()
+
+
+def test_a_file_that_cannot_be_written_is_named(store, tmp_path):
+    """By every library that writes: here files of more than 400 bytes are refused, as on a full disk."""
+    before, other = contents(store), tmp_path / "other"
+    for words in (
+        ["recode", store, other, "--codec", "packed"],
+        ["merge", other, store],
+        ["subset", store, other, "--classes", "digit"],
+        ["export-release", store, other],
+        ["show", store, "--out", other.with_suffix(".png")],
+    ):
+        status, lines = refused(tmp_path / "log", *words, most=400)
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), (words, lines)
+        assert "other" in lines[0] and "File too large; allow larger files" in lines[0], (words, lines)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "store"], words
+    assert contents(store) == before
+
+
+def test_an_output_that_takes_nothing(store, tmp_path):
+    status, lines = refused(tmp_path / "log", "info", store, stdout=os.open("/dev/full", os.O_WRONLY))
+    assert (status, lines) == (2, ["error: standard output: No space left on device; make room on the disk"])
+    read, write = os.pipe()
+    os.close(read)
+    assert refused(tmp_path / "log", "info", store, stdout=write) == (cli.UNREAD, [])
+
+
 # The command line itself
 
 
@@ -377,6 +422,7 @@ def test_the_hub_without_a_network(store, tmp_path, monkeypatch, capsys):
         (["merge", "out", "nowhere"], "nowhere: no token store"),
         (["show", "a", "--out", "b.png", "--count", "many"], "invalid int value: 'many'"),
         (["info", "nowhere"], "nowhere: no token store"),
+        (["info", "no\nwhere"], r"no\\nwhere: no token store"),
     ],
 )
 def test_what_is_mistyped_is_one_line(monkeypatch, capsys, arguments, message):

@@ -170,14 +170,13 @@ def _write_map(path: Path, labels: np.ndarray, *, palette: np.ndarray, picture: 
     image = Image.fromarray(labels)
     image.putpalette(palette.tobytes())
     files.make_folder(path.parent)
-    try:
-        with path.open("xb") as file:
-            image.save(file, "PNG")
-    except FileExistsError as error:
+    if path.exists():
         raise ImageError(
             f"{picture}: {path} exists already, of a picture of the same name or of an earlier run; rename one or "
             "choose another folder"
-        ) from error
+        )
+    with files.new_file(path) as file:
+        image.save(file, "PNG")
 
 
 def _draw_legend(names: list[str], palette: np.ndarray, path: Path) -> None:

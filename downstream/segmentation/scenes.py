@@ -5,14 +5,17 @@ its form and its texture: a disc of stripes and a disc of dots are two classes, 
 stripes. Position, size and colors do not depend on the class. Mirroring a scene does not change its classes.
 """
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
+from seitpp import files
 from seitpp.errors import UserError
 
 IMAGES = MappingProxyType({"training": 200, "validation": 50})
@@ -71,8 +74,9 @@ def write_scenes(
             path.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             image, annotation = scene(np.random.default_rng([seed, number, index]), num_classes, size)
-            Image.fromarray(image).save(folders[0] / f"scene_{index:06d}.jpg", quality=95, subsampling=0)
-            Image.fromarray(annotation).save(folders[1] / f"scene_{index:06d}.png")
+            jpeg = {"format": "JPEG", "quality": 95, "subsampling": 0}
+            _save(folders[0] / f"scene_{index:06d}.jpg", image, **jpeg)
+            _save(folders[1] / f"scene_{index:06d}.png", annotation, format="PNG")
             counts = np.bincount(annotation.ravel(), minlength=num_classes + 1)
             pixels += counts
             images_with[split] += counts > 0
@@ -155,6 +159,14 @@ def _edges(classes: np.ndarray) -> np.ndarray:
     return edges
 
 
+def _save(path: Path, pixels: np.ndarray, **options: Any) -> None:
+    """Write an image file; Pillow reports a full disk as an error of its own kind where it writes itself."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **options)
+    with files.naming(path):
+        path.write_bytes(buffer.getvalue())
+
+
 def _write_class_names(
     path: Path, names: list[str], pixels: np.ndarray, images_with: dict[str, np.ndarray]
 ) -> None:
@@ -163,4 +175,4 @@ def _write_class_names(
     for number, name in enumerate(names, 1):
         ratio = f"{pixels[number] / pixels[1:].sum():.4f}"
         rows.append((str(number), ratio, *(str(counts[number]) for counts in images_with.values()), name))
-    path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    files.write_file(path, "".join("\t".join(row) + "\n" for row in rows).encode())

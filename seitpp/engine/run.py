@@ -32,7 +32,7 @@ from seitpp.engine.optim import Schedule
 from seitpp.engine.precision import LossScaler, check_precision
 from seitpp.engine.system import check_installed, device_name, git_commit, loader_workers
 from seitpp.engine.training import Training
-from seitpp.errors import UserError, os_message
+from seitpp.errors import UserError, escaped, os_message
 
 DRY_RUN_IMAGES = 64
 SPEED = "images_per_second"
@@ -134,7 +134,7 @@ class Run:
 
     def skip(self, errors: Iterable[str]) -> None:
         """Record images that are left out, a line for each; `start` writes them to skipped.txt."""
-        self.skipped += errors
+        self.skipped += map(escaped, errors)
 
     def change_lengths(self) -> None:
         """Store the other length of a resumed run, and remove its result if it had finished."""

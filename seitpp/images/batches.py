@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from seitpp.errors import escaped
 from seitpp.images.annotated import AnnotatedSample, smallest_png
 from seitpp.images.decode import RGB, Box, ImageError, Reading, Sample, Size, decode_image, image_size
 from seitpp.images.sources import ImageSource
@@ -79,7 +80,10 @@ def already_a_batch(batch: Any) -> Any:
 
 
 class ImageRecord(NamedTuple):
-    """What the store keeps of an image besides its tokens, and the size of its annotation file in bytes."""
+    """What the store keeps of an image besides its tokens, and the size of its annotation file in bytes.
+
+    `file_name` is text of one line (`escaped`).
+    """
 
     label: Label
     file_name: str
@@ -124,7 +128,7 @@ class DecodedImages(Dataset):
 
 def _record(sample: Sample | AnnotatedSample) -> ImageRecord:
     """Return the record of a sample, with its annotation as the smallest PNG."""
-    record = ImageRecord(sample.label, sample.name, len(sample.data))
+    record = ImageRecord(sample.label, escaped(sample.name), len(sample.data))
     if isinstance(sample, AnnotatedSample):
         return record._replace(annotation=smallest_png(sample.annotation), annotation_bytes=sample.mask_bytes)
     return record

@@ -220,7 +220,7 @@ def _voc(folder: Path, split: str | None) -> Listing:
     others = {**_by_name(more, left_out), **others} if more in roots else others
     lists = {path.stem: path for path in _voc_lists(folder)}
     if lists or split:
-        lines = lists[choose_split(lists, split, root)].read_text().splitlines()
+        lines = lists[choose_split(lists, split, root)].read_text("utf-8", "surrogateescape").splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
     else:
         names = list(others)

@@ -12,6 +12,7 @@ from typing import Protocol
 import datasets
 from tqdm import tqdm
 
+from seitpp.errors import escaped
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import (
@@ -72,14 +73,15 @@ class FolderSource:
         return Sample(data, name, self.labels.values[index])
 
     def _labels(self, walked: Walked, rules: LabelRules) -> Labels:
-        folders = [name.partition("/")[0] if "/" in name else None for name in self.names]
+        titles = {name: escaped(name) for name in walked.folders}
+        folders = [titles[name.partition("/")[0]] if "/" in name else None for name in self.names]
         if not any(folders):
             hint = next((name for name in ANNOTATION_FILES if (self.folder / name).is_file()), None)
             note = f" ({hint} may have some: --labels {self.folder / hint})" if hint else ""
             labels = resolve([None] * len(self.names), self.names, rules, origin=NO_LABELS)
             return labels._replace(origin=f"{NO_LABELS}: they lie in no class folders{note}")
         origin = "classes by folder names"
-        classes = None if rules.classes else sorted(walked.folders)  # empty folders count
+        classes = None if rules.classes else sorted(titles.values())  # empty folders count
         places = {name: number for number, name in enumerate(classes or ())}
         raw = folders if rules.classes else [None if name is None else places[name] for name in folders]
         return resolve(raw, self.names, rules, origin=origin, class_names=classes)

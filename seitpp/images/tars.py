@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from seitpp.errors import refusing
+from seitpp.errors import escaped, refusing
 from seitpp.files import BoundedFile, parse_json
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
@@ -63,7 +63,7 @@ class TarSource:
     def _resolved(self, raw: list[RawLabel], rules: LabelRules) -> Labels:
         folders = [image.name.rpartition("/")[0] for _, image in self._images]
         if all(label is None for label in raw) and not rules.key and len(set(folders)) > 1 and all(folders):
-            names = [folder.rpartition("/")[2] for folder in folders]
+            names = [escaped(folder.rpartition("/")[2]) for folder in folders]
             return resolve(names, self.names, rules, origin="classes by folder names in the tars")
         origin = f"labels by the JSON key {rules.key!r}" if rules.key else "labels beside the images in the tars"
         return resolve(raw, self.names, rules, origin=origin)

@@ -14,7 +14,7 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from seitpp.codec import Codec
-from seitpp.files import empty_folder, make_folder, new_folder, remove_folder, sync, write_file
+from seitpp.files import empty_folder, make_folder, naming, new_folder, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.labels import check_labels, read_labels
 from seitpp.store.layout import StoreError
@@ -285,7 +285,8 @@ def _build_split(target: TokenStore, parts: Sequence[Part], built: Path) -> None
         _link(target.path / name, built / layout.shard_name(target.split, number, total))
     size = target.payload_bytes
     for number, batch in enumerate(_converted(target, spec, parts), len(old)):
-        with (built / layout.shard_name(target.split, number, total)).open("wb") as file:
+        path = built / layout.shard_name(target.split, number, total)
+        with naming(path), path.open("wb") as file:
             write_shard(file, batch)
         size += pa.compute.sum(pa.compute.binary_length(batch.column("tokens"))).as_py()
     write_dataset_files(spec, built / target.split)
@@ -315,7 +316,8 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
     except OSError:
-        shutil.copyfile(source, target)
+        with naming(target):
+            shutil.copyfile(source, target)
         sync(target)
 
 

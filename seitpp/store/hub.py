@@ -9,8 +9,8 @@ import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from seitpp.errors import UserError
-from seitpp.files import cache_root, remove_folder, sync
+from seitpp.errors import UserError, os_message
+from seitpp.files import cache_root, naming, remove_folder, sync
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 
@@ -104,14 +104,15 @@ def _download(repo_id: str, staging: Path) -> None:
 
 def _fetch(repo_id: str, folder: Path, names: list[str]) -> None:
     # local_dir: the files themselves instead of links into the cache of huggingface_hub.
-    _ask(
-        repo_id,
-        huggingface_hub.snapshot_download,
-        repo_id,
-        repo_type="dataset",
-        local_dir=folder,
-        allow_patterns=names,
-    )
+    with naming(folder):
+        _ask(
+            repo_id,
+            huggingface_hub.snapshot_download,
+            repo_id,
+            repo_type="dataset",
+            local_dir=folder,
+            allow_patterns=names,
+        )
 
 
 def _file_names(document: dict[str, Any]) -> list[str]:
@@ -128,6 +129,8 @@ def _ask(repo_id: str, request: Callable[..., Result], /, *args: Any, **kwargs: 
     try:
         return request(*args, **kwargs)
     except Exception as error:  # huggingface_hub also passes on errors of its HTTP library
+        if isinstance(error, OSError) and os_message(error):  # of this machine
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HubError(
             f"{repo_id} on the hub: {reason}; check its name, the network and `hf auth login`"

@@ -18,7 +18,7 @@ from jaxtyping import Int32, Int64
 
 from seitpp import codec as codecs
 from seitpp.codec import Codec
-from seitpp.files import empty_folder, sync, write_file
+from seitpp.files import empty_folder, naming, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
 from seitpp.store.fingerprint import split_fingerprint
@@ -225,7 +225,7 @@ def _encode(task: Encoding) -> int:
     batch, codec = read_shard(task.staged), task.build_codec()
     payloads = [codec.encode(_ids(ids.as_buffer(), task.new_ids)) for ids in batch.column("tokens")]
     columns = [column_array(payloads, pa.binary(), "tokens"), *batch.columns[1:]]
-    with task.target.open("wb") as file:
+    with naming(task.target), task.target.open("wb") as file:
         write_shard(file, pa.record_batch(columns, batch.schema))
     return sum(map(len, payloads))
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from seitpp import codec as codecs
 from seitpp.errors import UserError
-from seitpp.files import new_folder
+from seitpp.files import new_folder, write_file
 from seitpp.store import layout
 from seitpp.store.reader import TokenStore
 from seitpp.store.writer import StoreWriter
@@ -100,6 +100,8 @@ def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -
     """
     import torch
 
+    from seitpp.tensors import checkpoint_bytes
+
     document = layout.read_document(Path(store))
     if document["grid"] is None:
         raise ReleaseError(f"{store}: got images of different grids, expected one grid; tokenize them at one size")
@@ -110,7 +112,7 @@ def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -
             source.require_classes("a released file")
             _write_split(source, folder)
         codebook = layout.read_codebook(Path(store), document)
-        torch.save(torch.from_numpy(codebook.copy()), folder / CODEBOOK)
+        write_file(folder / CODEBOOK, checkpoint_bytes(torch.from_numpy(codebook.copy())))
     return Path(out).resolve()
 
 
@@ -325,4 +327,4 @@ def _write_split(store: TokenStore, folder: Path) -> None:
             ends.append(ends[-1] + len(payload))
     with gzip.GzipFile(folder / (name + INDEX), "wb", compresslevel=6, mtime=0) as stream:
         np.save(stream, np.array(ends, np.int64), allow_pickle=False)
-    (folder / (name + LABELS)).write_text("".join(f"{label}\n" for label in store.labels.tolist()))
+    write_file(folder / (name + LABELS), "".join(f"{label}\n" for label in store.labels.tolist()).encode())

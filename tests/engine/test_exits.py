@@ -1,19 +1,26 @@
 """Whatever ends a run, its process ends too: within seconds, with one line, whatever its workers do."""
 
+import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.faults import in_child
 from support.models import tiny_mtm
 from support.pictures import encoded, write
 from support.running import digits_codebook, forked
 
 from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp.data.digits import digits
+from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import unknown_files
 from seitpp.files import owned
 from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.recipe import run_recipe
+
+SECOND = os.fsdecode(b"b\xe4\n")  # a name that is no UTF-8 and no line, as Linux allows
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +30,8 @@ def files(tmp_path_factory) -> Path:
     for split in ("train", "validation"):
         for number in range(64):
             pixels = rng.integers(256, size=(40, 40, 3), dtype=np.uint8)
-            write(root / f"pictures/{split}/{'ab'[number % 2]}/{number:02d}.png", encoded(pixels))
-        write(root / f"pictures/{split}/b/damaged.png", encoded(pixels)[:1000])
+            write(root / f"pictures/{split}/{('a', SECOND)[number % 2]}/{number:02d}.png", encoded(pixels))
+        write(root / f"pictures/{split}/{SECOND}/damaged.png", encoded(pixels)[:1000])
     scenes = default_scenes(FEW_SCENES)
     for path in scenes.images.rglob("*.*"):
         write(root / "scenes" / path.relative_to(scenes.images), path.read_bytes())
@@ -125,6 +132,21 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
         assert report["statuses"] == [2] and last.startswith("error: ") and last.endswith(remedy), report
         assert "Traceback" not in report["err"], report
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_that_takes_nothing_is_one_line(tmp_path: Path) -> None:
+    """It lies on a full disk, or is a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    for output, said in ((os.open("/dev/full", os.O_WRONLY), "No space left on device"), (write, "Broken pipe")):
+
+        def recipe(output: int = output) -> None:
+            sys.stdout, sys.argv = os.fdopen(output, "w"), ["recipe.py"]
+            run_recipe(lambda config: print("done"), {"smoke": RunConfig()}, "smoke")
+
+        log = tmp_path / f"log-{said}"
+        assert in_child(recipe, log) == 2
+        assert log.read_text().startswith(f"error: standard output: {said}; ") and log.read_text().count("\n") == 1
 
 
 def test_a_second_command_that_writes_the_same_split_is_refused(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def in_child(function: Callable[[], None], log: Path) -> int:
             sys.stdout = sys.stderr = log.open("a", buffering=1)
             function()
             status = 0
+        except SystemExit as stop:
+            status = stop.code
         except BaseException:
             traceback.print_exc()
         finally:

@@ -1,9 +1,11 @@
 """Run recipes one after the other, in forks of this process, and report how each ended and how long it took.
 
-Reads one JSON object a line from standard input: `recipe`, `arguments`, `limit` (the most seconds), `processes`
-(of one launch, on the CPU), and for a run that is signalled `signal` and `after` (seconds from its start, or a
-path that is there by then). Writes one JSON object a line: `statuses` of the processes (None: it did not end and
-was killed), `seconds` from the start or from the signal, `signalled`, and what they printed: `out` and `err`.
+Reads one JSON object a line from standard input: `recipe` (or seitpp, the command), `arguments`, `limit` (the
+most seconds), `processes` (of one launch, on the CPU); for a run that is signalled `signal` and `after` (seconds
+from its start, or a path that is there by then); and if they are not those of this process, `folder`, where it
+runs, and `stdout`: "closed", "unread" (a pipe that nobody reads any more) or a file. Writes one JSON object a line:
+`statuses` of the processes (None: it did not end and was killed), `seconds` from the start or from the signal,
+`signalled`, and what they printed: `out` and `err`.
 """
 
 import importlib
@@ -18,9 +20,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401 (once, before the forks, as those below)
+import sklearn.cluster  # noqa: F401
+from PIL import Image
 from support.paths import RECIPES
 
 from downstream.segmentation.mmseg import load_mmseg
+from seitpp import cli
 
 
 def start(job: dict, out: Path, err: Path, launch: dict[str, str]) -> int:
@@ -31,10 +37,28 @@ def start(job: dict, out: Path, err: Path, launch: dict[str, str]) -> int:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    redirect(job.get("stdout"))
+    os.chdir(job.get("folder", "."))
+    if job["recipe"] == "seitpp":
+        sys.argv = ["seitpp", *job["arguments"]]
+        sys.exit(cli.main())
     script = str(RECIPES / f"{job['recipe']}.py")
     sys.argv = [script, *job["arguments"]]
     runpy.run_path(script, run_name="__main__")
     sys.exit(0)
+
+
+def redirect(stdout: str | None) -> None:
+    """Give this process another standard output, buffered as one that is no terminal, see the top."""
+    if stdout == "closed":
+        os.close(1)
+        sys.stdout = None
+    elif stdout == "unread":
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(read)
+    elif stdout:
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
 
 
 def launches(processes: int) -> list[dict[str, str]]:
@@ -101,13 +125,14 @@ def report(job: dict, folder: Path) -> dict:
 
 
 def main() -> None:
+    Image.init()
     folder = Path(tempfile.mkdtemp())  # not a context, which each fork would leave, too
-    jobs = [json.loads(line) for line in sys.stdin]
-    for name in {job["recipe"] for job in jobs}:  # once, before the forks
-        importlib.import_module(name)
-        if "segment" in name:
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["recipe"] != "seitpp":  # before the fork
+            importlib.import_module(job["recipe"])
+        if "segment" in job["recipe"]:
             load_mmseg()
-    for job in jobs:
         print(json.dumps(report(job, folder)), flush=True)
     shutil.rmtree(folder)
 

@@ -31,7 +31,7 @@ from seitpp.models.stem import STEMS, ModelError, StemAdapter
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.models.vit import PATCH, TokenEmbed
 from seitpp.models.weights.state import ReleasedState, read_state, renamed
-from seitpp.tensors import built_for
+from seitpp.tensors import built_for, checkpoint_bytes
 from seitpp.tokenizers.transformer import HEAD, sincos_positions
 
 DECODER_HEAD = 32  # channels of an attention head in the decoder of MTM
@@ -135,8 +135,7 @@ def to_release(model: nn.Module, tokenadapt: TokenAdapt | None = None) -> dict[s
 
 def save_release(model: nn.Module, path: str | Path, tokenadapt: TokenAdapt | None = None) -> None:
     """Write {"model": `to_release(model, tokenadapt)`} with `torch.save`, atomically."""
-    state = to_release(model, tokenadapt)
-    files.replace_file(Path(path), lambda temporary: torch.save({"model": state}, temporary))
+    files.replace_bytes(Path(path), checkpoint_bytes({"model": to_release(model, tokenadapt)}))
 
 
 def _kind(path: Path, state: dict[str, Tensor]) -> str:
