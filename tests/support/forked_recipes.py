@@ -3,9 +3,9 @@
 Reads one JSON object a line from standard input: `recipe` (or seitpp, the command), `arguments`, `limit` (the
 most seconds), `processes` (of one launch, on the CPU); for a run that is signalled `signal` and `after` (seconds
 from its start, or a path that is there by then); and if they are not those of this process, `folder`, where it
-runs, and `stdout`: "closed", "unread" (a pipe that nobody reads any more) or a file. Writes one JSON object a line:
-`statuses` of the processes (None: it did not end and was killed), `seconds` from the start or from the signal,
-`signalled`, and what they printed: `out` and `err`.
+runs, and `stdout`: "closed", "unread" (a pipe that nobody reads any more) or a file. Writes one JSON object a
+line: `statuses` of the processes (None: it did not end and was killed), `seconds` from the start or from the
+signal, `signalled`, and what they printed: `out` and `err`.
 """
 
 import importlib
@@ -114,7 +114,7 @@ def report(job: dict, folder: Path) -> dict:
     out.write_text("")
     err.write_text("")
     began = time.monotonic()
-    pids = [start(job, out, err, launch) for launch in launches(job["processes"])]
+    pids = [start(job, out, err, launch) for launch in launches(job.get("processes", 1))]
     sent = signalled(pids, job)
     if sent:
         began = time.monotonic()

@@ -58,7 +58,7 @@ def forked(*jobs: tuple, limit: float = 60, options: Sequence[dict] = ()) -> lis
     `options` has more for each job: `processes`, or `signal` and `after`.
     """
     lines = [
-        {"recipe": name, "arguments": list(map(str, words)), "limit": limit, "processes": 1, **more}
+        {"recipe": name, "arguments": list(map(str, words)), "limit": limit, **more}
         for (name, *words), more in zip_longest(jobs, options, fillvalue={})
     ]
     done = subprocess.run(
