@@ -333,7 +333,7 @@ def test_a_schema_that_repeats_itself_is_refused(store: Path) -> None:
     batch = (store / SHARD).read_bytes()
     with pa.ipc.open_stream(batch) as stream:
         rest = batch[len(stream.schema.serialize()) :]
-    plain = field(b"x", children=[], pairs=[])
+    plain, other = (field(b"x", children=[], pairs=[]) for _ in range(2))
     pair = Table({0: b"key", 1: b"v" * 2**20})
     deep = plain
     for _ in range(11):
@@ -343,7 +343,7 @@ def test_a_schema_that_repeats_itself_is_refused(store: Path) -> None:
         ([plain], [pair] * 4000, "more bytes than"),
         ([field(b"n" * 2**20, children=[], pairs=[])] * 4000, [], "more bytes than"),
         ([field(b"x", children=[], pairs=[pair] * 1000)] * 3, [], "more bytes than"),
-        ([deep, plain, plain], [], "more than 4096 columns"),
+        ([deep, other, other], [], "more than 4096 columns"),
     ):
         data = schema(fields, pairs)
         replace(store, SHARD, data + rest)
