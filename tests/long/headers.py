@@ -1,7 +1,7 @@
 """Read a million hostile files of every kind: each is read, or refused by one line; nothing else happens.
 
-    python tests/long/headers.py [--inputs 1000000] [--processes 2] [--seed 0] [--kinds classifier mtm]
-    python tests/long/headers.py --repeat "classifier 1234"
+    PYTHONPATH=tests python tests/long/headers.py --inputs 1000000 [--processes 2] [--seed 0] [--kinds run mtm]
+    PYTHONPATH=tests python tests/long/headers.py --repeat "classifier 1234"
 
 A file of each kind of support/strangers.py has bytes changed, cut, put in, repeated or swapped; or its JSON loses
 keys, gets others, or has values that nobody would write; or tensors of a checkpoint change. An input fails if
@@ -38,9 +38,6 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from support.strangers import KINDS, Files, Kind
 
 from seitpp.errors import UserError
@@ -559,7 +556,9 @@ def keep_input(keep: Path, reader: Reader, number: int, outcome: Outcome) -> Non
     folder = keep / f"{reader.name} {number}"
     shutil.rmtree(folder, ignore_errors=True)
     write_files(folder / "input", reader.files(number))
-    command = f'python tests/long/headers.py --seed {reader.seed} --repeat "{reader.name} {number}"'
+    command = (
+        f'PYTHONPATH=tests python tests/long/headers.py --seed {reader.seed} --repeat "{reader.name} {number}"'
+    )
     (folder / "failure.txt").write_text(f"{outcome.what}\n{command}\n\n{outcome.trace}")
 
 
