@@ -1,10 +1,6 @@
 """recipes/tokenize_images.py: any source, killed and continued, on two processes, with unreadable images."""
 
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.paths import RECIPES
-from support.running import run, torchrun
+from support.running import distributed, kill_when, run
 
 from seitpp import TokenStore, tokenizers
 from seitpp.images.decode import decode_image
@@ -48,27 +44,13 @@ def tokenizer(tmp_path_factory) -> Path:
     return path
 
 
-def arguments(folder: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
-    line = [
-        "--data",
-        folder,
-        "--tokenizer",
-        tokenizer,
-        "--out",
-        out,
-        "--batch-size-per-process",
-        8,
-        "--workers",
-        1,
-        "--hold-out",
-        0,
-        *more,
-    ]
-    return [str(RECIPES / "tokenize_images.py"), *map(str, line)]
+def arguments(folder: Path, tokenizer: Path, out: Path, *more: object) -> list:
+    line = ["--data", folder, "--tokenizer", tokenizer, "--out", out, "--batch-size-per-process", 8]
+    return [*line, "--workers", 1, "--hold-out", 0, *more]
 
 
 def tokenize(*line: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments(*line)], capture_output=True, text=True, check=False)
+    return run("tokenize_images", *arguments(*line))
 
 
 @pytest.fixture(scope="module")
@@ -99,26 +81,22 @@ def test_the_store_holds_what_the_tokenizer_makes_of_the_images(store, folder, t
 
 
 def test_killed_and_started_again_gives_the_same_bytes(store, folder, tokenizer, tmp_path) -> None:
-    out = tmp_path / "tokens"
-    line = [sys.executable, *arguments(folder, tokenizer, out, "--keep-source")]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".tokens-train.staging/shard-*.arrow")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # the loader's worker, too
-    process.wait()
+    out, root = tmp_path / "store/tokens", tmp_path / "store"
+    line = arguments(folder, tokenizer, out, "--keep-source")
+    kill_when(
+        lambda: list(root.glob(".tokens-train.staging/shard-*.arrow")), "tokenize_images", *line, logs=tmp_path
+    )
     assert not out.exists()
     finished = tokenize(folder, tokenizer, out, "--keep-source")
     assert finished.returncode == 0, finished.stderr
     assert "0 of them finished" not in finished.stdout
     assert content(out) == content(store)
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+    assert [path.name for path in root.iterdir()] == ["tokens"]
 
 
 def test_two_processes_give_the_same_bytes(store, folder, tokenizer, tmp_path) -> None:
-    script, *line = arguments(folder, tokenizer, tmp_path / "tokens", "--keep-source")
-    finished = torchrun(2, *line, script=Path(script))
+    line = arguments(folder, tokenizer, tmp_path / "tokens", "--keep-source")
+    finished = distributed(2, RECIPES / "tokenize_images.py", *line)
     assert finished.returncode == 0, finished.stderr
     assert "2 process(es)" in finished.stdout
     assert content(tmp_path / "tokens") == content(store)
