@@ -1,6 +1,6 @@
 """Launches by the files of recipes/accelerate, on CPU processes: FSDP, and two machines.
 
-What needs DeepSpeed is in tests/long/processes.py.
+The launchers themselves start several processes in tests/long/processes.py, which has what needs DeepSpeed, too.
 """
 
 import importlib.util

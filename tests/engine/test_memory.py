@@ -5,17 +5,15 @@ import runpy
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import timm
 import torch
 from support.paths import ROOT
-from support.running import TRAINING_RECIPES, metrics, recipe, smoke_config
+from support.running import TRAINING_RECIPES, metrics, recipe, smoke_config, unlabeled_digits
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import seitpp.models
-from seitpp import StoreWriter
 from seitpp.engine import accumulation
 from seitpp.engine.accumulation import Need, accumulations, choose_accumulation
 from seitpp.engine.folder import RunError
@@ -180,13 +178,9 @@ def smoke_need(module) -> Need:
 
 
 def test_a_run_chooses_prints_and_goes_on_with_another_number_elsewhere(card, tmp_path, capsys) -> None:
-    module, out, random = recipe("mtm_pretrain"), tmp_path / "run", np.random.default_rng(0)
-    need = smoke_need(module)
-    with StoreWriter(tmp_path / "store", codebook=random.normal(size=(64, 32)), grid=(8, 8)) as writer:
-        writer.add_batch(
-            random.integers(64, size=(800, 8, 8)), [None] * 800
-        )  # without labels no time goes to probes
-    config = replace(module.PRESETS["smoke"], store=str(writer.path), dropout=0.0, epochs=1, out=str(out))
+    module, out = recipe("mtm_pretrain"), tmp_path / "run"
+    need, store = smoke_need(module), unlabeled_digits(tmp_path / "store", 800)
+    config = replace(module.PRESETS["smoke"], store=store, dropout=0.0, epochs=1, out=str(out))
     card(round((need.fixed + 40 * need.an_image) / accumulation.USABLE))
     module.main(config)
     printed = capsys.readouterr().out

@@ -20,7 +20,7 @@ from support.forks import ended, run_forks, start
 from support.models import tiny_mtm
 from support.paths import RECIPES, ROOT, SUPPORT
 
-from seitpp import TokenStore
+from seitpp import StoreWriter, TokenStore
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
 from seitpp.engine.config import parse
@@ -88,20 +88,13 @@ def torchrun(ranks: int, script: Path, *arguments: object) -> subprocess.Complet
     return subprocess.run(line, capture_output=True, text=True, check=False, env=ON_CPU)
 
 
-FSDP = ("--config_file", str(LAUNCHES / "fsdp.yaml"), "--num_processes", "2")
-FSDP += ("--fsdp_transformer_layer_cls_to_wrap",)  # and a name
+def fsdp(*arguments: object, layer: str = "Block") -> subprocess.CompletedProcess:
+    """Run a script as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes, forks of this one.
 
-
-def fsdp(*arguments: object) -> subprocess.CompletedProcess:
-    """Run a script as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes."""
-    launcher = ["accelerate", "launch", *FSDP, "Block", "--main_process_port", 0]
-    line = [*launcher, SUPPORT / "fsdp_on_cpu.py", *arguments]
-    return subprocess.run([*map(str, line)], capture_output=True, text=True, check=False, env=ON_CPU)
-
-
-def forked_fsdp(*arguments: object, layer: str) -> subprocess.CompletedProcess:
-    """The same in forks of this process, in the environment that accelerate gives to its own; `layer` is split."""
-    given = launch_command_parser().parse_args([*FSDP, layer, str(SUPPORT / "fsdp_on_cpu.py")])
+    They have the environment that `accelerate launch` gives its processes; `layer` names what is split.
+    """
+    line = ["--config_file", LAUNCHES / "fsdp.yaml", "--num_processes", 2, SUPPORT / "fsdp_on_cpu.py"]
+    given = launch_command_parser().parse_args(["--fsdp_transformer_layer_cls_to_wrap", layer, *map(str, line)])
     environment = prepare_multi_gpu_env(_validate_launch_command(given)[0])
     both = [{**environment, **place} for place in places(2)]
     return run_forks(SUPPORT / "fsdp_on_cpu.py", *arguments, environments=both)
@@ -131,6 +124,14 @@ def smoke_config(name: str, folder: Path):
         save_pretrained(folder / "model.safetensors", tiny_mtm(), digits_codebook())
         config = replace(config, checkpoint=str(folder / "model.safetensors"))
     return config
+
+
+def unlabeled_digits(path: Path, images: int) -> str:
+    """A store of digits without labels, on which a run spends no time on probes."""
+    store = TokenStore(digits().store, "train")
+    with StoreWriter(path, codebook=store.codebook, grid=store.grid) as writer:
+        writer.add_batch(store.ids(range(images)), [None] * images)
+    return str(path)
 
 
 def digits_codebook() -> str:
