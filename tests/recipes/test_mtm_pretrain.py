@@ -113,7 +113,7 @@ def test_dry_run_tries_every_part_and_keeps_nothing(
 def test_two_processes_and_accumulation_train_the_same_model(tmp_path: Path) -> None:
     """Without dropout, which is drawn for each process."""
     one, two = tmp_path / "one", tmp_path / "two"
-    line = ["smoke", "--dropout", "0"]
+    line = ["smoke", "--dropout", "0", "--epochs", "1", "--warmup-epochs", "0.5"]
     alone = run("mtm_pretrain", *line, "--out", one)
     assert alone.returncode == 0, alone.stderr
     line += ["--accumulation", "2", "--workers", "1"]

@@ -1,6 +1,8 @@
 """recipes/tokenize_images.py: any source, killed and continued, on two processes, with unreadable images."""
 
+import math
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,18 @@ from support.running import distributed, kill_when, run
 from seitpp import TokenStore, tokenizers
 from seitpp.images.decode import decode_image
 from seitpp.images.sources import open_source
+from seitpp.store import spec
 from seitpp.tokenizers import PatchKMeans
 
-IMAGES = 150  # of 1,024 pixels a side and 65,536 tokens, so that they make three shards of 64 or fewer
+IMAGES, SIZE, GRID, SHARD = 50, 512, (128, 128), 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    """A shard has as many tokens as twenty images; so it has in forks of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "SHARD_TOKENS", SHARD * math.prod(GRID))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,7 @@ def tokenizer(tmp_path_factory) -> Path:
     """Fitted on small images; then for an image size that makes many tokens."""
     photographs = [torch.tensor(image).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
     tokenizer = PatchKMeans.fit(torch.cat(photographs), image_size=64, patch=4, num_codes=32, code_dim=8)
-    tokenizer.set_image_size(1024)
+    tokenizer.set_image_size(SIZE)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.safetensors"
     tokenizer.save(path)
     return path
@@ -68,12 +79,12 @@ def content(store: Path) -> dict[str, bytes]:
 
 def test_the_store_holds_what_the_tokenizer_makes_of_the_images(store, folder, tokenizer) -> None:
     tokens, source, model = TokenStore(store), open_source(str(folder), None), tokenizers.load(tokenizer)
-    assert len(tokens) == IMAGES and tokens.class_names == ["china", "flower"] and tokens.grid == (256, 256)
+    assert len(tokens) == IMAGES and tokens.class_names == ["china", "flower"] and tokens.grid == GRID
     assert tokens.tokenizer["fingerprint"] == model.fingerprint
     assert len(list((store / "train").glob("*.arrow"))) == 3
-    for index in (0, 63, 64, 149):
+    for index in (0, SHARD - 1, SHARD, IMAGES - 1):
         sample = source.read(index)
-        pixels = torch.from_numpy(decode_image(sample, (1024, 1024)))[None].float() / 255
+        pixels = torch.from_numpy(decode_image(sample, (SIZE, SIZE)))[None].float() / 255
         ids, label = tokens[index]
         assert label == sample.label and np.array_equal(ids, model.encode(pixels)[0].numpy())
         assert tokens.column("file_name")[index] == sample.name
