@@ -1,4 +1,8 @@
-"""Tests neither reach the network nor touch the user's cache, use one thread a process, and check shapes."""
+"""Tests neither reach the network nor touch the user's cache, use one thread a process, and check shapes.
+
+Nor do they wait for disks: a process that is killed takes nothing from the system that it has written, and tests
+cannot cut the power. The programs that they start with an interpreter of their own do sync.
+"""
 
 import os
 import tempfile
@@ -11,6 +15,7 @@ from support.paths import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.fsync = lambda descriptor: None
 _CACHE = tempfile.TemporaryDirectory(prefix="seitpp-test-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import timm
 from PIL import Image
 from support.paths import RECIPES, ROOT, SUPPORT
+from support.pictures import write
 
 from downstream.segmentation.default import FEW_SCENES, default_scenes
-from seitpp import StoreWriter
+from seitpp import StoreWriter, TokenStore
 from seitpp.codebook import codebook_fingerprint
+from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.folder import unknown_files
 from seitpp.models import MTM, TokenAdapt, save_classifier
 from seitpp.models.weights.pretrained import save_pretrained
@@ -51,32 +54,49 @@ def problems(reports: list[dict]) -> list[str]:
     ]
 
 
+def few_digits(folder: Path) -> tuple[Path, Path]:
+    """A store with the tokenizer beside it, and a folder of pictures: enough for two batches each."""
+    store, pictures, known = folder / "few", folder / "pictures", digits()
+    for split, images in (("train", 256), ("validation", 32)):
+        whole = TokenStore(known.store, split)
+        chosen = np.linspace(0, len(whole) - 1, images).astype(int)  # of all classes
+        common = {"codebook": whole.codebook, "grid": whole.grid, "class_names": whole.class_names}
+        with StoreWriter(store, split=split, **common) as writer:
+            writer.add_batch(whole.ids(chosen), whole.labels[chosen])
+    shutil.copy(known.tokenizer, f"{store}-tokenizer.safetensors")
+    for index in range(40):
+        write(pictures / f"{index:02d}.png", DigitsSource("train").read(index).data)
+    return store, pictures
+
+
 def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
     """Training steps, checkpoints, evaluations, files and pictures, with numbers."""
+    few, some = few_digits(tmp_path)
+    tokens, images = ["--store", few], ["--data", some, "--tokenizer", digits().tokenizer]
+    two = ["--batch-size", 2]  # a CPU is slow at convolutions in bf16
     adapt, mtm, fine, segment = (tmp_path / name for name in ("adapt", "mtm", "fine", "segment"))
     through, half = ["--tokenadapt", adapt, "--tokenadapt-fraction", 0.5], ["smoke", "--precision", "bf16"]
-    scenes = default_scenes(FEW_SCENES)  # those of the preset smoke
+    mixed, scenes = ["--color", "seitpp", "--mixup", 0.8], default_scenes(FEW_SCENES)  # those of the preset smoke
     pictures = ["--data", scenes.images / "images/validation", "--tokenizer", scenes.tokenizer]
     jobs = [
-        ("tokenadapt_train", [*SHORT, 0.1, "--out", adapt]),
-        ("mtm_pretrain", [*SHORT, 0.2, "--out", mtm, "--crop-size", 8, *through, "--color", "coloradapt"]),
-        (
-            "finetune",
-            [*SHORT, 0.2, "--out", fine, "--checkpoint", mtm, *through, "--color", "seitpp", "--mixup", 0.8],
-        ),
-        ("seit_train", [*SHORT, 0.2, "--out", tmp_path / "seit", *through, "--color", "seitpp", "--mixup", 0.8]),
+        ("tokenadapt_train", [*SHORT, 1, "--out", adapt, *images, "--batch-size", 16]),
+        ("mtm_pretrain", [*SHORT, 1, "--out", mtm, *tokens, "--crop-size", 8, *through, "--color", "coloradapt"]),
+        ("finetune", [*SHORT, 1, "--out", fine, "--checkpoint", mtm, *tokens, *through, *mixed]),
+        ("seit_train", [*SHORT, 1, "--out", tmp_path / "seit", *tokens, *through, *mixed]),
         ("tokenize_images", ["smoke", "--out", tmp_path / "tokens", "--compact"]),
-        ("tokenizer_train", [*SHORT, 0.03, "--out", tmp_path / "tokenizer", "--adversarial"]),
-        ("segment_ade20k", ["smoke", "--precision", "bf16", "--out", segment, "--steps", 2, "--warmup-steps", 1]),
-        ("probe", ["smoke", "--out", tmp_path / "probe", "--checkpoint", mtm]),
-        ("inpaint", ["smoke", "--out", tmp_path / "inpaint", "--checkpoint", mtm]),
-        ("evaluate", ["smoke", "--out", tmp_path / "evaluate", "--checkpoint", fine]),
+        ("tokenizer_train", [*SHORT, 0.1, "--out", tmp_path / "tokenizer", *images[:2], *two, "--adversarial"]),
+        ("segment_ade20k", [*half, "--out", segment, "--steps", 2, "--warmup-steps", 1, *two]),
+        ("probe", ["smoke", "--out", tmp_path / "probe", "--checkpoint", mtm, *tokens]),
+        ("inpaint", ["smoke", "--out", tmp_path / "inpaint", "--checkpoint", mtm, *tokens]),
+        ("evaluate", ["smoke", "--out", tmp_path / "evaluate", "--checkpoint", fine, *tokens]),
         ("evaluate_segmentation", ["smoke", "--out", tmp_path / "scenes", "--checkpoint", segment]),
-        ("embed", [*half, "--out", tmp_path / "vectors", "--checkpoint", mtm]),
-        ("predict", [*half, "--out", tmp_path / "classes", "--checkpoint", fine]),
+        ("embed", [*half, "--out", tmp_path / "vectors", "--checkpoint", mtm, *images]),
+        ("predict", [*half, "--out", tmp_path / "classes", "--checkpoint", fine, *images]),
         ("predict", [*half, "--out", tmp_path / "masks", "--checkpoint", segment, *pictures]),
     ]
-    assert not problems(pretend(jobs))
+    reports = pretend(jobs)
+    assert not problems(reports)
+    assert [report["steps"] for report in reports[:4]] == [2] * 4 and reports[5]["steps"] == 2
     outs = {words[words.index("--out") + 1] for _, words in jobs}
     assert all(unknown_files(out) == [] for out in outs - {tmp_path / "tokens"}), "--overwrite would refuse them"
     assert (tmp_path / "tokens/tokens.json").is_file()

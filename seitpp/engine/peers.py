@@ -28,6 +28,7 @@ _stores: list[dist.Store] = []  # none in a launch of one process
 def watch() -> None:
     """End this process once another process of the launch has failed. Call once the launch has been set up."""
     if dist.is_initialized() and not _stores:
+        _ending.clear()
         # torch has no public name for this store. Each thread needs a connection of its own.
         store = dist.distributed_c10d._get_default_store()
         _stores.append(dist.PrefixStore("seitpp", store.clone()))

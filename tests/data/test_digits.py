@@ -1,13 +1,12 @@
 """The embedded digits: their split never changes, and their tokens are those of their tokenizer."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+from support.forks import run_forks
 
 from seitpp import TokenStore, tokenizers
 from seitpp.data.digits import digits, digits_images
@@ -35,20 +34,17 @@ def test_other_digits_than_those_of_before_are_refused(monkeypatch) -> None:
 
 
 def test_digits_are_tokenized_once_and_reused(tmp_path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    code = "from seitpp.data.digits import digits; print(digits().store)"
-    command = [sys.executable, "-c", code]
-    first = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    stores = {process.communicate()[0].strip() for process in first}
-    assert [process.returncode for process in first] == [0, 0] and len(stores) == 1
-    store = stores.pop()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert (
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
-        == store
-    )
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    assert len(list((tmp_path / "seitpp").iterdir())) == 1
+    cache, script = tmp_path / "cache", tmp_path / "digits.py"
+    script.write_text("from seitpp.data.digits import digits; print(digits().store)")
+    environment = {"XDG_CACHE_HOME": str(cache)}
+    both = run_forks(script, environments=[environment, environment])
+    assert both.returncode == 0, both.stderr
+    store, other = both.stdout.splitlines()
+    assert store == other and cache in Path(store).parents
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    assert run_forks(script, environments=[environment]).stdout.splitlines() == [store]
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+    assert len(list((cache / "seitpp").iterdir())) == 1
 
 
 def test_stored_digits_are_those_of_the_tokenizer() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forks import run_forks
 from support.paths import ROOT
 from support.pictures import CLASSES, photograph_crops, write
 
@@ -28,6 +29,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_two_commands_from_a_folder_to_an_encoder(classes: bool, tmp_path: Path) -> None:
+    """Through the interpreter, and where there are classes in forks of this process, which need no imports."""
     for number, (picture, label) in enumerate(photograph_crops(44, (48, 64))):
         write(tmp_path / "photos" / (CLASSES[label] if classes else "") / f"{number:02d}.png", picture)
     (block,) = [block for block in blocks("sh") if "recipes/tokenize_images.py" in block]
@@ -35,8 +37,12 @@ def test_two_commands_from_a_folder_to_an_encoder(classes: bool, tmp_path: Path)
     assert [words[:2] for words in commands] == [["accelerate", "launch"]] * 2
     outputs = []
     for words, more in zip(commands, ([], ["--epochs", "2"]), strict=True):
-        line = [sys.executable, str(ROOT / words[2]), *words[3:], *more]
-        finished = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
+        line = [str(ROOT / words[2]), *words[3:], *more]
+        if classes:
+            finished = run_forks(*line, cwd=tmp_path)
+        else:
+            finished = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
         outputs.append(finished.stdout)
     assert ("2 classes: china 21, flower 21" if classes else "no labels: they lie in no class folders") in outputs[
         0

@@ -1,7 +1,5 @@
 """downstream/finegrained: every set from a tiny copy of its authors' layout; one of them to a token store."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -14,6 +12,7 @@ from scipy.io import savemat
 from sklearn.datasets import load_sample_images
 from support.finegrained import cars, draw, write_set
 from support.paths import ROOT
+from support.running import run
 from tokenize_images import PRESETS, main
 
 from downstream.finegrained.sets import SETS, FineGrained, SetError, SetName, differences, read_set
@@ -133,10 +132,8 @@ def content(store: Path) -> dict[str, bytes]:
 
 def test_a_set_becomes_a_store_also_after_an_interruption(tokenizer: Path, tmp_path: Path) -> None:
     *expected, names = write_set("flowers102", tmp_path / "set")
-    line = [sys.executable, ROOT / "recipes/tokenize_images.py", "--set", "flowers102", "--workers", 0]
-    line += ["--data", tmp_path / "set"]
-    line += ["--tokenizer", tokenizer, "--out", tmp_path / "tokens"]
-    finished = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)
+    line = ["--set", "flowers102", "--workers", 0, "--data", tmp_path / "set"]
+    finished = run("tokenize_images", *line, "--tokenizer", tokenizer, "--out", tmp_path / "tokens")
     assert finished.returncode == 0, finished.stderr
     assert "warning: flowers102: 4 train images, published are 2,040" in finished.stdout
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from mmengine.config import ConfigDict
 from support.models import tiny_mtm
-from support.running import torchrun
+from support.running import distributed
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -471,7 +471,7 @@ def statistics(model: nn.Module, accelerator: Accelerator) -> Sequence[Sequence[
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    finished = torchrun(2, tmp_path, script=Path(__file__))
+    finished = distributed(2, Path(__file__), tmp_path)
     assert finished.returncode == 0, finished.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["counts"] == 2 * [counts_of(confusion())]

@@ -3,8 +3,6 @@
 import io
 import re
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import tokenize_images
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
-from support.paths import RECIPES
+from support.running import run
 
 from downstream.segmentation.scenes import class_names, scene, write_scenes
 from seitpp import TokenStore, tokenizers
@@ -133,8 +131,9 @@ def test_interrupted_and_started_again_gives_the_same_bytes(store, ade, tokenize
 
 def test_started_as_a_user_does_it_prints_what_the_files_take(ade, tokenizer, tmp_path) -> None:
     line = ["ade20k", "--data", ade, "--tokenizer", tokenizer, "--out", tmp_path / "t", "--short-side", 40]
-    command = [sys.executable, str(RECIPES / "tokenize_images.py"), *map(str, line), "--workers", "1"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    finished = run("tokenize_images", *line, "--workers", 1)
+    assert finished.returncode == 0, finished.stderr
+    printed = finished.stdout
     tokens = TokenStore(tmp_path / "t")
 
     def mean(kind: str) -> str:

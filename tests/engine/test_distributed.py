@@ -1,15 +1,11 @@
 """Launches by the files of recipes/accelerate, on CPU processes: FSDP, and two machines.
 
-What needs DeepSpeed is in tests/long/processes.py.
+The launchers themselves start several processes in tests/long/processes.py, which has what needs DeepSpeed, too.
 """
 
 import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,23 +13,15 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file
+from support.forks import ended, run_forks, start
 from support.paths import RECIPES, SUPPORT
-from support.running import LAUNCHES, ON_CPU, fsdp
+from support.running import LAUNCHES, distributed, fsdp, places, run
 
 from seitpp.engine.distributed import supports
 
 SHORT = ["smoke", "--epochs", "1", "--warmup-epochs", "0.5", "--evaluation-epochs", "0.5", "--drop-path", "0"]
 SHORT += ["--ema", "0.9"]
 WEIGHTS = ("model.safetensors", "model_ema.safetensors")
-
-
-def rank_of(rank: int, ranks: int) -> dict[str, str]:
-    """The environment of a machine's only process, one of `ranks`, as torchrun makes it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return {**place, "RANK": str(rank), "WORLD_SIZE": str(ranks)}
 
 
 def lines(folder: Path, name: str) -> list[dict]:
@@ -58,9 +46,8 @@ def check_same_training(folder: Path, expected: Path) -> None:
 def alone(tmp_path_factory) -> Path:
     """A run on one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    subprocess.run(
-        [sys.executable, RECIPES / "seit_train.py", *SHORT, "--out", folder], check=True, stderr=subprocess.DEVNULL
-    )
+    finished = run("seit_train", *SHORT, "--out", folder)
+    assert finished.returncode == 0, finished.stderr
     return folder
 
 
@@ -84,19 +71,20 @@ def test_fsdp_goes_on_where_one_process_stopped(alone: Path, tmp_path: Path) -> 
     shutil.rmtree(folder / "checkpoints" / (folder / "checkpoints/LATEST").read_text())
     for name in WEIGHTS:
         (folder / name).unlink()
-    fsdp(RECIPES / "seit_train.py", *SHORT, "--out", folder, "--resume")
+    finished = fsdp(RECIPES / "seit_train.py", *SHORT, "--out", folder, "--resume")
+    assert finished.returncode == 0, finished.stderr
     assert json.loads((folder / "result.json").read_text())["processes"] == 2
     check_same_training(folder, alone)
 
 
 def test_fsdp_of_version_1_is_refused() -> None:
-    with_fsdp = {**ON_CPU, **rank_of(0, 1), "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
-    line = [sys.executable, SUPPORT / "fsdp_on_cpu.py", RECIPES / "seit_train.py", *SHORT]
-    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_fsdp)
+    with_fsdp = {**places(1)[0], "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    line = [SUPPORT / "fsdp_on_cpu.py", RECIPES / "seit_train.py", *SHORT]
+    finished = run_forks(*line, environments=[with_fsdp])
     assert finished.returncode == 2 and "expected DDP, FSDP 2, or" in finished.stderr, finished.stderr
 
 
-def test_a_model_compiled_inside_ddp_is_cut_where_gradients_are_sent() -> None:
+def test_a_model_compiled_inside_ddp_is_cut_where_gradients_are_sent(tmp_path: Path) -> None:
     """In the order of `Training`. In one graph, all gradients would be sent after the last of them is known."""
     code = """
 import torch
@@ -122,17 +110,16 @@ inside(inputs).sum().backward()
 print(type(inside).__name__, len(graphs))
 print(all(a.grad.equal(b.grad) for a, b in zip(alone.parameters(), inside.parameters())))
 """
-    line = [sys.executable, "-c", code]
-    environment = {**ON_CPU, **rank_of(0, 1)}
-    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    (tmp_path / "compiled.py").write_text(code)
+    finished = distributed(1, tmp_path / "compiled.py")
     assert finished.stdout.split() == ["1", "DistributedDataParallel", "5", "True"], finished.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_deepspeed_that_is_not_installed_is_one_line() -> None:
-    with_deepspeed = {**os.environ, **rank_of(0, 1), "ACCELERATE_USE_DEEPSPEED": "true"}
-    line = [sys.executable, RECIPES / "seit_train.py", *SHORT]
-    finished = subprocess.run(line, capture_output=True, text=True, check=False, env=with_deepspeed)
+    with_deepspeed = {**places(1)[0], "ACCELERATE_USE_DEEPSPEED": "true"}
+    del with_deepspeed["ACCELERATE_USE_CPU"]
+    finished = run_forks(RECIPES / "seit_train.py", *SHORT, environments=[with_deepspeed])
     assert finished.returncode == 2 and 'pip install "seitpp[deepspeed]"' in finished.stderr, finished.stderr
 
 
@@ -147,15 +134,13 @@ def test_machines_that_see_different_checkpoints_are_refused(alone: Path, tmp_pa
     """Each machine is a folder of its own here, with one process, and only the first has the run."""
     shutil.copytree(alone, tmp_path / "0/run")
     (tmp_path / "1").mkdir()
-    line = [sys.executable, RECIPES / "seit_train.py", *SHORT, "--out", "run", "--resume"]
-    place = rank_of(0, 2)
-    machines = [
-        subprocess.Popen(
-            line, stderr=subprocess.PIPE, text=True, cwd=tmp_path / rank, env={**ON_CPU, **place, "RANK": rank}
-        )
-        for rank in ("0", "1")
-    ]
-    for rank, (_, errors) in enumerate([machine.communicate() for machine in machines]):
+    line, machines = [RECIPES / "seit_train.py", *SHORT, "--out", "run", "--resume"], []
+    for rank, place in enumerate(places(2)):
+        own, folder = {**place, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, tmp_path / str(rank)
+        machines.append(start(*line, logs=folder, environment=own, cwd=folder))
+    assert ended(machines) == 2
+    for rank in range(2):
+        errors = (tmp_path / str(rank) / "stderr").read_text()
         assert f"error (rank {rank}): the newest checkpoint in run/checkpoints differs between processes" in errors
         assert "step-00000011 on rank 0, none on rank 1" in errors
     assert not (tmp_path / "1/run").exists()

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support.faults import in_child
-from support.running import fsdp, metrics, recipe, torchrun
+from support.running import distributed, fsdp, metrics, recipe, unlabeled_digits
 from support.tiny_run import STEPS, TINY_RUN, Accident, overflow, same_run, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,7 +120,7 @@ def test_two_processes_skip_together(tmp_path: Path) -> None:
     """An overflow on one of them; they learn what one process learns."""
     folder = tmp_path / "run"
     arguments = ["--dropout", 0, "--precision", "fp16", "--overflow", 4, 1]
-    finished = torchrun(2, folder, *arguments, script=TINY_RUN)
+    finished = distributed(2, TINY_RUN, folder, *arguments)
     assert finished.returncode == 0, finished.stderr
 
     def all_of_it(step: int, micro: int, rank: int, loss: torch.Tensor) -> torch.Tensor:
@@ -162,8 +162,8 @@ def test_an_update_waits_for_nothing(tmp_path: Path, precision: str) -> None:
 
 def test_half_precision_learns_what_float32_learns(tmp_path: Path) -> None:
     """A masked token model of three blocks, half an epoch of the digits."""
-    module, losses = recipe("mtm_pretrain"), {}
-    smoke = replace(module.PRESETS["smoke"], dropout=0.0, epochs=0.5, warmup_epochs=0.2)
+    module, losses, store = recipe("mtm_pretrain"), {}, unlabeled_digits(tmp_path / "store", 1437)
+    smoke = replace(module.PRESETS["smoke"], store=store, dropout=0.0, epochs=0.5, warmup_epochs=0.2)
     for precision in ("no", "bf16", "fp16"):
         config = replace(smoke, precision=precision, out=str(tmp_path / precision))
 
@@ -183,14 +183,16 @@ def test_fsdp_skips_together_and_goes_on_where_it_stopped(tmp_path: Path) -> Non
     """The overflow is on one process, and each sees the gradients of a part of the weights only."""
     folder, last = tmp_path / "run", f"checkpoints/step-{STEPS:08d}"
     line = [TINY_RUN, folder, "--dropout", 0, "--precision", "fp16", "--overflow", 16, 1]
-    fsdp(*line, layer="Linear")
+    finished = fsdp(*line, layer="Linear")
+    assert finished.returncode == 0, finished.stderr
     lines, weights = metrics(folder), (folder / last / "model.safetensors").read_bytes()
     # FSDP sums gradients in fp16, where the first scale is too large for the first ones.
     assert [line["step"] for line in lines if line["skipped"]] == [1, STEPS]
     assert load_file(folder / last / "scaler.safetensors")["scale"] == FIRST_SCALE / 4
     assert lines[-1]["loss"] < lines[0]["loss"]
     shutil.rmtree(folder / last)
-    fsdp(*line, layer="Linear")
+    finished = fsdp(*line, layer="Linear")
+    assert finished.returncode == 0, finished.stderr
     assert (folder / last / "model.safetensors").read_bytes() == weights
     assert [line["loss"] for line in metrics(folder)] == [line["loss"] for line in lines]
 

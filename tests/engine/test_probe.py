@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from support.models import tiny_mtm
 from support.paths import ROOT, SUPPORT
 from support.probed import figures
-from support.running import torchrun
+from support.running import distributed
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
@@ -212,7 +212,7 @@ def test_labels_that_say_nothing_are_no_probe(tmp_path: Path) -> None:
 
 def test_two_processes_find_the_same_bits(tmp_path: Path) -> None:
     """Of weights, features and predictions; one process has no images of some splits."""
-    finished = torchrun(2, tmp_path / "found", script=SUPPORT / "probed.py")
+    finished = distributed(2, SUPPORT / "probed.py", tmp_path / "found")
     assert finished.returncode == 0, finished.stderr
     expected = json.loads(json.dumps(figures(ALONE)))
     assert 0.3 < expected["knn"][0] / expected["knn"][1] < 0.95, "neither chance nor too easy"

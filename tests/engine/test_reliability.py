@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.faults import BROKEN_DISK, NO_SPACE, REMOVALS, Fault, die, faulty, in_child
+from support.forks import run_forks
 from support.paths import RECIPES
-from support.running import metrics, torchrun
+from support.running import distributed, metrics, torchrun
 from support.tiny_run import BATCH, CHECKPOINT_STEPS, STEPS, TINY_RUN, same_run, train
 from torch import nn
 
@@ -206,10 +205,10 @@ def test_what_is_not_finite_leaves_its_batch(tmp_path) -> None:
 def test_two_processes_stop_together(whole, tmp_path) -> None:
     """On a signal to one of them, and at a loss that is not finite on one of them; with the same bits as one."""
     folder = tmp_path / "run"
-    stopped = torchrun(2, folder, "--dropout", 0, "--term", 4, 1, script=TINY_RUN)
+    stopped = torchrun(2, TINY_RUN, folder, "--dropout", 0, "--term", 4, 1)
     assert "stopped after step 5, which is saved" in stopped.stderr
     assert len(metrics(folder)) == 5 and (folder / "checkpoints/LATEST").read_text() == "step-00000005"
-    broken = torchrun(2, folder, "--dropout", 0, "--nan", 9, 1, script=TINY_RUN)
+    broken = distributed(2, TINY_RUN, folder, "--dropout", 0, "--nan", 9, 1)
     assert ": loss is nan at step 10 on rank 1: stopped; its images are in" in broken.stderr
     batch = load_file(folder / "broken-step-00000010-rank-1.safetensors")
     assert len(batch["indices"]) == BATCH // 2
@@ -234,17 +233,15 @@ def test_a_folder_in_use_is_refused(tmp_path) -> None:
 
 
 def test_out_of_memory_names_the_ways_out(tmp_path) -> None:
-    recipe = RECIPES / "seit_train.py"
     limited = (
         "import resource, runpy, sys; import torch, timm, sklearn, kornia, accelerate, matplotlib.pyplot;"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096;"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2);"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    line = [sys.executable, "-c", limited, recipe, "smoke", "--batch-size", 1024, "--model", "seit_vit_tiny"]
-    finished = subprocess.run(
-        [*map(str, line), "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
-    )
+    (tmp_path / "limited.py").write_text(limited)
+    line = [RECIPES / "seit_train.py", "smoke", "--batch-size", 1024, "--model", "seit_vit_tiny"]
+    finished = run_forks(tmp_path / "limited.py", *line, "--out", tmp_path / "run")
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.splitlines()[-1].startswith(
         "error: out of memory: got 1024 images at a time on each of 1 process(es): for the same updates with "

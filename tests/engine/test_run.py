@@ -2,9 +2,9 @@
 
 import gc
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,17 +64,21 @@ def test_a_run_is_overwritten_only_when_told_and_resumed_only_as_it_was(tmp_path
 
 
 def test_a_folder_is_locked_while_its_owner_lives(tmp_path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from seitpp.engine.folder import enter_folder;"
-        "enter_folder(Path(sys.argv[1]), {}, resumed=False, overwrite=False);"
-        "print('locked', flush=True); time.sleep(60)"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout.readline() == "locked\n"
+    fork = multiprocessing.get_context("fork")
+    locked = fork.Event()
+
+    def live() -> None:
+        enter_folder(tmp_path, {}, resumed=False, overwrite=False)
+        locked.set()
+        time.sleep(60)
+
+    owner = fork.Process(target=live)
+    owner.start()
+    assert locked.wait(60)
     with pytest.raises(RunError, match=rf"in use by process {owner.pid} on "):
         enter_folder(tmp_path, {}, resumed=True, overwrite=False)
     owner.kill()
-    owner.wait()
+    owner.join()
     files.unlock(enter_folder(tmp_path, {}, resumed=True, overwrite=False))
 
 

@@ -5,11 +5,9 @@ import importlib
 import json
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.paths import RECIPES
-from support.running import command, forked, metrics, run, torchrun
+from support.running import distributed, kill_when, metrics, run
 
 from seitpp import StoreWriter
 from seitpp.data.digits import digits
@@ -77,13 +75,12 @@ def test_metrics_have_every_step_and_the_loss_falls_from_ln_k(smoke: Path) -> No
 
 def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(command("mtm_pretrain", "smoke", "--out", folder), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < CHECKPOINT_STEPS + 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    file = folder / "metrics.jsonl"
+    kill_when(
+        lambda: file.exists() and file.read_text().count("\n") >= CHECKPOINT_STEPS + 2,
+        *("mtm_pretrain", "smoke", "--out", folder),
+        logs=tmp_path,
+    )
     assert len(metrics(folder)) < STEPS and not (folder / "result.json").exists()
 
     resumed = run("mtm_pretrain", "smoke", "--out", folder, "--resume")
@@ -116,9 +113,11 @@ def test_dry_run_tries_every_part_and_keeps_nothing(
 def test_two_processes_and_accumulation_train_the_same_model(tmp_path: Path) -> None:
     """Without dropout, which is drawn for each process."""
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = run("mtm_pretrain", "smoke", "--dropout", "0", "--out", one)
+    line = ["smoke", "--dropout", "0", "--epochs", "1", "--warmup-epochs", "0.5"]
+    alone = run("mtm_pretrain", *line, "--out", one)
     assert alone.returncode == 0, alone.stderr
-    together = torchrun(2, "smoke", "--dropout", "0", "--accumulation", "2", "--workers", "1", "--out", two)
+    line += ["--accumulation", "2", "--workers", "1"]
+    together = distributed(2, RECIPES / "mtm_pretrain.py", *line, "--out", two)
     assert together.returncode == 0, together.stderr
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
     assert (first["processes"], second["processes"]) == (1, 2)
@@ -233,10 +232,11 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None
 
 def refused(*cases: tuple[list, list]) -> None:
     """Each (command line, words): exit status 2 and one line on stderr that holds the words."""
-    for (line, words), report in zip(cases, forked(*(line for line, _ in cases)), strict=True):
-        assert report["statuses"] == [2], (line, report["err"])
-        lines = [text for text in report["err"].splitlines() if text.strip()]
-        assert len(lines) == 1 and lines[0].startswith("error: "), report["err"]
+    for line, words in cases:
+        finished = run(*line)
+        assert finished.returncode == 2, (line, finished.stderr)
+        lines = [text for text in finished.stderr.splitlines() if text.strip()]
+        assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
         for word in words:
             assert str(word) in lines[0], lines[0]
 

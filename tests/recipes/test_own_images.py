@@ -16,7 +16,7 @@ import torch
 from support.models import tiny_mtm
 from support.paths import RECIPES
 from support.pictures import CLASSES, PACKINGS, as_folder, encoded, photograph_crops, write
-from support.running import call, digits_codebook, result_of, torchrun
+from support.running import call, digits_codebook, distributed, result_of
 
 from seitpp import TokenStore
 from seitpp.data.digits import DigitsSource, digits
@@ -168,7 +168,7 @@ def test_predictions_are_those_of_an_evaluation(trained, pictures, tmp_path) -> 
         UserError, match=r"^damaged.png: cannot be read .*; repair or remove it, or pass --skip-errors"
     ):
         call(predict, *line, "--out", tmp_path / "stopped")
-    finished = torchrun(2, *line, "--skip-errors", "--out", tmp_path / "two", script=RECIPES / "predict.py")
+    finished = distributed(2, RECIPES / "predict.py", *line, "--skip-errors", "--out", tmp_path / "two")
     assert finished.returncode == 0, finished.stderr
     files = rows_of(tmp_path / "two")
     assert [row["name"] for row in files] == [f"{index:02d}.png" for index in range(70)]
@@ -179,7 +179,7 @@ def test_predictions_are_those_of_an_evaluation(trained, pictures, tmp_path) -> 
 def test_vectors_of_pictures(trained, pictures, tmp_path) -> None:
     line = ["--checkpoint", trained, "--data", pictures, "--tokenizer", digits().tokenizer, "--skip-errors"]
     call(embed, *line, "--workers", 0, "--out", tmp_path / "one")
-    finished = torchrun(2, *line, "--out", tmp_path / "two", script=RECIPES / "embed.py")
+    finished = distributed(2, RECIPES / "embed.py", *line, "--out", tmp_path / "two")
     assert finished.returncode == 0, finished.stderr
     one, two = (pq.read_table(tmp_path / name / "embeddings.parquet") for name in ("one", "two"))
     assert one["name"].to_pylist() == two["name"].to_pylist() == [f"{index:02d}.png" for index in range(70)]

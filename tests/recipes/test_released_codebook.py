@@ -18,7 +18,7 @@ from support.checkpoints import lightning_file
 from support.finegrained import write_set
 from support.models import tiny_mtm
 from support.paths import RECIPES
-from support.running import accuracies, call, refused, torchrun
+from support.running import accuracies, call, distributed, refused
 from torch import Tensor
 
 from downstream.segmentation.scenes import write_scenes
@@ -178,7 +178,7 @@ def test_two_processes_give_the_same_bytes(store, pictures, checkpoint, tmp_path
     code = "import sys; sys.argv = sys.argv[1:]; from seitpp.store import spec; spec.SHARD_IMAGES = 20; "
     code += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     (tmp_path / "small_shards.py").write_text(code)
-    finished = torchrun(2, RECIPES / "tokenize_images.py", *line, script=tmp_path / "small_shards.py")
+    finished = distributed(2, tmp_path / "small_shards.py", RECIPES / "tokenize_images.py", *line)
     assert finished.returncode == 0, finished.stderr
     assert "in 3 shards" in finished.stdout and "2 process(es)" in finished.stdout
     assert tokenizer_of(tmp_path / "store").read_bytes() == tokenizer_of(store).read_bytes()

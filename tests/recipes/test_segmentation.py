@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.models import tiny_mtm
 from support.paths import RECIPES
-from support.running import call, kill_after_an_evaluation, lines_of, refused, result_of, run, torchrun
+from support.running import call, distributed, kill_after_an_evaluation, lines_of, refused, result_of, run
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -123,7 +123,7 @@ def test_killed_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> 
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
     """13 images on two processes, each with its own batch norms in training; judged again by one process."""
     few = ("--steps", 3, "--warmup-steps", 1, "--evaluation-steps", 2)
-    together = torchrun(2, "smoke", *few, "--out", tmp_path / "two", script=RECIPES / "segment_ade20k.py")
+    together = distributed(2, RECIPES / "segment_ade20k.py", "smoke", *few, "--out", tmp_path / "two")
     assert together.returncode == 0, together.stderr
     assert result_of(tmp_path / "two")["processes"] == 2 and len(lines_of(tmp_path / "two/evaluations.jsonl")) == 1
     call(evaluate_segmentation, "smoke", "--checkpoint", tmp_path / "two", "--out", tmp_path / "one")

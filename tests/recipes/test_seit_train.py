@@ -14,7 +14,16 @@ import torch
 from accelerate import Accelerator
 from support.models import tiny_mtm
 from support.paths import GOLDEN, RECIPES
-from support.running import accuracies, call, kill_after_an_evaluation, lines_of, refused, result_of, run, torchrun
+from support.running import (
+    accuracies,
+    call,
+    distributed,
+    kill_after_an_evaluation,
+    lines_of,
+    refused,
+    result_of,
+    run,
+)
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import EvalView, Keys, SeitView
@@ -148,7 +157,7 @@ def test_two_processes_and_accumulation_train_and_judge_the_same_model(gray: Pat
     settings = ["smoke", "--store", gray, "--drop-path", 0, "--epochs", 1, "--evaluation-epochs", 0.5]
     call(seit_train, *settings, "--out", one)
     rest = [*settings, "--accumulation", 2, "--workers", 1, "--out", two]
-    finished = torchrun(2, *rest, script=RECIPES / "seit_train.py")
+    finished = distributed(2, RECIPES / "seit_train.py", *rest)
     assert finished.returncode == 0, finished.stderr
     assert (result_of(one)["processes"], result_of(two)["processes"]) == (1, 2)
     for alone, together in zip(lines_of(one / "metrics.jsonl"), lines_of(two / "metrics.jsonl"), strict=True):

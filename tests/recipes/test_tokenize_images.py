@@ -1,10 +1,8 @@
 """recipes/tokenize_images.py: any source, killed and continued, on two processes, with unreadable images."""
 
-import os
-import signal
+import math
 import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +11,23 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.paths import RECIPES
-from support.running import run, torchrun
+from support.running import distributed, kill_when, run
 
 from seitpp import TokenStore, tokenizers
 from seitpp.images.decode import decode_image
 from seitpp.images.sources import open_source
+from seitpp.store import spec
 from seitpp.tokenizers import PatchKMeans
 
-IMAGES = 150  # of 1,024 pixels a side and 65,536 tokens, so that they make three shards of 64 or fewer
+IMAGES, SIZE, GRID, SHARD = 50, 512, (128, 128), 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    """A shard has as many tokens as twenty images; so it has in forks of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "SHARD_TOKENS", SHARD * math.prod(GRID))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,33 +49,19 @@ def tokenizer(tmp_path_factory) -> Path:
     """Fitted on small images; then for an image size that makes many tokens."""
     photographs = [torch.tensor(image).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
     tokenizer = PatchKMeans.fit(torch.cat(photographs), image_size=64, patch=4, num_codes=32, code_dim=8)
-    tokenizer.set_image_size(1024)
+    tokenizer.set_image_size(SIZE)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.safetensors"
     tokenizer.save(path)
     return path
 
 
-def arguments(folder: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
-    line = [
-        "--data",
-        folder,
-        "--tokenizer",
-        tokenizer,
-        "--out",
-        out,
-        "--batch-size-per-process",
-        8,
-        "--workers",
-        1,
-        "--hold-out",
-        0,
-        *more,
-    ]
-    return [str(RECIPES / "tokenize_images.py"), *map(str, line)]
+def arguments(folder: Path, tokenizer: Path, out: Path, *more: object) -> list:
+    line = ["--data", folder, "--tokenizer", tokenizer, "--out", out, "--batch-size-per-process", 8]
+    return [*line, "--workers", 1, "--hold-out", 0, *more]
 
 
 def tokenize(*line: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments(*line)], capture_output=True, text=True, check=False)
+    return run("tokenize_images", *arguments(*line))
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +79,12 @@ def content(store: Path) -> dict[str, bytes]:
 
 def test_the_store_holds_what_the_tokenizer_makes_of_the_images(store, folder, tokenizer) -> None:
     tokens, source, model = TokenStore(store), open_source(str(folder), None), tokenizers.load(tokenizer)
-    assert len(tokens) == IMAGES and tokens.class_names == ["china", "flower"] and tokens.grid == (256, 256)
+    assert len(tokens) == IMAGES and tokens.class_names == ["china", "flower"] and tokens.grid == GRID
     assert tokens.tokenizer["fingerprint"] == model.fingerprint
     assert len(list((store / "train").glob("*.arrow"))) == 3
-    for index in (0, 63, 64, 149):
+    for index in (0, SHARD - 1, SHARD, IMAGES - 1):
         sample = source.read(index)
-        pixels = torch.from_numpy(decode_image(sample, (1024, 1024)))[None].float() / 255
+        pixels = torch.from_numpy(decode_image(sample, (SIZE, SIZE)))[None].float() / 255
         ids, label = tokens[index]
         assert label == sample.label and np.array_equal(ids, model.encode(pixels)[0].numpy())
         assert tokens.column("file_name")[index] == sample.name
@@ -99,26 +92,22 @@ def test_the_store_holds_what_the_tokenizer_makes_of_the_images(store, folder, t
 
 
 def test_killed_and_started_again_gives_the_same_bytes(store, folder, tokenizer, tmp_path) -> None:
-    out = tmp_path / "tokens"
-    line = [sys.executable, *arguments(folder, tokenizer, out, "--keep-source")]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".tokens-train.staging/shard-*.arrow")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # the loader's worker, too
-    process.wait()
+    out, root = tmp_path / "store/tokens", tmp_path / "store"
+    line = arguments(folder, tokenizer, out, "--keep-source")
+    kill_when(
+        lambda: list(root.glob(".tokens-train.staging/shard-*.arrow")), "tokenize_images", *line, logs=tmp_path
+    )
     assert not out.exists()
     finished = tokenize(folder, tokenizer, out, "--keep-source")
     assert finished.returncode == 0, finished.stderr
     assert "0 of them finished" not in finished.stdout
     assert content(out) == content(store)
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+    assert [path.name for path in root.iterdir()] == ["tokens"]
 
 
 def test_two_processes_give_the_same_bytes(store, folder, tokenizer, tmp_path) -> None:
-    script, *line = arguments(folder, tokenizer, tmp_path / "tokens", "--keep-source")
-    finished = torchrun(2, *line, script=Path(script))
+    line = arguments(folder, tokenizer, tmp_path / "tokens", "--keep-source")
+    finished = distributed(2, RECIPES / "tokenize_images.py", *line)
     assert finished.returncode == 0, finished.stderr
     assert "2 process(es)" in finished.stdout
     assert content(tmp_path / "tokens") == content(store)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from support.paths import RECIPES
-from support.running import run, torchrun
+from support.running import distributed, run
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
@@ -392,7 +392,7 @@ def test_two_processes_train_the_same_tokenizer(tmp_path) -> None:
     changes = {"epochs": 4 / 6, "warmup_epochs": 0.0, "num_codes": 64}
     tokenizer_train.main(replace(TINY, out=str(one), **changes))
     script = RECIPES / "tokenizer_train.py"
-    finished = torchrun(2, "--config", one / "config.json", "--out", two, script=script)
+    finished = distributed(2, script, "--config", one / "config.json", "--out", two)
     assert finished.returncode == 0, finished.stderr
     for name in ("loss", "perplexity"):
         values = [[at[name] for at in metrics(run)] for run in (one, two)]

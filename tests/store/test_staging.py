@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -274,45 +275,48 @@ def test_only_missing_shards_are_made_again(tmp_path):
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())
 
 
-CHILD = """
-import sys, time
-import test_staging as t
-from pathlib import Path
-
-t.spec.SHARD_IMAGES = 2
-real, left = t.SplitStaging.write, int(sys.argv[3])
-def counted(*args, **kwargs):
-    global left
-    if left == 0:
-        print("waiting to be killed", flush=True)
-        time.sleep(60)
-    left -= 1
-    real(*args, **kwargs)
-t.SplitStaging.write = counted
-t.make(Path(sys.argv[1]), rank=int(sys.argv[2]), ranks=2)
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-def start(path: Path, rank: int, shards: int) -> subprocess.Popen:
+def make_until(path: Path, rank: int, shards: int, waiting: multiprocessing.Event) -> None:
     """One of two processes, which waits when it has written so many shards."""
-    command = [sys.executable, "-c", CHILD, str(path), str(rank), str(shards)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    real, left = SplitStaging.write, shards
+
+    def counted(*args, **kwargs):
+        nonlocal left
+        if left == 0:
+            waiting.set()
+            time.sleep(60)
+        left -= 1
+        real(*args, **kwargs)
+
+    SplitStaging.write = counted
+    make(path, rank=rank, ranks=2)
+
+
+def start(path: Path, shards: int) -> list[tuple]:
+    """Both processes, each with what tells that it waits."""
+    pairs = []
+    for rank in range(2):
+        waiting = FORK.Event()
+        process = FORK.Process(target=make_until, args=(path, rank, shards, waiting))
+        process.start()
+        pairs.append((process, waiting))
+    return pairs
 
 
 def test_two_processes_killed_and_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(spec, "SHARD_IMAGES", 2)
     path = tmp_path / "s"
-    children = [start(path, rank, shards=4) for rank in range(2)]
-    for child in children:
-        assert child.stdout.readline() == "waiting to be killed\n"
+    for child, waiting in start(path, shards=4):
+        assert waiting.wait(60)
         child.kill()
-        child.communicate()
+        child.join()
     assert begin(path).finished() == set(range(8))
     # 13 of the remaining shards are the first one's, were it not for what is there.
-    children = [start(path, rank, shards=9) for rank in range(2)]
-    assert [child.communicate()[0] for child in children] == ["", ""]
-    assert all(child.returncode == 0 for child in children)
+    for child, waiting in start(path, shards=9):
+        child.join()
+        assert child.exitcode == 0 and not waiting.is_set()
     begin(path).publish()
     assert contents(path) == contents(write(tmp_path / "one"))
 

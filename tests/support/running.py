@@ -8,17 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from support.forks import ended, run_forks, start
 from support.models import tiny_mtm
 from support.paths import RECIPES, ROOT, SUPPORT
 
-from seitpp import TokenStore
+from seitpp import StoreWriter, TokenStore
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
 from seitpp.engine.config import parse
@@ -36,20 +39,17 @@ TRAINING_RECIPES = (
 
 LAUNCHES = RECIPES / "accelerate"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of programs that import from this folder
-ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATHS}
+CPU = {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+ON_CPU = {**os.environ, **CPU, "PYTHONPATH": PATHS}
 
 
 def recipe(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def command(name: str, *arguments: object) -> list[str]:
-    """The command line of a recipe."""
-    return [sys.executable, str(RECIPES / f"{name}.py"), *map(str, arguments)]
-
-
 def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False)
+    """The command line of a recipe, in a fork of this process."""
+    return run_forks(RECIPES / f"{name}.py", *arguments)
 
 
 def forked(*jobs: tuple, limit: float = 60, options: Sequence[dict] = ()) -> list[dict]:
@@ -73,26 +73,38 @@ def forked(*jobs: tuple, limit: float = 60, options: Sequence[dict] = ()) -> lis
     return reports
 
 
-def torchrun(
-    processes: int, *arguments: object, script: Path = RECIPES / "mtm_pretrain.py"
-) -> subprocess.CompletedProcess:
-    """Several CPU processes, as docs/running.md says."""
+def places(ranks: int) -> list[dict[str, str]]:
+    """The environments of the CPU processes of a launch, one for each rank, as torchrun makes them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    launcher += [f"--nproc_per_node={processes}", f"--master_port={port}"]
-    line = [*launcher, str(script), *map(str, arguments)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), **CPU}
+    shared["LOCAL_WORLD_SIZE"] = str(ranks)
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def distributed(ranks: int, script: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Several CPU processes, forks of this one, in the environments that torchrun gives its processes."""
+    return run_forks(script, *arguments, environments=places(ranks))
+
+
+def torchrun(ranks: int, script: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Several CPU processes, as docs/running.md says."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    line = [*launcher, f"--master_port={places(ranks)[0]['MASTER_PORT']}", str(script), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=ON_CPU)
 
 
-def fsdp(*arguments: object, layer: str = "Block") -> None:
-    """Run a script as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes; `layer` names what is split."""
-    launcher = ["accelerate", "launch", "--config_file", LAUNCHES / "fsdp.yaml", "--num_processes", 2]
-    launcher += ["--fsdp_transformer_layer_cls_to_wrap", layer]
-    line = [*launcher, "--main_process_port", 0, SUPPORT / "fsdp_on_cpu.py", *arguments]
-    finished = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False, env=ON_CPU)
-    assert finished.returncode == 0, finished.stderr
+def fsdp(*arguments: object, layer: str = "Block") -> subprocess.CompletedProcess:
+    """Run a script as recipes/accelerate/fsdp.yaml says, but on 2 CPU processes, forks of this one.
+
+    They have the environment that `accelerate launch` gives its processes; `layer` names what is split.
+    """
+    line = ["--config_file", LAUNCHES / "fsdp.yaml", "--num_processes", 2, SUPPORT / "fsdp_on_cpu.py"]
+    given = launch_command_parser().parse_args(["--fsdp_transformer_layer_cls_to_wrap", layer, *map(str, line)])
+    environment = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    both = [{**environment, **place} for place in places(2)]
+    return run_forks(SUPPORT / "fsdp_on_cpu.py", *arguments, environments=both)
 
 
 def call(module: ModuleType, *arguments: object) -> None:
@@ -121,6 +133,14 @@ def smoke_config(name: str, folder: Path):
     return config
 
 
+def unlabeled_digits(path: Path, images: int) -> str:
+    """A store of digits without labels, on which a run spends no time on probes."""
+    store = TokenStore(digits().store, "train")
+    with StoreWriter(path, codebook=store.codebook, grid=store.grid) as writer:
+        writer.add_batch(store.ids(range(images)), [None] * images)
+    return str(path)
+
+
 def digits_codebook() -> str:
     """The fingerprint of the codebook of the embedded digits."""
     return codebook_fingerprint(TokenStore(digits().store, "train").codebook)
@@ -143,16 +163,19 @@ def accuracies(folder: Path, suffix: str = "") -> list[float]:
     return [result_of(folder)[f"{name}{suffix}"] for name in ("top1", "top5")]
 
 
+def kill_when(come: Callable[[], object], name: str, *arguments: object, logs: Path) -> None:
+    """Begin a recipe and kill it and its workers as soon as something has come."""
+    process, deadline = start(RECIPES / f"{name}.py", *arguments, logs=logs), time.monotonic() + 240
+    while not come():
+        assert process.is_alive() and time.monotonic() < deadline, (logs / "stderr").read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert ended([process]) == -signal.SIGKILL
+
+
 def kill_after_an_evaluation(name: str, folder: Path, steps: int) -> None:
     """Begin the smoke preset and kill it right after its first evaluation, before the last of its `steps`."""
-    process = subprocess.Popen(
-        command(name, "smoke", "--out", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    evaluations, deadline = folder / "evaluations.jsonl", time.monotonic() + 240
-    while not (evaluations.exists() and evaluations.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    evaluations, line = folder / "evaluations.jsonl", ("smoke", "--out", folder)
+    kill_when(lambda: evaluations.exists() and evaluations.read_text(), name, *line, logs=folder.parent)
     whole_lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
     assert len(whole_lines) < steps and not (folder / "result.json").exists()
