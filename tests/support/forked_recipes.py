@@ -14,7 +14,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import matplotlib.pyplot  # noqa: F401 (once, before the forks, as those below)
 import sklearn.cluster  # noqa: F401
 from PIL import Image
 from support.paths import RECIPES
+from support.running import places
 
 from downstream.segmentation.mmseg import load_mmseg
 from seitpp import cli
@@ -59,18 +59,6 @@ def redirect(stdout: str | None) -> None:
         os.close(read)
     elif stdout:
         os.dup2(os.open(stdout, os.O_WRONLY), 1)
-
-
-def launches(processes: int) -> list[dict[str, str]]:
-    """The environment of each process of one launch, as torchrun sets it."""
-    if processes == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common["ACCELERATE_USE_CPU"] = "1"
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def ended(pid: int, end: float) -> int | None:
@@ -114,7 +102,8 @@ def report(job: dict, folder: Path) -> dict:
     out.write_text("")
     err.write_text("")
     began = time.monotonic()
-    pids = [start(job, out, err, launch) for launch in launches(job.get("processes", 1))]
+    launches = places(job["processes"]) if job.get("processes", 1) > 1 else [{}]
+    pids = [start(job, out, err, launch) for launch in launches]
     sent = signalled(pids, job)
     if sent:
         began = time.monotonic()
