@@ -1,5 +1,6 @@
 """Wrong files of strangers: one line that names the file, before memory is made for what they claim."""
 
+import json
 import struct
 import time
 import zlib
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from long import headers
+from safetensors.torch import save_file
 from scipy.io import savemat
 from support.finegrained import write_set
 from support.pictures import encoded, make_tar, write
@@ -26,7 +28,7 @@ from seitpp.images.class_lists import read_classes
 from seitpp.images.decode import ImageError
 from seitpp.images.labels import LabelError, LabelRules, read_label_file, resolve
 from seitpp.images.sources import open_source
-from seitpp.tensors import load_checkpoint, save_tensors
+from seitpp.tensors import load_checkpoint
 from seitpp.tokenizers import TokenizerError, TokenizerSpec, load
 
 
@@ -390,8 +392,8 @@ def test_a_bare_checkpoint_of_more_values_than_bytes_and_one_that_holds_a_part_m
     assert len(load_checkpoint(path, UserError)) == 2
 
 
-def saved(path: Path, spec: dict, **tensors: Tensor) -> Path:
-    save_tensors(path, tensors, key="tokenizer", header=spec)
+def saved(path: Path, spec: object, **tensors: Tensor) -> Path:
+    save_file(tensors, path, {"tokenizer": json.dumps(spec)})
     return path
 
 

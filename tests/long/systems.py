@@ -1,6 +1,6 @@
 """Check what every command does where the system refuses: full disk, read-only folder, no HOME, odd names, LANG=C.
 
-    python tests/long/systems.py [--only NAME ..] [--conditions NAME ..] [--points 3]
+    PYTHONPATH=tests python tests/long/systems.py [--only NAME ..] [--conditions NAME ..] [--points 3]
 
 Needs Linux and root, since it mounts small file systems. Every command of docs/cli.md and every recipe, its preset
 smoke, runs under each of `CONDITIONS` and `ENVIRONMENTS`. It must do what it does elsewhere, or end with exit
@@ -29,16 +29,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 from safetensors import safe_open
+from support.paths import RECIPES, ROOT, SUPPORT
+from support.pictures import encoded
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+from downstream.segmentation.default import FEW_SCENES, default_scenes
+from seitpp.data.digits import digits
 
-from support.paths import RECIPES, ROOT, SUPPORT  # noqa: E402
-from support.pictures import encoded  # noqa: E402
-
-from downstream.segmentation.default import FEW_SCENES, default_scenes  # noqa: E402
-from seitpp.data.digits import digits  # noqa: E402
-
+TESTS = ROOT / "tests"
 PAGE, MANY = 4096, 1 << 22  # bytes; pages or files that are more than enough
 LIMIT = 300  # seconds of a run
 FAULTS = ("tracebacks", "half-written files", "inputs changed")  # those that the last line always names
