@@ -88,9 +88,7 @@ def _from_lines(lines: list[str], path: Path) -> ClassList:
 
 
 def _from_json(text: str, path: Path) -> ClassList:
-    with refusing(
-        ImageError, f"{path}: cannot be read", "JSON with a list of names, {value: name}, or [{id, name}]"
-    ):
+    with refusing(ImageError, f"{path}: cannot be read", "JSON with a list of names, {value: name}, [{id, name}]"):
         content = parse_json(text)
         if isinstance(content, dict) and isinstance(content.get("categories"), list):
             content = content["categories"]

@@ -165,7 +165,10 @@ class DatasetSource:
         self.left_out = LeftOut()
         self.columns = choose_columns(data.features, rules, name)
         with refusing(ImageError, f"{name}: cannot be read", "a whole data set"):
-            column = data.select_columns([self.columns.image]).with_format("arrow")[:][self.columns.image]
+            table = data.select_columns([name for name in self.columns[:2] if name]).with_format("arrow")[:]
+            for part in table.columns:
+                part.validate(full=True)  # else wrong offsets read memory that is not theirs
+            column = table[self.columns.image]
             paths = pc.struct_field(column, "path").to_pylist() if pa.types.is_struct(column.type) else []
             raw = list(data.with_format(None)[self.columns.label][:]) if self.columns.label else []
         self.names = _names(paths, [f"{name}#{index}" for index in range(len(data))])

@@ -235,7 +235,7 @@ class Checks:
 
     def fault(self, kind: str, where: str, text: object) -> None:
         self.faults[kind] += 1
-        print(f"{kind}: {where}: {text}", flush=True)
+        print(f"{kind}: {where}: {str(text)[:300]}", flush=True)
 
     @contextmanager
     def new_disk(self, name: str, out: str = "out") -> Iterator[None]:
