@@ -15,6 +15,7 @@ from support.paths import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU could not be forked
 os.fsync = lambda descriptor: None
 _CACHE = tempfile.TemporaryDirectory(prefix="seitpp-test-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name

@@ -16,7 +16,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
+
+# The first backward pass of a process starts a thread for each of its devices, and after that its forks can have
+# no backward pass. Fake tensors let torch take a GPU to be there, so the first one is here, before any of them.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 LIMIT = 240  # seconds that a program may take
 FILES = ("stdout", "stderr")
