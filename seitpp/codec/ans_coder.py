@@ -71,12 +71,10 @@ def body_of(coder: AnsCoder) -> bytes:
 
 def coder_of(body: memoryview, num_codes: int) -> AnsCoder:
     """Return the coder that holds `body`. Raises CodecError for a body that `body_of` never returns."""
-    if body[-1:] == b"\0" or (num_codes == 1 and body):
+    if len(body) and (body[-1] == 0 or num_codes == 1):
         raise CodecError("payload is not canonical: it has bytes that no encoder writes")
     return _coder(body)
 
 
 def _coder(body: bytes | memoryview) -> AnsCoder:
-    words = np.zeros(-(-len(body) // 4), WORD)
-    words.view(np.uint8)[: len(body)] = np.frombuffer(body, np.uint8)
-    return AnsCoder(words)
+    return AnsCoder(np.frombuffer(b"".join((body, bytes(-len(body) % 4))), WORD))

@@ -104,7 +104,8 @@ class TokenStore:
 
         Raises IndexError, and StoreError if an image is damaged, the grids differ, or there are too many tokens.
         """
-        positions = [range(self._length)[index] for index in indices]
+        every = range(self._length)
+        positions = [every[index] for index in indices]
         height, width = self.grid or self._common_grid(positions)
         self._check_intact(positions)
         if len(positions) * height * width > layout.FREE_TOKENS:
@@ -133,7 +134,8 @@ class TokenStore:
         Raises IndexError, and StoreError if there are too many classes.
         """
         self._check_classes("rows of zeros and ones")
-        positions = [range(self._length)[index] for index in indices]
+        every = range(self._length)
+        positions = [every[index] for index in indices]
         self._check_intact(positions)
         hot = np.empty((len(positions), self.num_classes), np.uint8)
         for row, position in zip(hot, positions, strict=True):
@@ -253,8 +255,8 @@ class TokenStore:
 
     def _check_intact(self, positions: Sequence[int]) -> None:
         """Raise StoreError if a file of these images was cut since it was opened."""
-        for number in {bisect_right(self._starts, position) - 1 for position in positions}:
-            self._shards[number].file.check()
+        for number in np.unique(np.searchsorted(self._starts, positions, side="right")).tolist():
+            self._shards[number - 1].file.check()
 
     def _intact(self) -> list[Shard]:
         for shard in self._shards:

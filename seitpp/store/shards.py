@@ -28,7 +28,7 @@ TYPES_WITH_LISTS = (10, 14)
 class ShardFile(NamedTuple):
     """The file behind a memory map, as it was when it was opened."""
 
-    path: Path
+    path: str
     device: int
     inode: int
     size: int
@@ -37,7 +37,7 @@ class ShardFile(NamedTuple):
     def of(cls, path: Path) -> "ShardFile":
         """Describe the file at `path`."""
         now = path.stat()
-        return cls(path, now.st_dev, now.st_ino, now.st_size)
+        return cls(str(path), now.st_dev, now.st_ino, now.st_size)
 
     def check(self) -> None:
         """Raise StoreError if the file was cut: the system ends a process that reads what is no longer there.
@@ -45,7 +45,7 @@ class ShardFile(NamedTuple):
         A file that was renamed or replaced since then is still the one that is mapped.
         """
         try:
-            now = self.path.stat()
+            now = os.stat(self.path)  # noqa: PTH116 (for each image, and half the time of a Path)
         except OSError:
             return
         if now.st_size < self.size and (now.st_dev, now.st_ino) == (self.device, self.inode):
