@@ -7,7 +7,7 @@ A file of each kind of support/strangers.py has bytes changed, cut, put in, repe
 keys, gets others, or has values that nobody would write; or tensors of a checkpoint change. An input fails if
 reading it raises anything but a UserError in one line, takes 2 s of computing or 200 MB, asks the network, starts
 a process, unpickles an object, or touches a file outside of its folder. Failing inputs stay in
-tests/long/headers-failures (--keep).
+tests/long/headers-failures (--keep). Ctrl-C ends it early, with the table of what it did.
 
 Prints a table: kind, inputs, refused, read, longest ms, largest MB. The exit status is not 0 after any failure.
 """
@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -43,9 +44,10 @@ from support.strangers import KINDS, Files, Kind
 from seitpp.errors import UserError
 
 SECONDS, MEGABYTES = 2.0, 200
-STUCK = 30.0  # seconds after which a process that no signal stops is killed
+STUCK = 120.0  # seconds after which a process that no signal stops is killed
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LARGEST = 1 << 20  # bytes that a file gets besides its own
+FORK = multiprocessing.get_context("fork")
 KEPT = 3  # failing inputs of a kind that fail alike
 SECRET = "secret.txt"  # a file beside the folder of an input, which no input may read
 
@@ -62,6 +64,7 @@ CHANGES = {
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
+ADDRESS = re.compile("0x7f[0-9a-f]{8}")
 ROOT = Path(__file__).resolve().parents[2]
 # Where the interpreter and its libraries read.
 LIBRARIES = tuple(map(str, {sys.prefix, sys.base_prefix, ROOT, "/usr", "/lib", "/proc", "/sys", "/dev"}))
@@ -461,7 +464,7 @@ def _verdict(error: BaseException) -> str:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
     text = str(error)
-    if not text.isprintable() or "0x7f" in text or not text:
+    if not text.isprintable() or not text or ADDRESS.search(text):
         return "is refused in more than one line, or with an address"
     return "refused"
 
@@ -504,7 +507,7 @@ class Progress:
     def __init__(self, names: list[str]):
         self.names = names
         self.values = multiprocessing.Array("d", len(self.FIELDS) * len(names), lock=False)
-        self.place = multiprocessing.Array("d", 3, lock=False)  # kind, number, and when it began
+        self.place = multiprocessing.Array("d", 2, lock=False)  # the input in `order`, and when it began
 
     def add(self, kind: int, outcome: Outcome) -> None:
         base = len(self.FIELDS) * kind
@@ -519,6 +522,12 @@ def plan(names: list[str], inputs: int) -> list[int]:
     return [max(1, inputs * share // sum(shares)) for share in shares]
 
 
+def order(counts: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield (kind, number) of all inputs, all kinds in turn, so that what is done early is a fair part."""
+    for number in range(max(counts)):
+        yield from ((kind, number) for kind, count in enumerate(counts) if number < count)
+
+
 def work(
     worker: int,
     workers: int,
@@ -527,28 +536,29 @@ def work(
     counts: list[int],
     progress: Progress,
     seed: int,
+    root: Path,
     keep: Path,
 ) -> None:
-    """Read every `workers`-th input, from the place in `progress` on."""
+    """Read every `workers`-th input, from the place in `progress` on, in the folder `root`."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    watch, seen = Watch(), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder).resolve()
-        os.chdir(root)
-        first_kind, first = int(progress.place[0]), int(progress.place[1])
-        for index in range(first_kind, len(counts)):
-            reader = Reader(progress.names[index], wholes[index], seed=seed, root=root, watch=watch)
-            for number in range(first if index == first_kind else worker, counts[index], workers):
-                progress.place[:] = [index, number, time.time()]
-                outcome = reader.read(number)
-                progress.add(index, outcome)
-                if outcome.what not in ("read", "refused"):
-                    seen[reader.name, outcome.what] += 1
-                    if seen[reader.name, outcome.what] <= KEPT:
-                        keep_input(keep, reader, number, outcome)
-    progress.place[0] = len(counts)
+    root.mkdir(exist_ok=True)
+    os.chdir(root)
+    watch, seen, first = Watch(), Counter(), int(progress.place[0])
+    named = zip(progress.names, wholes, strict=True)
+    readers = [Reader(name, whole, seed=seed, root=root, watch=watch) for name, whole in named]
+    for place, (kind, number) in enumerate(order(counts)):
+        if place < first or place % workers != worker:
+            continue
+        progress.place[:] = [place, time.time()]
+        outcome = readers[kind].read(number)
+        progress.add(kind, outcome)
+        if outcome.what not in ("read", "refused"):
+            seen[kind, outcome.what] += 1
+            if seen[kind, outcome.what] <= KEPT:
+                keep_input(keep, readers[kind], number, outcome)
+    progress.place[0] = sum(counts)
 
 
 def keep_input(keep: Path, reader: Reader, number: int, outcome: Outcome) -> None:
@@ -568,33 +578,53 @@ def fuzz(inputs: int, *, processes: int, seed: int, keep: Path, names: list[str]
     torch.set_num_threads(1)
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     wholes = list(map(whole_files, names))  # before the processes start, since it imports libraries
-    counts, context = plan(names, inputs), multiprocessing.get_context("fork")
-    states = [Progress(names) for _ in range(processes)]
-    running: dict[int, multiprocessing.process.BaseProcess] = {}
+    states, counts = [Progress(names) for _ in range(processes)], plan(names, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        same = {"wholes": wholes, "counts": counts, "seed": seed, "keep": keep}
 
-    def start(worker: int) -> None:
-        arguments = {"wholes": wholes, "counts": counts, "progress": states[worker], "seed": seed, "keep": keep}
-        running[worker] = context.Process(target=work, args=(worker, processes), kwargs=arguments)
-        running[worker].start()
+        def started(worker: int) -> multiprocessing.process.BaseProcess:
+            own = {"progress": states[worker], "root": Path(folder).resolve() / str(worker)}
+            process = FORK.Process(target=work, args=(worker, processes), kwargs=same | own)
+            process.start()
+            return process
 
-    for worker, state in enumerate(states):
-        state.place[:] = [0, worker, time.time()]
-        start(worker)
-    while running:
-        for worker, process in list(running.items()):
-            process.join(0.2)
-            state = states[worker]
-            if process.is_alive() and time.time() - state.place[2] < STUCK:
-                continue
-            if process.is_alive():
+        for worker, state in enumerate(states):
+            state.place[:] = [worker, time.time()]
+        _attend(started, states, list(order(counts)))
+    return _rows(names, states)
+
+
+def _attend(
+    started: Callable[[int], multiprocessing.process.BaseProcess],
+    states: list[Progress],
+    inputs: list[tuple[int, int]],
+) -> None:
+    """Start all processes, and each again behind the input in which it ended or got stuck."""
+    running = {worker: started(worker) for worker in range(len(states))}
+    try:
+        while running:
+            for worker, process in list(running.items()):
+                process.join(0.2)
+                state = states[worker]
+                if process.is_alive() and time.time() - state.place[1] < STUCK:
+                    continue
                 process.kill()
+                process.join()
+                del running[worker]
+                if (place := int(state.place[0])) < len(inputs):
+                    kind, number = inputs[place]
+                    what = f"ends the process ({process.exitcode})"
+                    print(f'"{state.names[kind]} {number}" {what}', flush=True)
+                    state.add(kind, Outcome(what, 0, 0))
+                    state.place[:] = [place + len(states), time.time()]
+                    running[worker] = started(worker)
+    except KeyboardInterrupt:  # what is done counts
+        for process in running.values():
+            process.kill()
             process.join()
-            del running[worker]
-            if (index := int(state.place[0])) < len(names):  # it ended within an input
-                state.add(index, Outcome(f"ends the process ({process.exitcode})", 0, 0))
-                print(f'"{names[index]} {int(state.place[1])}" ends the process ({process.exitcode})', flush=True)
-                state.place[1:] = [state.place[1] + processes, time.time()]
-                start(worker)
+
+
+def _rows(names: list[str], states: list[Progress]) -> tuple[list[list], int]:
     rows = []
     for index, name in enumerate(names):
         base = index * len(Progress.FIELDS)
