@@ -30,12 +30,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors import safe_open
 from support.paths import RECIPES, ROOT, SUPPORT
-from support.pictures import encoded
 
 from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp.data.digits import digits
 
-TESTS = ROOT / "tests"
+TESTS, FORKS = ROOT / "tests", SUPPORT / "forked_recipes.py"
 PAGE, MANY = 4096, 1 << 22  # bytes; pages or files that are more than enough
 LIMIT = 300  # seconds of a run
 FAULTS = ("tracebacks", "half-written files", "inputs changed")  # those that the last line always names
@@ -101,7 +100,7 @@ class Server:
         every = {"PATH": os.environ["PATH"], "PYTHONPATH": paths, **fixed, **environment}
         self.title = title
         self.process = subprocess.Popen(
-            [*(AS_STRANGER if stranger else ()), sys.executable, "-B", SUPPORT / "forked_recipes.py"],
+            [*(AS_STRANGER if stranger else ()), sys.executable, "-B", FORKS],
             env={name: str(value) for name, value in every.items()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -453,7 +452,7 @@ def draw_pictures(folder: Path, name: str, letter: str) -> None:
         for number in range(count):
             path = folder / split / (name, "b")[number % 2] / f"{letter}_{number:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)))
+            Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(path)
 
 
 def make_inputs(server: Server, inputs: Path) -> None:
