@@ -101,9 +101,14 @@ def header_keys(path: Path) -> set[str]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file starts like one of `torch.save`: a zip archive or a bare pickle."""
+    """Whether a file starts like one of `torch.save`: a zip archive or a bare pickle.
+
+    The first bytes of a safetensors file are the size of its header, which may look like either.
+    """
     with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02")
+        start = file.read(9)
+    safe = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    return start[:2] in (b"PK", b"\x80\x02") and not safe
 
 
 def load_checkpoint(

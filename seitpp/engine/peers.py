@@ -20,6 +20,7 @@ from seitpp.engine.signals import Stopped
 from seitpp.errors import UserError
 
 SECONDS = 1.0  # between two looks at the store
+OWN = (UserError, OSError, KeyboardInterrupt)  # what is no consequence of another process
 
 _ending = threading.Event()  # set once this process ends by an error of its own
 _stores: list[dist.Store] = []  # none in a launch of one process
@@ -44,6 +45,8 @@ def _end_after_another(store: dist.Store) -> None:
     except RuntimeError:  # the process that keeps the store has ended as it should
         return
     if not _ending.is_set():
+        if os.environ.get("LOCAL_RANK") == "0":  # once on each machine
+            print("ended, since another process of the launch has failed", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # the main thread may wait for ever
@@ -53,14 +56,14 @@ def _end_after_another(store: dist.Store) -> None:
 def ending_together() -> Iterator[None]:
     """End the other processes of the launch where an exception leaves the context.
 
-    Only the first exception of a launch goes on, once the others have ended, so that its message is the last one.
-    A process that fails later exits without a word, with the status of the first.
+    The first exception of a launch goes on once the others have ended, so that its message is the last one. Where
+    another process has failed before, what a library says about that is left out.
     """
     try:
         yield
     except BaseException as error:
         _ending.set()
-        if _stores and not _is_first(_stores[0], error):
+        if _stores and not _is_first(_stores[0], error) and not isinstance(error, OWN):
             sys.exit(int(_stores[0].get("status")))
         raise
 

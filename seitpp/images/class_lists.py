@@ -58,7 +58,7 @@ def read_classes(path: str | Path) -> ClassList:
 
 def _from_table(text: str, path: Path) -> ClassList:
     """Read an objectInfo*.txt of ADE-20k; its numbers 1, 2, .. only count the rows."""
-    with refusing(ImageError, f"{path}: cannot be read", "rows with Idx and Name, separated by tabs"):
+    with refusing(ImageError, f"{path}: cannot be read", "a header and rows with Idx and Name, separated by tabs"):
         header, *rows = ([cell.strip() for cell in line.split("\t")] for line in text.splitlines() if line.strip())
         number, name = header.index("Idx"), header.index("Name")
         numbers, names = [int(row[number]) for row in rows], tuple(row[name] for row in rows)

@@ -49,8 +49,8 @@ class TokenStore:
     classes; num_labeled, the number of images that have a label; labels (N,) int64; grids (N, 2) int64;
     columns {name: kind} of the additional columns; column_names, those of all columns; payload_bytes of the split;
     tokenizer (dict or None), the description of the tokenizer; inventory (dict or None), what was read for the
-    split and what was left out; fingerprint, 64 hex digits, equal for equal content, and checksum, that of
-    tokens.json, equal for equal files.
+    split and what was left out; fingerprint, 64 hex digits, equal for equal content of the split, and
+    checksum, that of tokens.json, equal for equal files.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
@@ -203,7 +203,8 @@ class TokenStore:
         largest = max(split["num_classes"] for split in document["splits"].values())
         self.num_classes = len(self.class_names) if self.class_names else largest
         self.tokenizer = document["tokenizer"]
-        self.checksum, self.fingerprint = document["checksum"], store_fingerprint(self.path, document)
+        self.checksum = document["checksum"]
+        self.fingerprint = store_fingerprint(self.path, document, [self.split])
         entry = document["splits"][self.split]
         self.payload_bytes = entry["payload_bytes"]
         self.num_labeled = entry.get("num_labeled", entry["rows"])

@@ -246,7 +246,7 @@ def test_the_command_of_the_card_has_the_settings_of_the_run(tmp_path: Path) -> 
     config = load_config(seit_train.Config, out / "recipe.json")
     expected = replace(seit_train.PRESETS["smoke"], store="imagenet-tokens", seed=7)
     assert config == expected and json.loads(card.split("```json\n")[1].split("```")[0]) == json.loads(
-        json.dumps(asdict(expected))
+        json.dumps({"version": 1, **asdict(expected)})
     )
     assert all(
         str(tmp_path) not in (out / name).read_text() for name in ("README.md", "recipe.json", "config.json")

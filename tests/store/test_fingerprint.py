@@ -11,6 +11,7 @@ import safetensors.numpy
 from support.paths import GOLDEN
 
 from seitpp import TokenStore
+from seitpp.engine.contents import content_fingerprint
 from seitpp.store import StoreWriter, layout
 from seitpp.store.fingerprint import split_fingerprint
 from seitpp.store.shards import read_shard, write_shard
@@ -61,6 +62,21 @@ def test_other_content_has_another(tmp_path: Path) -> None:
     ]
     found = [written(tmp_path / str(number), **change) for number, change in enumerate(changes)]
     assert len({*found}) == len(changes)
+
+
+def test_another_split_does_not_change_it(tmp_path: Path) -> None:
+    before = written(tmp_path / "store")
+    checksum, content = TokenStore(tmp_path / "store").checksum, content_fingerprint(str(tmp_path / "store"))
+    with StoreWriter(
+        tmp_path / "store", codebook=CODEBOOK, grid=(2, 2), class_names=["x", "y"], split="validation"
+    ) as out:
+        out.add_batch(IDS[:2], [0, 1])
+    store = TokenStore(tmp_path / "store")
+    assert store.fingerprint == before != TokenStore(tmp_path / "store", "validation").fingerprint
+    assert store.checksum != checksum and content_fingerprint(str(tmp_path / "store")) != content
+    # A copy of one split has it, too.
+    shutil.rmtree(tmp_path / "store/validation")
+    assert TokenStore(tmp_path / "store").fingerprint == before
 
 
 def test_what_another_library_writes_around_it_does_not_matter(tmp_path: Path) -> None:

@@ -653,6 +653,6 @@ def test_the_checksum_is_the_documented_command(store):
     lines = (store / layout.DOCUMENT).read_bytes().splitlines(keepends=True)
     body = b"".join(lines[:-2])
     (store.parent / "body").write_bytes(body)
-    fingerprint = TokenStore(store).fingerprint
-    assert layout.file_entry(store.parent / "body")["sha256"] == fingerprint
-    assert b"".join(lines[-2:]) == b'"checksum": "' + fingerprint.encode() + b'"\n}\n'
+    checksum = TokenStore(store).checksum
+    assert layout.file_entry(store.parent / "body")["sha256"] == checksum
+    assert b"".join(lines[-2:]) == b'"checksum": "' + checksum.encode() + b'"\n}\n'

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.paths import GOLDEN
 from support.vqgans import VQVAES, small_vq_model, small_vqvae
 from torch import Tensor, nn
 
@@ -174,3 +176,13 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, value: float) -> None
     for wrong in ({"std": [1, 0, 1]}, {"std": [1, value, 1]}, {"mean": [0, value, 0]}, {"mean": [0, "x", 0]}):
         with pytest.raises(TokenizerError, match="expected finite numbers, the deviations more than 0"):
             TokenizerSpec.from_json({**spec, **wrong})
+
+
+@pytest.mark.parametrize("size", [0x10280, 0x4B50])
+def test_a_file_whose_header_has_the_size_that_marks_a_pickle_or_an_archive(size: int, tmp_path: Path) -> None:
+    """The size comes first in a safetensors file: these begin with the bytes 80 02 and with "PK"."""
+    data, path = (GOLDEN / "files_v1/patch_kmeans.safetensors").read_bytes(), tmp_path / "t.safetensors"
+    (before,) = struct.unpack_from("<Q", data)
+    path.write_bytes(struct.pack("<Q", size) + data[8 : 8 + before].ljust(size) + data[8 + before :])
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"PK")
+    assert isinstance(tokenizers.load(path), PatchKMeans)
