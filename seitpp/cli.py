@@ -18,6 +18,7 @@ from seitpp.codec import CODECS
 from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, grow, hub, layout, release
+from seitpp.store.fingerprint import store_fingerprint
 from seitpp.store.labels import Label
 from seitpp.store.recode import recode as recode_store
 
@@ -276,7 +277,7 @@ def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable
 
 def _print_store(store: TokenStore, document: dict) -> None:
     grid = "one for each image" if store.grid is None else f"{store.grid[0]} x {store.grid[1]}"
-    print(f"format       {document['version']}, fingerprint {store.fingerprint[:16]}")
+    print(f"format       {document['version']}, fingerprint {store_fingerprint(store.path, document)[:16]}")
     print(f"grid         {grid}")
     print(f"codebook     {store.num_codes} codes of dimension {store.codebook.shape[1]}")
     print(f"codec        {store.codec.name}")
