@@ -9,7 +9,7 @@ is a hang. A signal must end it with 128 + its number or, where nothing is to be
 its very end it may also succeed. An error must end it with exit status 2, on all processes. Neither prints a
 traceback.
 
-Each fault is printed. The last line adds them up, and the exit status is not 0 after any.
+Each command and each fault is printed. The last line adds them up, and the exit status is not 0 after any.
 """
 
 import argparse
@@ -116,6 +116,7 @@ def main() -> None:
         for name in options.only:
             errors(watch, name, inputs, broken)
             signals(watch, name, words_of(COMMANDS[name], inputs, "out"), moments=options.moments)
+            print(f"{name:22} {watch.runs} runs so far, at most {watch.longest:.1f} s after a signal", flush=True)
     kinds = ("hangs", "tracebacks", "other exit statuses")
     figures = ", ".join(f"{kind} {watch.faults[kind]}" for kind in kinds)
     print(f"runs {watch.runs}: {figures}; at most {watch.longest:.1f} s from a signal to the end")
