@@ -6,6 +6,7 @@ fails writes its exit status to the key-value store through which the processes 
 and a thread in each of the others reads it.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -22,7 +23,7 @@ from seitpp.errors import UserError
 SECONDS = 1.0  # between two looks at the store
 OWN = (UserError, OSError, KeyboardInterrupt)  # what is no consequence of another process
 
-_ending = threading.Event()  # set once this process ends by an error of its own
+_ending = threading.Event()  # set once this process ends by itself
 _stores: list[dist.Store] = []  # none in a launch of one process
 
 
@@ -34,13 +35,22 @@ def watch() -> None:
         store = dist.distributed_c10d._get_default_store()
         _stores.append(dist.PrefixStore("seitpp", store.clone()))
         watched = dist.PrefixStore("seitpp", store.clone())
-        threading.Thread(target=_end_after_another, args=(watched,), daemon=True).start()
+        thread = threading.Thread(target=_end_after_another, args=(watched,), daemon=True)
+        thread.start()
+        atexit.register(_leave, thread)
+
+
+def _leave(thread: threading.Thread) -> None:
+    # A thread that is still in torch when the interpreter is taken down aborts the process.
+    _ending.set()
+    thread.join(10 * SECONDS)
 
 
 def _end_after_another(store: dist.Store) -> None:
     try:
         while not store.check(["status"]):
-            time.sleep(SECONDS)
+            if _ending.wait(SECONDS):
+                return
         status = int(store.get("status"))
     except RuntimeError:  # the process that keeps the store has ended as it should
         return

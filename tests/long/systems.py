@@ -253,7 +253,7 @@ class Checks:
         if "Traceback" in report["err"] or "Exception ignored" in report["err"]:
             self.fault("tracebacks", where, " | ".join(told[-3:]))
         elif report["statuses"][0] not in (0, 2, 141):
-            self.fault("exit statuses", where, f"{report['status']}: {report['err'][-300:]}")
+            self.fault("exit statuses", where, f"{report['statuses'][0]}: {report['err'][-300:]}")
         elif report["statuses"][0] == 2 and (len(errors) != 1 or told[-1:] != errors):
             self.fault("lines", where, report["err"][-500:])
         if broken := half_written(self.disk):
@@ -268,14 +268,14 @@ class Checks:
         missing = [word for word in words if word not in report["line"]]
         if report["statuses"][0] != 2 or missing:
             told = report["line"] or report["err"][-300:]
-            self.fault("wrong refusals", where, f"{report['status']}, without {missing}: {told}")
+            self.fault("wrong refusals", where, f"{report['statuses'][0]}, without {missing}: {told}")
 
     def must_succeed(self, where: str, name: str, report: dict) -> None:
         """Check that a command did what it does elsewhere."""
         if name in OFFLINE:
             self.must_fail(where, report, "me/tokens on the hub")
         elif report["statuses"][0] != 0:
-            self.fault("failures", where, f"{report['status']}: {report['line'] or report['err'][-300:]}")
+            self.fault("failures", where, f"{report['statuses'][0]}: {report['line'] or report['err'][-300:]}")
         else:
             if left := leftovers(self.disk):
                 self.fault("leftovers", where, left)
@@ -350,7 +350,10 @@ def names(checks: Checks, server: Server, name: str) -> None:
         with checks.new_disk(name, odd if len(odd) < 255 else "out"):
             there = names_in(checks.disk)
             report = checks.run(server, where, words_of(COMMANDS[name], checks.inputs, odd))
-            if name not in OFFLINE and (len(odd) == 300 or (len(odd) == 250 and report["statuses"][0])):
+            if name in OFFLINE:  # the name or the network comes first
+                checks.must_fail(where, report)
+                continue
+            if len(odd) == 300 or (len(odd) == 250 and report["statuses"][0]):
                 checks.must_fail(where, report, "nnn", *(() if name == "append" else ("shorter name",)))
                 if (left := names_in(checks.disk)) != there:
                     checks.fault("leftovers", where, left)
