@@ -7,6 +7,8 @@ import io
 import json
 import math
 import pickletools
+import signal
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,12 +64,35 @@ def load_tensors(
     `wanted` selects tensors by name. Raises `error` with the path if the file cannot be read, or if a newer
     version of this library has written it.
     """
-    with refusing(error, f"{path} cannot be read", "a whole safetensors file"), safe_open(path, "pt") as file:
+    with (
+        undisturbed(),
+        refusing(error, f"{path} cannot be read", "a whole safetensors file"),
+        safe_open(path, "pt") as file,
+    ):
         header = parse_json((file.metadata() or {}).get(key, "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     if isinstance(header, dict):
         check_version(header.pop("version", 1), VERSION, path=path, error=error)
     return header, tensors
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block.
+
+    While torch makes a tensor of a safetensors file, it turns a KeyboardInterrupt into an error about the file.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others receive no signals
+        yield
+        return
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

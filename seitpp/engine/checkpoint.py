@@ -30,6 +30,7 @@ from seitpp import files
 from seitpp.engine.distributed import OptimizerState, split_as
 from seitpp.engine.precision import LossScaler
 from seitpp.errors import UserError, check_version, refusing
+from seitpp.tensors import undisturbed
 
 VERSION = 1  # of a checkpoint, as a number in each; none is 1
 KEPT = 2
@@ -181,7 +182,7 @@ def load(path: Path) -> Checkpoint:
     step, data = state.get("step"), state.get("store")
     if type(step) is not int or not 0 <= step < 10**8 or not isinstance(data, str):
         raise CheckpointError(f"{path}: step {step!r} on data {data!r}, expected a number and a fingerprint")
-    with refusing(CheckpointError, f"{path} cannot be read", "whole safetensors files"):
+    with undisturbed(), refusing(CheckpointError, f"{path} cannot be read", "whole safetensors files"):
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, step, data, tensors)
 
