@@ -25,7 +25,6 @@ DIFFUSERS_CLASS = "VQModel"
 WEIGHTS = "diffusion_pytorch_model"  # begin of the names of weights of diffusers
 INSIDE = "vqmodel."  # prefix of the tokenizer's tensors in a language model of transformers
 COSMOS_FILES = ("encoder.jit", "decoder.jit")
-ENTRY = 40  # a file has more bytes for each of its tensors
 PROBE = 64  # side in pixels of the image that shows the patch of a TorchScript encoder
 
 
@@ -66,19 +65,14 @@ def load_diffusers(path: Path) -> Adapter:
     name = next((name for name in names if name.endswith(".safetensors")), names[0] if names else "")
     if not name.startswith(f"{WEIGHTS}."):
         raise TokenizerError(f"{vq}: no weights named {WEIGHTS}: save the model by save_pretrained()")
-    variant = ".".join(name.split(".")[1:-1])  # as fp16
-    _network(DIFFUSERS, _config(vq), path, tensors=(vq / name).stat().st_size // ENTRY)
+    if name.endswith(".safetensors"):
+        _, tensors = load_tensors(vq / name, HEADER, TokenizerError)
+    else:
+        tensors = load_state_dict(vq / name, TokenizerError, lambda _: True)
+    network = _network(DIFFUSERS, _config(vq), path, tensors=len(tensors))
     with _loading(path):
-        model, info = _library("diffusers", path).VQModel.from_pretrained(
-            vq,
-            local_files_only=True,
-            use_safetensors=name.endswith(".safetensors"),
-            variant=variant or None,
-            output_loading_info=True,
-        )
-    if problems := [f"{what}: {', '.join(map(str, keys[:5]))}" for what, keys in info.items() if keys]:
-        raise TokenizerError(f"{path} is not a complete diffusers {DIFFUSERS_CLASS}: {'; '.join(problems)}")
-    return _adapter(DIFFUSERS, model.float(), path)
+        network._fix_state_dict_keys_on_load(tensors)  # which were other ones in older versions
+    return _adapter(DIFFUSERS, _filled(network, tensors, path), path)
 
 
 def load_transformers(path: Path, kind: str) -> Adapter:
