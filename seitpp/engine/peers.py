@@ -29,15 +29,17 @@ _stores: list[dist.Store] = []  # none in a launch of one process
 
 def watch() -> None:
     """End this process once another process of the launch has failed. Call once the launch has been set up."""
-    if dist.is_initialized() and not _stores:
-        _ending.clear()
-        # torch has no public name for this store. Each thread needs a connection of its own.
-        store = dist.distributed_c10d._get_default_store()
-        _stores.append(dist.PrefixStore("seitpp", store.clone()))
-        watched = dist.PrefixStore("seitpp", store.clone())
-        thread = threading.Thread(target=_end_after_another, args=(watched,), daemon=True)
-        thread.start()
-        atexit.register(_leave, thread)
+    if not dist.is_initialized() or _stores:
+        return
+    store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
+    if store is None:  # processes that MPI has started
+        return
+    _ending.clear()
+    _stores.append(dist.PrefixStore("seitpp", store.clone()))  # each thread needs a connection of its own
+    watched = dist.PrefixStore("seitpp", store.clone())
+    thread = threading.Thread(target=_end_after_another, args=(watched,), daemon=True)
+    thread.start()
+    atexit.register(_leave, thread)
 
 
 def _leave(thread: threading.Thread) -> None:
