@@ -1,5 +1,6 @@
 """Run a recipe from the command line: parse flags, rehearse with `--dry-run`, and print errors as one line."""
 
+import atexit
 import dataclasses
 import json
 import multiprocessing
@@ -40,6 +41,7 @@ def run_recipe(
     signal exits with 128 plus its number. The other processes of the launch end, too.
     """
     config = None
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C at the very end is a traceback
     try:
         prepare_text()
         config = parse(presets, default, sys.argv[1:])
