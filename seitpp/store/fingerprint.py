@@ -6,7 +6,6 @@ its splits, the codebook, the code table and the class names. docs/format.md is 
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from seitpp.files import read_json
 from seitpp.store import layout
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import read_shard
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def split_fingerprint(shards: Iterable[Path]) -> str:
@@ -85,8 +83,5 @@ def _recorded(root: Path, document: dict[str, Any], split: str) -> str | None:
         return None
     if (root / name).stat().st_size > layout.MAX_DOCUMENT_BYTES:
         raise StoreError(f"{root / name}: expected at most {layout.MAX_DOCUMENT_BYTES} bytes; copy it again")
-    try:
-        recorded = json.loads((root / name).read_bytes())["_fingerprint"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise StoreError(f"{root / name}: no state of a data set ({error}); copy it again") from error
-    return recorded if isinstance(recorded, str) and SHA256.fullmatch(recorded) else None
+    recorded = read_json(root / name, StoreError, "the state of a data set; copy it again").get("_fingerprint")
+    return recorded if isinstance(recorded, str) and layout.SHA256.fullmatch(recorded) else None
