@@ -354,7 +354,7 @@ def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     if config.codebook:
         file, rows = config.codebook, read_codebook(Path(config.codebook))
     elif config.compact and has_store(config):
-        file, rows = config.out, layout.read_codebook(Path(config.out), layout.read_document(Path(config.out)))
+        file, rows = config.out, layout.load_codebook(Path(config.out) / layout.CODEBOOK)
     elif config.compact and config.split != "train":
         raise UserError(
             f"--compact counts the codes of the split train: {config.out} has none yet, tokenize that split first"

@@ -37,11 +37,11 @@ class CliError(UserError):
 
 
 class Figures(NamedTuple):
-    """Figures of some images of a split. `counts` (K,) int64 says how often each code occurs in them."""
+    """Figures of some images of a split. `counts` says for each digit how often each value occurs in them."""
 
     images: int
     tokens: int
-    counts: np.ndarray
+    counts: list[np.ndarray]
 
 
 def info(store: Path) -> None:
@@ -65,7 +65,7 @@ def verify(store: Path) -> None:
     figures = [_measure(split, range(len(split))) for split in splits]
     size = sum(entry["bytes"] for entry in files.values())
     print(f"{store}: {len(files)} files of {size:,} bytes have the checksums of {layout.DOCUMENT}")
-    print(f"every image decodes to ids below {document['num_codes']}\n")
+    print(f"every image decodes to ids below {' and '.join(map(str, layout.sizes_of(document)))}\n")
     _print_splits(splits, figures)
 
 
@@ -227,11 +227,13 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 def _measure(store: TokenStore, positions: Sequence[int]) -> Figures:
-    tokens, counts = 0, np.zeros(store.num_codes, np.int64)
+    tokens, counts = 0, [np.zeros(size, np.int64) for size in store.books.sizes]
     for position in tqdm(positions, store.split, unit=" images", disable=None):
         ids, _ = store[position]
-        tokens += ids.size
-        counts += np.bincount(ids.ravel(), minlength=store.num_codes)
+        planes = ids.reshape(store.books.digits, -1)
+        tokens += planes.shape[1]
+        for digit, plane in zip(counts, planes, strict=True):
+            digit += np.bincount(plane, minlength=len(digit))
     return Figures(len(positions), tokens, counts)
 
 
@@ -277,9 +279,16 @@ def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable
 
 def _print_store(store: TokenStore, document: dict) -> None:
     grid = "one for each image" if store.grid is None else f"{store.grid[0]} x {store.grid[1]}"
+    grid = f"a sequence of {store.grid[1]}" if store.layout == layout.SEQUENCE else grid
     print(f"format       {document['version']}, fingerprint {store_fingerprint(store.path, document)[:16]}")
     print(f"grid         {grid}")
-    print(f"codebook     {store.num_codes} codes of dimension {store.codebook.shape[1]}")
+    books, values = store.books, " x ".join(map(str, store.books.sizes))
+    if books.combine == "index":
+        print(f"codebook     {store.num_codes} codes of dimension {books.dim}")
+    else:
+        print(f"codebook     {books.digits} tables, {books.combine} to vectors of dimension {books.dim}")
+    if books.digits > 1:
+        print(f"digits       {values} values")
     print(f"codec        {store.codec.name}")
     size, images = _disk_bytes(store.path), sum(split["rows"] for split in document["splits"].values())
     print(f"on disk      {size:,} bytes, {size / images:.1f} per image")
@@ -308,9 +317,9 @@ def _print_splits(splits: Iterable[TokenStore], figures: Iterable[Figures]) -> N
     ]
     rows, sources = [], []
     for store, measured in zip(splits, figures, strict=True):
-        bits = layout.entropy(measured.counts) + 0.0  # turns the -0.0 of a single code into 0.0
+        bits = sum(map(layout.entropy, measured.counts)) + 0.0  # turns the -0.0 of a single code into 0.0
         bound, size = bits * measured.tokens / measured.images / 8, store.payload_bytes / len(store)
-        used = f"{np.count_nonzero(measured.counts)} of {store.num_codes}"
+        used = f"{sum(map(np.count_nonzero, measured.counts))} of {sum(store.books.sizes)}"
         numbers = [f"{bits:.3f}", f"{size:.1f}", f"{bound:.1f}", f"{size / bound:.3f}" if bound else "-"]
         rows.append([store.split, f"{len(store):,}", used, *numbers])
         source_bytes = _source_bytes(store)

@@ -12,7 +12,7 @@ from support.paths import ROOT
 
 from seitpp.augment.maps import crop_resize
 
-GROUND = ["errors", "files", "tensors", "codebook"]  # what every floor stands on
+GROUND = ["errors", "books", "files", "tensors", "codebook"]  # what every floor stands on
 ROOMS = ["codec", "store", "images", "tokenizers", "data", "augment", "models", "objectives", "engine"]
 TOP = ["fonts", "plots", "export", "recipe", "cli"]
 FLOORS = [*(f"seitpp.{name}" for name in (*GROUND, *ROOMS, *TOP)), "downstream", "recipes"]

@@ -8,6 +8,7 @@ from jaxtyping import Integer
 from seitpp.codec.ans import AnsCodec
 from seitpp.codec.base import MAX_CODES, MAX_TOKENS, Codec, CodecError
 from seitpp.codec.context import ContextCodec
+from seitpp.codec.digits import DigitsCodec
 from seitpp.codec.escape import EscapeCodec
 from seitpp.codec.huffman import HuffmanCodec
 from seitpp.codec.packed import PackedCodec
@@ -28,11 +29,37 @@ __all__ = [
     "Codec",
     "CodecError",
     "ContextCodec",
+    "DigitsCodec",
     "EscapeCodec",
     "HuffmanCodec",
     "PackedCodec",
     "build",
+    "build_digits",
 ]
+
+
+def build_digits(
+    name: str,
+    sizes: Sequence[int],
+    counts: Sequence[Sequence[int] | Integer[np.ndarray, " _"]],
+    *,
+    grid: Sequence[int] | None = None,
+    tables: Sequence[bytes] | None = None,
+) -> Codec:
+    """Return the codec called `name` for tokens whose digit q is in 0 .. sizes[q] - 1.
+
+    The counts, and the tables of "context", are those of each digit. Raises ValueError as `build` does.
+    """
+    learned = tables or [None] * len(sizes)
+    if len(learned) != len(sizes) or len(counts) != len(sizes):
+        raise ValueError(
+            f"codec: got {len(counts)} counts and {len(learned)} tables, expected {len(sizes)} of each"
+        )
+    codecs = [
+        build(name, size, count, grid=grid, table=table)
+        for size, count, table in zip(sizes, counts, learned, strict=True)
+    ]
+    return codecs[0] if len(codecs) == 1 else DigitsCodec(codecs)
 
 
 def build(

@@ -13,7 +13,8 @@ KNOWN = 1024  # images whose lists of classes are looked at together
 
 # What all images of a store have in common.
 SHARED = (
-    *("path", "splits", "grid", "num_codes", "codebook", "counts", "codec", "class_names", "num_classes"),
+    *("path", "splits", "grid", "layout", "num_codes", "books", "digit_counts", "codec", "class_names"),
+    "num_classes",
     *("multi_label", "tokenizer", "inventory", "fingerprint"),
 )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from seitpp.store.layout import entropy, is_multi_label
+from seitpp.store.layout import counts_of, entropy, is_multi_label
 
 SHOWN = 20  # entries of a list or object of an inventory that the card shows
 
@@ -30,8 +30,7 @@ configs:
 
 # Images as tokens
 
-Each image is a grid of {_sides(document["grid"])} ids of a codebook with {document["num_codes"]} codes \
-of dimension {document["code_dim"]}.
+{_tokens(document)}
 The ids are entropy-coded with the codec "{document["codec"]["name"]}". {_entropy(document)}
 {_usage(document)}
 {_tokenizer(document["tokenizer"])}
@@ -42,18 +41,57 @@ The ids are entropy-coded with the codec "{document["codec"]["name"]}". {_entrop
 from seitpp import TokenStore
 
 store = TokenStore("PATH", split="{next(iter(document["splits"]))}")
-ids, label = store[0]  # (height, width) uint16, {label}
-vectors = store.codebook[ids]  # (height, width, dimension) float32
+ids, label = store[0]  # {_shape(document)} uint16, {label}
+{_vectors(document)}
 ```
 
 `datasets.load_from_disk("PATH")` reads the encoded images (`tokens`) and the labels without seitpp.
 {_labels(document)}{_inventories(document)}"""
 
 
+def _tokens(document: dict[str, Any]) -> str:
+    """Say what the tokens of an image are."""
+    rows, dim = document["num_codes"], document["code_dim"]
+    if "layout" in document:
+        what = f"a sequence of {document['grid'][1]}"
+    else:
+        what = f"a grid of {_sides(document['grid'])}"
+    if "digits" not in document:
+        return f"Each image is {what} ids of a codebook with {rows} codes of dimension {dim}."
+    combine, sizes = document["digits"]["combine"], document["digits"]["sizes"]
+    values = " x ".join(map(str, sizes))
+    if combine == "index":
+        codes = f"ids of a codebook with {rows} codes of dimension {dim}"
+        return f"Each image is {what} {codes}, in two digits ({values} values)."
+    return (
+        f"Each image is {what} tokens of {len(sizes)} digits ({values} values), each the row of a table;\n"
+        f"their {'sum' if combine == 'sum' else 'concatenation'} is a vector of dimension {dim}."
+    )
+
+
+def _shape(document: dict[str, Any]) -> str:
+    return "(digits, height, width)" if "digits" in document else "(height, width)"
+
+
+def _vectors(document: dict[str, Any]) -> str:
+    """Return the line of the example that looks the vectors up."""
+    if "digits" not in document:
+        return "vectors = store.codebook[ids]  # (height, width, dimension) float32"
+    if document["digits"]["combine"] == "index":
+        return "vectors = store.codebook[store.books.joined(ids)]  # (height, width, dimension) float32"
+    return (
+        "rows = [table[digit] for table, digit in zip(store.books.tables, ids)]  # (height, width, dimension) each"
+    )
+
+
 def _usage(document: dict[str, Any]) -> str:
-    counts = np.asarray(document["codec"]["counts"])
-    used, perplexity = int((counts > 0).sum()), 2 ** entropy(counts)
-    return f"{used:,} of the {len(counts):,} codes are used; their perplexity is {perplexity:.1f}."
+    lines = []
+    for number, values in enumerate(counts_of(document)):
+        counts = np.asarray(values)
+        used, perplexity = int((counts > 0).sum()), 2 ** entropy(counts)
+        what = f"values of digit {number}" if "digits" in document else "codes"
+        lines.append(f"{used:,} of the {len(counts):,} {what} are used; their perplexity is {perplexity:.1f}.")
+    return "\n".join(lines)
 
 
 def _tokenizer(tokenizer: dict[str, Any] | None) -> str:
@@ -122,7 +160,7 @@ def _sides(grid: list[int] | None) -> str:
 
 
 def _entropy(document: dict[str, Any]) -> str:
-    bits = entropy(np.asarray(document["codec"]["counts"]))
+    bits = sum(entropy(np.asarray(counts)) for counts in counts_of(document))
     text = f"The entropy of the codec's table is {bits:.3f} bits a token"
     if document["grid"] is None:
         return f"{text}."

@@ -65,9 +65,13 @@ def store_fingerprint(root: Path, document: dict[str, Any], splits: Iterable[str
     splits = {split: _recorded(root, document, split) for split in splits or document["splits"]}
     if not all(splits.values()):
         return document["checksum"]
-    codebook = layout.read_codebook(root, document)
+    tables = [
+        [*table.shape, hashlib.sha256(table.astype("<f4").tobytes()).hexdigest()]
+        for table in layout.read_books(root, document).tables
+    ]
     content = {
-        "codebook": [*codebook.shape, hashlib.sha256(codebook.astype("<f4").tobytes()).hexdigest()],
+        "codebook": tables if "digits" in document else tables[0],
+        **{key: document[key] for key in layout.ADDED_KEYS if key in document},
         "grid": document["grid"],
         "codec": document["codec"],
         "table": document["files"].get(layout.TABLE, {}).get("sha256"),

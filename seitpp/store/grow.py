@@ -20,7 +20,7 @@ from seitpp.store.labels import check_labels, read_labels
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import BUILT, describe, replace_derived, withdraw, write_dataset_files
 from seitpp.store.reader import TokenStore
-from seitpp.store.recode import check_columns, copy_images, renumber
+from seitpp.store.recode import check_columns, copy_images, renumber, tokens_of
 from seitpp.store.shards import column_array, read_shard, write_shard
 from seitpp.store.spec import SplitSpec, store_lock
 from seitpp.store.spec import describe as describe_codebook
@@ -140,7 +140,7 @@ def _check_alike(sources: Sequence[TokenStore]) -> None:
             raise StoreError(f"{source.path}: named twice, expected different stores; name it once")
         seen.add((source.path, source.split))
         check_columns(source)
-        _check_properties(source, sources[0], ("codebook", "grid", "codec", "tokenizer"))
+        _check_properties(source, sources[0], ("codebook", "grid", "layout", "codec", "tokenizer"))
         _check_properties(source, by_split.setdefault(source.split, source), ("columns",))
 
 
@@ -157,7 +157,7 @@ def _check_properties(source: TokenStore, first: TokenStore, names: Sequence[str
 
 def _property(store: TokenStore, name: str) -> Any:
     if name == "codebook":
-        return describe_codebook(store.codebook)
+        return describe_codebook(store.books)
     return store.codec.name if name == "codec" else getattr(store, name)
 
 
@@ -252,8 +252,7 @@ def _writer(
     """Return a writer for a split of the new store `path` that is like that of `source`."""
     return StoreWriter(
         path,
-        codebook=source.codebook,
-        grid=source.grid,
+        **tokens_of(source),
         codec=source.codec.name,
         split=source.split,
         class_names=names,
@@ -268,8 +267,7 @@ def _build_split(target: TokenStore, parts: Sequence[Part], built: Path) -> None
     """Fill the folder `built` with the longer split, whose old shards are links, and the files that change."""
     spec = SplitSpec(
         target.path,
-        codebook=target.codebook,
-        grid=target.grid,
+        **tokens_of(target),
         codec=target.codec.name,
         split=target.split,
         class_names=target.class_names,
@@ -359,8 +357,9 @@ def _convert(
 
 def _same_table(store: TokenStore, other: TokenStore) -> bool:
     """Return whether payloads of both stores are the same bytes for the same ids."""
-    tables = [layout.read_table(one.path, layout.read_document(one.path)) for one in (store, other)]
-    return np.array_equal(store.counts, other.counts) and tables[0] == tables[1]
+    tables = [layout.read_tables(one.path, layout.read_document(one.path)) for one in (store, other)]
+    equal = all(map(np.array_equal, store.digit_counts, other.digit_counts))
+    return equal and tables[0] == tables[1]
 
 
 def _replace_split(target: TokenStore, built: Path) -> None:

@@ -12,14 +12,15 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float32, Integer
 
+from seitpp.books import Books, is_digits
 from seitpp.codec import MAX_CODES, MAX_TOKENS
 from seitpp.codec.base import MAX_COUNT_SUM
 from seitpp.errors import UserError
 from seitpp.files import sha256, write_file
 
 FORMAT = "seitpp-token-store"
-# Version 2 is written only where a split needs it, so that older versions of seitpp read all other stores.
-VERSIONS = (1, 2)
+# Versions 2 and 3 are written only where a store needs them: older versions of seitpp read all other stores.
+VERSIONS = (1, 2, 3)
 
 DOCUMENT = "tokens.json"
 CODEBOOK = "codebook.safetensors"
@@ -62,6 +63,9 @@ KEYS = (
     "splits",
     "files",
 )
+# In version 3 perhaps also these, after code_dim.
+ADDED_KEYS = ("digits", "layout")
+SEQUENCE = "sequence"
 SPLIT_LIMITS = {"rows": (1, MAX_ROWS), "payload_bytes": (0, 2**63), "num_classes": (0, 2**63)}
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 FILE_NAME = re.compile(r"([A-Za-z0-9_]+/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -102,9 +106,11 @@ def split_entry(
     return entry
 
 
-def version_of(splits: dict[str, Any]) -> int:
-    """Return the version of a store with these splits, the smallest that can hold them."""
-    return 1 if all(set(entry) == SPLIT_LIMITS.keys() for entry in splits.values()) else 2
+def version_of(document: dict[str, Any]) -> int:
+    """Return the version of a store, the smallest that can hold its tokens and splits."""
+    if set(ADDED_KEYS) & set(document):
+        return 3
+    return 1 if all(set(entry) == SPLIT_LIMITS.keys() for entry in document["splits"].values()) else 2
 
 
 def is_multi_label(document: dict[str, Any]) -> bool:
@@ -114,7 +120,9 @@ def is_multi_label(document: dict[str, Any]) -> bool:
 
 def write_document(root: Path, document: dict[str, Any]) -> None:
     """Write tokens.json with its checksum into the folder `root`."""
-    lines = (f"{json.dumps(key)}: {json.dumps(document[key])},\n" for key in KEYS)
+    first = KEYS.index("code_dim") + 1
+    keys = [*KEYS[:first], *(key for key in ADDED_KEYS if key in document), *KEYS[first:]]
+    lines = (f"{json.dumps(key)}: {json.dumps(document[key])},\n" for key in keys)
     write_file(root / DOCUMENT, _sealed(("{\n" + "".join(lines)).encode()))
 
 
@@ -141,7 +149,7 @@ def read_document(root: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise StoreError(f'{path}: no token store, expected "format": "{FORMAT}"; give the folder of a store')
     if document.get("version") not in VERSIONS:
-        expected = " or ".join(map(str, VERSIONS))
+        expected = f"1 .. {VERSIONS[-1]}"
         raise StoreError(f"{path}: version {_short(document.get('version'))}, expected {expected}; upgrade seitpp")
     if raw != _sealed(raw[: -len(_sealed(b""))]):
         raise StoreError(f"{path}: checksum does not match, the file is damaged or edited; copy it again")
@@ -157,21 +165,23 @@ def _sealed(body: bytes) -> bytes:
 
 def _problems(document: dict[str, Any]) -> Iterator[str]:
     """Describe what is wrong with tokens.json; later checks rely on earlier ones."""
-    if set(document) != {*KEYS, "checksum"}:
+    added = set(ADDED_KEYS) if document["version"] > 2 else set()
+    if not {*KEYS, "checksum"} <= set(document) <= {*KEYS, "checksum"} | added:
         yield f"keys {_short(sorted(document))}, expected {sorted([*KEYS, 'checksum'])}"
     if document["grid"] is not None and not is_grid(document["grid"]):
         yield f"grid {_short(document['grid'])}, expected null or [height, width] of 1 .. {MAX_TOKENS} tokens"
-    if not _is_int(document["num_codes"], 1, MAX_CODES):
-        yield f"num_codes {_short(document['num_codes'])}, expected 1 .. {MAX_CODES}"
+    most = MAX_CODEBOOK_NUMBERS if "digits" in document else MAX_CODES
+    if not _is_int(document["num_codes"], 1, most):
+        yield f"num_codes {_short(document['num_codes'])}, expected 1 .. {most}"
     if not _is_int(document["code_dim"], 1, MAX_CODE_DIM):
         yield f"code_dim {_short(document['code_dim'])}, expected 1 .. {MAX_CODE_DIM}"
-    if (numbers := document["num_codes"] * document["code_dim"]) > MAX_CODEBOOK_NUMBERS:
-        yield f"num_codes and code_dim: a codebook of {numbers} numbers, expected at most {MAX_CODEBOOK_NUMBERS}"
+    yield from _problems_of_tokens(document)
     codec = document["codec"]
     if not isinstance(codec, dict) or set(codec) != {"name", "counts"} or not isinstance(codec["name"], str):
         yield f"codec: got {type(codec).__name__}, expected an object with a name and counts"
-    if not _is_counts(codec["counts"], document["num_codes"]):
-        yield f"codec: got other counts, expected {document['num_codes']} integers of 0 .. {MAX_COUNT_SUM - 1}"
+    if not _is_counts(codec["counts"], document):
+        values = " and ".join(map(str, sizes_of(document)))
+        yield f"codec: got other counts, expected {values} integers of 0 .. {MAX_COUNT_SUM - 1}"
     names = document["class_names"]
     if names is not None and not is_class_names(names):
         yield "class_names: expected a list of distinct strings, or null"
@@ -195,22 +205,62 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
         yield "splits: some with one class an image and some with lists, expected all alike"
 
 
+def _problems_of_tokens(document: dict[str, Any]) -> Iterator[str]:
+    """Describe what is wrong with the tables of the digits and with the layout."""
+    rows, dim = document["num_codes"], document["code_dim"]
+    if "digits" in document and not is_digits(document["digits"], rows=rows, dim=dim):
+        yield f"digits {_short(document['digits'])}, expected those of {rows} rows and vectors of {dim}"
+    if (numbers := codebook_numbers(document)) > MAX_CODEBOOK_NUMBERS:
+        yield f"num_codes and code_dim: a codebook of {numbers} numbers, expected at most {MAX_CODEBOOK_NUMBERS}"
+    if document.get("layout", SEQUENCE) != SEQUENCE:
+        yield f"layout {_short(document['layout'])}, expected {SEQUENCE!r}, or none for rows and columns"
+    grid, digits = document["grid"], len(sizes_of(document))
+    if "layout" in document and (grid is None or grid[0] != 1):
+        yield f"grid {_short(grid)} of a sequence, expected [1, length]"
+    if grid is not None and grid[0] * grid[1] * digits > MAX_TOKENS:
+        yield f"grid {_short(grid)} of {digits} digits, expected at most {MAX_TOKENS} in all"
+
+
+def sizes_of(document: dict[str, Any]) -> list[int]:
+    """Return the number of values of each digit of a token."""
+    return document["digits"]["sizes"] if "digits" in document else [document["num_codes"]]
+
+
+def codebook_numbers(document: dict[str, Any]) -> int:
+    """Return how many numbers all tables of a codebook have."""
+    return sum(rows * dim for rows, dim in _table_shapes(document))
+
+
+def _table_shapes(document: dict[str, Any]) -> list[list[int]]:
+    plain = [[document["num_codes"], document["code_dim"]]]
+    return document["digits"]["tables"] if "digits" in document else plain
+
+
+def counts_of(document: dict[str, Any]) -> list[list[int]]:
+    """Return how often each value of each digit occurs."""
+    counts = document["codec"]["counts"]
+    return counts if "digits" in document else [counts]
+
+
 def _short(value: Any) -> str:
     """Return a value as it is shown in a message: a stranger's may have megabytes."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}.."
 
 
-def _is_counts(value: Any, num_codes: int) -> bool:
-    if not isinstance(value, list) or len(value) != num_codes:
+def _is_counts(value: Any, document: dict[str, Any]) -> bool:
+    sizes, counts = sizes_of(document), value if "digits" in document else [value]
+    if not isinstance(counts, list) or not all(isinstance(one, list) for one in counts):
         return False
-    return all(_is_int(count, 0, MAX_COUNT_SUM - 1) for count in value)
+    if list(map(len, counts)) != sizes:
+        return False
+    return all(_is_int(count, 0, MAX_COUNT_SUM - 1) for one in counts for count in one)
 
 
 def _most_bytes(document: dict[str, Any], name: str) -> int:
     """Return the largest size of a listed file: what is not a shard is read as a whole."""
     if name == CODEBOOK:
-        return 4 * document["num_codes"] * document["code_dim"] + HEADER_BYTES
+        return 4 * codebook_numbers(document) + HEADER_BYTES
     if name == TABLE:
         return MAX_TABLE_BYTES
     return MAX_SHARD_BYTES if name.endswith(".arrow") else MAX_DOCUMENT_BYTES
@@ -294,19 +344,27 @@ def check_files(root: Path, files: dict[str, Any], names: Iterable[str], *, chec
             )
 
 
-def read_codebook(root: Path, document: dict[str, Any]) -> Float32[np.ndarray, "codes dim"]:
-    """Read the codebook of the store `root`. Raises StoreError if its shape differs from tokens.json."""
-    path, shape = root / CODEBOOK, (document["num_codes"], document["code_dim"])
-    codebook = load_codebook(path)
-    if codebook.shape != shape:
-        raise StoreError(f"{path}: float32 {codebook.shape}, expected float32 {shape}; copy it again")
-    return codebook
+def read_books(root: Path, document: dict[str, Any]) -> Books:
+    """Read the tables of the store `root`. Raises StoreError if their shapes differ from tokens.json."""
+    path, shapes = root / CODEBOOK, [tuple(shape) for shape in _table_shapes(document)]
+    names = table_names(len(shapes))
+    tables = tuple(load_codebook(path, name) for name in names)
+    for name, table, shape in zip(names, tables, shapes, strict=True):
+        if table.shape != shape:
+            raise StoreError(f"{path}: {name} float32 {table.shape}, expected float32 {shape}; copy it again")
+    combine = document["digits"]["combine"] if "digits" in document else "index"
+    return Books(tables, combine, tuple(sizes_of(document)))
 
 
-def load_codebook(path: Path) -> Float32[np.ndarray, "codes dim"]:
-    """Read a codebook from a store's file. Raises StoreError if the file holds anything else."""
+def table_names(tables: int) -> list[str]:
+    """Return the names of the tables in the file of the codebook."""
+    return ["codebook"] if tables == 1 else [f"codebook.{number}" for number in range(tables)]
+
+
+def load_codebook(path: Path, name: str = "codebook") -> Float32[np.ndarray, "codes dim"]:
+    """Read a table of a codebook from a store's file. Raises StoreError if the file holds anything else."""
     try:
-        codebook = safetensors.numpy.load_file(path)["codebook"]
+        codebook = safetensors.numpy.load_file(path)[name]
     except (safetensors.SafetensorError, KeyError) as error:
         raise StoreError(f"{path}: no codebook ({error}); copy it again") from error
     if codebook.ndim != 2 or codebook.dtype != np.float32:
@@ -314,9 +372,31 @@ def load_codebook(path: Path) -> Float32[np.ndarray, "codes dim"]:
     return codebook
 
 
-def read_table(root: Path, document: dict[str, Any]) -> bytes | None:
-    """Read the learned table of the codec of the store `root`; None if the codec has no such table."""
-    return (root / TABLE).read_bytes() if TABLE in document["files"] else None
+def read_tables(root: Path, document: dict[str, Any]) -> list[bytes] | None:
+    """Read the learned tables of the codec of the store `root`, one for each digit; None if it has none.
+
+    Raises StoreError if they do not fill their file.
+    """
+    if TABLE not in document["files"]:
+        return None
+    data = (root / TABLE).read_bytes()
+    if "digits" not in document:
+        return [data]
+    tables = []
+    for _ in sizes_of(document):
+        size = int.from_bytes(data[:4], "little")
+        tables.append(data[4 : 4 + size])
+        data = data[4 + size :]
+    if data or joined_tables(tables) != (root / TABLE).read_bytes():
+        raise StoreError(f"{root / TABLE}: not the tables of {len(tables)} digits; copy it again")
+    return tables
+
+
+def joined_tables(tables: list[bytes]) -> bytes:
+    """Return the file of the learned tables of all digits."""
+    if len(tables) == 1:
+        return tables[0]
+    return b"".join(len(table).to_bytes(4, "little") + table for table in tables)
 
 
 def entropy(counts: Integer[np.ndarray, " codes"]) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import safetensors.numpy
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
 from seitpp import codec as codecs
 from seitpp.codec import Codec
@@ -39,7 +39,7 @@ class Survey(NamedTuple):
     """Statistics of a staged shard that are needed before any shard is encoded."""
 
     rows: int
-    counts: Int64[np.ndarray, " codes"]
+    counts: list[Int64[np.ndarray, " values"]]  # of each digit
     largest_label: int  # -1 without labels
     num_labeled: int
 
@@ -50,7 +50,7 @@ class Encoding(NamedTuple):
     staged: Path
     target: Path
     build_codec: Callable[[], Codec]
-    new_ids: Int32[np.ndarray, " codes"] | None
+    spec: SplitSpec
 
 
 def build(
@@ -108,16 +108,17 @@ def _build(
     parallel_map: Callable[..., Any],
 ) -> None:
     """Write the new files and tokens.json of the whole store, synced, into the folder `built`."""
-    surveys = list(parallel_map(partial(survey, num_codes=len(spec.codebook), new_ids=spec.new_ids), staged))
+    surveys = list(parallel_map(partial(survey, spec), staged))
     filled = [path for path, survey in zip(staged, surveys, strict=True) if survey.rows]
     if not filled:
         raise StoreError(f"{spec.path}: split {spec.split!r} has no images; add at least one")
     rows = sum(survey.rows for survey in surveys)
-    document = store or _new_document(spec, sum(survey.counts for survey in surveys))
-    table = layout.read_table(spec.path, document) if store else _learned(spec, filled, rows)
+    counts = [sum(digit) for digit in zip(*(survey.counts for survey in surveys), strict=True)]
+    document = store or _new_document(spec, counts)
+    tables = layout.read_tables(spec.path, document) if store else _learned(spec, filled, rows)
     (built / spec.split).mkdir()
-    payload_bytes = _encode_all(spec, built, filled, document["codec"], table, parallel_map)
-    layout.check_tokens(spec.path, sum(int(survey.counts.sum()) for survey in surveys), payload_bytes)
+    payload_bytes = _encode_all(spec, built, filled, document, tables, parallel_map)
+    layout.check_tokens(spec.path, sum(int(digit.sum()) for digit in counts), payload_bytes)
     classes = spec.class_names or range(1 + max(survey.largest_label for survey in surveys))
     split = layout.split_entry(
         rows,
@@ -129,9 +130,11 @@ def _build(
     )
     document = {**document, "splits": {**document["splits"], spec.split: split}}
     if store is None:
-        write_file(built / layout.CODEBOOK, safetensors.numpy.save({"codebook": spec.codebook}))
-        if table is not None:
-            write_file(built / layout.TABLE, table)
+        names = layout.table_names(len(spec.books.tables))
+        codebook = dict(zip(names, spec.books.tables, strict=True))
+        write_file(built / layout.CODEBOOK, safetensors.numpy.save(codebook))
+        if tables is not None:
+            write_file(built / layout.TABLE, layout.joined_tables(tables))
     describe(built, document)
     sync(built / spec.split)
     sync(built)
@@ -139,7 +142,7 @@ def _build(
 
 def describe(built: Path, document: dict[str, Any]) -> None:
     """Write the derived files, and tokens.json with its version and the checksums of all new files."""
-    document = {**document, "version": layout.version_of(document["splits"])}
+    document = {**document, "version": layout.version_of(document)}
     splits = json.dumps({"splits": list(document["splits"])})
     write_file(built / layout.DATASET_DICT, splits.encode())
     write_file(built / layout.CARD, card(document).encode())
@@ -149,14 +152,17 @@ def describe(built: Path, document: dict[str, Any]) -> None:
     layout.write_document(built, {**document, "files": dict(sorted({**document["files"], **entries}.items()))})
 
 
-def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
+def _new_document(spec: SplitSpec, counts: list[np.ndarray]) -> dict[str, Any]:
+    added = {"digits": spec.books.describe(), "layout": spec.layout}
+    lists = [digit.tolist() for digit in counts]
     return {
         "format": layout.FORMAT,
         "version": layout.VERSIONS[0],
         "grid": spec.grid,
-        "num_codes": len(spec.codebook),
-        "code_dim": spec.codebook.shape[1],
-        "codec": {"name": spec.codec, "counts": counts.tolist()},
+        "num_codes": spec.books.rows,
+        "code_dim": spec.books.dim,
+        **{key: value for key, value in added.items() if value is not None},
+        "codec": {"name": spec.codec, "counts": lists if spec.books.digits > 1 else lists[0]},
         "tokenizer": spec.tokenizer,
         "class_names": spec.class_names,
         "splits": {},
@@ -164,50 +170,76 @@ def _new_document(spec: SplitSpec, counts: np.ndarray) -> dict[str, Any]:
     }
 
 
-def survey(staged: Path, num_codes: int, new_ids: Int32[np.ndarray, " codes"] | None = None) -> Survey:
-    """Count the rows and codes of a staged shard and find its largest label; `new_ids` as in SplitSpec."""
+def survey(spec: SplitSpec, staged: Path) -> Survey:
+    """Count the rows of a staged shard and the values of each digit, and find its largest label."""
     batch = read_shard(staged)
-    counts = np.zeros(num_codes, np.int64)
-    _, offsets, data = batch.column("tokens").buffers()
-    size = int(np.frombuffer(offsets, np.int32)[len(batch)]) if len(batch) else 0
-    for start in range(0, size, 2 * COUNTED):
-        counts += np.bincount(_ids(data[start : min(start + 2 * COUNTED, size)], new_ids), minlength=num_codes)
+    counts = [np.zeros(size, np.int64) for size in spec.books.sizes]
+    for planes in _some(spec, batch):
+        for digit, plane in zip(counts, planes, strict=True):
+            digit += np.bincount(plane, minlength=len(digit))
     labels = read_labels(batch)
     return Survey(len(batch), counts, labels.largest(), int(labels.known.sum()))
 
 
-def _ids(staged: pa.Buffer | bytes, new_ids: np.ndarray | None) -> np.ndarray:
-    ids = np.frombuffer(staged, "<u2")
-    return ids if new_ids is None else new_ids[ids]
+def _some(spec: SplitSpec, batch: pa.RecordBatch) -> Iterator[np.ndarray]:
+    """Yield the digits of a staged shard in few parts (Q, n): an image at a time, or many tokens of one digit."""
+    if _one_digit(spec):
+        _, offsets, data = batch.column("tokens").buffers()
+        size = int(np.frombuffer(offsets, np.int32)[len(batch)]) if len(batch) else 0
+        parts = (data[start : min(start + 2 * COUNTED, size)] for start in range(0, size, 2 * COUNTED))
+    else:
+        parts = (ids.as_buffer() for ids in batch.column("tokens"))
+    return (_planes(spec, part) for part in parts)
 
 
-def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> bytes | None:
-    """Return the table that the codec learns from evenly spaced images; None for a codec without such a table."""
+def _one_digit(spec: SplitSpec) -> bool:
+    staged = spec.renumbering.staged if spec.renumbering else spec.books
+    return staged.digits == 1
+
+
+def code_counts(spec: SplitSpec, staged: Path) -> Int64[np.ndarray, " codes"]:
+    """Count how often each code of the one table occurs in a staged shard."""
+    counts = np.zeros(spec.books.rows, np.int64)
+    for planes in _some(spec, read_shard(staged)):
+        counts += np.bincount(spec.books.joined(planes), minlength=len(counts))
+    return counts
+
+
+def _planes(spec: SplitSpec, staged: pa.Buffer | bytes) -> np.ndarray:
+    """Return the digits (Q, tokens) of staged tokens, of the codes that are kept."""
+    ids, renumbering = np.frombuffer(staged, "<u2"), spec.renumbering
+    if renumbering is None:
+        return ids.reshape(spec.books.digits, -1)
+    return renumbering.planes(ids.reshape(renumbering.staged.digits, -1))
+
+
+def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> list[bytes] | None:
+    """Return the table of each digit that the codec learns from evenly spaced images; None if it has none."""
     if spec.codec != codecs.ContextCodec.name:
         return None
     tokens = (ids for path in staged for ids in read_shard(path).column("tokens"))
     images = min(LEARNED_IMAGES, max(1, LEARNED_TOKENS // math.prod(spec.grid)))
     chosen = islice(tokens, 0, None, -(-rows // images))
-    grids = [_ids(ids.as_buffer(), spec.new_ids).reshape(spec.grid) for ids in chosen]
-    return codecs.ContextCodec.learn(np.stack(grids), spec.codebook).table
+    grids = np.stack([_planes(spec, ids.as_buffer()).reshape(-1, *spec.grid) for ids in chosen])
+    return [
+        codecs.ContextCodec.learn(grids[:, digit], table).table
+        for digit, table in enumerate(spec.books.digit_tables())
+    ]
 
 
 def _encode_all(
     spec: SplitSpec,
     built: Path,
     staged: list[Path],
-    codec: dict[str, Any],
-    table: bytes | None,
+    document: dict[str, Any],
+    tables: list[bytes] | None,
     parallel_map: Callable[..., Any],
 ) -> int:
     """Write the shards of the split and the files `datasets` needs; return the number of payload bytes."""
-    build_codec = partial(
-        codecs.build, codec["name"], len(spec.codebook), codec["counts"], grid=spec.grid, table=table
-    )
+    counts, grid = layout.counts_of(document), spec.grid
+    build_codec = partial(codecs.build_digits, spec.codec, spec.books.sizes, counts, grid=grid, tables=tables)
     names = (layout.shard_name(spec.split, index, len(staged)) for index in range(len(staged)))
-    tasks = [
-        Encoding(path, built / name, build_codec, spec.new_ids) for path, name in zip(staged, names, strict=True)
-    ]
+    tasks = [Encoding(path, built / name, build_codec, spec) for path, name in zip(staged, names, strict=True)]
     size = sum(parallel_map(_encode, tasks))
     write_dataset_files(spec, built / spec.split)
     return size
@@ -223,7 +255,8 @@ def write_dataset_files(spec: SplitSpec, folder: Path) -> None:
 def _encode(task: Encoding) -> int:
     """Encode one staged shard and return the number of its payload bytes."""
     batch, codec = read_shard(task.staged), task.build_codec()
-    payloads = [codec.encode(_ids(ids.as_buffer(), task.new_ids)) for ids in batch.column("tokens")]
+    tokens = batch.column("tokens")
+    payloads = [codec.encode(_planes(task.spec, ids.as_buffer()).ravel()) for ids in tokens]
     columns = [column_array(payloads, pa.binary(), "tokens"), *batch.columns[1:]]
     with naming(task.target), task.target.open("wb") as file:
         write_shard(file, pa.record_batch(columns, batch.schema))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, Int64, Integer, UInt8, UInt16
+from jaxtyping import Float32, Int32, Int64, Integer, UInt8, UInt16
 
 from seitpp import codec as codecs
 from seitpp.codec.base import check_counts
@@ -43,14 +43,17 @@ class Shard(NamedTuple):
 class TokenStore:
     """One split of a store, as a sequence of (ids, label): a label is a class, a tuple of classes, or None.
 
+    The ids of an image are (H, W), or (Q, H, W) where a token has Q digits.
+
     Attributes: path; split; splits, the names of all splits; grid (H, W), or None if every image has its own;
-    num_codes K; codebook (K, D) float32; counts (K,) int64, how often each code occurs in the split that was
-    written first; codec; class_names (list or None); num_classes; multi_label, whether images have tuples of
-    classes; num_labeled, the number of images that have a label; labels (N,) int64; grids (N, 2) int64;
-    columns {name: kind} of the additional columns; column_names, those of all columns; payload_bytes of the split;
-    tokenizer (dict or None), the description of the tokenizer; inventory (dict or None), what was read for the
-    split and what was left out; fingerprint, 64 hex digits, equal for equal content of the split, and
-    checksum, that of tokens.json, equal for equal files.
+    layout, "grid", or "sequence" for tokens without rows and columns, whose grid is (1, length); books, what the
+    digits of a token mean; num_codes K, the number of rows of all tables; digit_counts, for each digit the (K_q,)
+    int64 counts of its values in the split that was written first; codec; class_names (list or None); num_classes;
+    multi_label, whether images have tuples of classes; num_labeled, the number of images that have a label;
+    labels (N,) int64; grids (N, 2) int64; columns {name: kind} of the additional columns; column_names, those of
+    all columns; payload_bytes of the split; tokenizer (dict or None), the description of the tokenizer; inventory
+    (dict or None), what was read for the split and what was left out; fingerprint, 64 hex digits, equal for equal
+    content of the split, and checksum, that of tokens.json, equal for equal files.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
@@ -90,16 +93,17 @@ class TokenStore:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[UInt16[np.ndarray, "height width"], Label]:
+    def __getitem__(self, index: int) -> tuple[UInt16[np.ndarray, "*digits height width"], Label]:
         """Return the ids and the label of image `index`. Raises IndexError, and StoreError if it is damaged."""
         position = range(self._length)[index]
         shard, row = self._locate(position)
         shard.file.check()
-        return self._decode(position).reshape(self.grid or _sides(shard, row)), shard.labels.label(row)
+        sides = self.grid or _sides(shard, row)
+        return self._decode(position).reshape(*self._planes, *sides), shard.labels.label(row)
 
     def ids(
         self, indices: Sequence[int] | Integer[np.ndarray, " images"]
-    ) -> UInt16[np.ndarray, "images height width"]:
+    ) -> UInt16[np.ndarray, "images *digits height width"]:
         """Return the ids of images with the same grid.
 
         Raises IndexError, and StoreError if an image is damaged, the grids differ, or there are too many tokens.
@@ -108,13 +112,38 @@ class TokenStore:
         positions = [every[index] for index in indices]
         height, width = self.grid or self._common_grid(positions)
         self._check_intact(positions)
-        if len(positions) * height * width > layout.FREE_TOKENS:
+        tokens = self.books.digits * height * width
+        if len(positions) * tokens > layout.FREE_TOKENS:
             size = int(self.payload_sizes[positions].sum())
-            layout.check_tokens(f"ids of {len(positions)} images", len(positions) * height * width, size)
-        ids = np.empty((len(positions), height * width), np.uint16)
+            layout.check_tokens(f"ids of {len(positions)} images", len(positions) * tokens, size)
+        ids = np.empty((len(positions), tokens), np.uint16)
         for row, position in zip(ids, positions, strict=True):
             row[:] = self._decode(position)
-        return ids.reshape(len(ids), height, width)
+        return ids.reshape(len(ids), *self._planes, height, width)
+
+    @property
+    def codebook(self) -> Float32[np.ndarray, "codes dim"]:
+        """The codebook (K, D). Raises StoreError where the codes are rows of several tables; see `books`."""
+        if len(self.books.tables) > 1:
+            raise StoreError(
+                f"{self.path}: a token is {self.books.digits} rows of as many tables, expected one codebook; "
+                "read its books"
+            )
+        return self.books.tables[0]
+
+    @property
+    def counts(self) -> Int64[np.ndarray, " codes"]:
+        """How often each code occurs in the split that was written first.
+
+        Raises StoreError where tokens have several digits, whose counts are `digit_counts`.
+        """
+        if self.books.digits > 1:
+            raise StoreError(f"{self.path}: tokens have {self.books.digits} digits, whose counts are digit_counts")
+        return self.digit_counts[0]
+
+    @property
+    def _planes(self) -> list[int]:
+        return [self.books.digits] if self.books.digits > 1 else []
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " images"]:
@@ -198,6 +227,7 @@ class TokenStore:
 
     def _set_fields(self, document: dict[str, Any]) -> None:
         self.grid = None if document["grid"] is None else tuple(document["grid"])
+        self.layout = document.get("layout", "grid")
         self.num_codes = document["num_codes"]
         self.class_names = document["class_names"]
         largest = max(split["num_classes"] for split in document["splits"].values())
@@ -210,14 +240,14 @@ class TokenStore:
         self.num_labeled = entry.get("num_labeled", entry["rows"])
         self.multi_label = layout.is_multi_label(document)
         self.inventory = entry.get("inventory")
-        table = document["codec"]
+        name, sizes, counts = document["codec"]["name"], layout.sizes_of(document), layout.counts_of(document)
+        tables = layout.read_tables(self.path, document)
         try:
-            self.counts = check_counts(table["counts"], self.num_codes)
-            learned = layout.read_table(self.path, document)
-            self.codec = codecs.build(table["name"], self.num_codes, self.counts, grid=self.grid, table=learned)
+            self.digit_counts = tuple(map(check_counts, counts, sizes))
+            self.codec = codecs.build_digits(name, sizes, self.digit_counts, grid=self.grid, tables=tables)
         except ValueError as error:
             raise StoreError(f"{self.path / layout.DOCUMENT}: {error}") from error
-        self.codebook = layout.read_codebook(self.path, document)
+        self.books = layout.read_books(self.path, document)
 
     def _own_files(self) -> list[str]:
         """List the files of the store without those of other splits."""
@@ -232,7 +262,7 @@ class TokenStore:
                 f"expected {expected['rows']} of {expected['payload_bytes']}; copy the split again"
             )
         tokens = len(self) * math.prod(self.grid) if self.grid else sum(map(_tokens, self._shards))
-        layout.check_tokens(self.path / self.split, tokens, size)
+        layout.check_tokens(self.path / self.split, tokens * self.books.digits, size)
         for shard in self._shards:
             classes = shard.labels.classes()
             low, high = classes.min(initial=2**63 - 1), classes.max(initial=-1)
@@ -282,7 +312,7 @@ class TokenStore:
         height, width = self.grid or _sides(shard, row)
         payload = shard.data[shard.offsets[row] : shard.offsets[row + 1]]
         try:
-            return self.codec.decode(payload, height * width)
+            return self.codec.decode(payload, self.books.digits * height * width)
         except codecs.CodecError as error:
             raise StoreError(
                 f"split {self.split!r}, image {position} ({self.path / shard.name}): {error}; copy the shard again"

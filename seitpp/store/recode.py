@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -33,6 +34,12 @@ def recode(store: str | os.PathLike[str], out: str | os.PathLike[str], codec: st
     with new_folder(out) as folder:
         for source in splits:
             _recode_split(source, folder, codec)
+
+
+def tokens_of(store: TokenStore) -> dict[str, Any]:
+    """Return what the tokens of a store are, as arguments of StoreWriter."""
+    sequence = layout.SEQUENCE if store.layout == layout.SEQUENCE else None
+    return {"codebook": store.books, "grid": store.grid, "layout": sequence}
 
 
 def check_columns(source: TokenStore) -> None:
@@ -94,8 +101,7 @@ def _recode_split(source: TokenStore, out: Path, codec: str) -> None:
     check_columns(source)
     writer = StoreWriter(
         out,
-        codebook=source.codebook,
-        grid=source.grid,
+        **tokens_of(source),
         codec=codec,
         split=source.split,
         class_names=source.class_names,

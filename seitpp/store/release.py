@@ -105,13 +105,17 @@ def export_release(store: str | os.PathLike[str], out: str | os.PathLike[str]) -
     document = layout.read_document(Path(store))
     if document["grid"] is None:
         raise ReleaseError(f"{store}: got images of different grids, expected one grid; tokenize them at one size")
+    if layout.version_of(document) > 2:
+        raise ReleaseError(
+            f"{store}: tokens of several digits or a sequence, expected a grid of ids; keep the store"
+        )
     with new_folder(out) as folder:
         folder.mkdir()
         for split in document["splits"]:
             source = TokenStore(store, split)
             source.require_classes("a released file")
             _write_split(source, folder)
-        codebook = layout.read_codebook(Path(store), document)
+        codebook = layout.load_codebook(Path(store) / layout.CODEBOOK)
         write_file(folder / CODEBOOK, checkpoint_bytes(torch.from_numpy(codebook.copy())))
     return Path(out).resolve()
 

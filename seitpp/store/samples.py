@@ -20,7 +20,7 @@ Columns = Mapping[str, Sequence[Any] | np.ndarray]
 class Samples(NamedTuple):
     """Checked images: their ids as little-endian uint16, labels as values of their column, additional columns."""
 
-    ids: list[Integer[np.ndarray, "height width"]]
+    ids: list[Integer[np.ndarray, "*digits height width"]]
     labels: list[Any]
     columns: dict[str, list[Any]]
 
@@ -46,7 +46,7 @@ def no_samples(spec: SplitSpec) -> Samples:
 
 def check_samples(
     spec: SplitSpec,
-    ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
+    ids: Integer[np.ndarray, "images *digits height width"] | Sequence[Integer[np.ndarray, "..."]],
     labels: Integer[np.ndarray, " images"] | Sequence[Label],
     *,
     columns: Columns | None,
@@ -72,7 +72,7 @@ def check_samples(
 def make_batch(spec: SplitSpec, images: Samples) -> pa.RecordBatch:
     """Convert images to the columns of a staged shard, with two bytes per token. Raises StoreError if too long."""
     schema = spec.features().arrow_schema
-    sides = {"height": [image.shape[0] for image in images.ids], "width": [image.shape[1] for image in images.ids]}
+    sides = {name: [image.shape[axis] for image in images.ids] for name, axis in (("height", -2), ("width", -1))}
     values = {
         "tokens": [image.tobytes() for image in images.ids],
         "label": images.labels,
@@ -83,19 +83,17 @@ def make_batch(spec: SplitSpec, images: Samples) -> pa.RecordBatch:
 
 
 def _check_ids(spec: SplitSpec, ids: np.ndarray, first: int) -> np.ndarray:
-    """Check ids (N, h, w) of one grid and return them as little-endian uint16."""
-    sides, expected = ids.shape[1:], tuple(spec.grid or ("height", "width"))
-    valid = layout.is_grid(list(sides)) if spec.grid is None else list(sides) == spec.grid
-    if ids.ndim != 3 or not valid or ids.dtype.kind not in "iu":
+    """Check ids (N, h, w), or (N, Q, h, w) of Q digits, of one grid and return them as little-endian uint16."""
+    digits = spec.books.digits
+    planes = ids if digits > 1 else ids[:, None]
+    shape, expected = ids.shape[1:], (*([digits] if digits > 1 else []), *(spec.grid or ("height", "width")))
+    sides = list(planes.shape[2:])
+    valid = layout.is_grid(sides) if spec.grid is None else sides == spec.grid
+    if planes.ndim != 4 or planes.shape[1] != digits or not valid or ids.dtype.kind not in "iu":
         expected = str(expected).replace("'", "")
-        raise StoreError(f"ids from image {first}: got {ids.dtype} {sides}, expected integers {expected}")
-    num_codes = len(spec.codebook)
-    wrong = ((ids < 0) | (ids >= num_codes)).any(axis=(1, 2))
-    if wrong.any():
-        image, values = first + int(wrong.argmax()), ids[wrong.argmax()]
-        raise StoreError(
-            f"image {image}: ids {values.min()} .. {values.max()}, but the codebook has {num_codes} codes"
-        )
+        raise StoreError(f"ids from image {first}: got {ids.dtype} {shape}, expected integers {expected}")
+    if problem := spec.books.problem(planes):
+        raise StoreError(f"image {first + problem[0]}: {problem[1]}")
     return ids.astype("<u2")
 
 

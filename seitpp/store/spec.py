@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Features, List, Value
-from jaxtyping import Float, Float32, Int32, Integer
+from jaxtyping import Float, Int32, Integer
 
 from seitpp import codec as codecs
+from seitpp.books import Books, BooksError
 from seitpp.files import locked
-from seitpp.store import layout
+from seitpp.store import layout as layouts
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES
 
@@ -26,21 +27,34 @@ SHARD_IMAGES = 2**12
 OWN_COLUMNS = ("tokens", "label", "height", "width")
 
 
+class Renumbering(NamedTuple):
+    """The removal of codes after staging; the new id of a removed code is -1."""
+
+    staged: Books
+    new_ids: Int32[np.ndarray, " codes"]
+    kept: Books
+
+    def planes(self, planes: Integer[np.ndarray, "digits tokens"]) -> Int32[np.ndarray, "new_digits tokens"]:
+        """Return the digits of the new ids of staged tokens."""
+        return self.kept.split(self.new_ids[self.staged.joined(planes)])
+
+
 class SplitSpec:
     """The path of a split and the properties common to all its images.
 
-    Attributes: path; split; codebook (K, D) float32; grid [H, W], or None if each image has its own; codec, its
-    name; class_names (list or None); tokenizer (dict or None); columns {name: kind}; new_ids, None or (staged K,)
-    int32: if codes were removed after staging, the new id of each staged one, -1 for a removed code; multi_label,
-    whether images have lists of classes.
+    Attributes: path; split; books, the tables of the codebook; grid [H, W], or None if each image has its own;
+    layout, None or "sequence"; codec, its name; class_names (list or None); tokenizer (dict or None); columns
+    {name: kind}; renumbering, None unless codes were removed after staging; multi_label, whether images have lists
+    of classes.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        codebook: Float[np.ndarray, "codes dim"],
+        codebook: Books | Float[np.ndarray, "codes dim"],
         grid: tuple[int, int] | None,
+        layout: str | None = None,
         codec: str,
         split: str,
         class_names: Sequence[str] | None,
@@ -51,15 +65,19 @@ class SplitSpec:
         """The arguments are those of StoreWriter. Raises StoreError if one is invalid."""
         self.path = Path(path).resolve()
         self.split = split
-        self.codebook = np.asarray(codebook, dtype=np.float32)
+        try:
+            self.books = Books.of(codebook)
+        except BooksError as error:
+            raise StoreError(str(error)) from error
         self.grid = None if grid is None else list(map(int, grid))
+        self.layout = layout
         self.codec = codec
         self.class_names = None if class_names is None else list(class_names)
         # Converted to JSON and back, so that it equals what a later split reads.
         self.tokenizer = json.loads(json.dumps(tokenizer, allow_nan=False))
         self.columns = dict(columns or {})
         self.multi_label = multi_label
-        self.new_ids: Int32[np.ndarray, " codes"] | None = None
+        self.renumbering: Renumbering | None = None
         self._check()
 
     @property
@@ -67,14 +85,20 @@ class SplitSpec:
         """The number of images in every shard but the last; it does not depend on the number of processes."""
         if self.grid is None:
             return SHARD_IMAGES
-        return min(SHARD_IMAGES, max(1, SHARD_TOKENS // (self.grid[0] * self.grid[1])))
+        return min(SHARD_IMAGES, max(1, SHARD_TOKENS // (self.grid[0] * self.grid[1] * self.books.digits)))
 
     def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> "SplitSpec":
-        """Return the spec of the same staged images with only the codes with ids `codes`, in this order."""
-        kept = copy(self)
-        kept.codebook, kept.tokenizer = self.codebook[codes], json.loads(json.dumps(tokenizer, allow_nan=False))
-        kept.new_ids = np.full(len(self.codebook), -1, np.int32)  # every codec refuses -1
-        kept.new_ids[codes] = np.arange(len(codes))
+        """Return the spec of the same staged images with only the codes with ids `codes`, in this order.
+
+        Raises StoreError where a code is the rows of several tables.
+        """
+        (table, *others), kept = self.books.tables, copy(self)
+        if others:
+            raise StoreError(f"codes of {len(others) + 1} tables: cannot keep some, expected one table; keep all")
+        kept.books, kept.tokenizer = Books.of(table[codes]), json.loads(json.dumps(tokenizer, allow_nan=False))
+        new_ids = np.full(len(table), -1, np.int32)  # every codec refuses -1
+        new_ids[codes] = np.arange(len(codes))
+        kept.renumbering = Renumbering(self.books, new_ids, kept.books)
         return kept
 
     def features(self) -> Features:
@@ -89,8 +113,9 @@ class SplitSpec:
         """Return what must be equal when an interrupted split is continued, as JSON values."""
         return {
             "grid": self.grid,
+            **({"layout": self.layout} if self.layout else {}),
             "codec": self.codec,
-            "codebook": describe(self.codebook),
+            "codebook": describe(self.books),
             "class_names": self.class_names,
             "tokenizer": self.tokenizer,
             "columns": self.columns,
@@ -105,16 +130,16 @@ class SplitSpec:
         """
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
-        if not (self.path / layout.DOCUMENT).exists():
+        if not (self.path / layouts.DOCUMENT).exists():
             raise StoreError(f"{self.path}: not empty and no token store; choose another folder")
-        store = layout.read_document(self.path)
+        store = layouts.read_document(self.path)
         if self.split in store["splits"]:
             raise StoreError(
                 f"{self.path}: has a split {self.split!r} already; nothing is overwritten, choose another"
             )
-        if len(store["splits"]) >= layout.MAX_SPLITS:
+        if len(store["splits"]) >= layouts.MAX_SPLITS:
             raise StoreError(
-                f"{self.path}: has {layout.MAX_SPLITS} splits already; write the others into another store"
+                f"{self.path}: has {layouts.MAX_SPLITS} splits already; write the others into another store"
             )
         if (self.path / self.split).exists() and not replace_left:
             raise StoreError(f"{self.path / self.split}: left by an interrupted writer; remove it to go on")
@@ -132,30 +157,33 @@ class SplitSpec:
             self.tokenizer = self.tokenizer or store["tokenizer"]
 
     def _check(self) -> None:
-        codebook = self.codebook
-        if codebook.ndim != 2 or not np.isfinite(codebook).all():
-            raise StoreError(f"codebook: got shape {codebook.shape}, expected (codes, dimension), all finite")
-        if not (1 <= len(codebook) <= codecs.MAX_CODES and 1 <= codebook.shape[1] <= layout.MAX_CODE_DIM):
+        if self.books.dim > layouts.MAX_CODE_DIM:
+            raise StoreError(f"codebook: got vectors of {self.books.dim}, expected at most {layouts.MAX_CODE_DIM}")
+        if (numbers := sum(table.size for table in self.books.tables)) > layouts.MAX_CODEBOOK_NUMBERS:
             raise StoreError(
-                f"codebook: got shape {codebook.shape}, expected 1 .. {codecs.MAX_CODES} codes "
-                f"of dimension 1 .. {layout.MAX_CODE_DIM}"
-            )
-        if codebook.size > layout.MAX_CODEBOOK_NUMBERS:
-            raise StoreError(
-                f"codebook: got {codebook.size} numbers, expected at most {layout.MAX_CODEBOOK_NUMBERS}; "
+                f"codebook: got {numbers} numbers, expected at most {layouts.MAX_CODEBOOK_NUMBERS}; "
                 "take fewer or shorter codes"
             )
-        if self.grid is not None and not layout.is_grid(self.grid):
+        if self.layout not in (None, layouts.SEQUENCE) or (self.layout and (self.grid or [0])[0] != 1):
+            raise StoreError(
+                f"layout: got {self.layout!r} and the grid {self.grid}, expected none, or {layouts.SEQUENCE!r} "
+                "and the grid (1, length)"
+            )
+        if self.grid is not None and not layouts.is_grid(self.grid):
             raise StoreError(f"grid: got {self.grid}, expected (height, width), 1 .. {codecs.MAX_TOKENS} tokens")
+        if self.grid is not None and self.grid[0] * self.grid[1] * self.books.digits > codecs.MAX_TOKENS:
+            raise StoreError(
+                f"grid: got {self.grid} of {self.books.digits} digits, expected at most {codecs.MAX_TOKENS} in all"
+            )
         if self.codec not in codecs.CODECS:
             raise StoreError(f"codec: got {self.codec!r}, expected one of {', '.join(codecs.CODECS)}")
         if self.codec == codecs.ContextCodec.name and self.grid is None:
             raise StoreError(
                 f"codec {self.codec!r}: got no grid, expected one grid for all images; take another codec"
             )
-        if not layout.SPLIT_NAME.fullmatch(self.split):
+        if not layouts.SPLIT_NAME.fullmatch(self.split):
             raise StoreError(f"split: got {self.split!r}, expected letters, digits and underscores")
-        if self.class_names is not None and not layout.is_class_names(self.class_names):
+        if self.class_names is not None and not layouts.is_class_names(self.class_names):
             raise StoreError(f"class_names: got {self.class_names}, expected at least one string, each once")
         for name, kind in self.columns.items():
             if name in OWN_COLUMNS or not name.isidentifier() or kind not in ARROW_TYPES:
@@ -167,15 +195,17 @@ class SplitSpec:
     def _check_agreement(self, store: dict[str, Any]) -> None:
         given = {
             "grid": self.grid,
+            "layout": self.layout,
             "codec": self.codec,
-            "codebook": describe(self.codebook),
+            "codebook": describe(self.books),
             "multi_label": self.multi_label,
         }
         stored = {
             "grid": store["grid"],
+            "layout": store.get("layout"),
             "codec": store["codec"]["name"],
-            "codebook": describe(layout.read_codebook(self.path, store)),
-            "multi_label": layout.is_multi_label(store),
+            "codebook": describe(layouts.read_books(self.path, store)),
+            "multi_label": layouts.is_multi_label(store),
         }
         for key, value in (("class_names", self.class_names), ("tokenizer", self.tokenizer)):
             if value is not None:
@@ -191,17 +221,18 @@ def store_lock(path: Path) -> AbstractContextManager[None]:
     return locked(path.parent / f".{path.name}.lock")
 
 
-def describe(codebook: Float32[np.ndarray, "codes dim"]) -> str:
-    """Return the shape and fingerprint of a codebook, short enough for a message."""
-    return f"{codebook.shape} {hashlib.sha256(codebook.tobytes()).hexdigest()[:12]}"
+def describe(books: Books) -> str:
+    """Return the shapes and fingerprints of the tables of a codebook, short enough for a message."""
+    tables = (f"{table.shape} {hashlib.sha256(table.tobytes()).hexdigest()[:12]}" for table in books.tables)
+    return f"{'' if books.digits == 1 else books.combine + ' '}{', '.join(tables)}"
 
 
 def check_inventory(inventory: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return an inventory as JSON values. Raises StoreError if it is too large for tokens.json."""
     text = json.dumps(inventory, allow_nan=False)
-    if len(text) > layout.MAX_INVENTORY_BYTES:
+    if len(text) > layouts.MAX_INVENTORY_BYTES:
         raise StoreError(
-            f"inventory: {len(text)} bytes of JSON, expected at most {layout.MAX_INVENTORY_BYTES}; "
+            f"inventory: {len(text)} bytes of JSON, expected at most {layouts.MAX_INVENTORY_BYTES}; "
             "give counts instead of names"
         )
     return json.loads(text)

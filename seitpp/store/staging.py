@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64, Integer
 
+from seitpp.books import Books
 from seitpp.files import new_file, remove_folder, sync, write_file
-from seitpp.store import layout
+from seitpp.store import layout as layouts
 from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import BUILT, build, place, survey
+from seitpp.store.publish import BUILT, build, code_counts, place
 from seitpp.store.samples import Columns, Samples, check_samples, make_batch
 from seitpp.store.shards import read_shard, write_shard
 from seitpp.store.spec import SplitSpec, check_inventory
@@ -45,8 +46,9 @@ class SplitStaging:
         self,
         path: str | os.PathLike[str],
         *,
-        codebook: Float[np.ndarray, "codes dim"],
+        codebook: Books | Float[np.ndarray, "codes dim"],
         grid: tuple[int, int] | None,
+        layout: str | None = None,
         num_images: int,
         codec: str = "ans",
         split: str = "train",
@@ -66,6 +68,7 @@ class SplitStaging:
             path,
             codebook=codebook,
             grid=grid,
+            layout=layout,
             codec=codec,
             split=split,
             class_names=class_names,
@@ -73,8 +76,8 @@ class SplitStaging:
             columns=columns,
             multi_label=multi_label,
         )
-        if not 1 <= num_images <= layout.MAX_ROWS:
-            raise StoreError(f"num_images: got {num_images}, expected 1 .. {layout.MAX_ROWS}")
+        if not 1 <= num_images <= layouts.MAX_ROWS:
+            raise StoreError(f"num_images: got {num_images}, expected 1 .. {layouts.MAX_ROWS}")
         self.num_images, self._digest = num_images, digest
         self.folder = self._spec.path.parent / f".{self._spec.path.name}-{split}.staging"
         # Beside the folder, which is removed first.
@@ -104,7 +107,7 @@ class SplitStaging:
     def write(
         self,
         shard: int,
-        ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
+        ids: Integer[np.ndarray, "images *digits height width"] | Sequence[Integer[np.ndarray, "..."]],
         labels: Integer[np.ndarray, " images"] | Sequence[Label],
         *,
         columns: Columns | None = None,
@@ -127,10 +130,9 @@ class SplitStaging:
         write_staged(self._spec, self.folder, shard=shard, samples=samples)
 
     def counts(self) -> Int64[np.ndarray, " codes"]:
-        """Count how often each code occurs in the finished shards."""
-        num_codes = len(self._spec.codebook)
-        staged = staged_shards(self.folder).values()
-        return sum((survey(path, num_codes).counts for path in staged), np.zeros(num_codes, np.int64))
+        """Count how often each code of the one table occurs in the finished shards."""
+        counts = (code_counts(self._spec, path) for path in staged_shards(self.folder).values())
+        return sum(counts, np.zeros(self._spec.books.rows, np.int64))
 
     def num_written(self) -> int:
         """Count the images of the finished shards."""
@@ -172,7 +174,7 @@ class SplitStaging:
         staged = list(staged_shards(self.folder).values())
         store = build(self._spec, self.folder, staged, processes=processes, inventory=inventory)
         receipt = self.folder / self._receipt.name
-        write_file(receipt, self._receipt_of(layout.read_document(self.folder / BUILT)))
+        write_file(receipt, self._receipt_of(layouts.read_document(self.folder / BUILT)))
         receipt.replace(self._receipt)
         sync(self.folder.parent)
         place(self._spec, self.folder, store)
@@ -186,16 +188,16 @@ class SplitStaging:
 
     def _in_store(self) -> bool:
         """Return whether an earlier run published exactly this split and was killed before it cleaned up."""
-        if not (self._spec.path / layout.DOCUMENT).exists():
+        if not (self._spec.path / layouts.DOCUMENT).exists():
             return False
-        store = layout.read_document(self._spec.path)
+        store = layouts.read_document(self._spec.path)
         self._spec.adopt(store)
         return self._receipt.read_bytes() == self._receipt_of(store)
 
     def _was_interrupted(self) -> bool:
         """Return whether an earlier run was killed between the renames that add a split to a store."""
         built = self.folder / BUILT
-        return (built / layout.DOCUMENT).exists() and not (built / self._spec.split).exists()
+        return (built / layouts.DOCUMENT).exists() and not (built / self._spec.split).exists()
 
     def _record(self) -> dict[str, Any]:
         """Return the properties that identify the split of the staging folder."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer
 
+from seitpp.books import Books
 from seitpp.files import remove_folder
 from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
@@ -29,8 +30,9 @@ class StoreWriter:
         self,
         path: str | os.PathLike[str],
         *,
-        codebook: Float[np.ndarray, "codes dim"],
+        codebook: Books | Float[np.ndarray, "codes dim"],
         grid: tuple[int, int] | None,
+        layout: str | None = None,
         codec: str = "ans",
         split: str = "train",
         class_names: Sequence[str] | None = None,
@@ -41,7 +43,9 @@ class StoreWriter:
     ) -> None:
         """Prepare to write the split `split` into the folder `path`: new, empty, or a store without this split.
 
-        codebook: finite. grid: (height, width) in tokens, or None if every image has its own. class_names: one
+        codebook: finite, (K, D), or the books of tokens with several digits. grid: (height, width) in tokens, or
+        None if every image has its own. layout: "sequence" for tokens without rows and columns, whose grid is
+        (1, length). class_names: one
         distinct string per class. tokenizer: a description of the tokenizer, any mapping that JSON can represent,
         stored verbatim. columns: additional columns, {name: "string", "binary" or "int64"}. multi_label: whether
         an image has a tuple of classes instead of one. inventory: any mapping that JSON can represent, which says
@@ -53,6 +57,7 @@ class StoreWriter:
             path,
             codebook=codebook,
             grid=grid,
+            layout=layout,
             codec=codec,
             split=split,
             class_names=class_names,
@@ -85,9 +90,12 @@ class StoreWriter:
             remove_folder(self._folder)
 
     def add(
-        self, ids: Integer[np.ndarray, "height width"], label: Label, columns: Mapping[str, Any] | None = None
+        self,
+        ids: Integer[np.ndarray, "*digits height width"],
+        label: Label,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
-        """Append one image with ids in 0 .. K - 1 and one value for each declared column.
+        """Append one image with ids in 0 .. K - 1, or digits of tokens, and one value for each declared column.
 
         `label` is a class; a tuple of classes if the split is multi-label; or None (also -1) if it is not known.
         Raises StoreError for invalid values; the image is then not added, and the with-block can continue.
@@ -99,7 +107,7 @@ class StoreWriter:
 
     def add_batch(
         self,
-        ids: Integer[np.ndarray, "images height width"] | Sequence[Integer[np.ndarray, "_ _"]],
+        ids: Integer[np.ndarray, "images *digits height width"] | Sequence[Integer[np.ndarray, "..."]],
         labels: Integer[np.ndarray, " images"] | Sequence[Label],
         columns: Columns | None = None,
     ) -> None:

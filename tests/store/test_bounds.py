@@ -255,7 +255,7 @@ def test_many_splits_of_many_files_are_looked_through_once(store: Path) -> None:
     document = json.loads((store / layout.DOCUMENT).read_bytes())
     splits = {f"s{n}": document["splits"]["train"] for n in range(1000)}
     entry = {"bytes": 1, "sha256": "0" * 64}
-    shards = {f"s{n % 1000}/data-{n:05d}-of-00001.arrow": entry for n in range(50_000)}
+    shards = {f"s{n % 1000}/data-{n:05d}-of-00001.arrow": entry for n in range(20_000)}
     edit(store, splits={**document["splits"], **splits}, files={**document["files"], **shards})
     found = cost(lambda: TokenStore(store))
     assert found.line == "" and found.seconds < SECONDS and found.size < BYTES, found
