@@ -84,17 +84,15 @@ def part_name(rank: int) -> str:
 def write_part(path: Path, batches: Iterator[tuple[list[str], np.ndarray]]) -> None:
     """Write batches of names and vectors to a Parquet file, none if there are no batches."""
     writer = None
-    with files.naming(path):
-        for names, vectors in batches:
-            flat = pa.array(vectors.ravel(), pa.float32())
-            columns = [
-                pa.array(names, pa.string()),
-                pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            ]
-            table = pa.table(columns, names=["name", "vector"])
+    for names, vectors in batches:
+        flat = pa.array(vectors.ravel(), pa.float32())
+        columns = [pa.array(names, pa.string()), pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])]
+        table = pa.table(columns, names=["name", "vector"])
+        with files.naming(path):  # not around the batches, which show their progress on another file
             writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
-        if writer:
+    if writer:
+        with files.naming(path):
             writer.close()
 
 

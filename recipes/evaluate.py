@@ -24,13 +24,13 @@ from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from seitpp import TokenStore, files, plots, tokenizers
 from seitpp.augment import CentralBoxes, EvalPixelView, EvalView
 from seitpp.augment.maps import both_sides
+from seitpp.codebook import Codebook
 from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
@@ -147,7 +147,7 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     tokens = tokenized if config.data else stored
     dataset, ids, codebook, grid, class_names, multi_label = tokens(config, run)
     source = config.tokenizer or config.store or "the embedded digits"
-    check_codes(codebook.numpy(), source=source, saved=saved, checkpoint=config.checkpoint)
+    check_codes(codebook.to_books(), source=source, saved=saved, checkpoint=config.checkpoint)
     size = input_size(saved.model)
     window = both_sides(config.eval_window or saved.window or size or grid)
     maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
@@ -174,7 +174,7 @@ def labeled_images(config: Config, run: Run, reading: Reading) -> ImageSource:
 def tokenized(config: Config, run: Run) -> tuple:
     """Open the images of --data with their tokenizer; return what `stored` does."""
     tokenizer = tokenizers.load(config.tokenizer, config.tokenizer_kind).to(run.device).eval()
-    spec, codebook = tokenizer.spec, tokenizer.codebook.detach().cpu()
+    spec = tokenizer.spec
     reading = reading_of_run(config.checkpoint, spec.channels)
     source = labeled_images(config, run, reading)
     dataset = ImageDataset(source, spec.image_size, reading=reading)
@@ -182,7 +182,7 @@ def tokenized(config: Config, run: Run) -> tuple:
     def ids(batch: Pixels) -> Tensor:
         return tokenizer.encode(batch.images.float() / 255)
 
-    return dataset, ids, codebook, spec.grid, source.class_names, source.labels.multi_label
+    return dataset, ids, tokenizer.books, spec.grid, source.class_names, source.labels.multi_label
 
 
 def stored(config: Config, run: Run) -> tuple:
@@ -192,8 +192,7 @@ def stored(config: Config, run: Run) -> tuple:
         path = embedded(run, digits).store
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
     store.require_classes("evaluate")
-    codebook = torch.from_numpy(store.codebook)
-    dataset = TokenDataset(store)
+    codebook, dataset = Codebook.of(store.books), TokenDataset(store)
     return dataset, lambda batch: batch.ids, codebook, store.grid, store.class_names, store.multi_label
 
 

@@ -31,6 +31,7 @@ from downstream.segmentation.default import FEW_SCENES, SCENES, default_scenes
 from downstream.segmentation.mmseg import load_mmseg
 from downstream.segmentation.sources import mask_rules
 from seitpp import TokenStore, plots, tokenizers
+from seitpp.books import Books
 from seitpp.engine.config import RunConfig
 from seitpp.engine.inputs import embedded, open_once, readable
 from seitpp.engine.run import Run
@@ -194,7 +195,7 @@ def decoded(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
 
 def painted(codebook: np.ndarray) -> Callable[[Tensor], Tensor]:
     """Return a function that shows each code in its own color, for a store without a tokenizer file."""
-    return lambda ids: plots.paint_codes(ids.cpu().long(), torch.from_numpy(codebook))[0]
+    return lambda ids: plots.paint_codes(ids.cpu().long(), Books.of(codebook))[0]
 
 
 def open_images(config: Config, run: Run, trained_side: int | None) -> Data:

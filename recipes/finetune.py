@@ -38,7 +38,7 @@ from seitpp.augment import (
     SeitView,
 )
 from seitpp.augment.maps import both_sides
-from seitpp.codebook import codebook_fingerprint
+from seitpp.codebook import Codebook, codebook_fingerprint
 from seitpp.data.dataset import Batch, Chosen, TokenDataset, few_labels, indices_within
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, OrderedImages, balanced
@@ -280,7 +280,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     kind = input_kind(network)
     if kind == "pixels":
         raise UserError(f"{config.checkpoint} takes pixels: name images with --data instead of --store")
-    check_codes(train.codebook, source=str(train.path), saved=source, checkpoint=config.checkpoint)
+    check_codes(train.books, source=str(train.path), saved=source, checkpoint=config.checkpoint)
     if kind == "maps" and config.tokenadapt_fraction:
         raise UserError(
             f"{config.checkpoint} takes maps, but TokenAdapt is for models that take ids: use preset tokens, or "
@@ -295,10 +295,10 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         size = input_size(network) or source.window or size
         window = source.window or size
     model = classifier_from(source.model, train.num_classes, img_size=size, drop_path_rate=config.drop_path)
-    codebook, mixed = torch.from_numpy(train.codebook), {"cutmix": config.cutmix, "mixup": config.mixup}
+    codebook, mixed = Codebook.of(train.books), {"cutmix": config.cutmix, "mixup": config.mixup}
     adapt = None
     if kind == "ids":
-        adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
+        adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
         view = SeitPPFinetuneView(
             codebook,
             size=size,
@@ -327,8 +327,10 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
         center_view,
         model,
         train.fingerprint,
-        {"codebook": codebook_fingerprint(train.codebook), "class_names": train.class_names, "window": window},
-        torch.zeros(size, dtype=torch.long) if kind == "ids" else torch.zeros(codebook.shape[1], *size),
+        {"codebook": codebook_fingerprint(train.books), "class_names": train.class_names, "window": window},
+        torch.zeros(*codebook.planes, *size, dtype=torch.long)
+        if kind == "ids"
+        else torch.zeros(codebook.dim, *size),
         store_facts(train, validation, config),
         train.multi_label,
         adapt,

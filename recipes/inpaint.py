@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     patch_embed = model.encoder.patch_embed
     region = region_tokens(config.region, patch_embed.img_size, patch_embed.grid_size).to(run.device)
     tokenizer = digits().tokenizer if config.store is None else config.tokenizer
-    decode = plots.picture_decoder(tokenizer, validation.codebook, kind=config.tokenizer_kind)
+    decode = plots.picture_decoder(tokenizer, validation.books, kind=config.tokenizer_kind)
 
     # 3. Results for a few images before the folder is created, because this call refuses invalid settings.
     fill = partial(fill_region, model, region=region, config=config, run=run)
@@ -112,11 +112,12 @@ def open_model(checkpoint: str, store: TokenStore) -> MTM:
     if not isinstance(saved.model, MTM):
         raise UserError(f"{checkpoint} is no masked token model: name a run of recipes/mtm_pretrain.py")
     if saved.codebook:
-        check_codebook(store.codebook, source=str(store.path), expected=saved.codebook, checkpoint=checkpoint)
-    codes, window = saved.model.settings["num_codes"], saved.model.encoder.patch_embed.img_size
-    if codes != store.num_codes or window[0] > store.grid[0] or window[1] > store.grid[1]:
+        check_codebook(store.books, source=str(store.path), expected=saved.codebook, checkpoint=checkpoint)
+    codes, window = saved.model.sizes, saved.model.encoder.patch_embed.img_size
+    if codes != store.books.sizes or window[0] > store.grid[0] or window[1] > store.grid[1]:
+        got, want = (" x ".join(map(str, sizes)) for sizes in (store.books.sizes, codes))
         raise UserError(
-            f"{store.path} has {store.num_codes} codes and the grid {store.grid}, {checkpoint} {codes} codes "
+            f"{store.path} has {got} codes and the grid {store.grid}, {checkpoint} {want} codes "
             f"and {window} tokens: expected the same codes and at least that grid"
         )
     return saved.model

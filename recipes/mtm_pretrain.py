@@ -29,7 +29,7 @@ from torch import Tensor
 
 from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
-from seitpp.codebook import codebook_fingerprint
+from seitpp.codebook import Codebook, codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, TokenDataset
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
@@ -73,6 +73,8 @@ class Config(TrainConfig):
     # Initial weights: folder of a run, a model file, or an official checkpoint. None: random weights.
     init_from: str | None = None
     model: str = "mtm_vit_base"  # Name of the encoder in timm's registry.
+    # Tokens of a patch, a position of the transformer: the side of a square, or down and across.
+    patch_size: int | tuple[int, int] = 2
     decoder_width: int = 512  # Number of channels of the decoder.
     decoder_depth: int = 4  # Number of transformer blocks of the decoder.
     decoder_heads: int = 16  # Number of attention heads of the decoder.
@@ -141,11 +143,11 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
-    codebook, grid = torch.from_numpy(train.codebook), window_of(train, config.crop_size, "--crop-size")
-    check_maskable(grid, train.grid)
+    codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
+    check_maskable(grid, train.grid, config.patch_size)
 
     # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.
-    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
+    adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
     view = SeitPPView(
         codebook,
         size=config.crop_size,
@@ -168,13 +170,14 @@ def main(config: Config) -> None:
     # 5. Optimization.
     schedule = Schedule.from_config(config, order)
     optimizer = adamw(model, config.weight_decay, betas=config.betas)
-    step_on_zeros = zeros_loss(grid, mask_ratio.counts(patches, mask_ratio.highest), config.tokenadapt_fraction)
+    most_masked, shape = mask_ratio.counts(patches, mask_ratio.highest), (*codebook.planes, *grid)
+    step_on_zeros = zeros_loss(shape, most_masked, config.tokenadapt_fraction)
     training = run.training(
         model,
         optimizer,
         schedule,
         data_fingerprint=train.fingerprint,
-        flops_per_image=step_flops(model, grid, mask_ratio.counts(patches, 0.5)),
+        flops_per_image=step_flops(model, shape, mask_ratio.counts(patches, 0.5)),
         sharing=Sharing(step_on_zeros, (adapt,) if adapt else (), multiple=8),
     )
     run.describe(describe_store(train, config), view, training, model=model)
@@ -201,10 +204,10 @@ def main(config: Config) -> None:
     model = training.unsharded(model).eval()
     result = evaluation.scores(model)
     result |= {f"{name}_untrained": value for name, value in evaluation.probes(untrained).items()}
-    said = findings(result, counts=train.counts, probed=evaluation.images, left_out=evaluation.left_out)
+    said = findings(result, counts=train.digit_counts, probed=evaluation.images, left_out=evaluation.left_out)
     run.print("\n".join(["findings:", *(f"- {sentence}" for sentence in said)]))
     if run.is_main:
-        save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(train.codebook))
+        save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(train.books))
         result["loss"] = run.log.read()[-1]["loss"]
         write_report(run, model=model, validation=validation, grid=grid, result=result, said=said)
     run.finish(result | {"findings": said}, store_facts(train, validation, config))
@@ -216,7 +219,7 @@ def write_report(
     """Write report.html: what is `said` about the result, curves, and validation images filled by the model."""
     config, on_digits = run.config, run.config.store is None
     tokenizer = digits().tokenizer if on_digits else config.tokenizer or tokenizer_beside(validation)
-    decode = plots.picture_decoder(tokenizer, validation.codebook, kind=config.tokenizer_kind)
+    decode = plots.picture_decoder(tokenizer, validation.books, kind=config.tokenizer_kind)
     originals = digits_images("validation")[0] if on_digits else None
     pictures = plots.reconstructions(
         model, validation, grid=grid, seed=config.seed, decode=decode, originals=originals
@@ -227,7 +230,7 @@ def write_report(
         result=result,
         records=run.log.read(),
         evaluations=run.evaluations.read(),
-        counts=validation.counts,
+        counts=validation.digit_counts,
         findings=said,
         pictures=pictures,
     )
@@ -236,8 +239,10 @@ def write_report(
 def tokenizer_beside(store: TokenStore) -> Path | None:
     """Return the tokenizer that tokenize_images saved beside the store, if it is there and has the same codes."""
     path = Path(f"{store.path}-tokenizer.safetensors")
-    same = path.is_file() and torch.equal(tokenizers.load(path).codebook, torch.from_numpy(store.codebook))
-    return path if same else None
+    if not path.is_file():
+        return None
+    found = codebook_fingerprint(tokenizers.load(path).books.to_books())
+    return path if found == codebook_fingerprint(store.books) else None
 
 
 def choose(config: Config, named: Collection[str]) -> Config:
@@ -250,8 +255,9 @@ def new_model(config: Config, grid: tuple[int, int], store: TokenStore) -> MTM:
     model = MTM(
         config.model,
         grid=grid,
-        num_codes=store.num_codes,
-        code_dim=store.codebook.shape[1],
+        num_codes=store.books.num_codes,
+        code_dim=store.books.dim,
+        patch_size=config.patch_size,
         decoder_width=config.decoder_width,
         decoder_depth=config.decoder_depth,
         decoder_heads=config.decoder_heads,
@@ -269,7 +275,7 @@ def start_from(model: MTM, path: str, store: TokenStore) -> None:
     saved = load_pretrained(path)
     if not isinstance(saved.model, MTM):
         raise UserError(f"--init-from {path} holds a classifier: expected a masked token model")
-    check_codes(store.codebook, source=str(store.path), saved=saved, checkpoint=path)
+    check_codes(store.books, source=str(store.path), saved=saved, checkpoint=path)
     loaded, expected = saved.model.state_dict(), model.state_dict()
     for name in sorted(loaded.keys() | expected.keys()):
         there, here = (tuple(state[name].shape) if name in state else "nothing" for state in (loaded, expected))
@@ -281,23 +287,27 @@ def start_from(model: MTM, path: str, store: TokenStore) -> None:
     model.load_state_dict(loaded)
 
 
-def step_flops(model: MTM, grid: tuple[int, int], counts: tuple[int, int]) -> int:
-    """Return the floating-point operations per image, forward and backward; `counts` are (dropped, masked)."""
+def step_flops(model: MTM, shape: tuple[int, ...], counts: tuple[int, int]) -> int:
+    """Return the floating-point operations for ids of `shape`, forward and backward.
+
+    `counts` are (dropped, masked) patches.
+    """
     patches = model.encoder.patch_embed.num_patches
-    ids = torch.zeros(1, *grid, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, *shape, dtype=torch.long, device="meta")
     return count_flops(model, ids, mask_plan(torch.zeros(1, patches, device="meta"), *counts), ids)
 
 
-def zeros_loss(grid: tuple[int, int], counts: tuple[int, int], tokenadapt_fraction: float) -> Trial:
+def zeros_loss(shape: tuple[int, ...], counts: tuple[int, int], tokenadapt_fraction: float) -> Trial:
     """Return a training step on zeros, from which the memory of a step is computed.
 
-    `counts` are the (dropped, masked) patches per image. The fraction of the images is augmented by TokenAdapt.
+    `shape` is that of the ids of an image, `counts` are the (dropped, masked) patches per image. The fraction of
+    the images is augmented by TokenAdapt.
     """
 
     def loss(images: int, device: torch.device, model: MTM, adapt: TokenAdapt | None = None) -> Tensor:
         if adapt:
             adapt_zeros(adapt, round(tokenadapt_fraction * images), device)
-        ids = torch.zeros(images, *grid, dtype=torch.long, device=device)
+        ids = torch.zeros(images, *shape, dtype=torch.long, device=device)
         plan = mask_plan(torch.zeros(images, model.encoder.patch_embed.num_patches, device=device), *counts)
         return model(ids, plan, targets=ids).loss
 

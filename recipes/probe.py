@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     path = Path(config.checkpoint)
     model, codebook, *_ = load_mtm(path / "model.safetensors" if path.is_dir() else path)
-    check_codebook(train.codebook, source=str(train.path), expected=codebook, checkpoint=config.checkpoint)
+    check_codebook(train.books, source=str(train.path), expected=codebook, checkpoint=config.checkpoint)
     window = model.encoder.patch_embed.img_size
     if window[0] > train.grid[0] or window[1] > train.grid[1]:
         raise UserError(

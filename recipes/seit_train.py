@@ -24,13 +24,13 @@ from typing import Literal
 import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 import seitpp.models  # noqa: F401 (registers our models in timm)
 from seitpp import plots
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitView
 from seitpp.augment.maps import both_sides
-from seitpp.codebook import codebook_fingerprint
+from seitpp.codebook import Codebook, codebook_fingerprint
 from seitpp.data.dataset import TokenDataset
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, balanced
@@ -159,11 +159,11 @@ def main(config: Config) -> None:
     images, ordered = train_subset(config, TokenDataset(train)), {"seed": config.seed, "device": run.device}
     balance = config.class_balance
     images, order, class_weights = balanced(images, train, balance, batch_size=config.batch_size, **ordered)
-    codebook, window = torch.from_numpy(train.codebook), window_of(train, config.eval_window, "--eval-window")
+    codebook, window = Codebook.of(train.books), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
 
     # 3. Augmentation: ids -> EDA -> vectors -> crop or TokenAdapt -> color -> CutMix; evaluation: the center.
-    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
+    adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
     view = new_view(config, codebook=codebook, size=size, adapt=adapt).to(run.device)
     center_view = EvalView(window, codebook, size).to(run.device)
 
@@ -171,7 +171,7 @@ def main(config: Config) -> None:
     model = new_model(config, size, train).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
-    zeros = torch.zeros(codebook.shape[1], *size)
+    zeros = torch.zeros(codebook.dim, *size)
 
     # 5. Optimization.
     several = train.num_classes if train.multi_label else None
@@ -217,7 +217,7 @@ def main(config: Config) -> None:
     for name, value in result.items():
         run.print(f"{name:12} {value:6.2f} % of {len(eval_images):,} images")
     if run.is_main:
-        codebook = codebook_fingerprint(train.codebook)
+        codebook = codebook_fingerprint(train.books)
         header = {"class_names": train.class_names, "window": window, "multi_label": train.multi_label}
         save_classifier(run.out / "model.safetensors", model, codebook, **header)
         save_classifier(run.out / "model_ema.safetensors", average, codebook, **header)
@@ -228,7 +228,7 @@ def main(config: Config) -> None:
     run.finish(result, store_facts(train, validation, config))
 
 
-def new_view(config: Config, *, codebook: Tensor, size: tuple[int, int], adapt: TokenAdapt | None) -> SeitView:
+def new_view(config: Config, *, codebook: Codebook, size: tuple[int, int], adapt: TokenAdapt | None) -> SeitView:
     """Create the training augmentation from ids to maps of `size` vectors and their labels."""
     view = SeitView(
         codebook,
@@ -253,7 +253,7 @@ def new_model(config: Config, size: tuple[int, int], store: TokenStore) -> nn.Mo
         config.model,
         stem=config.stem,
         img_size=size,
-        in_chans=store.codebook.shape[1],
+        in_chans=store.books.dim,
         num_classes=store.num_classes,
         drop_path_rate=config.drop_path,
     )

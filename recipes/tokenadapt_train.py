@@ -27,7 +27,7 @@ from seitpp import plots, tokenizers
 from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.geometry import Geometry
 from seitpp.augment.maps import center_window
-from seitpp.codebook import codebook_fingerprint, embed
+from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import BatchOrder, evaluation_loader
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.data.photographs import PhotographWindows
@@ -48,6 +48,7 @@ from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.models import TokenAdapt
+from seitpp.models.masking import likeliest
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.objectives.adapt import TokenizerPair, adapt_loss, tokenizer_pair
 from seitpp.recipe import run_recipe
@@ -138,18 +139,17 @@ def main(config: Config) -> None:
     tokenizer = open_tokenizer(config, run, train).to(run.device).eval()
     pair = tokenizer_pair(tokenizer, config.image_size, config.crop_size)
     order = BatchOrder(len(train), config.batch_size, config.seed)
-    codebook, grid = tokenizer.codebook.detach(), pair.whole.spec.grid
+    codebook, grid = tokenizer.books, pair.whole.spec.grid
 
     # 3. Augmentation: one sample is applied to pixels and in the space of f, and in evaluation to vectors.
     settings = augmentations(config)["together"]
 
     # 4. Model: the first loss is ln K.
-    num_codes, code_dim = codebook.shape
     model = TokenAdapt(
         grid,
         crop=pair.augmented.spec.grid,
-        num_codes=num_codes,
-        code_dim=code_dim,
+        num_codes=codebook.to_books().num_codes,
+        code_dim=codebook.dim,
         width=config.width,
         heads=config.heads,
         mlp=4 * config.width,
@@ -166,7 +166,8 @@ def main(config: Config) -> None:
         clip=config.clip,
         sharing=Sharing(zeros_loss, tuple(pair)),
     )
-    sizes = f"{grid[0]} x {grid[1]} tokens -> {config.crop_size} x {config.crop_size}, K = {len(codebook)}"
+    codes = " x ".join(map(str, codebook.sizes))
+    sizes = f"{grid[0]} x {grid[1]} tokens -> {config.crop_size} x {config.crop_size}, K = {codes}"
     run.describe(
         f"{len(train):,} images to train on, {len(validation):,} held out; {sizes}", training, model=model
     )
@@ -177,15 +178,15 @@ def main(config: Config) -> None:
         images = crop_and_flip(batch.images, keys, config.image_size)
         geometry = random_geometry(keys, grid[0], config.crop_size, identity=config.identity, **settings)
         target = pair.augmented.encode(apply_geometry(images, geometry).clamp(0, 1))
-        logits = training.wrapped(embed(pair.whole.encode(images), codebook), geometry)
-        accuracy = token_accuracy(logits.argmax(dim=1), target).mean()
-        training.update(adapt_loss(logits, target), accuracy=accuracy)
+        logits = training.wrapped(codebook.embed(pair.whole.encode(images)), geometry)
+        accuracy = token_accuracy(likeliest(logits, codebook.sizes), target).mean()
+        training.update(adapt_loss(logits, target, codebook.sizes), accuracy=accuracy)
 
     # 7. Results: validation images under each augmentation, as figures and as a picture.
     model, validation = training.unsharded(model).eval(), run.eval_subset(validation)
     result = judge(model, pair=pair, validation=validation, config=config, run=run)
     if run.is_main:
-        save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(codebook.cpu().numpy()))
+        save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(codebook.to_books()))
         if config.tokenizer is None:
             tokenizer.save(run.out / "tokenizer.safetensors")
         plots.curves(run.log.read(), ["loss", "accuracy"], run.out / "losses.png")
@@ -202,7 +203,7 @@ def zeros_loss(images: int, device: torch.device, model: TokenAdapt, *tokenizers
     flipped, matrices = boxes[:, 0].bool(), torch.zeros(images, 3, 3, device=device)
     geometry = Geometry(flipped, matrices, boxes, model.grid[0], model.crop[0])
     maps = torch.zeros(images, model.settings["code_dim"], *model.grid, device=device)
-    return adapt_loss(model(maps, geometry), ids)
+    return adapt_loss(model(maps, geometry), ids, model.sizes)
 
 
 def augmentations(config: Config) -> dict[str, dict]:

@@ -175,8 +175,9 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
     # Finished shards of an earlier run, and the shards that this process writes.
     staging = SplitStaging(
         config.out,
-        codebook=tokenizer.codebook.detach().float().cpu().numpy(),
+        codebook=tokenizer.books.to_books(),
         grid=grid,
+        layout=layout.SEQUENCE if tokenizer.spec.sequence else None,
         num_images=len(source),
         codec=config.codec,
         split=config.split,
@@ -211,7 +212,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
                 ids += encode(tokenizer, decoded, accelerator.device)
                 kept += decoded.kept
                 bar.update(len(batch))
-            tokens = np.array(ids, np.uint16).reshape(-1, *grid) if grid else ids
+            tokens = np.array(ids, np.uint16).reshape(-1, *tokenizer.books.planes, *grid) if grid else ids
             write_shard(staging, shard=shard, ids=tokens, kept=kept, columns=columns)
             totals += totals_of(kept)
     totals = accelerator.reduce(torch.from_numpy(totals).to(accelerator.device)).tolist()
@@ -351,6 +352,11 @@ def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     """
     if config.compact and config.codebook:
         raise UserError("--compact and --codebook both say which codes are kept: leave one of them out")
+    if (config.compact or config.codebook) and tokenizer.spec.digits:
+        raise UserError(
+            f"--compact and --codebook are for one table of codes, {tokenizer.spec.kind} has "
+            f"{len(tokenizer.spec.digits)}: leave them out"
+        )
     if config.codebook:
         file, rows = config.codebook, read_codebook(Path(config.codebook))
     elif config.compact and has_store(config):
@@ -438,7 +444,7 @@ def totals_of(kept: list[ImageRecord]) -> np.ndarray:
 
 def summarize(store: TokenStore, *, totals: list[int], seconds: float, annotated: bool) -> None:
     """Print the speed and the source sizes of this run over all processes, and the size of the whole split."""
-    used = int((store.counts > 0).sum())
+    used = sum(int((digit > 0).sum()) for digit in store.digit_counts)
     done, *sizes = totals
     print(f"{done:,} images in {seconds:.1f} s, {done / seconds:.1f} images/s")
     if done:
@@ -448,7 +454,7 @@ def summarize(store: TokenStore, *, totals: list[int], seconds: float, annotated
             print(f"labels   {annotation:10,.1f} bytes per image (PNG), {stored:,.1f} as stored")
     size = store.payload_bytes / len(store)
     print(f"tokens   {size:10,.1f} bytes per image, {len(store):,} images in {store.path}")
-    print(f"codes    {used:10,} of {store.num_codes:,} used")
+    print(f"codes    {used:10,} of {sum(store.books.sizes):,} used")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ class Books(NamedTuple):
         return len(self.sizes)
 
     @property
+    def planes(self) -> tuple[int, ...]:
+        """The axis of the digits in the shape of ids: () for one digit, (Q,) for Q digits."""
+        return () if self.digits == 1 else (self.digits,)
+
+    @property
     def dim(self) -> int:
         """The dimension of a token's vector."""
         dims = [table.shape[1] for table in self.tables]

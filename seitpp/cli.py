@@ -258,11 +258,12 @@ def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable
     import torch
 
     from seitpp import plots, tokenizers
+    from seitpp.codebook import codebook_fingerprint
 
     if path is None:
         if kind:
             raise CliError(f"--tokenizer-kind {kind}: name its file or folder with --tokenizer")
-        decode = partial(plots.paint_codes, codebook=torch.from_numpy(store.codebook.copy()))
+        decode = partial(plots.paint_codes, books=store.books)
     else:
         tokenizer = tokenizers.load(path, kind)
         recorded = (store.tokenizer or {}).get("fingerprint", tokenizer.fingerprint)
@@ -271,7 +272,7 @@ def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable
                 f"{path}: got tokenizer {tokenizer.fingerprint[:16]}, expected {recorded[:16]}, with which "
                 f"{store.path} was tokenized: name the tokenizer of this store"
             )
-        if not np.array_equal(tokenizer.codebook.detach().numpy(), store.codebook):
+        if codebook_fingerprint(tokenizer.books.to_books()) != codebook_fingerprint(store.books):
             raise CliError(f"{path}: has another codebook than {store.path}: name the tokenizer of this store")
         decode = tokenizer.decode
     return lambda ids: decode(torch.from_numpy(ids[None].astype(np.int64)))[0]

@@ -1,14 +1,16 @@
 """Lookups in the codebook for whole batches on their device: ids to vectors, and vectors to the nearest ids."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Integer
-from torch import Tensor
+from torch import Tensor, nn
+
+from seitpp.books import Books, index_sizes
 
 # Size of a chunk of the token x code similarity matrix: 64 MiB in fp32 on a CPU; 512 MiB on other devices, where
 # many small chunks would be slow.
@@ -63,10 +65,98 @@ def synonyms(codebook: Float[Tensor, "codes dim"], n: int = 5) -> Int64[Tensor, 
     return torch.cat(neighbors)
 
 
-def codebook_fingerprint(codebook: Float[np.ndarray, "codes dim"]) -> str:
+class Codebook(nn.Module):
+    """The books of tokens on a device: ids (B, H, W), or (B, Q, H, W) of Q digits, to vectors and back.
+
+    `sizes` has the number of values of each digit, `dim` the dimension of a vector, `combine` is that of `Books`.
+    """
+
+    def __init__(self, tables: Sequence[Float[Tensor, "codes dim"]], combine: str, sizes: Sequence[int]):
+        super().__init__()
+        for number, table in enumerate(tables):
+            self.register_buffer(f"table_{number}", table)
+        self.combine, self.sizes, self._tables = combine, tuple(sizes), len(tables)
+        self.dim = sum(table.shape[1] for table in tables) if combine == "concat" else tables[0].shape[1]
+
+    @classmethod
+    def of(cls, codebook: "Codebook | Books | Float[Tensor, 'codes dim']") -> "Codebook":
+        """Return the codebook of a table (K, D) on its device, or of the books of a store or tokenizer."""
+        if isinstance(codebook, Codebook):
+            return codebook
+        if isinstance(codebook, Tensor):
+            return cls([codebook], "index", index_sizes(len(codebook)))
+        return cls([torch.from_numpy(table.copy()) for table in codebook.tables], codebook.combine, codebook.sizes)
+
+    def to_books(self) -> Books:
+        """Return the books in memory, float32, as stores hold them."""
+        return Books(
+            tuple(table.detach().float().cpu().numpy() for table in self.tables), self.combine, self.sizes
+        )
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """The axis of the digits in the shape of ids: () for one digit, (Q,) for Q digits."""
+        return () if len(self.sizes) == 1 else (len(self.sizes),)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The tables, float."""
+        return [getattr(self, f"table_{number}") for number in range(self._tables)]
+
+    def embed(self, ids: Integer[Tensor, "batch *digits height width"]) -> Float[Tensor, "batch dim height width"]:
+        """Return the vectors of the ids as maps, channels-last in memory."""
+        if self.combine == "index":
+            return embed(self.joined(ids), self.tables[0])
+        parts = [embed(ids[:, digit], table) for digit, table in enumerate(self.tables)]
+        return torch.cat(parts, dim=1) if self.combine == "concat" else sum(parts[1:], parts[0])
+
+    def nearest(
+        self, maps: Float[Tensor, "batch dim height width"], lookup: str = "cosine"
+    ) -> Int64[Tensor, "batch *digits height width"]:
+        """Return the ids whose vector is nearest to each vector, as the function `nearest` does for each table.
+
+        With "sum", each digit is the nearest row of its table to what the digits before it leave of the vector, as
+        residual quantizers choose them.
+        """
+        if self.combine == "index":
+            return self.split(nearest(maps, self.tables[0], lookup))
+        if self.combine == "concat":
+            parts = maps.split([table.shape[1] for table in self.tables], dim=1)
+            ids = [nearest(part, table, lookup) for part, table in zip(parts, self.tables, strict=True)]
+            return torch.stack(ids, dim=1)
+        rest, ids = maps.float(), []
+        for table in self.tables:
+            ids.append(nearest(rest, table, lookup))
+            rest = rest - embed(ids[-1], table)
+        return torch.stack(ids, dim=1)
+
+    def joined(self, ids: Integer[Tensor, "batch *digits height width"]) -> Int64[Tensor, "batch height width"]:
+        """Return the rows of the one table of "index" that have these digits.
+
+        Digits of no row, which a network can predict, become those of the last one.
+        """
+        if len(self.sizes) == 1:
+            return ids.long()
+        return (ids[:, 0].long() * self.sizes[1] + ids[:, 1]).clamp(max=len(self.tables[0]) - 1)
+
+    def split(self, ids: Int64[Tensor, "batch height width"]) -> Int64[Tensor, "batch *digits height width"]:
+        """Return the digits of rows of the one table of "index"."""
+        if len(self.sizes) == 1:
+            return ids
+        return torch.stack([ids.div(self.sizes[1], rounding_mode="floor"), ids % self.sizes[1]], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.combine} of {' x '.join(map(str, self.sizes))} values, dimension {self.dim}"
+
+
+def codebook_fingerprint(codebook: Books | Float[np.ndarray, "codes dim"]) -> str:
     """Return the SHA-256 of a codebook as hex: ids have the same meaning only if their fingerprints are equal."""
-    rows = np.ascontiguousarray(codebook, dtype="<f4")
-    return hashlib.sha256(f"{rows.shape}".encode() + rows.tobytes()).hexdigest()
+    books = Books.of(codebook)
+    digest = hashlib.sha256(b"" if books.digits == 1 else f"{books.combine} {books.sizes}".encode())
+    for table in books.tables:
+        rows = np.ascontiguousarray(table, dtype="<f4")
+        digest.update(f"{rows.shape}".encode() + rows.tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import log
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from seitpp import files, tokenizers
 from seitpp.augment import EvalView, Keys
+from seitpp.books import Books
+from seitpp.codebook import Codebook
 from seitpp.engine.confusion import Confusions
 from seitpp.fonts import drawn_names
 from seitpp.models import MTM, MaskPlan
@@ -62,7 +65,7 @@ SEGMENTATION_REPORT = {
 
 
 def picture_decoder(
-    tokenizer: str | Path | None, codebook: np.ndarray, *, kind: str | None = None
+    tokenizer: str | Path | None, books: Books, *, kind: str | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Return a function that maps ids (B, H, W) to images (B, C, height, width) in [0, 1].
 
@@ -71,23 +74,32 @@ def picture_decoder(
     """
     if tokenizer:
         loaded = tokenizers.load(tokenizer, kind)
-        loaded.decode(torch.zeros(1, *loaded.spec.grid, dtype=torch.long))  # fails here, not after hours
+        zeros = torch.zeros(1, *loaded.books.planes, *loaded.spec.grid, dtype=torch.long)
+        loaded.decode(zeros)  # fails here, not after hours
         return loaded.decode
-    return partial(paint_codes, codebook=torch.from_numpy(codebook))
+    return partial(paint_codes, books=books)
 
 
-def paint_codes(ids: Tensor, codebook: Tensor) -> Tensor:
+def paint_codes(ids: Tensor, books: Books) -> Tensor:
     """Draw each id (B, H, W) as 8 x 8 pixels in the color of its code: images (B, 3, 8 H, 8 W) in [0, 1].
 
     The color comes from the first three principal components of the codebook (K, D), so that similar codes have
-    similar colors. For stores whose tokenizer is not available.
+    similar colors; that of a token of several digits (B, Q, H, W) is the mean over its tables. For stores whose
+    tokenizer is not available.
     """
-    centered = codebook - codebook.mean(dim=0)
+    codebook = Codebook.of(books)
+    planes = [codebook.joined(ids)] if codebook.combine == "index" else ids.long().unbind(dim=1)
+    colors = sum(_code_colors(table)[plane] for table, plane in zip(codebook.tables, planes, strict=True))
+    colors = (colors / len(planes)).permute(0, 3, 1, 2)
+    return F.interpolate(colors, scale_factor=PAINTED_PIXELS, mode="nearest")
+
+
+def _code_colors(table: Tensor) -> Tensor:
+    """The color (3,) in [0, 1] of each row of a table (K, D)."""
+    centered = table - table.mean(dim=0)
     _, _, components = torch.linalg.svd(centered, full_matrices=False)
     values = F.pad(centered @ components[:3].T, (0, 3 - min(3, len(components))))
-    ranks = values.argsort(dim=0).argsort(dim=0).float() / max(1, len(values) - 1)
-    colors = ranks[ids].permute(0, 3, 1, 2)
-    return F.interpolate(colors, scale_factor=PAINTED_PIXELS, mode="nearest")
+    return values.argsort(dim=0).argsort(dim=0).float() / max(1, len(values) - 1)
 
 
 def gray_out(images: Tensor, hidden: Tensor) -> Tensor:
@@ -120,7 +132,7 @@ def reconstructions(
     plan = mask_plan(noise, patches // 2, patches // 2)
     # One image at a time: with 65,536 codes, the logits of one image take 200 MB.
     images = [(ids[i : i + 1], MaskPlan(*(part[i : i + 1] for part in plan))) for i in range(len(ids))]
-    filled = torch.cat([fill_hidden(model(*image), *image) for image in images]).cpu()
+    filled = torch.cat([fill_hidden(model(*image), *image, sizes=model.sizes) for image in images]).cpu()
     tokens = decode(ids.cpu())
     rows = {} if originals is None else {"original": originals[indices]}
     return rows | {
@@ -178,20 +190,23 @@ def picture_grid(rows: Mapping[str, Sequence[Tensor]], path: Path, side: float =
     _save(figure, path)
 
 
-def loss_curve(records: Sequence[dict], counts: np.ndarray, path: Path) -> None:
+def loss_curve(records: Sequence[dict], counts: Sequence[np.ndarray], path: Path) -> None:
     """Plot the loss of every update, its running mean, and the losses of two guesses.
 
-    A uniform guess has ln K, one from the `counts` (K,) of the codes has their entropy.
+    A uniform guess has ln K, one from the `counts` (K,) of the codes has their entropy; with several digits, both
+    are means over these.
     """
     steps, losses = (np.array([record[name] for record in records]) for name in ("step", "loss"))
     window = max(1, len(losses) // 50)
     figure, axis = plt.subplots(figsize=(7, 3.5))
     axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="every update")
     if len(losses) >= window:
-        mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        axis.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} updates")
-    axis.axhline(log(len(counts)), color="gray", linestyle=":", label=f"uniform guess, ln {len(counts)}")
-    axis.axhline(log(2) * entropy(counts), color="gray", linestyle="--", label="guess from code frequencies")
+        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        axis.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} updates")
+    uniform = "uniform guess, ln " + " and ".join(str(size) for size in dict.fromkeys(map(len, counts)))
+    axis.axhline(mean(log(len(digit)) for digit in counts), color="gray", linestyle=":", label=uniform)
+    level = log(2) * mean(map(entropy, counts))
+    axis.axhline(level, color="gray", linestyle="--", label="guess from code frequencies")
     axis.set(xlabel="step", ylabel="loss (nats per hidden token)")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -292,14 +307,15 @@ def write_report(
     result: dict,
     records: Sequence[dict],
     evaluations: Sequence[dict],
-    counts: np.ndarray,
+    counts: Sequence[np.ndarray],
     findings: Sequence[str],
     pictures: dict[str, Tensor],
 ) -> None:
     """Write report.html to `folder`: `findings`, sentences about the result, the result, the images of `REPORT`.
 
-    `records` are the lines of metrics.jsonl, `evaluations` those of evaluations.jsonl, `counts` (K,) how often
-    each code occurs, and `pictures` the rows of `reconstructions`. Without probes, their curve is left out.
+    `records` are the lines of metrics.jsonl, `evaluations` those of evaluations.jsonl, `counts` for each digit of
+    a token how often each value occurs, and `pictures` the rows of `reconstructions`. Without probes, their curve
+    is left out.
     """
     steps, shown = records[-1]["step"], dict(REPORT)
     loss_curve(records, counts, folder / "loss.png")

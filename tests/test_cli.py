@@ -19,6 +19,7 @@ from support.faults import in_child
 from support.paths import ROOT
 
 from seitpp import StoreWriter, TokenStore, cli
+from seitpp.books import Books
 from seitpp.codec import CODECS
 from seitpp.data.dataset import fraction_of
 from seitpp.data.digits import digits
@@ -225,7 +226,7 @@ def test_show_paints_the_images_in_order(two, tmp_path, monkeypatch, capsys):
     assert "2 of 2 images of split 'train'" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "new" / "picture.png").convert("RGB")) / 255
     height, width, _ = picture.shape
-    codes = paint_codes(torch.tensor([[[0]], [[1]]]), torch.tensor([[0.0], [1.0]]))[:, :, 0, 0].numpy()
+    codes = paint_codes(torch.tensor([[[0]], [[1]]]), Books.of(np.array([[0.0], [1.0]])))[:, :, 0, 0].numpy()
     assert np.abs(picture[height // 2, width // 4] - codes[0]).max() < 0.01
     assert np.abs(picture[height // 2, 3 * width // 4] - codes[1]).max() < 0.01
     assert np.abs(codes[0] - codes[1]).max() > 0.5

@@ -78,7 +78,7 @@ def test_loss_curve_shows_what_guessing_gives(drawn, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("evaluations", "probes"), [([], True), (EVALUATIONS, True), ([], False)])
 def test_report_shows_every_picture_and_finding(evaluations, probes: bool, tmp_path: Path) -> None:
     result = {name: value for name, value in RESULT.items() if probes or "top1" not in name}
-    data = {"records": RECORDS, "evaluations": evaluations, "counts": np.arange(64)}
+    data = {"records": RECORDS, "evaluations": evaluations, "counts": [np.arange(64)]}
     said = {"findings": ["a < b", "c"], "pictures": {"original": torch.rand(2, 3, 8, 8)}}
     plots.write_report(tmp_path, title="A <title>", result=result, **data, **said)
     page = (tmp_path / "report.html").read_text()

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from seitpp.augment.keyed import Keys
-from seitpp.codebook import synonyms
+from seitpp.books import Books
+from seitpp.codebook import Codebook, synonyms
 
 LARGEST_SQUARE = 0.25  # side of a swapped square, as a fraction of the grid's shorter side
 
@@ -20,28 +21,34 @@ def replace_synonyms(
 ) -> Int64[Tensor, "batch height width"]:
     """Replace each token with probability `rate` by one of its synonyms, all equally likely (SeiT, SR).
 
-    `table` holds the synonyms of each code, from `codebook.synonyms`.
+    `table` holds the synonyms of each code, from `codebook.synonyms`; without any nothing is replaced.
     """
+    if not table.shape[1]:
+        return ids
     draws = keys.uniform("replace_synonyms", ids[0].numel()).view(ids.shape)
     # A draw below the rate is uniform in [0, rate), so it also selects the synonym.
     chosen = (draws * (table.shape[1] / (rate or 1.0))).long().clamp(max=table.shape[1] - 1)
     return torch.where(draws < rate, table[ids, chosen], ids)
 
 
-def swap_squares(ids: Int64[Tensor, "batch height width"], keys: Keys) -> Int64[Tensor, "batch height width"]:
+def swap_squares(
+    ids: Int64[Tensor, "batch *digits height width"], keys: Keys
+) -> Int64[Tensor, "batch *digits height width"]:
     """Swap two squares of the same size in each grid that do not overlap (SeiT, RS).
 
     The side is int(shorter side of the grid * U(0, 0.25)); 0 changes nothing. All pairs of positions at which the
     two squares do not overlap are equally likely.
     """
-    height, width = ids.shape[1:]
+    height, width = ids.shape[-2:]
     draws = keys.uniform("swap_squares", 6)
     side = (draws[:, 0] * (LARGEST_SQUARE * min(height, width))).long()
     tops, lefts = _disjoint_positions((height, width), side.clamp(min=1), draws[:, 1:])
     first, second = (_square(*corner, side, (height, width)) for corner in zip(tops, lefts, strict=True))
     distance = ((tops[1] - tops[0]) * width + lefts[1] - lefts[0]).unsqueeze(1)
     source = torch.arange(height * width, device=ids.device) + distance * (first.long() - second.long())
-    return ids.flatten(1).gather(1, source).view(ids.shape)
+    flat = ids.flatten(-2)
+    source = source.view(len(ids), *[1] * (flat.ndim - 2), -1).expand_as(flat)
+    return flat.gather(-1, source).view(ids.shape)
 
 
 def _square(top: Tensor, left: Tensor, side: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -128,20 +135,36 @@ class TokenEDA(nn.Module):
 
     `rates`: "paper" (SR replaces a quarter of the tokens of all images; RS on a quarter of the images) or
     "release" (SR replaces a quarter of the tokens of a quarter of the images; RS on another quarter of the
-    images).
+    images). The synonyms of a code of one table are its nearest codes; of a token that is rows of several tables,
+    each digit gets one of the rows nearest to its own.
     """
 
-    def __init__(self, codebook: Float[Tensor, "codes dim"], rates: Literal["paper", "release"] = "release"):
+    def __init__(
+        self,
+        codebook: Codebook | Books | Float[Tensor, "codes dim"],
+        rates: Literal["paper", "release"] = "release",
+    ):
         super().__init__()
-        self.register_buffer("synonyms", synonyms(codebook))
+        self.codebook = Codebook.of(codebook)
+        for number, table in enumerate(self.codebook.tables):
+            self.register_buffer(f"synonyms_{number}", synonyms(table))
         self.rates = EDA_RATES[rates]
 
-    def forward(self, ids: Int64[Tensor, "batch height width"], keys: Keys) -> Int64[Tensor, "batch height width"]:
+    def forward(
+        self, ids: Int64[Tensor, "batch *digits height width"], keys: Keys
+    ) -> Int64[Tensor, "batch *digits height width"]:
         """Return the augmented ids; `keys` are those of the same images."""
-        draw = keys.uniform("token_eda", 1).unsqueeze(2)
-        replaced = replace_synonyms(ids, self.synonyms, keys, rate=self.rates.replaced_tokens)
-        ids = torch.where(draw < self.rates.replaced_images, replaced, ids)
+        draw = keys.uniform("token_eda", 1).view(-1, *[1] * (ids.ndim - 1))
+        ids = torch.where(draw < self.rates.replaced_images, self._replaced(ids, keys), ids)
         return torch.where(draw >= 1 - self.rates.swapped_images, swap_squares(ids, keys), ids)
 
+    def _replaced(self, ids: Tensor, keys: Keys) -> Tensor:
+        rate, codebook = self.rates.replaced_tokens, self.codebook
+        tables = [getattr(self, f"synonyms_{number}") for number in range(len(codebook.tables))]
+        if codebook.combine == "index":
+            return codebook.split(replace_synonyms(codebook.joined(ids), tables[0], keys, rate=rate))
+        planes = zip(ids.unbind(dim=1), tables, strict=True)
+        return torch.stack([replace_synonyms(plane, table, keys, rate=rate) for plane, table in planes], dim=1)
+
     def extra_repr(self) -> str:
-        return f"{self.rates}, synonyms={self.synonyms.shape[1]}, largest_square={LARGEST_SQUARE}"
+        return f"{self.rates}, synonyms={self.synonyms_0.shape[1]}, largest_square={LARGEST_SQUARE}"

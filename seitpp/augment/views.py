@@ -22,7 +22,8 @@ from seitpp.augment.maps import (
     same_boxes,
 )
 from seitpp.augment.mix import Labels, Mix, SoftLabels
-from seitpp.codebook import embed, nearest
+from seitpp.books import Books
+from seitpp.codebook import Codebook
 from seitpp.errors import UserError
 
 
@@ -43,7 +44,7 @@ class SeitPPView(nn.Module):
 
     def __init__(
         self,
-        codebook: Float[Tensor, "codes dim"],
+        codebook: Codebook | Books | Float[Tensor, "codes dim"],
         *,
         size: Sides | None,
         scale: tuple[float, float] = (0.2, 1.0),
@@ -53,7 +54,7 @@ class SeitPPView(nn.Module):
         lookup: str = "cosine",
     ):
         super().__init__()
-        self.register_buffer("codebook", codebook)
+        self.codebook = Codebook.of(codebook)
         self.size, self.scale, self.lookup = size, scale, lookup
         self.tokenadapt_fraction = tokenadapt_fraction
         self.adapt = _adapting(size, adapt, tokenadapt_fraction, scale)
@@ -61,8 +62,8 @@ class SeitPPView(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, ids: Integer[Tensor, "batch height width"], keys: Keys
-    ) -> Int64[Tensor, "batch crop_height crop_width"]:
+        self, ids: Integer[Tensor, "batch *digits height width"], keys: Keys
+    ) -> Int64[Tensor, "batch *digits crop_height crop_width"]:
         """Return the augmented ids; `keys` are those of the same images.
 
         Raises PairingError if ColorAdapt is on and the batch is no multiple of 4.
@@ -72,11 +73,11 @@ class SeitPPView(nn.Module):
             return ids
         maps = _colored(ids, self.codebook, self.color, keys)
         if not self.adapt:
-            return nearest(self._plain(maps, keys), self.codebook, self.lookup)
+            return self.codebook.nearest(self._plain(maps, keys), self.lookup)
         plain, through, order = split_batch(len(ids), self.tokenadapt_fraction, ids.device)
         cropped = self._plain(maps[plain], keys.of(plain))
         adapted = self.adapt(maps[through], keys.of(through))
-        return torch.cat([nearest(cropped, self.codebook, self.lookup), adapted])[order]
+        return torch.cat([self.codebook.nearest(cropped, self.lookup), adapted])[order]
 
     def _plain(self, maps: Tensor, keys: Keys) -> Tensor:
         if self.size is None:
@@ -103,7 +104,7 @@ class SeitPPFinetuneView(nn.Module):
 
     def __init__(
         self,
-        codebook: Float[Tensor, "codes dim"],
+        codebook: Codebook | Books | Float[Tensor, "codes dim"],
         *,
         size: Sides,
         scale: tuple[float, float] = (0.08, 1.0),
@@ -115,7 +116,7 @@ class SeitPPFinetuneView(nn.Module):
         lookup: str = "cosine",
     ):
         super().__init__()
-        self.register_buffer("codebook", codebook)
+        self.codebook = Codebook.of(codebook)
         self.size, self.scale, self.lookup = size, scale, lookup
         self.tokenadapt_fraction = tokenadapt_fraction
         self.mix = Mix(cutmix)
@@ -124,8 +125,8 @@ class SeitPPFinetuneView(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, ids: Integer[Tensor, "batch height width"], labels: Labels, keys: Keys
-    ) -> tuple[Int64[Tensor, "batch crop_height crop_width"], SoftLabels]:
+        self, ids: Integer[Tensor, "batch *digits height width"], labels: Labels, keys: Keys
+    ) -> tuple[Int64[Tensor, "batch *digits crop_height crop_width"], SoftLabels]:
         """Return the augmented ids and their labels; `keys` are those of the same images.
 
         Raises PairingError if images are paired and the batch, or a part of it, is no multiple of 4.
@@ -142,7 +143,7 @@ class SeitPPFinetuneView(nn.Module):
     def _plain(self, maps: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
         cropped = _random_resized_crop(maps, keys, self.size, scale=self.scale)
         mixed, targets = self.mix(cropped, labels, keys)
-        return nearest(mixed, self.codebook, self.lookup), targets
+        return self.codebook.nearest(mixed, self.lookup), targets
 
     def extra_repr(self) -> str:
         return (
@@ -151,9 +152,9 @@ class SeitPPFinetuneView(nn.Module):
         )
 
 
-def _colored(ids: Tensor, codebook: Tensor, color: ColorAugment | None, keys: Keys) -> Tensor:
+def _colored(ids: Tensor, codebook: Codebook, color: ColorAugment | None, keys: Keys) -> Tensor:
     """Embed ids and augment their colors; called before the batch is split, so that every partner is available."""
-    maps = embed(ids, codebook)
+    maps = codebook.embed(ids)
     return color(maps, keys) if color else maps
 
 
@@ -193,13 +194,13 @@ class TokenAdaptCrop(nn.Module):
 
     def forward(
         self, maps: Float[Tensor, "batch dim height width"], keys: Keys
-    ) -> Int64[Tensor, "batch size size"]:
+    ) -> Int64[Tensor, "batch *digits size size"]:
         """Return the ids of the augmented images; `keys` are those of the same images."""
         return self.mixed(maps, torch.zeros_like(keys.indices), keys)[0]
 
     def mixed(
         self, maps: Float[Tensor, "batch dim height width"], labels: Labels, keys: Keys
-    ) -> tuple[Int64[Tensor, "batch size size"], SoftLabels]:
+    ) -> tuple[Int64[Tensor, "batch *digits size size"], SoftLabels]:
         """Return the ids of the augmented images and their labels, mixed in the feature space between f and g.
 
         Raises ViewError for maps of another grid than that of TokenAdapt.
@@ -212,7 +213,7 @@ class TokenAdaptCrop(nn.Module):
         geometry = random_geometry(keys, self.adapt.grid[0], self.adapt.crop[0], scale=self.scale)
         space = apply_geometry(self.adapt.convert(maps), geometry)
         space, targets = self.mix(space, labels, keys)
-        return self.adapt.invert(space).argmax(dim=1), targets
+        return self.adapt.likeliest(space), targets
 
 
 def _adapting(
@@ -265,7 +266,7 @@ class SeitView(nn.Module):
 
     def __init__(
         self,
-        codebook: Float[Tensor, "codes dim"],
+        codebook: Codebook | Books | Float[Tensor, "codes dim"],
         *,
         size: Sides,
         crop: Literal["resized", "window"] | None = "resized",
@@ -278,17 +279,17 @@ class SeitView(nn.Module):
         tokenadapt_fraction: float = 0.0,
     ):
         super().__init__()
-        self.register_buffer("codebook", codebook)
+        self.codebook = Codebook.of(codebook)
         self.size, self.crop, self.scale = size, crop, scale
         self.tokenadapt_fraction = tokenadapt_fraction
-        self.eda = TokenEDA(codebook, eda) if eda else None
+        self.eda = TokenEDA(self.codebook, eda) if eda else None
         self.adapt = _adapting(size, adapt, tokenadapt_fraction, scale)
         self.color = ColorAugment(color) if color else None
         self.mix = Mix(cutmix, mixup)
 
     @torch.no_grad()
     def forward(
-        self, ids: Integer[Tensor, "batch height width"], labels: Labels, keys: Keys
+        self, ids: Integer[Tensor, "batch *digits height width"], labels: Labels, keys: Keys
     ) -> tuple[Float[Tensor, "batch dim crop_height crop_width"], SoftLabels]:
         """Return the augmented maps of vectors and their labels; `keys` are those of the same images.
 
@@ -299,9 +300,9 @@ class SeitView(nn.Module):
         if self.eda:
             ids = self.eda(ids, keys)
         if self.color and self.color.rates.whole_grid:
-            maps = self._cut(self.color(embed(ids, self.codebook), keys), keys)
+            maps = self._cut(self.color(self.codebook.embed(ids), keys), keys)
         else:
-            maps = self._cut(embed(ids, self.codebook), keys)
+            maps = self._cut(self.codebook.embed(ids), keys)
             maps = self.color(maps, keys) if self.color else maps
         return self.mix(maps, labels, keys)
 
@@ -310,7 +311,7 @@ class SeitView(nn.Module):
         if not self.adapt:
             return self._crop(maps, keys)
         plain, through, order = split_batch(len(maps), self.tokenadapt_fraction, maps.device)
-        adapted = embed(self.adapt(maps[through], keys.of(through)), self.codebook)
+        adapted = self.codebook.embed(self.adapt(maps[through], keys.of(through)))
         return torch.cat([self._crop(maps[plain], keys.of(plain)), adapted])[order]
 
     def _crop(self, maps: Tensor, keys: Keys) -> Tensor:
@@ -347,24 +348,25 @@ class EvalView(nn.Module):
     def __init__(
         self,
         window: tuple[int, int],
-        codebook: Float[Tensor, "codes dim"] | None = None,
+        codebook: Codebook | Books | Float[Tensor, "codes dim"] | None = None,
         size: Sides | None = None,
     ):
         super().__init__()
-        self.register_buffer("codebook", codebook)
+        self.codebook = None if codebook is None else Codebook.of(codebook)
         self.window, self.size = window, size
 
     def forward(
-        self, ids: Integer[Tensor, "batch height width"]
+        self, ids: Integer[Tensor, "batch *digits height width"]
     ) -> (
-        Int64[Tensor, "batch {self.window[0]} {self.window[1]}"] | Float[Tensor, "batch dim out_height out_width"]
+        Int64[Tensor, "batch *digits {self.window[0]} {self.window[1]}"]
+        | Float[Tensor, "batch dim out_height out_width"]
     ):
         """Return the ids or maps of the central window. Raises ViewError if the window is larger than the grid."""
-        _check_window(ids.shape[1:], self.window)
+        _check_window(ids.shape[-2:], self.window)
         ids = center_window(ids, self.window).long()
         if self.codebook is None:
             return ids
-        maps = embed(ids, self.codebook)
+        maps = self.codebook.embed(ids)
         if self.size is None:
             return maps
         whole = same_boxes(torch.arange(len(ids), device=ids.device), (0, 0, *self.window))

@@ -22,6 +22,7 @@ from seitpp.engine.system import launched_processes, loader_workers
 from seitpp.errors import UserError
 from seitpp.models.vit import PATCH
 from seitpp.store import TokenStore
+from seitpp.store.layout import SEQUENCE
 
 SAID = "you said"
 NANO, TINY, SMALL, BASE = "mtm_vit_nano", "mtm_vit_tiny", "mtm_vit_small", "mtm_vit_base"
@@ -47,7 +48,8 @@ class Facts(NamedTuple):
     """What settings are chosen from: the training images, the grid (H, W) in tokens, the device, the launch.
 
     `processes` train together, one on each GPU; each has `cores` CPU cores to load data. `bf16` is whether a
-    GPU has bfloat16, `adapts` whether a TokenAdapt was named.
+    GPU has bfloat16, `adapts` whether a TokenAdapt was named, `sequence` whether the tokens have no rows and
+    columns.
     """
 
     images: int
@@ -57,10 +59,12 @@ class Facts(NamedTuple):
     cores: int = 1
     bf16: bool = True
     adapts: bool = False
+    sequence: bool = False
 
     def __str__(self) -> str:
         kind = {"cpu": "a CPU", "cuda": f"{self.processes} GPU(s)", "mps": "an Apple GPU"}[self.device]
-        return f"{self.images:,} training images, grid {self.grid[0]} x {self.grid[1]}, {kind}"
+        tokens = f"sequences of {self.grid[1]}" if self.sequence else f"grid {self.grid[0]} x {self.grid[1]}"
+        return f"{self.images:,} training images, {tokens}, {kind}"
 
 
 class Choice(NamedTuple):
@@ -79,6 +83,7 @@ def settle(config: Config, named: Collection[str], train: TokenStore) -> Config:
         images=len(fraction_of(len(train), config.fraction, config.seed)),
         grid=train.grid,
         adapts=config.tokenadapt is not None,
+        sequence=train.layout == SEQUENCE,
         **device_facts(),
     )
     chosen = choose(facts, {name: getattr(config, name) for name in named})
@@ -154,34 +159,46 @@ def dropout(facts: Facts, values: Mapping) -> Choice:
     return Choice(0.1, "as published")
 
 
-def crop(facts: Facts, _: Mapping) -> Choice:
-    """Crop 7/8 of the shorter side (published: 28 of 32), an even number; keep small grids whole (digits).
+def patch_size(facts: Facts, _: Mapping) -> Choice:
+    """Take patches of 2 x 2 tokens (published), and each token of a sequence by itself."""
+    if facts.sequence:
+        return Choice(1, "the tokens of a sequence have no rows and columns")
+    return Choice(PATCH, "as published")
 
-    An odd grid cannot be divided into patches of 2 x 2 tokens, so it is always cropped. Raises UserError if fewer
-    than two patches remain, of which one is hidden and one seen.
+
+def crop(facts: Facts, values: Mapping) -> Choice:
+    """Crop 7/8 of the shorter side (published: 28 of 32), whole patches; keep small grids whole (digits).
+
+    A grid that cannot be divided into patches is always cropped. Raises UserError if fewer than two patches
+    remain, of which one is hidden and one seen.
     """
-    height, width = facts.grid
-    short, even = min(facts.grid), height % PATCH == width % PATCH == 0
+    (height, width), patch = facts.grid, both_sides(values["patch_size"])
+    if facts.sequence:
+        check_maskable(facts.grid, facts.grid, patch)
+        return Choice(None, "a sequence cannot be cropped")
+    short, multiple = min(facts.grid), math.lcm(*patch)
     if short >= CROPPED_FROM and max(facts.grid) <= LONGEST * short:
         return Choice(
-            round(CROP * short) // PATCH * PATCH, "random crops of 7/8 of the shorter side, as published"
+            round(CROP * short) // multiple * multiple, "random crops of 7/8 of the shorter side, as published"
         )
-    if not even:
-        side = short // PATCH * PATCH
-        check_maskable((side, side), facts.grid)
-        return Choice(side, f"a patch is {PATCH} x {PATCH} tokens: the largest even square in {height} x {width}")
-    check_maskable(facts.grid, facts.grid)
+    if height % patch[0] or width % patch[1]:
+        side = short // multiple * multiple
+        check_maskable((side, side), facts.grid, patch)
+        tokens = f"{patch[0]} x {patch[1]} tokens"
+        return Choice(side, f"a patch is {tokens}: the largest square of whole patches in {height} x {width}")
+    check_maskable(facts.grid, facts.grid, patch)
     if short >= CROPPED_FROM:
         return Choice(None, "the whole grid: a square crop would lose most of so long an image")
     return Choice(None, "the whole grid: it is small")
 
 
-def check_maskable(window: tuple[int, int], grid: tuple[int, int]) -> None:
+def check_maskable(window: tuple[int, int], grid: tuple[int, int], patch_size: Sides) -> None:
     """Raise UserError unless the window of a grid has two patches: one to hide, one to see."""
-    patches = (window[0] // PATCH) * (window[1] // PATCH)
+    down, across = both_sides(patch_size)
+    patches = (window[0] // down) * (window[1] // across)
     if patches < 2:
         raise UserError(
-            f"grid {grid[0]} x {grid[1]}: got {patches} patches of {PATCH} x {PATCH} tokens, expected at least 2, "
+            f"grid {grid[0]} x {grid[1]}: got {patches} patches of {down} x {across} tokens, expected at least 2, "
             "one to hide and one to see: tokenize larger images, or with a tokenizer of smaller patches"
         )
 
@@ -238,7 +255,7 @@ def epochs(facts: Facts, values: Mapping) -> Choice:
         if facts.images >= FEWEST[BASE] and facts.processes < 8:
             reason = "as published, on 8 GPUs; with fewer it takes as many times longer"
         return Choice(wanted, reason)
-    budget = BUDGETS[facts.device] / (facts.images * patches(facts.grid, values["crop_size"]))
+    budget = BUDGETS[facts.device] / (facts.images * patches(facts.grid, values))
     if budget >= wanted:
         return Choice(wanted, reason)
     if budget < 1:
@@ -247,10 +264,10 @@ def epochs(facts: Facts, values: Mapping) -> Choice:
     return Choice(round(budget), f"{where}; more are better")
 
 
-def patches(grid: tuple[int, int], crop_size: Sides | None) -> int:
+def patches(grid: tuple[int, int], values: Mapping) -> int:
     """Return the number of patches that the model sees of an image."""
-    height, width = both_sides(crop_size or grid)
-    return (height // PATCH) * (width // PATCH)
+    (height, width), (down, across) = both_sides(values["crop_size"] or grid), both_sides(values["patch_size"])
+    return (height // down) * (width // across)
 
 
 def warmup(facts: Facts, values: Mapping) -> Choice:
@@ -278,7 +295,7 @@ def accumulation(facts: Facts, values: Mapping) -> Choice:
         return Choice(None, "as few as fit into the memory of the GPU, counted when the run starts")
     share = values["batch_size"] // facts.processes
     limit = PATCHES_AT_A_TIME[values["model"] != NANO]
-    most = max(1, limit // patches(facts.grid, values["crop_size"]))
+    most = max(1, limit // patches(facts.grid, values))
     number = next(number for number in range(1, share + 1) if share % number == 0 and share // number <= most)
     return Choice(number, f"{share // number} images at a time")
 
@@ -309,6 +326,7 @@ RULES: dict[str, Callable[[Facts, Mapping], Choice]] = {
     "decoder_depth": lambda facts, values: decoder(1, facts, values),
     "decoder_heads": lambda facts, values: decoder(2, facts, values),
     "dropout": dropout,
+    "patch_size": patch_size,
     "crop_size": crop,
     "tokenadapt_fraction": adapted,
     "batch_size": batch_size,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from seitpp.augment import SoftLabels
 from seitpp.augment.maps import Sides, both_sides
+from seitpp.books import Books
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, evaluation_loader, fraction_of
 from seitpp.data.digits import digits
@@ -209,7 +210,7 @@ def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) ->
             "images": {store.split: len(store) for store in (train, validation)},
             "grid": train.grid,
             "num_codes": train.num_codes,
-            "code_dim": train.codebook.shape[1],
+            "code_dim": train.books.dim,
             "codec": train.codec.name,
             "fingerprint": train.fingerprint,
             "tokenizer": train.tokenizer,
@@ -251,7 +252,7 @@ def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, in
     return window
 
 
-def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:
+def check_codebook(codebook: Books | np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:
     """Raise UserError unless the fingerprint of the codebook of `source` is the `expected` one of `checkpoint`."""
     fingerprint = codebook_fingerprint(codebook)
     if fingerprint != expected:
@@ -261,7 +262,7 @@ def check_codebook(codebook: np.ndarray, *, source: str, expected: str, checkpoi
         )
 
 
-def check_codes(codebook: np.ndarray, *, source: str, saved: Loaded, checkpoint: str) -> None:
+def check_codes(codebook: Books | np.ndarray, *, source: str, saved: Loaded, checkpoint: str) -> None:
     """Raise UserError unless a model was trained on ids of the codebook of `source`.
 
     Where the model's codebook is unknown, as with official checkpoints, only the size is compared: the number of
@@ -270,10 +271,10 @@ def check_codes(codebook: np.ndarray, *, source: str, saved: Loaded, checkpoint:
     if saved.codebook:
         check_codebook(codebook, source=source, expected=saved.codebook, checkpoint=checkpoint)
         return
-    sizes = classifier_spec(getattr(saved.model, "encoder", saved.model)).arguments
+    sizes, books = classifier_spec(getattr(saved.model, "encoder", saved.model)).arguments, Books.of(codebook)
     takes_ids = "num_codes" in sizes
-    expected, size = (sizes["num_codes"], len(codebook)) if takes_ids else (sizes["in_chans"], codebook.shape[1])
-    if size != expected:
+    expected, size = (sizes["num_codes"], books.rows) if takes_ids else (sizes["in_chans"], books.dim)
+    if size != expected or (takes_ids and books.digits > 1):
         unit = "codes" if takes_ids else "dimensions"
         raise UserError(
             f"the codebook of {source} has {size} {unit}, {checkpoint} takes {expected}: "
@@ -308,7 +309,7 @@ def classifier_trial(zeros: Tensor, adapted: float = 0.0, several: int | None = 
     return loss
 
 
-def open_tokenadapt(path: str | None, codebook: np.ndarray, source: str) -> TokenAdapt | None:
+def open_tokenadapt(path: str | None, codebook: Books | np.ndarray, source: str) -> TokenAdapt | None:
     """Load the TokenAdapt for the ids of `source`; return None if no path is named.
 
     `path` is the folder of a run, its model file, or an official checkpoint that contains a TokenAdapt. Raises
@@ -321,8 +322,8 @@ def open_tokenadapt(path: str | None, codebook: np.ndarray, source: str) -> Toke
     sizes = (model.settings["num_codes"], model.settings["code_dim"])
     if expected is not None:
         check_codebook(codebook, source=source, expected=expected, checkpoint=path)
-    elif codebook.shape != sizes:
-        got, want = (f"{codes} codes of {dim} dimensions" for codes, dim in (codebook.shape, sizes))
+    elif (found := (Books.of(codebook).num_codes, Books.of(codebook).dim)) != sizes:
+        got, want = (f"{codes} codes of {dim} dimensions" for codes, dim in (found, sizes))
         raise UserError(
             f"the codebook of {source} has {got}, the TokenAdapt in {path} takes {want}: "
             "name its tokenizer or a store of it"

@@ -105,9 +105,9 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
         pixels = EvalPixelView().to(device)
         images = DecodedImages(source, size, reading=reading, boxes=CentralBoxes(size))
         return Pictures(images, lambda batch: pixels(batch.pixels.view(-1, 3, *size).to(device)), run)
-    codebook = tokenizer.codebook.detach().cpu()
-    check_codes(codebook.numpy(), source=run.config.tokenizer or "the digits", saved=saved, checkpoint=checkpoint)
-    maps = {"codebook": codebook, "size": size} if kind == "maps" else {}
+    books = tokenizer.books.to_books()
+    check_codes(books, source=run.config.tokenizer or "the digits", saved=saved, checkpoint=checkpoint)
+    maps = {"codebook": books, "size": size} if kind == "maps" else {}
     view = EvalView(saved.window or size or tokenizer.spec.grid, **maps).to(device)
 
     def inputs(batch: DecodedBatch) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seitpp.augment.geometry import Geometry, apply_geometry
 from seitpp.augment.maps import center_window
-from seitpp.codebook import embed
+from seitpp.models.masking import likeliest
 from seitpp.models.tokenadapt import TokenAdapt
 from seitpp.objectives.adapt import TokenizerPair
 from seitpp.tokenizers import Tokenizer
@@ -36,8 +36,11 @@ def quality(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def token_accuracy(predicted: Tensor, ids: Tensor) -> Tensor:
-    """Return the fraction of equal tokens in each image: two (B, H', W') int64 -> (B,) float32 in [0, 1]."""
-    return (predicted == ids).float().mean(dim=(1, 2))
+    """Return the fraction of equal tokens in each image, or of their digits: (B,) float32 in [0, 1].
+
+    Both arguments are (B, H', W') or (B, Q, H', W') int64.
+    """
+    return (predicted == ids).float().flatten(1).mean(dim=1)
 
 
 def augment_directly(ids: Tensor, geometry: Geometry, tokenizer: Tokenizer) -> Tensor:
@@ -47,7 +50,7 @@ def augment_directly(ids: Tensor, geometry: Geometry, tokenizer: Tokenizer) -> T
     is arbitrary; filling with the code vector of black instead gave 1.0 points more token accuracy and 0.9 dB
     more PSNR on photographs.
     """
-    return tokenizer.quantize(apply_geometry(embed(ids, tokenizer.codebook), geometry))
+    return tokenizer.quantize(apply_geometry(tokenizer.books.embed(ids), geometry))
 
 
 class Augmented(NamedTuple):
@@ -73,9 +76,9 @@ def augment_in_every_way(
     """Augment images (B, 3, S, S) in [0, 1] by `geometry`, which has one augmentation per image, in every way."""
     ids = tokenizers.whole.encode(originals)
     images = apply_geometry(originals, geometry).clamp(0, 1)
-    adapted = model(embed(ids, tokenizers.whole.codebook), geometry).argmax(dim=1)
+    adapted = likeliest(model(tokenizers.whole.books.embed(ids), geometry), model.sizes)
     direct = augment_directly(ids, geometry, tokenizers.whole)
-    unchanged = center_window(ids, direct.shape[1:])
+    unchanged = center_window(ids, direct.shape[-2:])
     return Augmented(
         originals=originals,
         images=images,

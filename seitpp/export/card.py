@@ -82,7 +82,7 @@ from PIL import Image
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 {output} = model(transform(Image.open("PICTURE").convert("RGB"))[None])
 """
-    codebook = ", torch.from_numpy(store.codebook)" if kind == "maps" else ""
+    codebook = ", store.books" if kind == "maps" else ""
     resized = f", {size}" if kind == "maps" and size else ""
     return f"""import timm
 import torch

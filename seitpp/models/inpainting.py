@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seitpp.augment.keyed import Keys
 from seitpp.errors import UserError
-from seitpp.models.masking import MASK_RATIOS, MaskPlan, hidden_tokens, mask_plan
+from seitpp.models.masking import MASK_RATIOS, MaskPlan, hidden_tokens, mask_plan, over_digits
 from seitpp.models.mtm import MTM
 
 LOGIT_CELLS = 1 << 26  # the most logits in memory at once, unless a single image has more
@@ -31,19 +31,20 @@ class DecodingError(UserError):
 @torch.no_grad()
 def fill_iteratively(
     model: MTM,
-    ids: Int64[Tensor, "batch height width"],
+    ids: Int64[Tensor, "batch *digits height width"],
     hidden: Bool[Tensor, "batch height width"],
     *,
     keys: Keys,
     rounds: int = 8,
     temperature: float = 0.0,
-) -> Int64[Tensor, "batch height width"]:
+) -> Int64[Tensor, "batch *digits height width"]:
     """Replace the hidden tokens of `ids` by codes that `model` predicts in several rounds.
 
     `model` is in eval mode and never sees the ids of hidden tokens. `keys` identify the images of the batch. At
     `temperature` 0, the most likely codes and the patches of highest confidence are taken. Above 0, codes are
     sampled from softmax(logits / temperature), and Gumbel noise is added to the confidence of a patch, which is
-    the mean log-probability of its tokens; the scale of the noise falls from `temperature` to 0 in the last round.
+    the mean log-probability of its tokens, or of their digits; the scale of the noise falls from `temperature` to
+    0 in the last round.
     Raises DecodingError if there is less than one round, if the temperature is negative, or as `hidden_patches`.
     """
     if rounds < 1 or temperature < 0:
@@ -53,7 +54,7 @@ def fill_iteratively(
         )
     patches, num_hidden = hidden_patches(hidden, model.encoder.patch_embed.grid_size)
     counts = cosine_counts(num_hidden, rounds)
-    images = max(1, LOGIT_CELLS // (hidden[0].numel() * model.settings["num_codes"]))
+    images = max(1, LOGIT_CELLS // (hidden[0].numel() * sum(model.sizes)))
     chunks = torch.arange(len(ids), device=ids.device).split(images)
     return torch.cat([_fill(model, ids[at], patches[at], keys.of(at), counts, temperature) for at in chunks])
 
@@ -64,10 +65,13 @@ def _fill(model: MTM, ids: Tensor, patches: Tensor, keys: Keys, counts: list[int
     for turn, (before, after) in enumerate(pairwise(counts)):
         plan = decoding_plan(patches, before, keys=keys, turn=turn)
         logits = model(ids, plan).float().permute(0, 2, 3, 1)  # codes last, their order in memory
-        codes = _choose(logits, keys, turn, temperature)
-        ids = torch.where(hidden_tokens(plan, ids.shape[-2:]), codes, ids)
+        digits = list(enumerate(logits.split(model.sizes, dim=3)))
+        codes = [_choose(part, keys, turn, temperature, digit=digit) for digit, part in digits]
+        hidden = over_digits(hidden_tokens(plan, ids.shape[-2:]), ids)
+        ids = torch.where(hidden, torch.stack(codes, dim=1).view(ids.shape), ids)
         scale = temperature * (1 - (turn + 1) / (len(counts) - 1))
-        confidence = _confidence(logits, codes, patch_grid) + scale * _gumbel(keys, turn, patches.shape[1])
+        sure = sum(_confidence(part, codes[digit], patch_grid) for digit, part in digits) / len(digits)
+        confidence = sure + scale * _gumbel(keys, turn, patches.shape[1])
         patches = mask_plan(confidence.masked_fill(~patches, torch.inf), 0, after).hidden
     return ids
 
@@ -123,12 +127,13 @@ def decoding_plan(patches: Bool[Tensor, "batch patches"], num_hidden: int, *, ke
     return mask_plan(torch.where(patches, noise, 1.0), min(dropped, num_hidden), num_hidden)
 
 
-def _choose(logits: Tensor, keys: Keys, turn: int, temperature: float) -> Tensor:
+def _choose(logits: Tensor, keys: Keys, turn: int, temperature: float, *, digit: int) -> Tensor:
     """Logits (B, H, W, K) -> codes (B, H, W): the most likely, or sampled by the inverse CDF."""
     if temperature == 0:
         return logits.argmax(dim=3)
     height, width = logits.shape[1:3]
-    u = keys.uniform(f"decode_code_{turn}", height * width).view(-1, height, width, 1)
+    stream = f"decode_code_{turn}_{digit}" if digit else f"decode_code_{turn}"
+    u = keys.uniform(stream, height * width).view(-1, height, width, 1)
     cumulative = (logits / temperature).softmax(dim=3).cumsum(dim=3)
     # Rounding may leave the last cumulative sum below 1.
     return (cumulative <= u).sum(dim=3).clamp(max=logits.shape[3] - 1)

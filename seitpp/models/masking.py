@@ -1,12 +1,13 @@
 """Random masks for masked token modeling: which patches are hidden, and which of those the encoder never sees."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from seitpp.augment.keyed import Keys
@@ -82,15 +83,43 @@ def mask_plan(noise: Float[Tensor, "batch patches"], num_dropped: int, num_maske
 
 
 def hidden_tokens(plan: MaskPlan, grid: tuple[int, int]) -> Bool[Tensor, "batch {grid[0]} {grid[1]}"]:
-    """Return the mask of hidden tokens, which are all tokens of the hidden patches; `grid` is (H, W) in tokens."""
-    height, width = grid
-    side = round((height * width / plan.hidden.shape[1]) ** 0.5)
-    patches = plan.hidden.view(-1, height // side, width // side)
-    return patches.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+    """Return the mask of hidden tokens, which are all tokens of the hidden patches; `grid` is (H, W) in tokens.
+
+    The patches are squares, or of a sequence (H = 1) equal parts.
+    """
+    (height, width), patches = grid, plan.hidden.shape[1]
+    side = round((height * width / patches) ** 0.5) if height > 1 else 1
+    part = side if height > 1 else width // patches
+    hidden = plan.hidden.view(-1, height // side, width // part)
+    return hidden.repeat_interleave(side, dim=1).repeat_interleave(part, dim=2)
 
 
 def fill_hidden(
-    logits: Float[Tensor, "batch codes height width"], ids: Int64[Tensor, "batch height width"], plan: MaskPlan
-) -> Int64[Tensor, "batch height width"]:
-    """Replace each hidden token of `ids` by the model's most likely code."""
-    return torch.where(hidden_tokens(plan, ids.shape[-2:]), logits.argmax(dim=1), ids)
+    logits: Float[Tensor, "batch codes height width"],
+    ids: Int64[Tensor, "batch *digits height width"],
+    plan: MaskPlan,
+    *,
+    sizes: Sequence[int] | None = None,
+) -> Int64[Tensor, "batch *digits height width"]:
+    """Replace each hidden token of `ids` by the model's most likely code; `sizes` as in `likeliest`."""
+    return torch.where(over_digits(hidden_tokens(plan, ids.shape[-2:]), ids), likeliest(logits, sizes), ids)
+
+
+def likeliest(
+    logits: Float[Tensor, "batch codes height width"], sizes: Sequence[int] | None = None
+) -> Int64[Tensor, "batch *digits height width"]:
+    """Return the most likely ids.
+
+    Where tokens have several digits, `sizes` has the number of values of each: the logits of the values of digit 0
+    come first, then those of digit 1, and so on.
+    """
+    if sizes is None or len(sizes) == 1:
+        return logits.argmax(dim=1)
+    return torch.stack([part.argmax(dim=1) for part in logits.split(list(sizes), dim=1)], dim=1)
+
+
+def over_digits(
+    tokens: Shaped[Tensor, "batch height width"], ids: Int64[Tensor, "batch *digits height width"]
+) -> Shaped[Tensor, "batch *one height width"]:
+    """Return what holds for tokens in a shape that is broadcast over the digits of `ids`."""
+    return tokens.unsqueeze(1) if ids.ndim == 4 else tokens

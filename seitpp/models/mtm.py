@@ -15,7 +15,7 @@ Initial values, all in `MTM.init_weights`:
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,10 +27,11 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from seitpp.augment.maps import both_sides
 from seitpp.models.cross_entropy import linear_cross_entropy
 from seitpp.models.masking import MaskPlan
 from seitpp.models.stem import ModelError
-from seitpp.models.vit import PATCH, NormLayer
+from seitpp.models.vit import PATCH, NormLayer, digit_sizes
 from seitpp.tokenizers.transformer import init_xavier, sincos_positions
 
 
@@ -48,8 +49,10 @@ class MTM(nn.Module):
     """The masked token model of SeiT++. The defaults are the published ViT-B (98.3 M trained parameters).
 
     `encoder` is the timm name of a `mtm_vit_*`; `encoder_size` overrides its `embed_dim`, `depth` or `num_heads`.
-    `grid` is (H, W) in tokens, `num_codes` the size of the codebook, `code_dim` the width of the learned code
-    embedding. Raises ModelError if the grid does not divide into patches.
+    `grid` is (H, W) in tokens, `num_codes` the size of the codebook, or the number of values of each digit of a
+    token, `code_dim` the width of the learned code embedding, `patch_size` the tokens of a patch along one side or
+    (down, across). The digits of a token are predicted each by itself. Raises ModelError if the grid does not
+    divide into patches.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class MTM(nn.Module):
         encoder: str = "mtm_vit_base",
         *,
         grid: tuple[int, int] = (28, 28),
-        num_codes: int = 391,
+        num_codes: int | Sequence[int] = 391,
         code_dim: int = 32,
+        patch_size: int | tuple[int, int] = PATCH,
         decoder_width: int = 512,
         decoder_depth: int = 4,
         decoder_heads: int = 16,
@@ -68,15 +72,20 @@ class MTM(nn.Module):
         super().__init__()
         arguments = locals()
         self.settings = {name: arguments[name] for name in inspect.signature(MTM).parameters}
-        if grid[0] % PATCH or grid[1] % PATCH:
+        if patch_size == PATCH:  # as in the files of before it could be chosen
+            del self.settings["patch_size"]
+        self.patch, self.sizes = both_sides(patch_size), digit_sizes(num_codes)
+        if grid[0] % self.patch[0] or grid[1] % self.patch[1]:
             raise ModelError(
-                f"masked token model: got a grid of {grid[0]} x {grid[1]} tokens, expected multiples of {PATCH}"
+                f"masked token model: got a grid of {grid[0]} x {grid[1]} tokens, expected multiples of "
+                f"{self.patch[0]} x {self.patch[1]}, a patch"
             )
         self.encoder = timm.create_model(
             encoder,
             img_size=grid,
             in_chans=code_dim,
             num_codes=num_codes,
+            patch_size=self.patch,
             num_classes=0,
             global_pool="token",
             token_drop_rate=dropout,
@@ -100,36 +109,57 @@ class MTM(nn.Module):
             )
         )
         self.decoder_norm = NormLayer(decoder_width)
-        self.head = TokenHead(decoder_width, code_dim, num_codes)
+        self.head = TokenHead(decoder_width, code_dim, patch=self.patch, sizes=self.sizes)
         self.grad_checkpointing = False
         self.init_weights()
 
     def forward(
         self,
-        ids: Int64[Tensor, "batch height width"],
+        ids: Int64[Tensor, "batch *digits height width"],
         plan: MaskPlan,
-        targets: Int64[Tensor, "batch height width"] | None = None,
+        targets: Int64[Tensor, "batch *digits height width"] | None = None,
     ) -> Float[Tensor, "batch codes height width"] | MaskedTokens:
         """Predict the logits of all tokens, or with `targets` the loss and accuracy of the hidden tokens.
 
         Training passes `targets`, the true ids. The loss and accuracy are those of `objectives.masked_token_loss`
-        and `masked_token_accuracy`, but only the logits of hidden tokens are computed, and never all at once.
+        and `masked_token_accuracy`, but only the logits of hidden tokens are computed, and never all at once. Of
+        tokens with several digits, the logits of digit 0 come first, then those of digit 1, and so on.
         """
         encoded = self.encode(ids, plan)
-        table, bias = self.encoder.patch_embed.token_emb.weight.detach(), self.head.bias
         if targets is not None:
             vectors = self.decode(encoded, plan, plan.predicted)
-            targets = rearrange(targets, "b (h p) (w q) -> b (h w) (p q)", p=PATCH, q=PATCH)
-            targets = _gather(targets, plan.predicted).flatten()
-            return MaskedTokens(*linear_cross_entropy(vectors.flatten(0, 2), table, bias, targets=targets))
+            return self._masked_tokens(vectors.unflatten(2, (-1, len(self.sizes))), targets, plan)
         all_patches = torch.arange(plan.hidden.shape[1], device=ids.device).expand_as(plan.hidden)
         rows = self.encoder.patch_embed.grid_size[0]
         vectors = self.decode(encoded, plan, all_patches)
-        vectors = rearrange(vectors, "b (h w) (p q) d -> b (h p) (w q) d", h=rows, p=PATCH)
-        return (vectors @ table.T + bias).permute(0, 3, 1, 2)
+        vectors = rearrange(
+            vectors, "b (h w) (p q n) d -> b n (h p) (w q) d", h=rows, p=self.patch[0], q=self.patch[1]
+        )
+        logits = [
+            plane @ table.T + bias for plane, (table, bias) in zip(vectors.unbind(1), self._tables(), strict=True)
+        ]
+        return torch.cat(logits, dim=3).permute(0, 3, 1, 2) if len(logits) > 1 else logits[0].permute(0, 3, 1, 2)
+
+    def _masked_tokens(self, vectors: Tensor, targets: Tensor, plan: MaskPlan) -> MaskedTokens:
+        """Score the vectors (B, predicted, tokens of a patch, Q, D) of the hidden tokens."""
+        planes = targets if targets.ndim == 4 else targets.unsqueeze(1)
+        planes = rearrange(planes, "b n (h p) (w q) -> n b (h w) (p q)", p=self.patch[0], q=self.patch[1])
+        parts = [
+            linear_cross_entropy(
+                vectors[..., digit, :].flatten(0, 2), table, bias, targets=_gather(plane, plan.predicted).flatten()
+            )
+            for digit, (plane, (table, bias)) in enumerate(zip(planes, self._tables(), strict=True))
+        ]
+        loss, accuracy = (sum(one) / len(parts) for one in zip(*parts, strict=True))
+        return MaskedTokens(loss, accuracy)
+
+    def _tables(self) -> list[tuple[Tensor, Tensor]]:
+        """The embedding table and the bias of each digit."""
+        table, bias = self.encoder.patch_embed.token_emb.weight.detach(), self.head.bias
+        return list(zip(table.split(self.sizes), bias.split(self.sizes), strict=True))
 
     def encode(
-        self, ids: Int64[Tensor, "batch height width"], plan: MaskPlan
+        self, ids: Int64[Tensor, "batch *digits height width"], plan: MaskPlan
     ) -> Float[Tensor, "batch cls_and_kept channels"]:
         """Encode the kept patches, with the cls token first.
 
@@ -147,8 +177,8 @@ class MTM(nn.Module):
         encoded: Float[Tensor, "batch cls_and_kept channels"],
         plan: MaskPlan,
         indices: Int64[Tensor, "batch predicted"],
-    ) -> Float[Tensor, "batch predicted tokens dim"]:
-        """Decode the output of `encode` to a vector for each of the 4 tokens of the patches `indices`.
+    ) -> Float[Tensor, "batch predicted digits_of_tokens dim"]:
+        """Decode the output of `encode` to a vector for each digit of each token of the patches `indices`.
 
         The input of the decoder at a hidden patch is the projected cls output.
         """
@@ -198,20 +228,21 @@ class LastBlock(Block):
 
 
 class TokenHead(nn.Module):
-    """The head that maps each patch to one vector per token, tokens row by row.
+    """The head that maps each patch to one vector for each digit of each token, tokens row by row.
 
     `bias` is that of the logits, which MTM computes as products of these vectors with the embedding table.
     """
 
-    def __init__(self, width: int, dim: int, codes: int):
+    def __init__(self, width: int, dim: int, *, patch: tuple[int, int], sizes: Sequence[int]):
         super().__init__()
-        self.fc = nn.Linear(width, PATCH * PATCH * dim)
+        self.vectors = patch[0] * patch[1] * len(sizes)
+        self.fc = nn.Linear(width, self.vectors * dim)
         self.act = nn.GELU()
         self.norm = NormLayer(dim)
-        self.bias = nn.Parameter(torch.zeros(codes))
+        self.bias = nn.Parameter(torch.zeros(sum(sizes)))
 
-    def forward(self, patches: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches tokens dim"]:
-        return self.norm(self.act(self.fc(patches).unflatten(2, (PATCH * PATCH, -1))))
+    def forward(self, patches: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches vectors dim"]:
+        return self.norm(self.act(self.fc(patches).unflatten(2, (self.vectors, -1))))
 
 
 def _gather(patches: Tensor, indices: Tensor) -> Tensor:

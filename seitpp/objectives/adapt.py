@@ -1,13 +1,14 @@
 """The loss of TokenAdapt: from the vectors Z(x) of an image, g(A(f(Z(x)))) predicts the tokens of A(x)."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from seitpp.errors import UserError
+from seitpp.objectives.mtm import token_losses
 from seitpp.tokenizers import Tokenizer
 
 
@@ -36,7 +37,12 @@ def tokenizer_pair(tokenizer: Tokenizer, image_size: int, crop: int) -> Tokenize
 
 
 def adapt_loss(
-    logits: Float[Tensor, "batch codes height width"], ids: Int64[Tensor, "batch height width"]
+    logits: Float[Tensor, "batch codes height width"],
+    ids: Int64[Tensor, "batch *digits height width"],
+    sizes: Sequence[int] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy over all tokens, in nats; `ids` are the tokens of A(x)."""
-    return F.cross_entropy(logits.float(), ids)
+    """Return the mean cross-entropy over all tokens, in nats.
+
+    `ids` are the tokens of A(x), `sizes` as in `likeliest`.
+    """
+    return token_losses(logits, ids, sizes).mean()

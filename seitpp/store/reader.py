@@ -99,7 +99,7 @@ class TokenStore:
         shard, row = self._locate(position)
         shard.file.check()
         sides = self.grid or _sides(shard, row)
-        return self._decode(position).reshape(*self._planes, *sides), shard.labels.label(row)
+        return self._decode(position).reshape(*self.books.planes, *sides), shard.labels.label(row)
 
     def ids(
         self, indices: Sequence[int] | Integer[np.ndarray, " images"]
@@ -119,7 +119,7 @@ class TokenStore:
         ids = np.empty((len(positions), tokens), np.uint16)
         for row, position in zip(ids, positions, strict=True):
             row[:] = self._decode(position)
-        return ids.reshape(len(ids), *self._planes, height, width)
+        return ids.reshape(len(ids), *self.books.planes, height, width)
 
     @property
     def codebook(self) -> Float32[np.ndarray, "codes dim"]:
@@ -140,10 +140,6 @@ class TokenStore:
         if self.books.digits > 1:
             raise StoreError(f"{self.path}: tokens have {self.books.digits} digits, whose counts are digit_counts")
         return self.digit_counts[0]
-
-    @property
-    def _planes(self) -> list[int]:
-        return [self.books.digits] if self.books.digits > 1 else []
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " images"]:

@@ -86,7 +86,7 @@ def _check_ids(spec: SplitSpec, ids: np.ndarray, first: int) -> np.ndarray:
     """Check ids (N, h, w), or (N, Q, h, w) of Q digits, of one grid and return them as little-endian uint16."""
     digits = spec.books.digits
     planes = ids if digits > 1 else ids[:, None]
-    shape, expected = ids.shape[1:], (*([digits] if digits > 1 else []), *(spec.grid or ("height", "width")))
+    shape, expected = ids.shape[1:], (*spec.books.planes, *(spec.grid or ("height", "width")))
     sides = list(planes.shape[2:])
     valid = layout.is_grid(sides) if spec.grid is None else sides == spec.grid
     if planes.ndim != 4 or planes.shape[1] != digits or not valid or ids.dtype.kind not in "iu":

@@ -8,7 +8,7 @@
 | `JanusVQ` | transformers `JanusVQVAE` | embedding rows, L2-normalized | yes |
 | `TamingVQ` | taming-transformers, LlamaGen and IBQ style modules | embedding rows | yes |
 | `TorchScriptVQ` | an encoder and a decoder in TorchScript (Cosmos DI8x8, DI16x16) | `fsq_codebook` | yes |
-| `from_functions` | anything else | given | if given |
+| `from_functions` | anything else, also with a table for each digit of a token | given | if given |
 
 None of these libraries is imported here. Images are in [0, 1]; the adapter converts them to the network's range.
 """
@@ -20,11 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seitpp.codebook import nearest
+from seitpp.books import Books
+from seitpp.codebook import Codebook, nearest
 from seitpp.tokenizers.base import Tokenizer, TokenizerError, TokenizerSpec, check_ids
 
 HALF = (0.5, 0.5, 0.5)  # as mean and std: [0, 1] -> [-1, 1]
@@ -299,20 +301,84 @@ class FunctionsVQ(IdAdapter):
         return super()._images(ids) if self._decode is None else self._decode(ids)
 
 
+class DigitsVQ(Tokenizer):
+    """The adapter that `from_functions` returns for books with a table for each digit of a token."""
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        books: Books,
+        *,
+        decode: Callable[[Tensor], Tensor] | None,
+        spec: TokenizerSpec,
+    ):
+        super().__init__(spec)
+        self._books = Codebook.of(books)
+        self._encode, self._decode = encode, decode
+
+    @property
+    def books(self) -> Codebook:
+        """What the digits of a token mean."""
+        return self._books
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The functions receive float32."""
+        return torch.float32
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the vectors (B, D, H, W) of the digits that the function chose for preprocessed images."""
+        return self.books.embed(self._ids(images))
+
+    def _ids(self, images: Tensor) -> Tensor:
+        ids, shape = self._encode(self.model_input(images)), (len(images), *self.books.planes, *self.spec.grid)
+        if ids.numel() != math.prod(shape) or tuple(ids.shape[:2]) != shape[:2]:
+            raise TokenizerError(
+                f"the {self.spec.kind} function gave digits of shape {tuple(ids.shape)}, expected {shape}: return "
+                "one plane for each digit"
+            )
+        owner, planes = f"the {self.spec.kind} function", ids.reshape(shape).unbind(dim=1)
+        digits = [check_ids(plane, size, owner) for plane, size in zip(planes, self.books.sizes, strict=True)]
+        return torch.stack(digits, dim=1)
+
+    def _pixels(self, ids: Tensor) -> Tensor:
+        if self._decode is None:
+            raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it can only encode")
+        decoded = self._decode(ids).float()
+        mean, std = (decoded.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))
+        return decoded * std + mean
+
+    def _keep(self, ids: Tensor, rows: Tensor) -> None:
+        raise AssertionError("only a tokenizer with one table keeps some of its codes")
+
+    def _header(self) -> dict:
+        raise TokenizerError(
+            f"the {self.spec.kind} tokenizer cannot be saved, since it is code: load it where it is"
+        )
+
+
 def from_functions(
     encode: Callable[[Tensor], Tensor],
-    codebook: Tensor,
+    codebook: Tensor | Books,
     decode: Callable[[Tensor], Tensor] | None = None,
     *,
     spec: TokenizerSpec,
 ) -> Tokenizer:
-    """Create a tokenizer from two functions and a codebook (K, D) float.
+    """Create a tokenizer from two functions and a codebook (K, D) float, or the books of several digits.
 
     `encode` receives images normalized by the spec's mean and std and returns ids in any shape that holds B grids
     row by row. `decode` receives ids (B, H, W) int64 and returns images in the range that `encode` receives;
-    without it the tokenizer can only encode. The fingerprint covers the spec and the codebook, not the functions:
-    identify them by `spec.kind`. Raises TokenizerError if spec and codebook disagree.
+    without it the tokenizer can only encode. With books, `encode` returns digits (B, Q, H, W), or (B, Q, N) of
+    sequences, and `decode` receives (B, Q, H, W). The fingerprint covers the spec and the codebook, not the
+    functions: identify them by `spec.kind`. Raises TokenizerError if spec and codebook disagree.
     """
+    if isinstance(codebook, Books):
+        got = (codebook.sizes, codebook.combine, codebook.dim)
+        if got != (expected := (spec.digits, spec.combine, spec.code_dim)):
+            raise TokenizerError(
+                f"{spec.kind} tokenizer: got books with digits, combine and code_dim {got}, expected {expected}"
+            )
+        return DigitsVQ(encode, codebook, decode=decode, spec=spec)
     if tuple(codebook.shape) != (spec.num_codes, spec.code_dim):
         raise TokenizerError(
             f"{spec.kind} tokenizer: got a codebook of shape {tuple(codebook.shape)}, expected "
@@ -332,6 +398,26 @@ def fsq_codebook(levels: Sequence[int]) -> Tensor:
         columns.append((ids % level - level // 2) / (level // 2))
         ids = ids // level
     return torch.stack(columns, dim=1)
+
+
+def fsq_books(levels: Sequence[int]) -> Books:
+    """Return the books of finite scalar quantization: each dimension's level is a digit (see `fsq_codebook`)."""
+    tables = [(np.arange(level)[:, None] - level // 2) / (level // 2) for level in levels]
+    return Books.join(tables, "concat")
+
+
+def binary_books(bits: int, *, digits: int, scale: float = 1.0) -> Books:
+    """Return the books of a quantizer that keeps the sign of each of `bits` dimensions, in equal digits.
+
+    It is that of lookup-free quantization (MAGVIT2, arXiv 2310.05737: `scale` 1) and of binary spherical
+    quantization (arXiv 2406.07548: `scale` 1 / sqrt(bits)). Each digit has the bits of so many dimensions, the
+    first the highest: an id of all bits in base 2^(bits / digits). Raises TokenizerError unless `digits` divides.
+    """
+    if digits < 2 or bits % digits or bits // digits > 16:
+        raise TokenizerError(f"{bits} bits in {digits} digits: expected 2 or more equal digits of at most 16 bits")
+    width = bits // digits
+    rows = (np.arange(2**width)[:, None] >> np.arange(width)[::-1] & 1) * 2.0 - 1
+    return Books.join([rows * scale] * digits, "concat")
 
 
 def _spec(kind: str, image_size: int, patch: int, table: Tensor, lookup: str) -> TokenizerSpec:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor, nn
 
-from seitpp.codebook import LOOKUP_CELLS, LOOKUPS, full_precision, nearest
+from seitpp.books import MAX_DIGITS, Combine
+from seitpp.codebook import LOOKUP_CELLS, LOOKUPS, Codebook, full_precision
 from seitpp.errors import UserError
 from seitpp.tensors import save_tensors
 
@@ -45,6 +46,9 @@ class TokenizerSpec:
     image in [0, 1], per channel. One token covers `patch` x `patch` pixels and is the id of the nearest of
     `num_codes` codes of dimension `code_dim`; `lookup` is the distance: "cosine" (features and codes
     L2-normalized) or "euclidean".
+    Of a tokenizer with a table for each digit of a token, `num_codes` is the number of rows of all tables and
+    `digits` that of each; `combine` is that of `Books`. Where tokens have no rows and columns, `sequence` is the
+    number of them in an image, and `patch` only what a side of the image must be a multiple of.
     Raises TokenizerError for an unknown lookup or filter, for sizes that are not in [1, 2^20] or do not fit the
     patch, and for means or deviations of another number of channels, or that are not finite.
     """
@@ -60,6 +64,9 @@ class TokenizerSpec:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     channels: int = 3
+    digits: tuple[int, ...] = ()
+    combine: Combine = "index"
+    sequence: int = 0
 
     def __post_init__(self):
         if not isinstance(self.kind, str):
@@ -86,23 +93,38 @@ class TokenizerSpec:
                 f"{self.kind} tokenizer: got means {self.mean} and deviations {self.std}, expected finite "
                 "numbers, the deviations more than 0"
             )
+        self._check_tokens()
         if any(side % self.patch for side in self.image_size):
             raise TokenizerError(
                 f"{self.kind} tokenizer: image_size {self.image_size} is not a multiple of patch {self.patch}: "
                 "change one of them"
             )
 
+    def _check_tokens(self) -> None:
+        """Raise TokenizerError unless the digits and the length of a sequence can be those of a tokenizer."""
+        sizes = (*self.digits, *([self.sequence] if self.sequence != 0 else []))
+        several = isinstance(self.digits, tuple) and 2 <= len(self.digits) <= MAX_DIGITS
+        tables = several and self.combine in ("concat", "sum")
+        plain = self.digits == () and self.combine == "index"
+        whole = all(type(size) is int and 0 < size <= MOST for size in sizes)
+        if not (plain or tables) or not whole or sum(self.digits) not in (0, self.num_codes):
+            raise TokenizerError(
+                f"{self.kind} tokenizer: got digits {self.digits} combined by {self.combine!r} and a sequence of "
+                f"{self.sequence!r}, expected positive numbers up to {MOST:,}, the digits none, or "
+                f"2 .. {MAX_DIGITS} of {self.num_codes} rows in all combined by concat or sum"
+            )
+
     @property
     def grid(self) -> tuple[int, int]:
-        """The token grid of an image: (rows, columns)."""
+        """The token grid of an image: (rows, columns); a sequence is one row."""
+        if self.sequence:
+            return 1, self.sequence
         return self.image_size[0] // self.patch, self.image_size[1] // self.patch
 
     def to_json(self) -> dict:
-        """Return the fields, ready for JSON; `channels` only if there are not 3, as in older stores."""
-        values = asdict(self)
-        if self.channels == 3:
-            del values["channels"]
-        return values
+        """Return the fields, ready for JSON; those that older versions lack only where they say something."""
+        defaults = {"channels": 3, "digits": (), "combine": "index", "sequence": 0}
+        return {name: value for name, value in asdict(self).items() if defaults.get(name, ...) != value}
 
     @classmethod
     def unscaled(
@@ -144,10 +166,17 @@ class Tokenizer(nn.Module, ABC):
     """The base class of all tokenizers.
 
     A subclass has a `codebook` (K, D) float and implements `features`, `_pixels` and `_keep`. Images are
-    (B, C, height, width) float in [0, 1], with the C channels of the spec; ids are (B, H, W) int64 in [0, K).
+    (B, C, height, width) float in [0, 1], with the C channels of the spec; ids are (B, H, W) int64 in [0, K), or
+    digits (B, Q, H, W) where stores have them: for more than 65,536 codes, and where a token is the rows of
+    several tables. Such a tokenizer implements `books` instead of having a codebook.
     """
 
     codebook: Tensor
+
+    @property
+    def books(self) -> Codebook:
+        """What the digits of a token mean, on the device of the tokenizer."""
+        return Codebook.of(self.codebook.detach())
 
     def __init__(self, spec: TokenizerSpec):
         super().__init__()
@@ -203,21 +232,29 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def _pixels(self, ids: Tensor) -> Tensor:
-        """Decode ids (B, H, W) int64 in [0, K) to images (B, C, height, width), not yet clamped to [0, 1]."""
+        """Decode ids to images (B, C, height, width), not yet clamped to [0, 1].
+
+        The ids are (B, H, W) int64 in [0, K), or with several tables digits (B, Q, H, W).
+        """
 
     @abstractmethod
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         """Keep only the codes `ids` (K',) int64, in this order, with `rows` (K', D) as their vectors."""
 
-    def quantize(self, maps: Float[Tensor, "batch code_dim rows columns"]) -> Int64[Tensor, "batch rows columns"]:
-        """Return the id of the code nearest to each vector of a feature map."""
-        return nearest(maps, self.codebook, self.spec.lookup)
+    def quantize(
+        self, maps: Float[Tensor, "batch code_dim rows columns"]
+    ) -> Int64[Tensor, "batch *digits rows columns"]:
+        """Return the ids of the code nearest to each vector of a feature map."""
+        return self.books.nearest(maps, self.spec.lookup)
 
     def _ids(self, images: Tensor) -> Tensor:
+        """Return the ids of preprocessed images, with one table always its rows (B, H, W)."""
         return self.quantize(self.features(images))
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Int64[Tensor, "batch rows columns"]:
+    def encode(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Int64[Tensor, "batch *digits rows columns"]:
         """Tokenize preprocessed images. Raises TokenizerError unless they have channels and size of the spec."""
         channels, (height, width) = self.spec.channels, self.spec.image_size
         if images.ndim == 4 and images.shape[1] != channels:
@@ -231,21 +268,29 @@ class Tokenizer(nn.Module, ABC):
                 f"(B, {channels}, {height}, {width}): pass them through its preprocess() first"
             )
         with full_precision(images.device):
-            return self._ids(images)
+            ids = self._ids(images)
+        return self.books.split(ids) if ids.ndim == 3 else ids
 
     @torch.no_grad()
-    def decode(self, ids: Integer[Tensor, "batch rows columns"]) -> Float32[Tensor, "batch channels height width"]:
+    def decode(
+        self, ids: Integer[Tensor, "batch *digits rows columns"]
+    ) -> Float32[Tensor, "batch channels height width"]:
         """Decode ids to images in [0, 1].
 
         Raises TokenizerError if the ids have another number of dimensions, are not integers or are outside [0, K).
         """
-        checked = check_ids(ids, self.spec.num_codes, f"the {self.spec.kind} tokenizer")
-        if ids.ndim != 3:
+        owner, books = f"the {self.spec.kind} tokenizer", self.books
+        planes = books.planes
+        if ids.ndim != 3 + len(planes) or tuple(ids.shape[1 : 1 + len(planes)]) != planes:
+            expected = f"(B, {planes[0]}, H, W)" if planes else "(B, H, W)"
             raise TokenizerError(
-                f"{self.spec.kind} tokenizer: got ids of shape {tuple(ids.shape)}, expected (B, H, W)"
+                f"{self.spec.kind} tokenizer: got ids of shape {tuple(ids.shape)}, expected {expected}"
             )
+        digits = ids.unbind(dim=1) if planes else [ids]
+        checked = [check_ids(plane, size, owner) for plane, size in zip(digits, books.sizes, strict=True)]
+        ids = torch.stack(checked, dim=1) if planes else checked[0]
         with full_precision(ids.device):
-            return self._pixels(checked).float().clamp(0, 1)
+            return self._pixels(books.joined(ids) if books.combine == "index" else ids).float().clamp(0, 1)
 
     def compact(self, counts: Tensor) -> "Tokenizer":
         """Return a copy that has only the used codes, renumbered by frequency: 0 is the most frequent code.
@@ -255,6 +300,7 @@ class Tokenizer(nn.Module, ABC):
         code replaces it. Raises TokenizerError if `counts` has another shape or a negative entry, or if no code is
         used.
         """
+        self._require_one_table()
         if tuple(counts.shape) != (self.spec.num_codes,) or not (counts > 0).any() or (counts < 0).any():
             raise TokenizerError(
                 f"counts of shape {tuple(counts.shape)} with sum {counts.sum().item()} for a tokenizer of "
@@ -271,6 +317,7 @@ class Tokenizer(nn.Module, ABC):
         lookup, rows and codes are L2-normalized first. Raises TokenizerError otherwise, with the number of rows
         that were not found and the largest distance.
         """
+        self._require_one_table()
         rows = rows.detach().to(self.codebook, copy=True)
         if rows.ndim != 2 or rows.shape[1] != self.spec.code_dim or len(rows) == 0:
             raise TokenizerError(
@@ -291,6 +338,13 @@ class Tokenizer(nn.Module, ABC):
                 "expected each code once"
             )
         return self._cut(ids, rows)
+
+    def _require_one_table(self) -> None:
+        if self.spec.digits:
+            raise TokenizerError(
+                f"{self.spec.kind} tokenizer: a code is the rows of {len(self.spec.digits)} tables, expected one "
+                "table to keep some codes of: keep all"
+            )
 
     def _nearest_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distance of each row (K', D) to the nearest code (-1 to an equal one), and its id."""

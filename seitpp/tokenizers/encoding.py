@@ -10,7 +10,7 @@ from seitpp.tokenizers.base import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, decoded: DecodedBatch, device: torch.device) -> list[np.ndarray]:
-    """Return the ids (H, W) uint16 of each image. Images of equal size are encoded together.
+    """Return the ids (H, W) or (Q, H, W) uint16 of each image. Images of equal size are encoded together.
 
     The images must have the channels of the tokenizer.
     """
@@ -27,7 +27,7 @@ def encode(tokenizer: Tokenizer, decoded: DecodedBatch, device: torch.device) ->
 
 
 def _encode(tokenizer: Tokenizer, images: Tensor, device: torch.device) -> np.ndarray:
-    """Return the ids (B, H, W) uint16 of images (B, C, height, width) uint8."""
+    """Return the ids (B, H, W) or (B, Q, H, W) uint16 of images (B, C, height, width) uint8."""
     height, width = images.shape[2:]
     with tokenizer.at_size((height, width)):
         return tokenizer.encode(to_device(images, device).float() / 255).cpu().numpy().astype(np.uint16)

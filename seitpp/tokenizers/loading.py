@@ -61,7 +61,7 @@ def load(name_or_path: str | Path, kind: str | None = None) -> Tokenizer:
     has values that are not finite.
     """
     tokenizer = _load(Path(name_or_path), kind)
-    if not torch.isfinite(tokenizer.codebook).all():
+    if not all(torch.isfinite(table).all() for table in tokenizer.books.tables):
         raise TokenizerError(f"{name_or_path}: a codebook with values that are not finite; name another file")
     for name, tensor in tokenizer.state_dict().items():
         if not torch.isfinite(tensor).all():

@@ -50,8 +50,8 @@ def test_nothing_of_a_store_is_inherited_that_speaks_of_all_images() -> None:
     """Whatever TokenStore offers is shared by all images, or a selection says what it is of its own."""
     of_class = {name for name in vars(TokenStore) if name[0] != "_"}
     inherited = of_class - set(vars(Selection))
-    # They follow from what a selection has: its tokenizer, its number of labels, its columns (none).
-    assert inherited == {"lookup", "require_classes", "column"}
+    # They follow from what a selection has: its tokenizer, books, number of labels, and columns (none).
+    assert inherited == {"lookup", "codebook", "counts", "require_classes", "column"}
     documented = set(inspect.getdoc(TokenStore).replace(";", " ").replace(",", " ").replace(".", " ").split())
     own = {"split", "labels", "grids", "columns", "payload_bytes", "num_labeled"}
     assert set(SHARED) - documented == set() and own <= documented

@@ -42,7 +42,7 @@ def test_a_cpu_is_busy_for_minutes_to_an_hour() -> None:
     """At 8,000 to 24,000 patches a second, the slow and the fast core on which the small model was measured."""
     for images, grid in ((5_000, (32, 32)), (1_437, (8, 8)), (200, (32, 32)), (20_000, (16, 16))):
         chosen = values(Facts(images, grid, "cpu", cores=2))
-        work = images * chosen["epochs"] * patches(grid, chosen["crop_size"])
+        work = images * chosen["epochs"] * patches(grid, chosen)
         assert work / 24_000 / 60 > 1 and work / 8_000 / 60 < 90, (images, grid)
         assert chosen["model"] == "mtm_vit_nano" and chosen["precision"] == "no" and not chosen["compile"]
         assert images // chosen["batch_size"] * chosen["epochs"] >= 1100, "as many updates as for the digits"
@@ -90,7 +90,16 @@ def test_a_crop_is_even_and_leaves_small_and_long_grids_alone(grid, crop_size) -
 def test_a_grid_without_two_patches_is_refused(grid) -> None:
     with pytest.raises(UserError, match=rf"grid {grid[0]} x {grid[1]}: got [01] patches of 2 x 2"):
         choose(Facts(1000, grid, "cpu"), {})
-    check_maskable((2, 4), (2, 4))
+    check_maskable((2, 4), (2, 4), 2)
+
+
+def test_patches_of_one_token_and_sequences() -> None:
+    assert values(Facts(1000, (7, 9), "cpu"), patch_size=1)["crop_size"] is None
+    assert values(Facts(1000, (17, 30), "cpu"), patch_size=1)["crop_size"] == 15
+    chosen = values(Facts(1000, (1, 64), "cpu", sequence=True))
+    assert (chosen["patch_size"], chosen["crop_size"]) == (1, None)
+    with pytest.raises(UserError, match="got 1 patches of 1 x 1"):
+        choose(Facts(1000, (1, 1), "cpu", sequence=True), {})
 
 
 def test_the_user_has_the_last_word_and_the_rest_follows_from_it() -> None:

@@ -18,7 +18,7 @@ GOOD = {
 def found(
     counts: np.ndarray = COUNTS, probed: int = 400, left_out: str | None = None, **changes: float
 ) -> list[str]:
-    return findings(GOOD | changes, counts=counts, probed=probed, left_out=left_out)
+    return findings(GOOD | changes, counts=[counts], probed=probed, left_out=left_out)
 
 
 def test_a_good_run_is_called_one() -> None:

@@ -13,9 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from seitpp.models.stem import STEMS, ModelError, StemAdapter
-from seitpp.models.vit import TokenEmbed
+from seitpp.models.vit import PATCH, TokenEmbed
 from seitpp.models.weights.rebuild import (
     checked,
+    is_codes,
     is_count,
     is_object,
     is_pair,
@@ -33,7 +34,8 @@ from seitpp.tensors import load_tensors, save_tensors
 SPEC = {"name": is_text, "arguments": is_object}
 ARGUMENTS = {
     **dict.fromkeys(("img_size", "patch_size"), is_side),
-    **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads", "num_codes"), is_size),
+    **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads"), is_size),
+    "num_codes": is_codes,
     "num_classes": is_count,
     "global_pool": one_of("", "avg", "token"),
     "stem": one_of(*STEMS),
@@ -113,7 +115,9 @@ def _vit_arguments(model: VisionTransformer) -> dict[str, Any]:
     if isinstance(stem, StemAdapter):
         return {**arguments, "stem": stem.stem}
     if isinstance(stem, TokenEmbed):
-        return {**arguments, "num_codes": stem.token_emb.num_embeddings}
+        codes = list(stem.sizes) if len(stem.sizes) > 1 else stem.sizes[0]
+        patch = {} if stem.patch_size == (PATCH, PATCH) else {"patch_size": list(stem.patch_size)}
+        return {**arguments, "num_codes": codes, **patch}
     return {**arguments, "patch_size": list(stem.patch_size)}
 
 

@@ -17,9 +17,11 @@ from seitpp.models.weights.classifiers import Loaded, load_classifier, read_mode
 from seitpp.models.weights.rebuild import (
     Check,
     checked,
+    is_codes,
     is_fraction,
     is_object,
     is_pair,
+    is_side,
     is_size,
     is_text,
     one_of,
@@ -35,13 +37,16 @@ ENCODER_SIZE = dict.fromkeys(("embed_dim", "depth", "num_heads"), is_size)
 MTM_SETTINGS = {
     "encoder": one_of(*(f"mtm_vit_{size}" for size in SIZES)),
     "grid": is_pair,
-    **dict.fromkeys(("num_codes", "code_dim", "decoder_width", "decoder_depth", "decoder_heads"), is_size),
+    **dict.fromkeys(("code_dim", "decoder_width", "decoder_depth", "decoder_heads"), is_size),
+    "num_codes": is_codes,
+    "patch_size": is_side,
     "dropout": is_fraction,
     "encoder_size": optional(is_object),
 }
 TOKENADAPT_SETTINGS = {
     **dict.fromkeys(("grid", "crop"), is_pair),
-    **dict.fromkeys(("num_codes", "code_dim", "width", "heads", "mlp"), is_size),
+    **dict.fromkeys(("code_dim", "width", "heads", "mlp"), is_size),
+    "num_codes": is_codes,
 }
 HEADER = {"settings": is_object, "codebook": optional(is_text)}
 KINDS = ("mtm", "classifier", "tokenadapt")  # kinds of model files of this library

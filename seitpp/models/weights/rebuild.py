@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seitpp.books import MAX_DIGITS
 from seitpp.errors import reason
 from seitpp.models.stem import ModelError
 from seitpp.tensors import built_for
@@ -28,6 +29,12 @@ def is_count(value: object) -> bool:
 def is_pair(value: object) -> bool:
     """Whether a value is (height, width)."""
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_size, value))
+
+
+def is_codes(value: object) -> bool:
+    """Whether a value is a number of codes, or the number of values of each digit of a token."""
+    several = isinstance(value, list | tuple) and 2 <= len(value) <= MAX_DIGITS and all(map(is_size, value))
+    return is_size(value) or several
 
 
 def is_side(value: object) -> bool:
