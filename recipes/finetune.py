@@ -53,6 +53,7 @@ from seitpp.engine.inputs import (
     open_stores,
     open_tokenadapt,
     readable,
+    refuse_on_sequences,
     require_labels,
     store_facts,
     train_subset,
@@ -97,7 +98,7 @@ class Config(TrainConfig):
     trainable: Literal["all", "attention", "head"] = "all"
     # Input in tokens or pixels: the side of a square, or height and width. None: the checkpoint's, or 224 pixels.
     size: int | tuple[int, int] | None = None
-    # Models of maps only: resized crop, crop without resizing ("window"), or none. Otherwise always resized.
+    # Resized crop; none; or for models of maps a crop without resizing ("window").
     crop_mode: Literal["resized", "window"] | None = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions.
     eda: Literal["release", "paper"] | None = None  # Models of maps only: preset of the Token-EDA rates.
@@ -286,10 +287,12 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
             f"{config.checkpoint} takes maps, but TokenAdapt is for models that take ids: use preset tokens, or "
             "pass --tokenadapt-fraction 0"
         )
-    if kind == "ids" and (config.eda or config.crop_mode != "resized"):
+    if kind == "ids" and (config.eda or config.crop_mode == "window"):
         raise UserError(
-            f"{config.checkpoint} takes ids: --eda and --crop-mode are for models that take maps, leave them out"
+            f"{config.checkpoint} takes ids: --eda and --crop-mode window are for models that take maps, leave "
+            "them out"
         )
+    refuse_on_sequences(train, crop_mode=config.crop_mode, tokenadapt_fraction=config.tokenadapt_fraction)
     size = window = window_of(train, config.size, "--size")
     if config.size is None:  # a linear stem or a ResNet was evaluated on another window than its input size
         size = input_size(network) or source.window or size
@@ -299,9 +302,14 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     adapt = None
     if kind == "ids":
         adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
+        if not config.crop_mode and size != train.grid:
+            raise UserError(
+                f"--crop-mode None: the model takes {size[0]} x {size[1]} tokens, images have {train.grid[0]} x "
+                f"{train.grid[1]}: leave --crop-mode out, or pass --size {train.grid[0]} {train.grid[1]}"
+            )
         view = SeitPPFinetuneView(
             codebook,
-            size=size,
+            size=size if config.crop_mode else None,
             scale=config.crop_scale,
             adapt=adapt,
             tokenadapt_fraction=config.tokenadapt_fraction,

@@ -43,6 +43,7 @@ from seitpp.engine.inputs import (
     open_splits,
     open_stores,
     open_tokenadapt,
+    refuse_on_sequences,
     store_facts,
     train_subset,
     window_of,
@@ -145,6 +146,7 @@ def main(config: Config) -> None:
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
     check_maskable(grid, train.grid, config.patch_size)
+    refuse_on_sequences(train, tokenadapt_fraction=config.tokenadapt_fraction)
 
     # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.
     adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))

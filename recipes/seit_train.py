@@ -41,6 +41,7 @@ from seitpp.engine.inputs import (
     describe_store,
     open_stores,
     open_tokenadapt,
+    refuse_on_sequences,
     store_facts,
     train_subset,
     window_of,
@@ -48,10 +49,12 @@ from seitpp.engine.inputs import (
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
+from seitpp.errors import UserError
 from seitpp.models import TokenAdapt, save_classifier
 from seitpp.objectives import soft_label_loss, top1_accuracy
 from seitpp.recipe import run_recipe
 from seitpp.store import TokenStore
+from seitpp.store.layout import SEQUENCE
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def main(config: Config) -> None:
     images, order, class_weights = balanced(images, train, balance, batch_size=config.batch_size, **ordered)
     codebook, window = Codebook.of(train.books), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
+    refuse_on_sequences(train, crop_mode=config.crop_mode, tokenadapt_fraction=config.tokenadapt_fraction)
 
     # 3. Augmentation: ids -> EDA -> vectors -> crop or TokenAdapt -> color -> CutMix; evaluation: the center.
     adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
@@ -248,7 +252,15 @@ def new_view(config: Config, *, codebook: Codebook, size: tuple[int, int], adapt
 
 
 def new_model(config: Config, size: tuple[int, int], store: TokenStore) -> nn.Module:
-    """Create a timm classifier with random weights for maps (B, D, *size) of the store."""
+    """Create a timm classifier with random weights for maps (B, D, *size) of the store.
+
+    Raises UserError for a stem of squares of tokens where these have no rows and columns.
+    """
+    if store.layout == SEQUENCE and config.stem != "linear":
+        raise UserError(
+            f"--stem {config.stem}: the tokens of {store.path} are sequences without rows and columns: pass "
+            "--stem linear"
+        )
     return timm.create_model(
         config.model,
         stem=config.stem,

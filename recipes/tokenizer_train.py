@@ -17,6 +17,7 @@ no image uses are kept.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Literal
 
 import torch
@@ -43,7 +44,18 @@ from seitpp.models.weights.perceptual import load_vgg_distance
 from seitpp.objectives import VQTraining, restart_due
 from seitpp.objectives.vq import WEIGHTS, vq_losses, weighted_sum
 from seitpp.recipe import run_recipe
-from seitpp.tokenizers import PatchKMeans, Tokenizer, TokenizerSpec, ViTVQGAN, refine, tally, usage
+from seitpp.tokenizers import (
+    FeatureKMeans,
+    PatchDCT,
+    PatchKMeans,
+    Tokenizer,
+    TokenizerSpec,
+    ViTVQGAN,
+    open_network,
+    refine,
+    tally,
+    usage,
+)
 from seitpp.tokenizers.base import height_and_width
 from seitpp.tokenizers.transformer import TransformerShape
 
@@ -60,7 +72,7 @@ class Config(TrainConfig):
     split: str | None = None  # Split of --data to train on. None: all of it.
     validation_split: str | None = None  # Split of --data to evaluate on. None: every twentieth image.
     skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
-    kind: Literal["vit_vqgan", "patch_kmeans"] = "vit_vqgan"  # Kind of tokenizer.
+    kind: Literal["vit_vqgan", "patch_kmeans", "patch_dct", "feature_kmeans"] = "vit_vqgan"  # Kind of tokenizer.
     # Size of the tokenized images in pixels: height and width, or the side of a square.
     image_size: int | tuple[int, int] = 256
     bands: int = 3  # Number of channels of the images: 3 is RGB, 1 gray; others are read from .tif and .npy.
@@ -70,7 +82,11 @@ class Config(TrainConfig):
     patch: int = 8  # Side of a token's patch in pixels.
     num_codes: int = 8192  # Number of codes in the codebook.
     code_dim: int = 32  # Dimension of a code vector.
-    fit_images: int = 200  # patch_kmeans only: number of random training images to fit, all held in memory.
+    # Where no gradients are needed: number of random training images to fit, all held in memory.
+    fit_images: int = 200
+    backbone: str | None = None  # feature_kmeans only: a timm model, or one of the hub as hf-hub:owner/name.
+    backbone_weights: str | None = None  # feature_kmeans only: file with the weights of the timm model.
+    digits: int = 4  # feature_kmeans only: number of digits of a token, each with its own --num-codes.
     # patch_kmeans only: updates of a small transformer on either side.
     refine_steps: int = 0
     width: int = 768  # vit_vqgan only: number of channels of encoder and decoder.
@@ -95,6 +111,10 @@ PRESETS["photos"] = replace(
 )
 PRESETS["digits"] = replace(
     PRESETS["photos"], preset="digits", image_size=32, patch=4, num_codes=64, fit_images=2000, workers=0
+)
+PRESETS["dct"] = replace(PRESETS["photos"], preset="dct", kind="patch_dct", code_dim=31)  # 10 of each channel
+PRESETS["features"] = replace(  # settings of this project; 196 tokens of 4 digits are 980 bytes
+    PRESETS["photos"], preset="features", kind="feature_kmeans", image_size=224, num_codes=1024, code_dim=64
 )
 PRESETS["smoke"] = replace(
     PRESETS["digits"],
@@ -129,7 +149,7 @@ def main(config: Config) -> None:
     run.describe(f"{len(images):,} images to train on, {len(validation):,} held out")
 
     # 3. The tokenizer, fitted or trained.
-    tokenizer = (fit if config.kind == "patch_kmeans" else train_by_gradient)(config, run, images).eval()
+    tokenizer = (train_by_gradient if config.kind == "vit_vqgan" else fit)(config, run, images).eval()
     if run.is_main:
         tokenizer.save(run.out / "tokenizer.safetensors")
 
@@ -143,25 +163,47 @@ def main(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Raise UserError for a setting of the other kind of tokenizer, or a crop larger than the loaded images."""
-    other_kind = {"patch_kmeans": ("adversarial", "perceptual_vgg"), "vit_vqgan": ("refine_steps",)}
-    for name in other_kind[config.kind]:
+    trained, refined, network = (
+        ("adversarial", "perceptual_vgg"),
+        ("refine_steps",),
+        ("backbone", "backbone_weights"),
+    )
+    others = {
+        "patch_kmeans": (*trained, *network),
+        "patch_dct": (*trained, *refined, *network),
+        "vit_vqgan": (*refined, *network),
+        "feature_kmeans": (*trained, *refined),
+    }
+    for name in others[config.kind]:
         if getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} has no meaning for --kind {config.kind}: leave it out")
     loaded, cropped = height_and_width(config.load_size), height_and_width(config.image_size)
     if config.kind == "vit_vqgan" and (loaded[0] < cropped[0] or loaded[1] < cropped[1]):
         raise UserError(f"--load-size {config.load_size}: expected at least --image-size {config.image_size}")
+    if config.kind == "feature_kmeans" and (config.backbone is None or config.bands != 3):
+        raise UserError(
+            f"--kind feature_kmeans: got --backbone {config.backbone} and --bands {config.bands}, expected a "
+            "model of timm and images of 3 bands"
+        )
     if config.perceptual_vgg and config.bands != 3:
         raise UserError(f"--perceptual-vgg with --bands {config.bands}: VGG16 takes 3 channels, leave it out")
 
 
 def fit(config: Config, run: Run, train: Dataset) -> Tokenizer:
-    """Fit PCA and k-means to the patches of random training images, and refine if requested.
+    """Fit PCA and k-means to the patches of random training images, or to a network's features of them.
 
     Every process computes the same tokenizer.
     """
     chosen = BatchOrder(len(train), 1, config.seed).epoch_order(0)[: config.fit_images].tolist()
+    if config.kind == "feature_kmeans":
+        network = open_network(config.backbone, config.backbone_weights, config.image_size)
+        batches = (train.__getitems__(chosen[at : at + 32]).images for at in range(0, len(chosen), 32))
+        sizes = {"num_codes": config.num_codes, "digits": config.digits, "code_dim": config.code_dim}
+        tokenizer = FeatureKMeans.fit(batches, network, image_size=config.image_size, **sizes)
+        run.start()
+        return tokenizer.to(run.device)
     images = train.__getitems__(chosen).images.float() / 255
-    tokenizer = PatchKMeans.fit(
+    tokenizer = (PatchDCT if config.kind == "patch_dct" else PatchKMeans).fit(
         images,
         image_size=config.image_size,
         patch=config.patch,
@@ -237,24 +279,41 @@ def zeros_loss(images: int, device: torch.device, model: VQTraining, *perceptual
 
 
 def judge(tokenizer: Tokenizer, held_out: ImageDataset, *, config: Config, run: Run) -> dict:
-    """Return the number of codes used, the perplexity, and the means over images of PSNR (dB) and SSIM.
+    """Return the number of codes used, the perplexity, and the quality of the held-out images.
 
-    Warns if few codes are used.
+    It is the mean over images of PSNR (dB) and SSIM, or of features the fraction of their variance that tokens
+    keep. With several digits, the perplexity is the product of theirs. Warns if few codes are used.
     """
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    dataset = run.eval_subset(held_out)
-    counts = torch.zeros(tokenizer.spec.num_codes, dtype=torch.long, device=run.device)
+    dataset, sizes = run.eval_subset(held_out), tokenizer.books.sizes
+    counts = [torch.zeros(size, dtype=torch.long, device=run.device) for size in sizes]
     sums = torch.zeros(2, device=run.device)
     for batch in evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=run.workers):
         images = batch.to(run.device).images.float() / 255
         ids = tokenizer.encode(images)
-        decoded = tokenizer.decode(ids)
-        counts += tally(ids, len(counts))
-        sums += quality(decoded, images).sum(dim=0)
-    used = usage(run.accelerator.reduce(counts))
-    mean_psnr, mean_ssim = (run.accelerator.reduce(sums) / len(dataset)).tolist()
-    run.print(f"{used}; PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.3f} of {len(dataset):,} held-out images")
-    return {"codes_used": used.used, "perplexity": used.perplexity, "psnr": mean_psnr, "ssim": mean_ssim}
+        for number, plane in enumerate(ids.unbind(dim=1) if len(sizes) > 1 else [ids]):
+            counts[number] += tally(plane, sizes[number])
+        if isinstance(tokenizer, FeatureKMeans):
+            sums += kept_variance(tokenizer, images, ids)
+        else:
+            sums += quality(tokenizer.decode(ids), images).sum(dim=0)
+    used = [usage(run.accelerator.reduce(one)) for one in counts]
+    sums = run.accelerator.reduce(sums)
+    run.print("; ".join(map(str, used)))
+    codes = {"codes_used": sum(one.used for one in used), "perplexity": prod(one.perplexity for one in used)}
+    if isinstance(tokenizer, FeatureKMeans):
+        kept = 1 - float(sums[0] / sums[1])
+        run.print(f"{100 * kept:.1f} % of the variance of the features is kept, {len(dataset):,} held-out images")
+        return {**codes, "variance_kept": kept}
+    mean_psnr, mean_ssim = (sums / len(dataset)).tolist()
+    run.print(f"PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.3f} of {len(dataset):,} held-out images")
+    return {**codes, "psnr": mean_psnr, "ssim": mean_ssim}
+
+
+def kept_variance(tokenizer: FeatureKMeans, images: Tensor, ids: Tensor) -> Tensor:
+    """Return the squared error of the tokens' vectors, and the squares of the features, summed: (2,) float32."""
+    features = tokenizer.features(images)
+    return torch.stack([(tokenizer.books.embed(ids) - features).square().sum(), features.square().sum()])
 
 
 def show(
@@ -264,7 +323,10 @@ def show(
     chosen = range(0, len(held_out), -(-len(held_out) // count))
     pixels = held_out.__getitems__(list(chosen))
     images = pixels.images.float() / 255
-    return {"original": images, "reconstruction": tokenizer.decode(tokenizer.encode(images.to(device))).cpu()}
+    ids = tokenizer.encode(images.to(device))
+    if isinstance(tokenizer, FeatureKMeans):
+        return {"original": images, "tokens": plots.paint_codes(ids.cpu(), tokenizer.books.to_books())}
+    return {"original": images, "reconstruction": tokenizer.decode(ids).cpu()}
 
 
 def open_data(config: Config) -> tuple[ImageSource, ImageSource]:

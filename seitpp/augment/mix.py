@@ -59,7 +59,8 @@ def cutmix(
     """Replace a box of each map by that of its partner (CutMix); return the maps and the weight of the own label.
 
     The box covers 1 - lambda of the map, lambda ~ Beta(alpha, alpha), before it is clipped at the borders; its
-    center is uniform. The weight is exactly the fraction of the tokens outside the box. Raises PairingError.
+    center is uniform. Of a sequence, a map of height 1, it is a part. The weight is exactly the fraction of the
+    tokens outside the box. Raises PairingError.
     """
     return _blend(maps, keys, _outside_box(keys, alpha, maps.shape[2:]))
 
@@ -84,9 +85,10 @@ def _blend(maps: Tensor, keys: Keys, own: Tensor) -> tuple[Tensor, Tensor]:
 def _outside_box(keys: Keys, alpha: float, grid: tuple[int, int]) -> Tensor:
     """(B, H, W) float32: 0 for the tokens inside the box of CutMix, 1 for all others."""
     draws = keys.uniform("cutmix", 4)
-    scale = (1 - _beta(draws[:, :2], alpha)).sqrt()
+    area = 1 - _beta(draws[:, :2], alpha)
+    scales = (torch.ones_like(area), area) if grid[0] == 1 else (area.sqrt(), area.sqrt())
     inside = []
-    for draw, length in zip(draws[:, 2:].unbind(dim=1), grid, strict=True):
+    for draw, length, scale in zip(draws[:, 2:].unbind(dim=1), grid, scales, strict=True):
         side, center = (scale * length).long(), (draw * length).long()
         offset = torch.arange(length, device=draw.device) - (center - side // 2).unsqueeze(1)
         inside.append((offset >= 0) & (offset < side.unsqueeze(1)))

@@ -106,7 +106,7 @@ class SeitPPFinetuneView(nn.Module):
         self,
         codebook: Codebook | Books | Float[Tensor, "codes dim"],
         *,
-        size: Sides,
+        size: Sides | None,
         scale: tuple[float, float] = (0.08, 1.0),
         adapt: nn.Module | None = None,
         tokenadapt_fraction: float = 0.5,
@@ -141,11 +141,13 @@ class SeitPPFinetuneView(nn.Module):
         return torch.cat([cropped, adapted])[order], labels
 
     def _plain(self, maps: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, SoftLabels]:
-        cropped = _random_resized_crop(maps, keys, self.size, scale=self.scale)
+        cropped = maps if self.size is None else _random_resized_crop(maps, keys, self.size, scale=self.scale)
         mixed, targets = self.mix(cropped, labels, keys)
         return self.codebook.nearest(mixed, self.lookup), targets
 
     def extra_repr(self) -> str:
+        if self.size is None:
+            return f"whole grid; lookup={self.lookup}"
         return (
             f"random resized crop, size={self.size}, scale={self.scale}; {self.tokenadapt_fraction:.0%} through "
             f"TokenAdapt; lookup={self.lookup}"

@@ -32,6 +32,7 @@ from seitpp.models import Loaded, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
+from seitpp.store.layout import SEQUENCE
 
 Data = TypeVar("Data")
 Source = TypeVar("Source", ImageSource, AnnotatedSource)
@@ -240,16 +241,35 @@ def image_facts(images: Dataset, train: Sized, validation: Sized) -> dict[str, A
 def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, int]:
     """Return the size of the window that the model sees: a square, (height, width), or the whole grid if None.
 
-    Raises UserError, which names `flag`, if the grid is smaller.
+    Raises UserError, which names `flag`, if the grid is smaller, or if the tokens are a sequence.
     """
     if size is None:
         return store.grid
+    if store.layout == SEQUENCE and both_sides(size) != store.grid:
+        raise UserError(
+            f"{flag} {size}: the tokens of {store.path} are sequences of {store.grid[1]}, which cannot be cut: "
+            f"pass {flag} None"
+        )
     window = both_sides(size)
     if window[0] > store.grid[0] or window[1] > store.grid[1]:
         got = size if isinstance(size, int) else f"{size[0]} {size[1]}"
         limit = "its shorter side" if isinstance(size, int) else "its height and width"
         raise UserError(f"{flag} {got} from the grid {store.grid} of {store.path}: expected at most {limit}")
     return window
+
+
+def refuse_on_sequences(store: TokenStore, **settings: object) -> None:
+    """Raise UserError if a setting that needs rows and columns is named for a store whose tokens are sequences.
+
+    `settings` are those with a value that needs them, by their names; None or 0 is always accepted.
+    """
+    for name, value in settings.items():
+        if value and store.layout == SEQUENCE:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} {value}: the tokens of {store.path} are sequences without rows and columns: pass "
+                f"--{flag} {'0' if isinstance(value, float) else 'None'}"
+            )
 
 
 def check_codebook(codebook: Books | np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:

@@ -24,6 +24,11 @@ def tokenizer_pair(tokenizer: Tokenizer, image_size: int, crop: int) -> Tokenize
 
     Raises UserError if the crop is larger than the image, TokenizerError if the tokenizer does not support a size.
     """
+    if tokenizer.spec.sequence:
+        raise UserError(
+            f"the {tokenizer.spec.kind} tokenizer makes sequences without rows and columns: expected a grid of "
+            "tokens, which can be augmented as images are"
+        )
     sizes = image_size, crop * tokenizer.spec.patch
     if sizes[1] > sizes[0]:
         raise UserError(

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from seitpp.errors import refusing, suggest
 from seitpp.tensors import is_checkpoint, load_checkpoint, load_tensors
-from seitpp.tokenizers import libraries, patch_kmeans, refined, vit_vqgan, vqgan
+from seitpp.tokenizers import dct, feature_kmeans, libraries, patch_kmeans, refined, vit_vqgan, vqgan
 from seitpp.tokenizers.base import HEADER, Tokenizer, TokenizerError, TokenizerSpec, require_equal_shapes
+from seitpp.tokenizers.dct import PatchDCT
+from seitpp.tokenizers.feature_kmeans import FeatureKMeans
 from seitpp.tokenizers.patch_kmeans import PatchKMeans
 from seitpp.tokenizers.refined import RefinedPatchKMeans
 from seitpp.tokenizers.vit_vqgan import ViTVQGAN
@@ -20,7 +22,9 @@ from seitpp.tokenizers.vqgan import VQGAN
 
 Kind = Literal[
     "patch_kmeans",
+    "patch_dct",
     "patch_kmeans_refined",
+    "feature_kmeans",
     "vit_vqgan",
     "diffusers",
     "chameleon",
@@ -32,7 +36,7 @@ Kind = Literal[
     "cosmos",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
-OWN = (patch_kmeans.KIND, refined.KIND)
+OWN = {patch_kmeans.KIND: PatchKMeans, dct.KIND: PatchDCT, refined.KIND: RefinedPatchKMeans}
 LIBRARIES = (libraries.DIFFUSERS, *libraries.FAMILIES)
 # Keys under which training scripts keep the weights: averaged ones first.
 NESTS = ("ema", "state_dict", "model")
@@ -49,7 +53,8 @@ def load(name_or_path: str | Path, kind: str | None = None) -> Tokenizer:
 
     | kind | file or folder |
     |---|---|
-    | `patch_kmeans`, `patch_kmeans_refined` | a file that `save` wrote |
+    | `patch_kmeans`, `patch_dct`, `patch_kmeans_refined` | a file that `save` wrote |
+    | `feature_kmeans` | a file that `save` wrote |
     | `vit_vqgan` | a file that `save` wrote, or a checkpoint of enhancing-transformers |
     | `diffusers` | the folder of a VQModel or of a pipeline that has one, or the weights in it |
     | `chameleon`, `emu3`, `janus` | the folder of the VQVAE of transformers, or of the whole model |
@@ -98,6 +103,8 @@ def _load_file(path: Path, kind: str | None) -> Tokenizer:
     if found is None or kind not in (None, found.removesuffix("_vq")):
         says = f"its header says {header.get('kind')!r}" if header else "its header says None"
         raise TokenizerError(f"{path} holds no known tokenizer: {says}, expected one of {kind or _kinds()}")
+    if found == feature_kmeans.KIND:
+        return FeatureKMeans.rebuild(header, tensors, path)
     if found == vit_vqgan.KIND:
         return ViTVQGAN.from_tensors(tensors, header, path)
     if found in vqgan.KINDS:
@@ -128,8 +135,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _kind_of(header: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> str | None:
     if header:
-        kind = header.get("kind")
-        return kind if kind in (*OWN, vit_vqgan.KIND, *vqgan.KINDS, *libraries.SAVED) else None
+        known = (*OWN, feature_kmeans.KIND, vit_vqgan.KIND, *vqgan.KINDS, *libraries.SAVED)
+        return header["kind"] if header.get("kind") in known else None
     return vit_vqgan.KIND if vit_vqgan.CODEBOOK in tensors else vqgan.kind_of(tensors)
 
 
@@ -162,7 +169,7 @@ def _kinds() -> str:
 
 
 def _own(spec: TokenizerSpec, tensors: dict[str, Tensor], path: Path) -> Tokenizer:
-    make = PatchKMeans if spec.kind == patch_kmeans.KIND else RefinedPatchKMeans
+    make = OWN[spec.kind]
     complaint = f"{path} is not a complete {spec.kind} tokenizer"
     if spec.code_dim < 2:
         raise TokenizerError(f"{complaint}: codes of dimension {spec.code_dim}, expected 2 or more")
@@ -171,6 +178,6 @@ def _own(spec: TokenizerSpec, tensors: dict[str, Tensor], path: Path) -> Tokeniz
             require_equal_shapes(make(spec).state_dict(), tensors, complaint)
         tokenizer = make(spec)
         tokenizer.load_state_dict(tensors)
-    if not tokenizer.scale > 0:
-        raise TokenizerError(f"{complaint}: a scale of {tokenizer.scale.item()}, expected more than 0")
+    if not (tokenizer.scale > 0).all():
+        raise TokenizerError(f"{complaint}: a scale of {tokenizer.scale.min().item()}, expected more than 0")
     return tokenizer.eval()

@@ -45,6 +45,8 @@ class PatchKMeans(Tokenizer):
     typical norm.
     """
 
+    kind = KIND
+
     def __init__(self, spec: TokenizerSpec):
         super().__init__(spec)
         values = patch_values(spec)
@@ -73,7 +75,7 @@ class PatchKMeans(Tokenizer):
         if not 1 <= code_dim - 1 <= values:
             raise TokenizerError(f"code_dim {code_dim} for patches of {values} values: expected 2 to {values + 1}")
         spec = TokenizerSpec.unscaled(
-            KIND, image_size, patch, num_codes=num_codes, code_dim=code_dim, channels=channels
+            cls.kind, image_size, patch, num_codes=num_codes, code_dim=code_dim, channels=channels
         )
         if (total := len(images) * spec.grid[0] * spec.grid[1]) < num_codes:
             raise TokenizerError(f"{total} patches cannot give {num_codes} codes: use more images or fewer codes")
@@ -111,13 +113,13 @@ class PatchKMeans(Tokenizer):
         """
         if code_dim < 2:
             raise TokenizerError(f"code_dim {code_dim}: expected at least 2")
-        resizer = cls(TokenizerSpec.unscaled(KIND, image_size, patch, num_codes=1, code_dim=2))
+        resizer = PatchKMeans(TokenizerSpec.unscaled(KIND, image_size, patch, num_codes=1, code_dim=2))
         prepared = (resizer.preprocess(images.float() / 255) for images in batches)
         limit = max(FIT_PATCHES, FIT_PATCHES_PER_CODE * num_codes)
         patches = _sampled_patches(prepared, patch, limit=limit, seed=seed)
         rows = patches.flatten(1)
         spec = TokenizerSpec.unscaled(
-            KIND,
+            cls.kind,
             image_size,
             patch,
             num_codes=min(num_codes, len(torch.unique(rows, dim=0))),
@@ -157,9 +159,9 @@ class PatchKMeans(Tokenizer):
 
     def _fit_codebook(self, maps: Tensor) -> None:
         vectors = rearrange(maps, "b d h w -> (b h w) d")
-        centers = torch.from_numpy(_centers(vectors.numpy(), self.spec.num_codes)).float()
-        counts = torch.bincount(nearest(maps, centers).flatten(), minlength=len(centers))
-        self.codebook.copy_(centers[counts.argsort(descending=True, stable=True)])
+        found = torch.from_numpy(centers(vectors.numpy(), self.spec.num_codes)).float()
+        counts = torch.bincount(nearest(maps, found).flatten(), minlength=len(found))
+        self.codebook.copy_(found[counts.argsort(descending=True, stable=True)])
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the feature map (B, D, H, W) of images (B, C, height, width); the last channel is constant."""
@@ -212,7 +214,7 @@ def _smallest(numbers: list[Tensor], patches: list[Tensor], limit: int) -> tuple
     return drawn[chosen], torch.cat(patches)[chosen]
 
 
-def _centers(vectors: np.ndarray, num_codes: int) -> np.ndarray:
+def centers(vectors: Float[np.ndarray, "vectors dim"], num_codes: int) -> Float[np.ndarray, "codes dim"]:
     """Compute the k-means centers (K, D) of vectors (N, D) float32."""
     from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second, and only fitting needs it
 
