@@ -113,7 +113,7 @@ def test_oblong_maps_from_training_to_export(oblong: Path, classifier: Path, tmp
     call(evaluate, "smoke", "--checkpoint", tmp_path / "part", "--store", oblong, "--out", tmp_path / "window")
     assert accuracies(tmp_path / "window") == accuracies(tmp_path / "part", "_ema")
     card = (export_model(classifier, tmp_path / "exported") / "README.md").read_text()
-    assert "EvalView((8, 16), torch.from_numpy(store.codebook), (8, 16))" in card
+    assert "EvalView((8, 16), store.books, (8, 16))" in card
     assert load_pretrained(tmp_path / "exported").model.patch_embed.img_size == (8, 16)
 
 
