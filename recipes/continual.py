@@ -171,17 +171,14 @@ def main(config: Config) -> None:
     run.print("\n".join(f"{name:18} {value:6.2f} %" for name, value in result.items() if value is not None))
     if run.is_main:
         plots.accuracy_matrix(accuracies, run.out / "matrix.png")
-    held = order.memory(training.step)
-    memory = {
-        "input": config.input,
-        "count": config.count,
-        "memory_bytes": size,
-        "bytes_per_image": data.image_bytes,
-        "memory_images": capacity,
-        "held_by_task": [int(np.isin(labels[held], part).sum()) for part in tasks],
+    held = labels[order.memory(training.step)]
+    memory = {"memory_bytes": size, "bytes_per_image": data.image_bytes, "memory_images": capacity}
+    by_task = {
+        "tasks": [[data.class_names[number] for number in part] for part in tasks],
+        "held_by_task": [int(np.isin(held, part).sum()) for part in tasks],
+        "accuracies": accuracies,
     }
-    names = [[data.class_names[number] for number in part] for part in tasks]
-    run.finish({**result, "accuracies": accuracies, "tasks": names, **memory}, data.facts)
+    run.finish({"input": config.input, "count": config.count, **memory, **result, **by_task}, data.facts)
 
 
 class Data(NamedTuple):

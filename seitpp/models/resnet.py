@@ -39,7 +39,7 @@ class ReducedResNet(ResNet):
 
     def __init__(self, *args, in_chans: int = 32, **kwargs):
         # A deep stem is the one whose width timm lets choose: twice `stem_width`.
-        sizes = {"stem_type": "deep", "stem_width": REDUCED[0] // 2, "channels": REDUCED, "zero_init_last": False}
+        sizes = {"stem_type": "deep", "stem_width": REDUCED[0] // 2, "channels": REDUCED}
         super().__init__(*args, in_chans=in_chans, **sizes, **kwargs)
         factory = {"device": self.fc.weight.device, "dtype": self.fc.weight.dtype}
         self.conv1 = nn.Conv2d(in_chans, REDUCED[0], 3, padding=1, bias=False, **factory)

@@ -30,7 +30,7 @@ from seitpp.models.weights.pretrained import save_pretrained
 
 SEIT_VITS = [f"seit_vit_{size}" for size in ("nano", "tiny", "small", "base")]
 MTM_VITS = [f"mtm_vit_{size}" for size in ("nano", "tiny", "small", "base")]
-RESNETS = ["seit_resnet18", "seit_resnet50"]
+RESNETS = ["seit_resnet18", "seit_resnet50", "seit_resnet18_reduced"]
 NAMES = SEIT_VITS + MTM_VITS + RESNETS
 SMALL = ["seit_vit_nano", "mtm_vit_nano", "seit_resnet18"]
 
@@ -165,6 +165,16 @@ def test_the_stems_are_the_published_layers() -> None:
     resnet.layer1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     resnet(torch.randn(1, 32, 28, 28))
     assert seen == [(1, 64, 56, 56)]
+
+
+def test_the_reduced_resnet_is_that_of_gem() -> None:
+    """1,109,240 weights for 3 channels and 100 classes; inputs keep their size until the second stage."""
+    model, seen = timm.create_model("seit_resnet18_reduced", in_chans=3, num_classes=100), []
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_109_240
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        stage.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
+    assert model(torch.randn(1, 3, 32, 40)).shape == (1, 100)
+    assert seen == [(20, 32, 40), (40, 16, 20), (80, 8, 10), (160, 4, 5)]
 
 
 def test_the_head_sees_the_mean_of_the_patches_without_cls() -> None:
