@@ -112,7 +112,9 @@ def main(config: Config) -> None:
         draw(config, run)
         return
     if run.launch.splits_training:
-        raise UserError("a launch that splits the training (FSDP, DeepSpeed): expected one process, or DDP")
+        raise UserError(
+            "tasks are not learned under FSDP or DeepSpeed: launch with recipes/accelerate/one_gpu.yaml"
+        )
 
     # 2. Data, as tokens or as pixels, and its tasks.
     data = (open_tokens if config.input == "tokens" else open_pixels)(config, run)

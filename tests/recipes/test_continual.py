@@ -82,19 +82,18 @@ def test_killed_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> 
         assert result_of(folder)[name] == result_of(smoke)[name]
 
 
-def test_two_processes_train_the_same_model(smoke: Path, tmp_path: Path) -> None:
-    """Batch norm and memory are those of one process; what rounds differently grows with a rate of 0.1."""
-    finished = distributed(2, RECIPES / "continual.py", "smoke", "--workers", 1, "--out", tmp_path / "two")
+def test_two_processes_train_the_same_model(tmp_path: Path) -> None:
+    """Batch norm and memory are those of one process. With a rate of 0.1, what rounds differently would grow."""
+    line, outs = ["smoke", "--fraction", 0.1, "--lr", 0.01], [tmp_path / "one", tmp_path / "two"]
+    call(continual, *line, "--out", outs[0])
+    finished = distributed(2, RECIPES / "continual.py", *line, "--workers", 1, "--out", outs[1])
     assert finished.returncode == 0, finished.stderr
-    one, two = result_of(smoke), result_of(tmp_path / "two")
+    one, two = map(result_of, outs)
     assert (one["processes"], two["processes"]) == (1, 2) and one["held_by_task"] == two["held_by_task"]
-    losses = [
-        np.array([line["loss"] for line in lines_of(of / "metrics.jsonl")]) for of in (smoke, tmp_path / "two")
-    ]
-    assert losses[1][:5] == pytest.approx(losses[0][:5], abs=1e-5)
-    assert losses[1] == pytest.approx(losses[0], abs=1e-2)
+    losses = [[line["loss"] for line in lines_of(out / "metrics.jsonl")] for out in outs]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     for alone, together in zip(one["accuracies"], two["accuracies"], strict=True):
-        assert together == pytest.approx(alone, abs=100 * 2 / IMAGES)
+        assert together == pytest.approx(alone, abs=100 * 1.1 / IMAGES), "of one image at most"
 
 
 def test_tokens_and_pixels_see_the_same_images(folder_of_digits: Path, tmp_path: Path, monkeypatch) -> None:
@@ -109,11 +108,10 @@ def test_tokens_and_pixels_see_the_same_images(folder_of_digits: Path, tmp_path:
     made = ["--tokenizer", digits().tokenizer, "--splits", "--out", store]
     call(tokenize_images, "smoke", "--data", folder_of_digits, *made)
     monkeypatch.setattr(ReplayOrder, "micro_batches", watched)
-    few = ["smoke", "--class-order", "seed", "--batch-size", 8]
-    whole = [*few, "--fraction", 0.3, "--tasks", 3]
-    memories = {"tokens": ["--memory", "4000B"], "pixels": ["--memory", "184.4kB", "--input", "pixels"]}
-    for name, data, tasks in (("tokens", ["--store", store], 2), ("pixels", ["--data", folder_of_digits], 2)):
-        call(continual, *few, "--fraction", 1, "--tasks", tasks, *data, *memories[name], "--out", tmp_path / name)
+    line = ["smoke", "--fraction", 1, "--tasks", 2, "--class-order", "seed"]
+    call(continual, *line, "--store", store, "--memory", "4000B", "--out", tmp_path / "tokens")
+    pixels = ["--input", "pixels", "--data", folder_of_digits, "--memory", "184.4kB"]
+    call(continual, *line, *pixels, "--out", tmp_path / "pixels")
     assert seen[0] == seen[1] and len(seen[0]) > 5
     one, two = (result_of(tmp_path / name) for name in ("tokens", "pixels"))
     assert one["memory_images"] == two["memory_images"] == 15 and one["held_by_task"] == two["held_by_task"]
@@ -121,7 +119,6 @@ def test_tokens_and_pixels_see_the_same_images(folder_of_digits: Path, tmp_path:
     assert (one["bytes_per_image"], two["bytes_per_image"]) == (256, 3 * 32 * 32 * 4)
     train = TokenStore(digits().store, "train").labels.tolist()
     assert train == DigitsSource("train").labels.values, "and so they do on the digits"
-    assert whole
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +189,7 @@ def test_presets_are_named_as_they_are(name: str) -> None:
 
 
 def test_what_cannot_be_learned_is_refused(folder_of_digits: Path, tmp_path: Path, capfd, monkeypatch) -> None:
-    whole, few = TokenStore(digits().store), np.arange(40)
+    whole, few = TokenStore(digits().store), range(40)
     common = {"codebook": whole.codebook, "grid": whole.grid}
     for name, labels, names in (
         ("unlabeled", [None] * 40, None),
