@@ -25,6 +25,7 @@ from seitpp.store.layout import entropy
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.ticker import EngFormatter
 
 PAINTED_PIXELS = 8  # side of a token whose code is drawn as a color
 GRAY = 0.5
@@ -315,15 +316,16 @@ def accuracy_over_memory(
     `lines` maps names to the accuracies of the runs with a memory of so many bytes: a point is their mean, a bar
     their standard deviation. `levels` maps names to the accuracies of runs without memory: horizontal lines.
     """
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = plt.subplots(figsize=(8.5, 4))
     for name, points in lines.items():
         sizes = sorted(points)
         means, bars = ([float(function(points[size])) for size in sizes] for function in (np.mean, np.std))
         axis.errorbar(sizes, means, bars, fmt="o-", capsize=3, label=name)
     for number, (name, values) in enumerate(levels.items()):
         axis.axhline(np.mean(values), color="gray", linestyle=LEVEL_STYLES[number % len(LEVEL_STYLES)], label=name)
-    axis.set(xlabel="memory (bytes)", ylabel="average accuracy (%)", xscale="log")
-    axis.legend(frameon=False)
+    axis.set(xlabel="memory", ylabel="average accuracy (%)", xscale="log", ylim=(0, 100))
+    axis.xaxis.set_major_formatter(EngFormatter("B"))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

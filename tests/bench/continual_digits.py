@@ -25,7 +25,7 @@ ROWS = (
     ("tokens", "paper", SIZES),
     ("tokens", "stored", SIZES[:1]),
     ("pixels", "paper", SIZES),
-    ("pixels", "uint8", SIZES[::2]),
+    ("pixels", "uint8", SIZES[:1]),
     ("pixels", "jpeg", SIZES[:1]),
 )
 NOTHING, JOINT = {"memory": "0"}, {"memory": "0", "tasks": 1}

@@ -61,9 +61,10 @@ def test_timm_citizens(name: str) -> None:
         features = model.forward_features(inputs)
         maps = model.forward_intermediates(inputs, intermediates_only=True, norm=False)
         if name in RESNETS:
-            assert features.shape == (2, model.num_features, 2, 2)
+            unit = 1 if name.endswith("reduced") else 8  # of a reduction: a value of the input, or a pixel
             reductions = [info["reduction"] for info in model.feature_info]
-            assert [m.shape[-1] for m in maps] == [8 * 8 // reduction for reduction in reductions]
+            assert [m.shape[-1] for m in maps] == [8 * unit // reduction for reduction in reductions]
+            assert features.shape == maps[-1].shape and features.shape[1] == model.num_features
         else:
             assert features.shape == (2, 17, model.embed_dim)
             assert maps[-1].shape == (2, model.embed_dim, 4, 4)
@@ -116,7 +117,7 @@ def test_layer_decay_spares_the_stem_most(name: str) -> None:
     assert len(stem) >= 3 and len(head) == 2
     assert {by_name[n] for n in stem} == {min(by_name.values())}
     assert {by_name[n] for n in head} == {1.0}
-    blocks = len(model.blocks) if hasattr(model, "blocks") else {18: 8, 50: 16}[int(name[-2:])]
+    blocks = len(model.blocks) if hasattr(model, "blocks") else {"18": 8, "50": 16}[name[11:13]]
     assert min(by_name.values()) == pytest.approx(0.5 ** (blocks + 1), rel=1e-6)
     if name in MTM_VITS:
         assert by_name["patch_embed.token_emb.weight"] == min(by_name.values())
@@ -175,6 +176,7 @@ def test_the_reduced_resnet_is_that_of_gem() -> None:
         stage.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
     assert model(torch.randn(1, 3, 32, 40)).shape == (1, 100)
     assert seen == [(20, 32, 40), (40, 16, 20), (80, 8, 10), (160, 4, 5)]
+    assert timm.create_model("seit_resnet18_reduced", num_classes=0)(torch.zeros(1, 32, 8, 8)).shape == (1, 160)
 
 
 def test_the_head_sees_the_mean_of_the_patches_without_cls() -> None:

@@ -217,7 +217,7 @@ def test_what_cannot_be_learned_is_refused(folder_of_digits: Path, tmp_path: Pat
         (["--store", tmp_path / "unlabeled"], "continual needs classes", tmp_path / "unlabeled"),
         (["--store", tmp_path / "several"], "several classes", tmp_path / "several"),
         (["--store", tmp_path / "three", "--fraction", 1, "--tasks", 3], "has no validation images"),
-        (["--fraction", 0.03], "task 1 of 5 has", "expected at least the 10 of a batch"),
+        (["--fraction", 0.03], "task 2 of 5 has 7", "expected at least the 10 of a batch"),
         (["--accumulation", 2], "unknown flag --accumulation"),
     ):
         refused(capfd, monkeypatch, continual, [*out, *arguments], *words)
