@@ -12,7 +12,7 @@ from torch import nn
 from downstream.continual.order import ReplayOrder
 from downstream.continual.sizes import images_held, parse_bytes, pixel_bytes, token_bytes
 from downstream.continual.tasks import classes_seen, divide_classes, figures, images_of, task_accuracies
-from seitpp import TokenStore
+from seitpp import StoreWriter, TokenStore
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.evaluate import Predictions
 from seitpp.errors import UserError
@@ -52,19 +52,13 @@ def test_other_texts_are_no_sizes(text: str) -> None:
         parse_bytes(text, "--memory")
 
 
-def test_the_arithmetic_of_the_paper() -> None:
+def test_the_arithmetic_of_the_paper(tmp_path: Path) -> None:
     """574.2 MiB = 1,000 pixel images, 494.9 MiB = all token images of ImageNet-100; 147 to 1; 150,528 B."""
-
-    class Grid:
-        grid = (32, 32)
-
-    pixels, tokens = pixel_bytes((3, 224, 224), [], "paper"), token_bytes(Grid, "paper")
-    assert (pixels, tokens, pixels / tokens, pixel_bytes((3, 224, 224), [], "uint8")) == (
-        602_112,
-        4096,
-        147,
-        150_528,
-    )
+    with StoreWriter(tmp_path / "store", codebook=np.eye(2, dtype=np.float32), grid=(32, 32)) as writer:
+        writer.add(np.zeros((32, 32), np.uint16), 0)
+    tokens, digits_source = token_bytes(TokenStore(tmp_path / "store"), "paper"), DigitsSource("train")
+    pixels, values = (pixel_bytes((3, 224, 224), digits_source, count) for count in ("paper", "uint8"))
+    assert (pixels, values, tokens, pixels / tokens) == (602_112, 150_528, 4096, 147)
     assert [round(size / 2**20, 1) for size in (1000 * pixels, 126_689 * tokens)] == [574.2, 494.9]
     assert images_held(parse_bytes("602.112MB", ""), pixels, "paper") == 1000
     assert images_held(1000 * pixels, tokens, "paper") == 147_000 > 126_689

@@ -1,6 +1,5 @@
 """continual as a user runs it: exact figures, killed and resumed, two processes, tokens and pixels, the figure."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import continual
@@ -125,12 +124,14 @@ def test_tokens_and_pixels_see_the_same_images(folder_of_digits: Path, tmp_path:
 def compared(smoke: Path, tmp_path_factory) -> dict[str, Path]:
     """Short runs for the figure, with what they are."""
     root, short = tmp_path_factory.mktemp("compared"), ["smoke", "--fraction", 0.05, "--tasks", 2]
+    pixels = ["--input", "pixels", "--size", 8]
     runs = {
         "more": ["--memory", "50kB"],
         "less": ["--memory", "1kB"],
         "none": ["--memory", 0],
         "joint": ["--memory", 0, "--tasks", 1],
-        "pixels": ["--input", "pixels", "--size", 8, "--count", "uint8", "--memory", "1.5kB"],
+        "pixels": [*pixels, "--count", "uint8", "--memory", "1.5kB"],
+        "files": [*pixels, "--count", "jpeg", "--file-bytes", "109kB", "--memory", "1MB"],
     }
     for name, flags in runs.items():
         call(continual, *short, *flags, "--out", root / name)
@@ -142,7 +143,8 @@ def test_the_baselines(compared: dict[str, Path]) -> None:
     assert none["memory_images"] == 0 and none["held_by_task"] == [0, 0]
     assert joint["forgetting"] is joint["backward_transfer"] is None
     assert joint["accuracies"] == [[joint["average_accuracy"]]] and len(joint["tasks"][0]) == 10
-    assert result_of(compared["pixels"])["memory_images"] == 7, "of 8 x 8 x 3 bytes"
+    counted = [result_of(compared[name])["memory_images"] for name in ("pixels", "files")]
+    assert counted == [7, 9], "of 8 x 8 x 3 bytes, and of 109,000"
 
 
 def test_the_figure_of_several_runs(
@@ -156,6 +158,7 @@ def test_the_figure_of_several_runs(
     assert result["lines"] == {
         "tokens, count paper": {"50000": [found["more"]], "1000": [found["less"]]},
         "pixels, count uint8": {"1500": [found["pixels"]]},
+        "pixels, count jpeg": {"1000000": [found["files"]]},
     }
     assert result["levels"] == {"tokens, no memory": [found["none"]], "tokens, all at once": [found["joint"]]}
     assert (tmp_path / "figure/memory.png").read_bytes().startswith(b"\x89PNG")
@@ -184,8 +187,8 @@ def test_a_dry_run(capsys) -> None:
 
 @pytest.mark.parametrize("name", continual.PRESETS)
 def test_presets_are_named_as_they_are(name: str) -> None:
+    assert continual.PRESETS[name].preset == name
     assert parse(continual.PRESETS, "digits", [name]) == continual.PRESETS[name]
-    assert replace(continual.PRESETS[name], preset="x").preset == "x" and continual.PRESETS[name].preset == name
 
 
 def test_what_cannot_be_learned_is_refused(folder_of_digits: Path, tmp_path: Path, capfd, monkeypatch) -> None:
