@@ -34,18 +34,20 @@ class ReducedResNet(ResNet):
     """The ResNet-18 of GEM (Lopez-Paz and Ranzato, arXiv 1706.08840): inputs (B, C, H, W) -> logits (B, classes).
 
     Its widths are 20, 40, 80 and 160. The stem is a 3 x 3 convolution of stride 1, and there is no max-pooling, so
-    that small inputs keep their size until the second stage. The reductions in `feature_info` are relative to the
-    input.
+    that small inputs keep their size until the second stage. Its weights begin as torch's, not as timm's, with
+    which no block does anything at first. The reductions in `feature_info` are relative to the input.
     """
 
     def __init__(self, *args, in_chans: int = 32, **kwargs):
         # A deep stem is the one whose width timm lets choose: twice `stem_width`.
         sizes = {"stem_type": "deep", "stem_width": REDUCED[0] // 2, "channels": REDUCED}
-        super().__init__(*args, in_chans=in_chans, **sizes, **kwargs)
+        super().__init__(*args, in_chans=in_chans, zero_init_last=False, **sizes, **kwargs)
         factory = {"device": self.bn1.weight.device, "dtype": self.bn1.weight.dtype}
         self.conv1 = nn.Conv2d(in_chans, REDUCED[0], 3, padding=1, bias=False, **factory)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm all others
         self.maxpool = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8), strict=True):
             info["reduction"] = reduction
 
