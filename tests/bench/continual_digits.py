@@ -70,9 +70,8 @@ def main() -> None:
     runs = [str(arguments.out / f"{name}-{seed}") for name in results for seed in range(arguments.seeds)]
     run(arguments.out / "figure", figure=tuple(runs))
     other = other_counts(recipe["PRESETS"]["digits"].size)
-    print(
-        "| run | images | by the other counts | average accuracy | forgetting | seconds |\n|---|---|---|---|---|---|"
-    )
+    columns = ("run", "images", "by the other counts", "average accuracy", "forgetting", "seconds")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, found in results.items():
         means = [spread([result[key] for result in found]) for key in ("average_accuracy", "forgetting")]
         images, seconds = sum(found[0]["held_by_task"]), np.mean([result["seconds"] for result in found])
