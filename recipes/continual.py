@@ -15,7 +15,8 @@ chooses among all classes seen so far (figures: downstream/continual/tasks.py). 
 value (pixels); `jpeg`, the image files (pixels); `stored`, the encoded ids and the label (tokens). `published` is
 the paper's ImageNet-100 in 10 tasks, where a memory of 1,000 pixel images holds all token images. Batch size and
 class order are not published; neither the result nor the time on a GPU is measured. `digits` (the default) takes
-MEASURED.
+20 s as tokens and 65.1 +- 7.8 % average accuracy, 90 s and 20.2 +- 1.5 % as pixels, on one CPU core (three seeds,
+tests/bench/continual_digits.py).
 The recipe reads a token store, or labeled images. It writes config.json, metrics.jsonl, evaluations.jsonl,
 checkpoints/, matrix.png and result.json into --out, but no model file. With --figure it trains nothing: it draws
 the accuracies of earlier runs over their memory into memory.png, a line for tokens and one for pixels.

@@ -318,12 +318,14 @@ def accuracy_over_memory(
     """
     figure, axis = plt.subplots(figsize=(8.5, 4))
     for name, points in lines.items():
-        sizes = sorted(points)
-        means, bars = ([float(function(points[size])) for size in sizes] for function in (np.mean, np.std))
-        axis.errorbar(sizes, means, bars, fmt="o-", capsize=3, label=name)
+        sizes, values = zip(*sorted(points.items()), strict=True)
+        bars = [np.std(runs, ddof=1) if len(runs) > 1 else 0.0 for runs in values]
+        axis.errorbar(sizes, list(map(np.mean, values)), bars, fmt="o-", capsize=3, label=name)
     for number, (name, values) in enumerate(levels.items()):
         axis.axhline(np.mean(values), color="gray", linestyle=LEVEL_STYLES[number % len(LEVEL_STYLES)], label=name)
     axis.set(xlabel="memory", ylabel="average accuracy (%)", xscale="log", ylim=(0, 100))
+    axis.minorticks_off()
+    axis.set_xticks(sorted({size for points in lines.values() for size in points}))
     axis.xaxis.set_major_formatter(EngFormatter("B"))
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axis.spines[["top", "right"]].set_visible(False)
