@@ -8,7 +8,7 @@ from torch.distributed.nn.functional import all_reduce
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm whose statistics in training are those of the global batch, of equal parts on all processes.
 
-    So a model trains alike on any number of processes. torch's SyncBatchNorm has no CPU implementation.
+    torch's SyncBatchNorm has no CPU implementation.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -170,13 +170,16 @@ def test_the_stems_are_the_published_layers() -> None:
 
 def test_the_reduced_resnet_is_that_of_gem() -> None:
     """1,109,240 weights for 3 channels and 100 classes; inputs keep their size until the second stage."""
-    model, seen = timm.create_model("seit_resnet18_reduced", in_chans=3, num_classes=100), []
+    model, seen = timm.create_model("seit_resnet18_reduced", in_chans=3, num_classes=100).eval(), []
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_109_240
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         stage.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
     assert model(torch.randn(1, 3, 32, 40)).shape == (1, 100)
     assert seen == [(20, 32, 40), (40, 16, 20), (80, 8, 10), (160, 4, 5)]
-    assert timm.create_model("seit_resnet18_reduced", num_classes=0)(torch.zeros(1, 32, 8, 8)).shape == (1, 160)
+    assert timm.create_model("seit_resnet18_reduced", num_classes=0).eval()(torch.zeros(1, 32, 8, 8)).shape == (
+        1,
+        160,
+    )
 
 
 def test_the_head_sees_the_mean_of_the_patches_without_cls() -> None:
