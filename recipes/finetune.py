@@ -16,7 +16,6 @@ validation.png and result.json into --out. It does not change the checkpoint.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -48,13 +47,10 @@ from seitpp.engine.inputs import (
     check_codes,
     classifier_trial,
     image_facts,
-    open_images,
-    open_once,
+    open_classified,
     open_stores,
     open_tokenadapt,
-    readable,
     refuse_on_sequences,
-    require_labels,
     store_facts,
     train_subset,
     window_of,
@@ -64,7 +60,6 @@ from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
-from seitpp.images.labels import LabelRules
 from seitpp.models import (
     Loaded,
     TokenAdapt,
@@ -354,17 +349,8 @@ def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
         if getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
-    splits = config.split, config.validation_split
-    parts = open_once(run.accelerator, partial(open_images, config.data, *splits, rules=LabelRules()))
-    for part in parts:
-        require_labels(part, "finetune", config.data)
-    train, validation = (readable(part, run) for part in parts)
+    train, validation = open_classified(run, config.validation_split, "finetune")
     names = train.class_names
-    if not names or names != validation.class_names:
-        raise UserError(
-            f"{config.data}: the splits have different classes or none, expected the same class names in both: "
-            "name labeled splits with --split and --validation-split"
-        )
     size = both_sides(config.size or 224)
     boxes = RandomBoxes(config.seed, size, config.crop_scale)
     model = pixel_classifier_from(source.model, len(names), img_size=size, drop_path_rate=config.drop_path)

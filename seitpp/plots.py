@@ -28,6 +28,7 @@ from seitpp.store.layout import entropy
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.ticker import EngFormatter
 
 PAINTED_PIXELS = 8  # side of a token whose code is drawn as a color
 GRAY = 0.5
@@ -36,6 +37,7 @@ GOLDEN_SECTION, FIRST_HUE = 0.618034, 0.58
 VERDICTS = ((0.88, 0.88, 0.88), (0.8, 0.1, 0.1), (0.0, 0.0, 0.0))  # colors of a correct, wrong, ignored pixel
 SEGMENTED_SIDE = 2.0  # inches of a segmented image
 LOG_SPAN = 30  # ratio of the largest to the smallest value above which an axis is logarithmic
+LEVEL_STYLES = (":", "--", "-.", "-")  # of horizontal lines
 RATIO_BINS = 20  # bins of mask ratios from 0 to 1
 PROBES = {"linear_probe_top1": "linear probe", "knn_top1": "k-NN"}
 HELD_OUT = {"masked_loss_train": "training images", "masked_loss_validation": "held-out images"}
@@ -297,6 +299,51 @@ def confusion(found: Confusions, class_names: Sequence[str], path: Path) -> None
     axis.set_xticks(range(len(shown)), texts, rotation=90, **as_written)
     axis.set_yticks(range(len(shown)), texts, **as_written)
     figure.colorbar(image, label="fraction of the label's images", fraction=0.046)
+    _save(figure, path)
+
+
+def accuracy_matrix(accuracies: Sequence[Sequence[float]], path: Path) -> None:
+    """Draw the accuracies in percent of continual learning: row t has those on the tasks 0 .. t after task t."""
+    tasks = len(accuracies)
+    values = np.full((tasks, tasks), np.nan)
+    for row, known in zip(values, accuracies, strict=True):
+        row[: len(known)] = known
+    side = 2.2 + 0.55 * tasks
+    figure, axis = plt.subplots(figsize=(side + 1, side))
+    image = axis.imshow(values, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
+    for (after, task), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axis.text(task, after, f"{value:.0f}", ha="center", va="center", color="w" if value > 60 else "k")
+    numbers = range(1, tasks + 1)
+    axis.set_xticks(range(tasks), numbers)
+    axis.set_yticks(range(tasks), numbers)
+    axis.set(xlabel="accuracy on task", ylabel="after task")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.colorbar(image, label="top-1 accuracy (%)", fraction=0.046)
+    _save(figure, path)
+
+
+def accuracy_over_memory(
+    lines: Mapping[str, Mapping[int, Sequence[float]]], levels: Mapping[str, Sequence[float]], path: Path
+) -> None:
+    """Plot accuracies in percent over the bytes of a memory.
+
+    `lines` maps names to the accuracies of the runs with a memory of so many bytes: a point is their mean, a bar
+    their standard deviation. `levels` maps names to the accuracies of runs without memory: horizontal lines.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 4))
+    for name, points in lines.items():
+        sizes, values = zip(*sorted(points.items()), strict=True)
+        bars = [np.std(runs, ddof=1) if len(runs) > 1 else 0.0 for runs in values]
+        axis.errorbar(sizes, list(map(np.mean, values)), bars, fmt="o-", capsize=3, label=name)
+    for number, (name, values) in enumerate(levels.items()):
+        axis.axhline(np.mean(values), color="gray", linestyle=LEVEL_STYLES[number % len(LEVEL_STYLES)], label=name)
+    axis.set(xlabel="memory", ylabel="average accuracy (%)", xscale="log", ylim=(0, 100))
+    axis.minorticks_off()
+    axis.set_xticks(sorted({size for points in lines.values() for size in points}))
+    axis.xaxis.set_major_formatter(EngFormatter("B"))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

@@ -128,7 +128,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fewer_images(config: TrainConfig) -> str:
-    """Suggest settings for the same global batch with fewer images at a time."""
+    """Suggest settings for the same global batch with fewer images at a time, where the recipe has such."""
+    if "accumulation" not in {field.name for field in dataclasses.fields(config)}:
+        return f"got a batch of {config.batch_size} images: pass a smaller --batch-size"
     if config.accumulation is None and torch.cuda.is_available():
         return "the chosen number of images at a time does not fit: pass --accumulation larger than the chosen one"
     processes, accumulation = launched_processes(), config.accumulation or 1

@@ -93,6 +93,7 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
         ("embed", [*half, "--out", tmp_path / "vectors", "--checkpoint", mtm, *images]),
         ("predict", [*half, "--out", tmp_path / "classes", "--checkpoint", fine, *images]),
         ("predict", [*half, "--out", tmp_path / "masks", "--checkpoint", segment, *pictures]),
+        ("continual", [*half, "--out", tmp_path / "tasks", *tokens, "--fraction", 1, "--tasks", 2]),
     ]
     reports = pretend(jobs)
     assert not problems(reports)
@@ -151,6 +152,7 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
         "tokenadapt_train": [*images, *tokenizer],
         "tokenizer_train": images,
         "segment_ade20k": ["--store", folder / "ade20k"],
+        "continual": ["--store", folder / "tokens", "--tasks", 2],
     }
     finetunes = {
         "tokens": ["--store", folder / "tokens", "--checkpoint", folder / "seit.safetensors"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sized
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,6 +111,27 @@ def open_images(
     if rules and source.class_names:
         rules = replace(rules, classes=tuple(source.class_names))
     return source, open_source(data, validation_split, rules)
+
+
+def open_classified(run: Run, validation_split: str | None, purpose: str) -> tuple[ImageSource, ImageSource]:
+    """Open the training and the validation images of the run's --data and --split, with their classes.
+
+    Images that cannot be read are left out if the run says so (`readable`). Raises UserError if an image has no
+    label, which the `purpose` needs, or if the two have other classes.
+    """
+    data = run.config.data
+    opened = partial(open_images, data, run.config.split, validation_split, rules=LabelRules())
+    parts = open_once(run.accelerator, opened)
+    for part in parts:
+        require_labels(part, purpose, data)
+    names = parts[0].class_names
+    if not names or names != parts[1].class_names:
+        raise UserError(
+            f"{data}: the splits have different classes or none, expected the same class names in both: "
+            "name labeled splits with --split and --validation-split"
+        )
+    train, validation = (readable(part, run) for part in parts)
+    return train, validation
 
 
 def readable(source: Source, run: Run, *, reading: Reading = RGB) -> Source:

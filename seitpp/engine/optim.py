@@ -92,6 +92,10 @@ class Schedule:
             min_lr=getattr(config, "min_lr", 0.0),
         )
 
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether an evaluation is due after `step` updates."""
+        return step % self.evaluation_steps == 0
+
     def lr(self, step: int) -> float:
         """Return the learning rate of update `step`, counted from 0: linear warmup, then the decay."""
         durations = {"steps": self.steps, "warmup": self.warmup_steps, "peak": self.peak_lr}

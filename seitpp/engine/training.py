@@ -74,9 +74,9 @@ class Training:
         self._recorder = Recorder(run.accelerator, log=run.log, evaluations=run.evaluations, on_main=run.on_main)
         self._recorder.drop_lines_after(self.step)
         self._end = schedule.steps
-        self._checkpoint_every, self._evaluate_every = schedule.checkpoint_steps, schedule.evaluation_steps
+        self._checkpoint_every = schedule.checkpoint_steps
         if self.config.dry_run:  # one step, and one more after it is resumed
-            self._end, self._checkpoint_every, self._evaluate_every = min(self._end, self.step + 1), 1, 1
+            self._end, self._checkpoint_every = min(self._end, self.step + 1), 1
 
     def unsharded(self, module: nn.Module) -> nn.Module:
         """Return the model or its moving average with all of its weights, for evaluation and saving.
@@ -188,7 +188,7 @@ class Training:
         return f"{how} after step {self.step}, which is saved: go on with --resume --out {self.run.out}"
 
     def _evaluation_is_due(self) -> bool:
-        return self.step % self._evaluate_every == 0
+        return self.config.dry_run or self.schedule.is_evaluated(self.step)
 
     def save(self) -> None:
         """Save a checkpoint of the current step. Raises RunError if writing fails."""

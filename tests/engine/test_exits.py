@@ -65,6 +65,7 @@ def test_an_unreadable_image_ends_every_recipe_or_is_left_out(files: Path, tmp_p
         "embed": [*train, *tokens, "--checkpoint", files / "mtm.safetensors"],
         "segment_ade20k": [*scenes, *by_scenes, *steps],
         "evaluate_segmentation": [*scenes, *by_scenes, *segmented],
+        "continual": [*pictures, "--input", "pixels", "--tasks", 2, "--fraction", 1],
     }
     jobs = [
         (name, "smoke", *words, "--workers", 2, "--out", tmp_path / f"{name}-{kind}", *more)

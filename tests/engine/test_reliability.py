@@ -240,13 +240,20 @@ def test_out_of_memory_names_the_ways_out(tmp_path) -> None:
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     (tmp_path / "limited.py").write_text(limited)
-    line = [RECIPES / "seit_train.py", "smoke", "--batch-size", 1024, "--model", "seit_vit_tiny"]
-    finished = run_forks(tmp_path / "limited.py", *line, "--out", tmp_path / "run")
-    assert finished.returncode == 2, finished.stderr
-    assert finished.stderr.splitlines()[-1].startswith(
-        "error: out of memory: got 1024 images at a time on each of 1 process(es): for the same updates with "
-        "fewer, pass --batch-size 1024 --accumulation 2 (512), --batch-size 1024 --accumulation 4 (256)"
-    )
+    large, pixels = ["--batch-size", 1024, "--model", "seit_vit_tiny"], ["--input", "pixels", "--size", 1024]
+    for name, flags, advice in (
+        (
+            "seit_train",
+            large,
+            "got 1024 images at a time on each of 1 process(es): for the same updates with fewer, pass "
+            "--batch-size 1024 --accumulation 2 (512), --batch-size 1024 --accumulation 4 (256)",
+        ),
+        ("continual", [*pixels, "--memory", 0], "got a batch of 10 images: pass a smaller --batch-size"),
+    ):
+        line = [RECIPES / f"{name}.py", "smoke", *flags, "--out", tmp_path / name]
+        finished = run_forks(tmp_path / "limited.py", *line)
+        assert finished.returncode == 2, finished.stderr
+        assert finished.stderr.splitlines()[-1].startswith(f"error: out of memory: {advice}")
 
 
 def test_runs_as_they_were_logged(whole) -> None:

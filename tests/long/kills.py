@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 SCRIPTS = Path(__file__).parents[2] / "recipes"
-RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train")
+RECIPES = ("mtm_pretrain", "seit_train", "finetune", "tokenadapt_train", "tokenizer_train", "continual")
 KILLS_A_TRIAL = 8
 TIMES = {"images_per_second", "data_wait", "mfu", "memory_gib"}
 

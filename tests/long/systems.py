@@ -69,6 +69,8 @@ COMMANDS = {
     "tokenizer_train": f"tokenizer_train smoke {PICTURES} {TRAIN}",
     "segment_ade20k": f"segment_ade20k smoke {SCENES} --short-side 64 --steps 2 --warmup-steps 1 --resume"
     " --out OUT",
+    "continual": "continual smoke --input pixels --data IN/pictures --tasks 2 --batch-size 4 --fraction 1 --resume"
+    " --out OUT",
     "tokenize_images": "tokenize_images smoke --data IN/pictures/train --keep-source --out OUT",
     "evaluate": f"evaluate smoke --data IN/pictures --checkpoint IN/finetuned {APPLY}",
     "predict": f"predict smoke --data IN/pictures/train --checkpoint IN/finetuned {APPLY}",

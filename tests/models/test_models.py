@@ -30,7 +30,7 @@ from seitpp.models.weights.pretrained import save_pretrained
 
 SEIT_VITS = [f"seit_vit_{size}" for size in ("nano", "tiny", "small", "base")]
 MTM_VITS = [f"mtm_vit_{size}" for size in ("nano", "tiny", "small", "base")]
-RESNETS = ["seit_resnet18", "seit_resnet50"]
+RESNETS = ["seit_resnet18", "seit_resnet50", "seit_resnet18_reduced"]
 NAMES = SEIT_VITS + MTM_VITS + RESNETS
 SMALL = ["seit_vit_nano", "mtm_vit_nano", "seit_resnet18"]
 
@@ -61,9 +61,10 @@ def test_timm_citizens(name: str) -> None:
         features = model.forward_features(inputs)
         maps = model.forward_intermediates(inputs, intermediates_only=True, norm=False)
         if name in RESNETS:
-            assert features.shape == (2, model.num_features, 2, 2)
+            unit = 1 if name.endswith("reduced") else 8  # of a reduction: a value of the input, or a pixel
             reductions = [info["reduction"] for info in model.feature_info]
-            assert [m.shape[-1] for m in maps] == [8 * 8 // reduction for reduction in reductions]
+            assert [m.shape[-1] for m in maps] == [8 * unit // reduction for reduction in reductions]
+            assert features.shape == maps[-1].shape and features.shape[1] == model.num_features
         else:
             assert features.shape == (2, 17, model.embed_dim)
             assert maps[-1].shape == (2, model.embed_dim, 4, 4)
@@ -116,7 +117,7 @@ def test_layer_decay_spares_the_stem_most(name: str) -> None:
     assert len(stem) >= 3 and len(head) == 2
     assert {by_name[n] for n in stem} == {min(by_name.values())}
     assert {by_name[n] for n in head} == {1.0}
-    blocks = len(model.blocks) if hasattr(model, "blocks") else {18: 8, 50: 16}[int(name[-2:])]
+    blocks = len(model.blocks) if hasattr(model, "blocks") else {"18": 8, "50": 16}[name[11:13]]
     assert min(by_name.values()) == pytest.approx(0.5 ** (blocks + 1), rel=1e-6)
     if name in MTM_VITS:
         assert by_name["patch_embed.token_emb.weight"] == min(by_name.values())
@@ -165,6 +166,20 @@ def test_the_stems_are_the_published_layers() -> None:
     resnet.layer1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     resnet(torch.randn(1, 32, 28, 28))
     assert seen == [(1, 64, 56, 56)]
+
+
+def test_the_reduced_resnet_is_that_of_gem() -> None:
+    """1,109,240 weights for 3 channels and 100 classes; inputs keep their size until the second stage."""
+    model, seen = timm.create_model("seit_resnet18_reduced", in_chans=3, num_classes=100).eval(), []
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_109_240
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        stage.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
+    assert model(torch.randn(1, 3, 32, 40)).shape == (1, 100)
+    assert seen == [(20, 32, 40), (40, 16, 20), (80, 8, 10), (160, 4, 5)]
+    assert timm.create_model("seit_resnet18_reduced", num_classes=0).eval()(torch.zeros(1, 32, 8, 8)).shape == (
+        1,
+        160,
+    )
 
 
 def test_the_head_sees_the_mean_of_the_patches_without_cls() -> None:

@@ -35,6 +35,7 @@ TRAINING_RECIPES = (
     "tokenadapt_train",
     "tokenizer_train",
     "segment_ade20k",
+    "continual",
 )
 
 LAUNCHES = RECIPES / "accelerate"

@@ -1,0 +1,1 @@
+"""Class-incremental learning by Experience Replay, with a memory counted in bytes (SeiT)."""

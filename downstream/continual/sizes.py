@@ -1,0 +1,68 @@
+"""How many images a memory of so many bytes holds, by several ways to count."""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from math import prod
+from typing import Literal
+
+import numpy as np
+from accelerate.utils import tqdm
+
+from seitpp.errors import UserError
+from seitpp.images.sources import ImageSource
+from seitpp.store import TokenStore
+
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+FLOAT32, ID, LABEL = (
+    4,
+    4,
+    8,
+)  # bytes of a value of a pixel and of an id, as the paper counts; of a label in a store
+READ = 10_000  # files that are read at most, evenly spaced, for the mean of their sizes
+
+# What the paper counts (float32 pixels, 4-byte ids), a byte a value of a pixel, image files, or ids and label as
+# stored.
+Count = Literal["paper", "uint8", "jpeg", "stored"]
+COUNTS: dict[str, Sequence[Count]] = {"tokens": ("paper", "stored"), "pixels": ("paper", "uint8", "jpeg")}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Read a number of bytes: "0", "574MB" (10^6), "574.2MiB" (2^20), "24.6kB".
+
+    Raises UserError, which names `flag`, for another text.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
+    unit = UNITS.get(match[2] or "b") if match else None
+    if match is None or unit is None:
+        raise UserError(f"{flag} {text}: expected a number of bytes such as 574MB, 574.2MiB, 24.6kB or 0")
+    return int(Fraction(match[1]) * unit)
+
+
+def token_bytes(store: TokenStore, count: Count) -> float:
+    """Return the bytes of an image of a store with one grid: 4 for an id, or what is stored, with the label."""
+    if count == "stored":
+        return store.payload_bytes / len(store) + LABEL
+    return ID * prod(store.grid)
+
+
+def pixel_bytes(shape: tuple[int, int, int], source: ImageSource, count: Count) -> float:
+    """Return the bytes of an image of (channels, height, width): of its values, or the mean of the image files.
+
+    At most 10,000 files are read.
+    """
+    if count == "jpeg":
+        chosen = np.linspace(0, len(source) - 1, min(len(source), READ)).round().astype(int).tolist()
+        sizes = [len(source.read(index).data) for index in tqdm(chosen, desc="sizes of files", delay=2.0)]
+        return sum(sizes) / len(sizes)
+    return (FLOAT32 if count == "paper" else 1) * prod(shape)
+
+
+def images_held(memory: int, image: float, count: Count) -> int:
+    """Return how many images of `image` bytes `memory` bytes hold. Raises UserError if some bytes hold none."""
+    if 0 < memory < image:
+        raise UserError(
+            f"--memory of {memory:,} bytes: expected 0, or at least the {image:,.0f} bytes of one image by "
+            f"--count {count}"
+        )
+    return int(memory / Fraction(image))
