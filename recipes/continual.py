@@ -43,6 +43,7 @@ from downstream.continual.tasks import classes_seen, divide_classes, figures, im
 from seitpp import files, plots
 from seitpp.augment import EvalPixelView, EvalView
 from seitpp.augment.maps import both_sides
+from seitpp.codebook import Codebook
 from seitpp.data.dataset import Batch, Chosen, TokenDataset, indices_within
 from seitpp.data.digits import DigitsSource
 from seitpp.engine.config import TrainConfig
@@ -205,7 +206,7 @@ def open_tokens(config: Config, run: Run) -> Data:
     train, validation = open_stores(run, config.store)
     for store in (train, validation):
         store.require_classes("continual")
-    codebook = torch.from_numpy(train.codebook)
+    codebook = Codebook.of(train.books)
     return Data(
         TokenDataset(train),
         TokenDataset(validation),
@@ -214,7 +215,7 @@ def open_tokens(config: Config, run: Run) -> Data:
         train.class_names or [str(number) for number in range(train.num_classes)],
         "ids",
         EvalView(train.grid, codebook),
-        (codebook.shape[1], *train.grid),
+        (codebook.dim, *train.grid),
         token_bytes(train, config.count),
         train.fingerprint,
         store_facts(train, validation, config),

@@ -82,7 +82,10 @@ def test_killed_and_resumed_gives_the_same_bits(smoke: Path, tmp_path: Path) -> 
 
 
 def test_two_processes_begin_alike_and_have_the_same_memory(tmp_path: Path) -> None:
-    """Batch norm and memory are those of one process. Later losses drift apart, see docs/results.md."""
+    """Batch norm and memory are those of one process.
+
+    Later losses stray, as those of one process do after a change of the weights by 1e-6 (docs/results.md).
+    """
     line, outs = ["smoke", "--fraction", 0.1, "--lr", 1e-4], [tmp_path / "one", tmp_path / "two"]
     call(continual, *line, "--out", outs[0])
     finished = distributed(2, RECIPES / "continual.py", *line, "--workers", 1, "--out", outs[1])
@@ -90,7 +93,7 @@ def test_two_processes_begin_alike_and_have_the_same_memory(tmp_path: Path) -> N
     one, two = map(result_of, outs)
     assert (one["processes"], two["processes"]) == (1, 2) and one["held_by_task"] == two["held_by_task"]
     losses = [[line["loss"] for line in lines_of(out / "metrics.jsonl")] for out in outs]
-    assert losses[1][:5] == pytest.approx(losses[0][:5], abs=1e-4)
+    assert losses[1][:3] == pytest.approx(losses[0][:3], abs=1e-5)
 
 
 def test_tokens_and_pixels_see_the_same_images(folder_of_digits: Path, tmp_path: Path, monkeypatch) -> None:
