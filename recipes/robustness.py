@@ -77,6 +77,7 @@ class Config(RunConfig):
     ema: bool = True  # Evaluate the moving average of the weights if the run has one.
     data: str | None = None  # Clean images, as for recipes/tokenize_images.py. None: the embedded digits.
     split: str | None = "validation"  # Split of --data. None: all of it.
+    skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
     labels: str | None = None  # File with the labels of --data, as for recipes/tokenize_images.py.
     tokenizer: str | None = None  # Tokenizer of the model: a file or a folder. None: the model takes pixels.
     # Kind of the tokenizer, only needed where its files do not show it (cosmos).
@@ -114,7 +115,8 @@ def main(config: Config) -> None:
     # 1. Run, model and clean images.
     check_settings(config)
     run = Run("robustness", config)
-    opened, source = open_model(config, run), open_clean(config, run)
+    opened = open_model(config, run)
+    source = open_clean(config, run, opened.reading)
     clean, classes = opened.read(source), opened.classes_of(source, config.data or "the digits")
     check_suites(config, run, opened)
     run.start()

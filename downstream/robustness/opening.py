@@ -18,7 +18,7 @@ from seitpp.augment import CentralBoxes, EvalView
 from seitpp.augment.maps import both_sides
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.evaluate import ClassMap
-from seitpp.engine.inputs import check_codes, embedded, open_once, reading_of_run, require_labels
+from seitpp.engine.inputs import check_codes, embedded, open_once, readable, reading_of_run, require_labels
 from seitpp.engine.run import Run
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import RGB, Reading
@@ -97,7 +97,7 @@ class Opened(NamedTuple):
         return map_classes(names, self.class_names, self.num_classes, numbered=False, where=(where, self.name))
 
 
-def open_clean(config: Inputs, run: Run) -> ImageSource:
+def open_clean(config: Inputs, run: Run, reading: Reading) -> ImageSource:
     """Open the clean images, which have one label each; the held-out digits if none are named."""
     if config.data is None:
         return DigitsSource("validation")
@@ -106,7 +106,7 @@ def open_clean(config: Inputs, run: Run) -> ImageSource:
     require_labels(source, "robustness", config.data)
     if source.labels.multi_label:
         raise RobustnessError(f"{config.data}: images with several classes each, expected one: name other images")
-    return source
+    return readable(source, run, reading=reading)
 
 
 def open_model(config: Inputs, run: Run) -> Opened:
