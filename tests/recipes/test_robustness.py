@@ -58,7 +58,7 @@ def figures(folder: Path) -> dict:
 
 @pytest.mark.parametrize("kind", ["seit", "mtm"])
 def test_tokens_on_any_number_of_processes_and_resumed(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """The same figures from two processes, and from rows that an interrupted run has left, which are not redone."""
+    """The same figures from two processes, and from the rows of an interrupted run, which are not redone."""
     line = ["smoke", "--checkpoint", models[kind], "--attack-images", 80, "--out"]
     call(robustness, *line, tmp_path / "one")
     whole, table = figures(tmp_path / "one"), figures(tmp_path / "one")["corruptions"]
@@ -125,7 +125,6 @@ def test_bad_inputs_are_one_line(models, pictures: Path, capfd, monkeypatch, tmp
         (["--checkpoint", models["pixels"], "--imagenet-r", pictures], "--imagenet-r without --data"),
         (["--checkpoint", models["seit"], *data], "takes tokens: name its tokenizer with --tokenizer"),
         (["--checkpoint", models["pixels"], *data, "--tokenizer", digits().tokenizer], "takes pixels: leave"),
-        (["--checkpoint", models["pixels"]], "takes pixels"),
         ([*data], "no model: name a run's folder"),
         (["--suite", "shift"], "--suite shift without a set"),
         ([*data, "--imagenet-c", pictures, "--suite", "attacks"], "--imagenet-c belongs to suite corruptions"),
