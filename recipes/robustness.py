@@ -119,6 +119,7 @@ def main(config: Config) -> None:
     source = open_clean(config, run, opened.reading)
     clean, classes = opened.read(source), opened.classes_of(source, config.data or "the digits")
     check_suites(config, run, opened)
+    sets = open_sets(config, run, opened)
     run.start()
     run.describe(
         f"{len(clean):,} images of {opened.size[0]} x {opened.size[1]} pixels", model=opened.evaluated.model
@@ -136,10 +137,9 @@ def main(config: Config) -> None:
         result["corruptions"] = of_corruptions(run, corrupted_now(config, opened, rows, clean, classes, tokens))
 
     # 4. Other images of the classes.
-    for name in TITLES:
-        if folder := getattr(config, name):
-            result[name] = rows.get(name, partial(shifted, name, folder, run, opened))
-            run.print(f"{TITLES[name]} {result[name]['top1']:6.2f} % of {result[name]['images']:,} images")
+    for name, (images, among) in sets.items():
+        result[name] = rows.get(name, partial(score, opened.evaluated, images, among))
+        run.print(f"{TITLES[name]} {result[name]['top1']:6.2f} % of {result[name]['images']:,} images")
 
     # 5. Attacks.
     if "attacks" in config.suite:
@@ -173,9 +173,24 @@ def check_settings(config: Config) -> None:
         raise RobustnessError("--suite shift without a set: name its folder, for example with --imagenet-r")
 
 
+def open_sets(config: Config, run: Run, opened: Opened) -> dict[str, tuple[ImageDataset, ClassMap]]:
+    """Open the sets that are named, each with its own classes among those of the model."""
+    sets = {}
+    for name in TITLES:
+        if folder := getattr(config, name):
+            source = open_once(run.accelerator, partial(open_set, name, folder))
+            known = {"classes": opened.num_classes, "where": (folder, opened.name), "numbered": name == NUMBERED}
+            sets[name] = opened.read(source), map_classes(source.class_names, opened.class_names, **known)
+    return sets
+
+
 def check_suites(config: Config, run: Run, opened: Opened) -> None:
     """Raise RobustnessError for what a suite needs and the model, its images or the installation do not have."""
-    if "corruptions" in config.suite and not config.imagenet_c:
+    if config.imagenet_c:
+        folders = open_once(run.accelerator, partial(list_corrupted, config.imagenet_c))
+        first = str(folders[0].folder)
+        opened.classes_of(open_once(run.accelerator, partial(open_source, first)), first)
+    elif "corruptions" in config.suite:
         check_corruptible(opened.size, opened.channels)
     if "attacks" in config.suite:
         load_extra("pyautoattack")
@@ -236,19 +251,6 @@ def of_corruptions(run: Run, scores: Scores) -> dict[str, Any]:
     }
     run.print(f"mean_top1 {found['mean_top1']}, mCE {found['mCE']}")
     return found
-
-
-def shifted(name: str, folder: str, run: Run, opened: Opened) -> dict[str, Any]:
-    """Evaluate one of the other sets among its own classes."""
-    source = open_once(run.accelerator, partial(open_set, name, folder))
-    classes = map_classes(
-        source.class_names,
-        opened.class_names,
-        opened.num_classes,
-        numbered=name == NUMBERED,
-        where=(folder, opened.name),
-    )
-    return {**score(opened.evaluated, opened.read(source), classes), "classes": len(classes.names)}
 
 
 def attacked(

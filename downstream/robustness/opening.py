@@ -94,7 +94,8 @@ class Opened(NamedTuple):
                     f"{self.name}: name images of its classes"
                 )
             return None
-        return map_classes(names, self.class_names, self.num_classes, numbered=False, where=(where, self.name))
+        known = {"classes": self.num_classes, "where": (where, self.name)}
+        return map_classes(names, self.class_names, **known, numbered=False)
 
 
 def open_clean(config: Inputs, run: Run, reading: Reading) -> ImageSource:

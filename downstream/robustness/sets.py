@@ -94,8 +94,8 @@ def list_corrupted(folder: str) -> list[CorruptedFolder]:
 def map_classes(
     names: Sequence[str],
     model_names: Sequence[str] | None,
-    classes: int,
     *,
+    classes: int,
     numbered: bool,
     where: tuple[str, str],
 ) -> ClassMap:

@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from support.pictures import encoded, write
 from torch import Tensor, nn
 
 import seitpp.models  # noqa: F401 (registers our models in timm)
 from downstream.robustness.attacks import auto_attack, pgd, white_box
-from downstream.robustness.classifiers import TEMPERATURE, TokenClassifier, check_differentiable
+from downstream.robustness.classifiers import TEMPERATURE, PixelClassifier, TokenClassifier, check_differentiable
 from downstream.robustness.corruptions import (
     ALEXNET,
     CORRUPTIONS,
@@ -23,6 +24,7 @@ from downstream.robustness.corruptions import (
     corrupt,
     mean_corruption_error,
 )
+from downstream.robustness.evaluation import AttackSettings, Evaluated, attack_by_auto_attack
 from downstream.robustness.extra import RobustnessError
 from downstream.robustness.sets import CorruptedFolder, canonical, list_corrupted, map_classes, open_set, wnids
 from seitpp.augment import EvalView
@@ -114,6 +116,21 @@ def test_attacks_on_a_linear_model_are_the_closed_form() -> None:
     assert white_box("custom", 3) == ("apgd-ce",) and white_box("standard", 4) == ("apgd-ce", "apgd-t", "fab-t")
     fab = auto_attack(linear(3), images[:8], labels[:8] % 3, eps=eps, parts=white_box("standard", 3), seed=0)
     assert fab.robust.shape == (8,)
+
+
+def test_autoattack_is_the_worst_case_of_its_parts() -> None:
+    """Of a batch it always finds the same; an image that is wrong before any attack is never robust."""
+    model = linear(5)
+    classifier = PixelClassifier(model, None)
+    evaluated = Evaluated(model, classifier, classifier.view.standardize, Accelerator(), 0)
+    images = 0.3 + 0.4 * torch.rand(32, 3, 4, 4)
+    labels = classifier(images).argmax(dim=1)
+    labels[:3] = (labels[:3] + 1) % 5
+    attack = attack_by_auto_attack(evaluated, AttackSettings(8 / 255, 0, 100), "custom")
+    outcome, again = (attack(3, images, labels, torch.arange(32)) for _ in range(2))
+    found = outcome.robust
+    assert found["clean"] == 29 and 0 < found["autoattack"] <= min(found["apgd"], found["square"]) < 29
+    assert outcome == again and outcome.changed == {}
 
 
 class Given(nn.Module):
@@ -217,11 +234,13 @@ def test_classes_are_found_by_name(tmp_path: Path) -> None:
         "readable": ["brambling", "toilet tissue", "Electric Ray", "great_white_shark", "goldfish", "tench"],
     }
     for names in known.values():
-        found = map_classes(source.class_names, names, 6, numbered=True, where=("v2", "model"))
+        found = map_classes(source.class_names, names, classes=6, numbered=True, where=("v2", "model"))
         assert found.outputs.tolist() == [5, 4, 0, 3, 1] and found.labels.tolist() == [0, 1, 2, 3, 4]
-    unnamed = map_classes(source.class_names, None, 1000, numbered=True, where=("v2", "model"))
+    unnamed = map_classes(source.class_names, None, classes=1000, numbered=True, where=("v2", "model"))
     assert unnamed.outputs.tolist() == [0, 1, 10, 2, 999]
-    own = map_classes(["2", "10"], [str(number) for number in range(11)], 11, numbered=True, where=("v2", "m"))
+    own = map_classes(
+        ["2", "10"], [str(number) for number in range(11)], classes=11, numbered=True, where=("v2", "m")
+    )
     assert own.outputs.tolist() == [2, 10]
     assert canonical("crane") == "crane" and canonical("tench, Tinca tinca") == "n01440764"
 
@@ -239,7 +258,7 @@ def test_each_set_is_told_by_its_folders(tmp_path: Path) -> None:
         "imagenet_sketch": [sketch, rendition],
     }.items():
         source = open_set(name, set_of(tmp_path / name, folders))
-        found = map_classes(source.class_names, model, 3, numbered=False, where=(name, "model"))
+        found = map_classes(source.class_names, model, classes=3, numbered=False, where=(name, "model"))
         assert [model[output] for output in found.outputs] == sorted(folders) == found.names
     with pytest.raises(
         RobustnessError, match="n01440764, which is none of the 200 of ImageNet-R: check --imagenet-r"
@@ -250,7 +269,7 @@ def test_each_set_is_told_by_its_folders(tmp_path: Path) -> None:
     with pytest.raises(
         RobustnessError, match=r"1 of 2 classes of sketch are not among the 2 of m: the first is 'n0144"
     ):
-        map_classes([sketch, rendition], ["x", sketch], 2, numbered=False, where=("sketch", "m"))
+        map_classes([sketch, rendition], ["x", sketch], classes=2, numbered=False, where=("sketch", "m"))
     with pytest.raises(RobustnessError, match="without class folders"):
         open_set("imagenet_r", set_of(tmp_path / "flat", ["."]))
 
