@@ -127,14 +127,15 @@ def main(config: Config) -> None:
     rows, tokens = Rows(run), CleanTokens()
 
     # 2. Clean images. Their tokens are not kept on disk, so a resumed run tokenizes them again.
-    result: dict[str, Any] = score(opened.evaluated, clean, classes, tokens.keep)
+    result: dict[str, Any] = score(opened.evaluated, clean, classes, see=tokens.keep)
     run.print(f"clean {result['top1']:6.2f} % of {result['images']:,} images")
 
     # 3. Corruptions, on the fly or from a folder.
     if "corruptions" in config.suite and config.imagenet_c:
-        result["imagenet_c"] = of_corruptions(run, corrupted_already(config, run, opened, rows))
+        result["imagenet_c"] = of_corruptions(run, corrupted_already(config, run, opened, rows=rows))
     elif "corruptions" in config.suite:
-        result["corruptions"] = of_corruptions(run, corrupted_now(config, opened, rows, clean, classes, tokens))
+        scores = corrupted_now(config, opened, clean, classes=classes, tokens=tokens, rows=rows)
+        result["corruptions"] = of_corruptions(run, scores)
 
     # 4. Other images of the classes.
     for name, (images, among) in sets.items():
@@ -143,7 +144,7 @@ def main(config: Config) -> None:
 
     # 5. Attacks.
     if "attacks" in config.suite:
-        result["attacks"] = attacked(config, run, opened, rows, clean, classes)
+        result["attacks"] = attacked(config, run, opened, clean=clean, classes=classes, rows=rows)
 
     # 6. Results, and then a picture.
     run.finish(result)
@@ -203,13 +204,19 @@ Scores = dict[tuple[str, int], dict[str, Any]]
 
 
 def corrupted_now(
-    config: Config, opened: Opened, rows: Rows, clean: ImageDataset, classes: ClassMap | None, tokens: CleanTokens
+    config: Config,
+    opened: Opened,
+    clean: ImageDataset,
+    *,
+    classes: ClassMap | None,
+    tokens: CleanTokens,
+    rows: Rows,
 ) -> Scores:
     """Corrupt the clean images in every way and evaluate them."""
 
     def compute(name: Corruption, severity: int) -> dict[str, Any]:
         images = CorruptedImages(clean, name, severity, seed=config.seed)
-        values = score(opened.evaluated, images, classes, tokens.compare)
+        values = score(opened.evaluated, images, classes, see=tokens.compare)
         return {**values, **({"tokens_changed": 100 * tokens.fraction()} if opened.evaluated.has_tokens else {})}
 
     pairs = [(name, severity) for name in config.corruptions for severity in SEVERITIES]
@@ -217,7 +224,7 @@ def corrupted_now(
     return {pair: rows.get(f"{pair[0]} {pair[1]}", partial(compute, *pair)) for pair in bar}
 
 
-def corrupted_already(config: Config, run: Run, opened: Opened, rows: Rows) -> Scores:
+def corrupted_already(config: Config, run: Run, opened: Opened, *, rows: Rows) -> Scores:
     """Evaluate the folders of ImageNet-C."""
 
     def compute(folder: str) -> dict[str, Any]:
@@ -254,7 +261,13 @@ def of_corruptions(run: Run, scores: Scores) -> dict[str, Any]:
 
 
 def attacked(
-    config: Config, run: Run, opened: Opened, rows: Rows, clean: ImageDataset, classes: ClassMap | None
+    config: Config,
+    run: Run,
+    opened: Opened,
+    *,
+    clean: ImageDataset,
+    classes: ClassMap | None,
+    rows: Rows,
 ) -> dict[str, Any]:
     """Attack some of the clean images with every bound; return the percentages of correct images side by side."""
     number = min(config.attack_images, len(clean))

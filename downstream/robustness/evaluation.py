@@ -90,6 +90,7 @@ def score(
     evaluated: Evaluated,
     images: Dataset,
     classes: ClassMap | None,
+    *,
     see: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Return the top-1 accuracy in percent and the number of images; `see` gets indices and ids of each batch."""
