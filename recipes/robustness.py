@@ -14,8 +14,8 @@ command without --tokenizer. Suite corruptions: the 15 of ImageNet-C and gaussia
 or with --imagenet-c images that are corrupted already. Suite shift: the sets that flags name. Suite attacks: PGD
 and AutoAttack with straight-through gradients, Square, which sees none, and PGD through a softmax relaxation.
 Without arguments a small classifier of the embedded digits, trained into the cache on first use, is evaluated, in
-minutes on a CPU. On ImageNet's 50,000 images the corruptions take 54 CPU hours; nothing was measured there. The
-SeiT papers report robustness, but no severities, bounds or steps.
+minutes on a CPU. To corrupt ImageNet's 50,000 images takes 16 CPU hours; no accuracy was measured there. The SeiT
+papers report robustness, but no severities, bounds or steps. docs/results.md has what was measured on the digits.
 The recipe reads images and a model, and writes config.json, metrics.jsonl (each finished row; --resume goes on
 after them), result.json and corrupted.png into --out. It trains nothing else. It needs pip install
 "seitpp[robustness]".
