@@ -39,6 +39,10 @@ WALLS = {
         ["seitpp", "recipes", "downstream.finegrained"],
         ["mmseg", "mmcv", "mmengine"],
     ),
+    "only robustness knows its extra": (
+        ["seitpp", "recipes", "downstream.finegrained", "downstream.segmentation"],
+        ["imagecorruptions", "pyautoattack"],
+    ),
     "nobody imports a recipe": (["seitpp", "downstream", "recipes"], ["recipes"]),
 }
 

@@ -89,6 +89,7 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
         ("probe", ["smoke", "--out", tmp_path / "probe", "--checkpoint", mtm, *tokens]),
         ("inpaint", ["smoke", "--out", tmp_path / "inpaint", "--checkpoint", mtm, *tokens]),
         ("evaluate", ["smoke", "--out", tmp_path / "evaluate", "--checkpoint", fine, *tokens]),
+        ("robustness", ["smoke", "--out", tmp_path / "robustness", "--checkpoint", fine]),
         ("evaluate_segmentation", ["smoke", "--out", tmp_path / "scenes", "--checkpoint", segment]),
         ("embed", [*half, "--out", tmp_path / "vectors", "--checkpoint", mtm, *images]),
         ("predict", [*half, "--out", tmp_path / "classes", "--checkpoint", fine, *images]),

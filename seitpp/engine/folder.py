@@ -31,7 +31,8 @@ WRITTEN = re.compile(
     r"|model(_ema)?\.safetensors|tokenizer\.safetensors|broken-step-\d{8}-rank-\d+\.safetensors"
     r"|checkpoints(/step-\d{8}|/LATEST|/\..*\.tmp)?|report\.html|classes\.txt|labels|seitpp|wandb"
     r"|(per_class|confusion|predictions)\.csv|(\.embeddings-\d{5}|embeddings)\.parquet"
-    r"|(augmented|confusion|curves|held_out|inpainting|legend|loss|loss_by_ratio|losses|matrix|memory|nearest|pictures"
+    r"|(augmented|confusion|corrupted|curves|held_out|inpainting|legend|loss|loss_by_ratio|losses|matrix|memory"
+    r"|nearest|pictures"
     r"|probes|reconstructions|validation)\.png"
 )
 OF_A_RUN = "the config of a run"

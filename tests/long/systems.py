@@ -73,6 +73,7 @@ COMMANDS = {
     " --out OUT",
     "tokenize_images": "tokenize_images smoke --data IN/pictures/train --keep-source --out OUT",
     "evaluate": f"evaluate smoke --data IN/pictures --checkpoint IN/finetuned {APPLY}",
+    "robustness": f"robustness smoke --data IN/pictures --checkpoint IN/finetuned {APPLY}",
     "predict": f"predict smoke --data IN/pictures/train --checkpoint IN/finetuned {APPLY}",
     "predict-maps": "predict smoke --data IN/scenes/images/images/validation --checkpoint IN/segmenter"
     f" --tokenizer IN/scenes/tokenizer.safetensors {APPLY}",
@@ -380,7 +381,7 @@ def outputs(checks: Checks, server: Server, name: str) -> None:
 
 def letters(checks: Checks, server: Server, name: str) -> None:
     """Pictures and a class whose names are no UTF-8, as those of old archives, and hold a newline."""
-    if "IN/pictures" in COMMANDS[name] and name != "evaluate":  # whose model knows other classes
+    if "IN/pictures" in COMMANDS[name] and name not in ("evaluate", "robustness"):  # of other classes
         with checks.new_disk(name):
             words = words_of(COMMANDS[name].replace("/pictures", "/latin"), checks.inputs, "out")
             report = checks.run(server, f"{name}, names that are no UTF-8", words)

@@ -1,0 +1,1 @@
+"""Robustness of a classifier: corruptions, other images of the same classes, and adversarial perturbations."""
