@@ -111,7 +111,7 @@ def only_gradient(values: Tensor) -> Tensor:
 
 
 def check_differentiable(tokenizer: Tokenizer, device: torch.device) -> None:
-    """Raise RobustnessError unless gradients of images pass through the features of a tokenizer with one id a token."""
+    """Raise RobustnessError unless a tokenizer gives tokens one id, and gradients pass through its features."""
     spec = tokenizer.spec
     if len(tokenizer.books.sizes) > 1:
         raise RobustnessError(
