@@ -44,6 +44,7 @@ ANY = Range(-math.inf)
 RANGES = {
     **dict.fromkeys(("accumulation", "log_steps", "steps", "evaluation_steps", "batch_size"), COUNT),
     **dict.fromkeys(("batch_size_per_process", "images", "measured", "rounds", "labels_per_class"), COUNT),
+    "crops": COUNT,
     **dict.fromkeys(("image_size", "load_size", "crop_size", "size", "eval_window", "short_side"), COUNT),
     **dict.fromkeys(("sliding_window", "stride", "patch", "bands", "code_dim", "num_codes", "fit_images"), COUNT),
     **dict.fromkeys(("width", "depth", "heads", "channels"), COUNT),
