@@ -39,6 +39,7 @@ from seitpp.engine.findings import findings
 from seitpp.engine.inputs import (
     adapt_zeros,
     check_codes,
+    check_grid,
     describe_store,
     open_splits,
     open_stores,
@@ -85,6 +86,7 @@ class Config(TrainConfig):
         0.2,
         1.0,
     )  # Smallest and largest area of the crop, as fractions of the grid.
+    flip: float = 0.0  # Probability that a grid is mirrored, which is not the mirrored image: for comparison.
     # TokenAdapt weights: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
     tokenadapt: str | None = None
     tokenadapt_fraction: float = 0.5  # Fraction of the images that are augmented by TokenAdapt.
@@ -143,6 +145,7 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
+    check_grid(train, crop_size=config.crop_size, flip=config.flip, tokenadapt=config.tokenadapt)
     codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
     check_maskable(grid, train.grid, config.patch_size)
 
@@ -152,6 +155,7 @@ def main(config: Config) -> None:
         codebook,
         size=config.crop_size,
         scale=config.crop_scale,
+        flip=config.flip,
         adapt=adapt,
         tokenadapt_fraction=config.tokenadapt_fraction,
         color=config.color,

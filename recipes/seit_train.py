@@ -37,6 +37,7 @@ from seitpp.engine.classes import ClassBalance, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
 from seitpp.engine.evaluate import score_classifier
 from seitpp.engine.inputs import (
+    check_grid,
     classifier_trial,
     describe_store,
     open_stores,
@@ -70,6 +71,7 @@ class Config(TrainConfig):
     # "resized": random resized crop (Token-RRC); "window": random crop without resizing; None: no crop.
     crop_mode: Literal["resized", "window"] | None = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions of the grid.
+    flip: float = 0.0  # Probability that a grid is mirrored, which is not the mirrored image: for comparison.
     eda: Literal["release", "paper"] | None = "release"  # Preset of the Token-EDA rates. None: no Token-EDA.
     color: ColorPreset | None = "paper"  # Preset of Emb-Noise and ColorAdapt. None: neither.
     # TokenAdapt weights: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
@@ -159,6 +161,7 @@ def main(config: Config) -> None:
     images, ordered = train_subset(config, TokenDataset(train)), {"seed": config.seed, "device": run.device}
     balance = config.class_balance
     images, order, class_weights = balanced(images, train, balance, batch_size=config.batch_size, **ordered)
+    check_grid(train, crop_mode=config.crop_mode, flip=config.flip, tokenadapt=config.tokenadapt)
     codebook, window = Codebook.of(train.books), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
 
@@ -235,6 +238,7 @@ def new_view(config: Config, *, codebook: Codebook, size: tuple[int, int], adapt
         size=size,
         crop=config.crop_mode,
         scale=config.crop_scale,
+        flip=config.flip,
         eda=config.eda,
         color=config.color,
         cutmix=config.cutmix,

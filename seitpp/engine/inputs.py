@@ -32,6 +32,7 @@ from seitpp.models import Loaded, TokenAdapt, load_pretrained_tokenadapt
 from seitpp.models.weights.classifiers import classifier_spec
 from seitpp.objectives import soft_label_loss
 from seitpp.store import TokenStore
+from seitpp.store.layout import SEQUENCE
 
 Data = TypeVar("Data")
 Source = TypeVar("Source", ImageSource, AnnotatedSource)
@@ -250,6 +251,19 @@ def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, in
         limit = "its shorter side" if isinstance(size, int) else "its height and width"
         raise UserError(f"{flag} {got} from the grid {store.grid} of {store.path}: expected at most {limit}")
     return window
+
+
+def check_grid(store: TokenStore, **changes: object) -> None:
+    """Raise UserError if the tokens of a store are sequences, and one of these settings needs rows and columns.
+
+    Each setting is given by its name; None, 0 and False do not need any.
+    """
+    asked = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items() if value]
+    if asked and store.layout == SEQUENCE:
+        raise UserError(
+            f"{' '.join(asked)}: the tokens of {store.path} are sequences, which have no rows and columns; set each "
+            "of these to None, and --flip to 0"
+        )
 
 
 def check_codebook(codebook: Books | np.ndarray, *, source: str, expected: str, checkpoint: str) -> None:

@@ -53,7 +53,7 @@ RANGES = {
     **dict.fromkeys(("epochs", "checkpoint_epochs", "evaluation_epochs", "clip"), POSITIVE),
     **dict.fromkeys(("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("base_lr", "lr", "mixup", "cutmix"), NOT_NEGATIVE),
-    **dict.fromkeys(("tokenadapt_fraction", "identity", "region"), FRACTION),
+    **dict.fromkeys(("tokenadapt_fraction", "identity", "region", "flip"), FRACTION),
     **dict.fromkeys(("fraction", "max_share", "layer_decay"), SHARE),
     **dict.fromkeys(("dropout", "drop_path", "smoothing", "ema", "betas"), RATE),
     "crop_scale": SHARE._replace(rising=True),

@@ -204,7 +204,7 @@ def test_masks_and_label_maps_alone_are_refused(root, tmp_path, capfd, monkeypat
         (tmp_path / folder / "training").mkdir(parents=True)
         picture = Image.fromarray(np.ones(pixels, np.uint8))
         picture.save(tmp_path / folder / "training" / f"0.{'png' if len(pixels) == 2 else 'jpg'}")
-    (tmp_path / "names.txt").write_text("wall")
+    (tmp_path / "names.txt").write_text("nothing\nwall")
     line = ["--data", tmp_path, "--out", tmp_path / "tokens", "--crops", 2, "--background-class"]
     line += ["--classes", tmp_path / "names.txt"]
     with pytest.raises(UserError, match="--crops: crops have one size and no masks"):
