@@ -261,8 +261,8 @@ def check_grid(store: TokenStore, **changes: object) -> None:
     asked = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items() if value]
     if asked and store.layout == SEQUENCE:
         raise UserError(
-            f"{' '.join(asked)}: the tokens of {store.path} are sequences, which have no rows and columns; set each "
-            "of these to None, and --flip to 0"
+            f"{' '.join(asked)}: the tokens of {store.path} are sequences, which have no rows and columns; set "
+            "each of these to None, and --flip to 0"
         )
 
 
