@@ -266,8 +266,8 @@ class SeitView(nn.Module):
     its area in the range `scale` of fractions of the grid), "window" (a random window, not resized) or None (the
     whole grid). `flip` is the probability that the grid is mirrored before, see `random_flip`. `eda` and `color`
     are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those of Mix. With `adapt`, a
-    trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction` of the images is augmented
-    by it instead of flip and crop. Raises ViewError as SeitPPView.
+    trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction` of the images is
+    augmented by it instead of flip and crop. Raises ViewError as SeitPPView.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def test_view_with_nothing_else_is_the_crop(crop: str | None) -> None:
 @pytest.mark.parametrize("digits", [(), (2,)])
 def test_flip_mirrors_its_share_of_the_grids(digits: tuple[int, ...]) -> None:
     """Also of tokens with two digits, in both views, and before the crop."""
-    codebook = Books([CODEBOOK.numpy()[:8], CODEBOOK.numpy()[8:24]], "concat") if digits else CODEBOOK
+    codebook = Books.join([CODEBOOK.numpy()[:8], CODEBOOK.numpy()[8:24]], "concat") if digits else CODEBOOK
     ids, labels = torch.randint(8, (400, *digits, 6, 6)), torch.zeros(400, dtype=torch.long)
     plain = {"eda": None, "color": None, "cutmix": 0.0}
     maps, _ = SeitView(codebook, size=6, crop=None, flip=0.25, **plain)(ids, labels, keys(400))
