@@ -86,6 +86,7 @@ class Config(TrainConfig):
         0.2,
         1.0,
     )  # Smallest and largest area of the crop, as fractions of the grid.
+    flip: float = 0.0  # Probability that a grid is mirrored, which is not the mirrored image: for comparison.
     # TokenAdapt weights: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
     tokenadapt: str | None = None
     tokenadapt_fraction: float = 0.5  # Fraction of the images that are augmented by TokenAdapt.
@@ -146,7 +147,7 @@ def main(config: Config) -> None:
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
     check_maskable(grid, train.grid, config.patch_size)
-    refuse_on_sequences(train, tokenadapt_fraction=config.tokenadapt_fraction)
+    refuse_on_sequences(train, flip=config.flip, tokenadapt_fraction=config.tokenadapt_fraction)
 
     # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.
     adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
@@ -154,6 +155,7 @@ def main(config: Config) -> None:
         codebook,
         size=config.crop_size,
         scale=config.crop_scale,
+        flip=config.flip,
         adapt=adapt,
         tokenadapt_fraction=config.tokenadapt_fraction,
         color=config.color,

@@ -73,6 +73,7 @@ class Config(TrainConfig):
     # "resized": random resized crop (Token-RRC); "window": random crop without resizing; None: no crop.
     crop_mode: Literal["resized", "window"] | None = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of a resized crop, as fractions of the grid.
+    flip: float = 0.0  # Probability that a grid is mirrored, which is not the mirrored image: for comparison.
     eda: Literal["release", "paper"] | None = "release"  # Preset of the Token-EDA rates. None: no Token-EDA.
     color: ColorPreset | None = "paper"  # Preset of Emb-Noise and ColorAdapt. None: neither.
     # TokenAdapt weights: a run of recipes/tokenadapt_train.py, its model.safetensors, or an official checkpoint.
@@ -164,7 +165,8 @@ def main(config: Config) -> None:
     images, order, class_weights = balanced(images, train, balance, batch_size=config.batch_size, **ordered)
     codebook, window = Codebook.of(train.books), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
-    refuse_on_sequences(train, crop_mode=config.crop_mode, tokenadapt_fraction=config.tokenadapt_fraction)
+    rows_and_columns = {"crop_mode": config.crop_mode, "flip": config.flip}
+    refuse_on_sequences(train, **rows_and_columns, tokenadapt_fraction=config.tokenadapt_fraction)
 
     # 3. Augmentation: ids -> EDA -> vectors -> crop or TokenAdapt -> color -> CutMix; evaluation: the center.
     adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
@@ -239,6 +241,7 @@ def new_view(config: Config, *, codebook: Codebook, size: tuple[int, int], adapt
         size=size,
         crop=config.crop_mode,
         scale=config.crop_scale,
+        flip=config.flip,
         eda=config.eda,
         color=config.color,
         cutmix=config.cutmix,

@@ -43,7 +43,15 @@ from seitpp.engine.inputs import (
     train_subset,
 )
 from seitpp.engine.optim import Schedule, adamw
-from seitpp.engine.reconstruction import MEASURES, Augmented, augment_in_every_way, compare, token_accuracy
+from seitpp.engine.reconstruction import (
+    CROP_SCALE,
+    MEASURES,
+    Augmented,
+    augment_in_every_way,
+    augmentations,
+    compare,
+    token_accuracy,
+)
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
@@ -74,7 +82,7 @@ class Config(TrainConfig):
     load_size: int = 256  # Side in pixels to which images are resized.
     image_size: int = 256  # Side in pixels of the random crops that are tokenized.
     crop_size: int = 28  # Side of the augmented grid in tokens.
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # Range of the area of the augmented crop, as fractions.
+    crop_scale: tuple[float, float] = CROP_SCALE  # Range of the area of the augmented crop, as fractions.
     identity: float = 0.1  # Fraction of the images that are not augmented.
     width: int = 384  # Number of channels of f and g.
     heads: int = 6  # Number of attention heads, of 64 channels each.
@@ -142,7 +150,7 @@ def main(config: Config) -> None:
     codebook, grid = tokenizer.books, pair.whole.spec.grid
 
     # 3. Augmentation: one sample is applied to pixels and in the space of f, and in evaluation to vectors.
-    settings = augmentations(config)["together"]
+    settings = augmentations(config.crop_scale)["together"]
 
     # 4. Model: the first loss is ln K.
     model = TokenAdapt(
@@ -206,20 +214,6 @@ def zeros_loss(images: int, device: torch.device, model: TokenAdapt, *tokenizers
     return adapt_loss(model(maps, geometry), ids, model.sizes)
 
 
-def augmentations(config: Config) -> dict[str, dict]:
-    """Return arguments of `random_geometry`: three that apply one operation to every image, and all "together".
-
-    Training uses "together", evaluation uses all four.
-    """
-    off = {"flip": 0.0, "affine": 0.0, "scale": None}
-    return {
-        "flip": {**off, "flip": 1.0},
-        "rotation": {**off, "affine": 1.0, "part": 1.0, "shift": 0.0, "shear": 0.0},
-        "crop": {**off, "scale": config.crop_scale},
-        "together": {"scale": config.crop_scale},
-    }
-
-
 def augmented(
     model: TokenAdapt, *, pair: TokenizerPair, batch: Pixels, config: Config, settings: dict
 ) -> Augmented:
@@ -239,7 +233,7 @@ def judge(
 ) -> dict[str, float]:
     """Compute and print `MEASURES` of each augmentation, as means over the validation images."""
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
-    operations = augmentations(config)
+    operations = augmentations(config.crop_scale)
     sums = torch.zeros(len(operations), len(MEASURES), device=run.device)
     for batch in evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=run.workers):
         for row, settings in zip(sums, operations.values(), strict=True):
@@ -260,7 +254,7 @@ def show(
     """Return the rows of a picture: evenly spaced validation images, and each augmented by every method."""
     chosen = range(0, len(validation), -(-len(validation) // 8))
     batch = validation.__getitems__(list(chosen)).to(run.device)
-    settings = augmentations(config)["together"]
+    settings = augmentations(config.crop_scale)["together"]
     output = augmented(model, pair=pair, batch=batch, config=config, settings=settings)
     decode = pair.augmented.decode
     rows = {

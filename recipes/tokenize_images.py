@@ -12,6 +12,8 @@
         --out ade20k-tokens
     accelerate launch recipes/tokenize_images.py ade20k --data ADEChallengeData2016 --tokenizer vitvqgan.ckpt \\
         --out ade20k-tokens --source-split validation --split validation
+    accelerate launch recipes/tokenize_images.py imagenet5m --data imagenet --source-split train \\
+        --tokenizer vitvqgan.ckpt --compact --label-maps relabel_imagenet --out imagenet5m-tokens
     accelerate launch recipes/tokenize_images.py --set flowers102 --data flowers-102 --tokenizer vitvqgan.ckpt \\
         --out flowers102-tokens
 
@@ -27,9 +29,10 @@ With --compact the store keeps only the codes that its split `train` uses, the m
 published token sets do. With --codebook it keeps the codes of a released codebook in their order, so that official
 models accept the ids. The tokenizer with these codes, or the one fitted here, is saved as
 OUT-tokenizer.safetensors, for --tokenizer of other commands. With --set, --data is the folder of a fine-grained
-data set as its authors distribute it, and both of its splits are written. With --out alone, the embedded digits
-are tokenized, in seconds. The speed of `published` and `ade20k` on a GPU is not measured. The recipe trains no
-model.
+data set as its authors distribute it, and both of its splits are written. With --crops N (preset imagenet5m: 5)
+each image of the split train becomes N random resized crops, each an image of the store, and any number of
+processes makes the same ones. With --out alone, the embedded digits are tokenized, in seconds. The speed of
+`published` and `ade20k` on a GPU is not measured. The recipe trains no model.
 """
 
 import time
@@ -48,6 +51,7 @@ from torch.utils.data import DataLoader
 
 from downstream.finegrained.sets import SetName, differences, read_set
 from seitpp import TokenStore, files, tokenizers
+from seitpp.augment import Crops, RandomBoxes
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine import peers
 from seitpp.engine.inputs import open_once
@@ -63,6 +67,7 @@ from seitpp.images.annotated import (
 from seitpp.images.batches import DecodedImages, ImageRecord, already_a_batch
 from seitpp.images.decode import Reading, Size, fit_short_side
 from seitpp.images.inventory import describe, digest, inventory
+from seitpp.images.label_maps import LabelMaps
 from seitpp.images.labels import LabelRules, read_class_names
 from seitpp.images.layouts import Layout
 from seitpp.images.masks import MaskRules
@@ -94,6 +99,12 @@ class Config:
     layout: Layout | None = None  # How images and masks are arranged. None: recognized by the names of folders.
     unlabeled: Literal["refuse", "keep"] = "refuse"  # Images without a label among others that have one.
     resize: Literal["squash", "center_crop", "pad"] = "squash"  # How images of another aspect ratio are fitted.
+    crops: int | None = None  # Random crops of each image of the split train. None: the whole image.
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # Range of the area of these crops, as fractions of the image.
+    label_maps: str | None = (
+        None  # Folder of ReLabel's label maps, the labels of crops. None: those of the images.
+    )
+    seed: int = 0  # Seed of the crops.
     # Values that become black and white. None: the range of 8 or 16 bits.
     intensity: tuple[float, float] | None = None
     scaled_decoding: bool = False  # Decode large JPEGs at a half, a quarter or an eighth: faster, other ids.
@@ -114,6 +125,7 @@ class Config:
 
 
 PRESETS = {"published": Config(batch_size_per_process=256)}
+PRESETS["imagenet5m"] = replace(PRESETS["published"], crops=5)
 PRESETS["ade20k"] = replace(PRESETS["published"], source_split="training", batch_size_per_process=16)
 PRESETS |= {name: replace(PRESETS["ade20k"], layout=name) for name in ("voc", "cityscapes")}
 PRESETS["pairs"] = replace(PRESETS["ade20k"], layout="pairs", source_split=None)
@@ -121,6 +133,7 @@ PRESETS["digits"] = replace(PRESETS["published"], batch_size_per_process=128)
 PRESETS["smoke"] = replace(PRESETS["digits"], workers=1)
 
 
+TRAIN = "train"  # the split whose images --crops crops
 # Optional columns beside tokens and label, and their types; an annotation is stored if the images have any.
 COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64"}
 
@@ -131,6 +144,7 @@ def main(config: Config) -> None:
     accelerator = Accelerator()
     peers.watch()
     parts = open_once(accelerator, partial(open_parts, config))
+    check_crops(config, parts)
     for split, source in parts.items():
         accelerator.print(f"split {split}: {source if isinstance(source, AnnotatedSource) else describe(source)}")
     tokenizer = open_tokenizer(config, next(iter(parts.values())), accelerator)
@@ -167,6 +181,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
         config = replace(config, short_side=SHORT_SIDE)
     size, grid = sizing(tokenizer, config)
     reading = reading_of(config, tokenizer)
+    source = cropped(source, size, config)
     columns = [
         *(["annotation"] if annotated else []),
         *(["file_name", "source_bytes"] if config.keep_source else []),
@@ -225,7 +240,7 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
             tokenizer = keep_used_codes(tokenizer, staging, config)
         if config.compact or config.codebook:
             tokenizer.save(beside(config.out, "tokenizer.safetensors"))
-        staging.publish(inventory=inventory(source, len(source) - staging.num_written()))
+        staging.publish(inventory=inventory_of(source, len(source) - staging.num_written()))
         store = TokenStore(config.out, config.split, verify=False)
         summarize(store, totals=totals, seconds=seconds, annotated=annotated)
         if len(store) < len(source):
@@ -269,6 +284,41 @@ def open_parts(config: Config) -> dict[str, ImageSource]:
         return {"train": source}
     train, validation = hold_out(source, config.hold_out, config.data)
     return {"train": train, "validation": validation}
+
+
+def check_crops(config: Config, parts: dict[str, ImageSource]) -> None:
+    """Raise UserError if --crops or --label-maps cannot be done with the splits that are to be written."""
+    if config.crops is None:
+        if config.label_maps:
+            raise UserError("--label-maps: the labels of crops; say how many of each image with --crops N")
+        return
+    if config.short_side or any(isinstance(source, AnnotatedSource) for source in parts.values()):
+        raise UserError("--crops: crops have one size and no masks; leave out --short-side, and name other images")
+    if TRAIN not in parts:
+        raise UserError(
+            f"--crops: only images of the split {TRAIN} are cropped, got {', '.join(parts)}; leave it out"
+        )
+    labels = parts[TRAIN].labels
+    if config.label_maps and (labels.multi_label or not labels.class_names):
+        raise UserError(
+            "--label-maps: expected images of one class each, whose names are known; name the classes of the maps "
+            "in their order with --classes"
+        )
+
+
+def cropped(source: ImageSource, size: Size, config: Config) -> ImageSource:
+    """Return the source of the crops of --crops, in the split train."""
+    if config.crops is None or config.split != TRAIN:
+        return source
+    maps = LabelMaps(config.label_maps, len(source.class_names)) if config.label_maps else None
+    return Crops(source, config.crops, RandomBoxes(config.seed, size, config.crop_scale), label_maps=maps)
+
+
+def inventory_of(source: ImageSource, missing: int) -> dict[str, Any]:
+    """Return the inventory of a source, `missing` of which are not in the store; that of crops counts images."""
+    if not isinstance(source, Crops):
+        return inventory(source, missing)
+    return {**inventory(source.source, missing // source.number), "crops": source.to_json()}
 
 
 def stored_classes(config: Config) -> tuple[str, ...] | None:

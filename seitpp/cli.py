@@ -25,9 +25,12 @@ from seitpp.store.recode import recode as recode_store
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seitpp.tokenizers import Tokenizer
+
 # Images of a split that `info` decodes at most, so that it takes seconds.
 SAMPLE = 10_000
 SOURCE_BYTES = "source_bytes"  # column with the size of the image file that the tokens come from
+SHOWN, AUGMENTED = 25, 8  # images that `show` draws at most, and with --augment
 SHOWN_CLASSES = 10  # class names that `info` prints at most
 UNREAD = 141  # the exit status where nobody reads the output any more, as shells say it
 
@@ -75,17 +78,26 @@ def show(
     tokenizer: Path | None,
     tokenizer_kind: str | None,
     out: Path,
-    count: int,
+    count: int | None,
     split: str | None,
+    augment: bool,
+    tokenadapt: str | None,
 ) -> None:
     """Draw images of a split, spread evenly over it, decoded by their tokenizer or with one color per code."""
     if out.exists() or out.suffix != ".png":
         raise CliError(f"--out {out}: expected a new file whose name ends in .png, since nothing is overwritten")
-    if count < 1:
+    if count is not None and count < 1:
         raise CliError(f"--count {count}: expected 1 or more")
     source = _open(store, split)
+    if augment:
+        _show_augmented(
+            source, tokenizer, tokenizer_kind, out=out, count=count or AUGMENTED, tokenadapt=tokenadapt
+        )
+        return
+    if tokenadapt:
+        raise CliError(f"--tokenadapt {tokenadapt}: flips and crops tokens; add --augment")
     decode = _decoder(source, tokenizer, tokenizer_kind)
-    positions = _spread(len(source), count)
+    positions = _spread(len(source), count or SHOWN)
     images = [decode(source[position][0]) for position in positions]
     titles = [_title(source, source[position][1]) for position in positions]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -252,30 +264,69 @@ def _source_bytes(store: TokenStore) -> int | None:
 def _decoder(store: TokenStore, path: Path | None, kind: str | None) -> Callable[[np.ndarray], "Tensor"]:
     """Return a function from ids (H, W) to an image (C, height, width) in [0, 1], by the tokenizer at `path`.
 
-    Without a path each code has its own color. Raises CliError if the tokenizer is not that of the store,
-    or for a kind without a path.
+    Without a path each code has its own color. Raises CliError as `_tokenizer`, or for a kind without a path.
     """
     import torch
 
-    from seitpp import plots, tokenizers
-    from seitpp.codebook import codebook_fingerprint
+    from seitpp import plots
 
     if path is None:
         if kind:
             raise CliError(f"--tokenizer-kind {kind}: name its file or folder with --tokenizer")
         decode = partial(plots.paint_codes, books=store.books)
     else:
-        tokenizer = tokenizers.load(path, kind)
-        recorded = (store.tokenizer or {}).get("fingerprint", tokenizer.fingerprint)
-        if recorded != tokenizer.fingerprint:
-            raise CliError(
-                f"{path}: got tokenizer {tokenizer.fingerprint[:16]}, expected {recorded[:16]}, with which "
-                f"{store.path} was tokenized: name the tokenizer of this store"
-            )
-        if codebook_fingerprint(tokenizer.books.to_books()) != codebook_fingerprint(store.books):
-            raise CliError(f"{path}: has another codebook than {store.path}: name the tokenizer of this store")
-        decode = tokenizer.decode
+        decode = _tokenizer(store, path, kind).decode
     return lambda ids: decode(torch.from_numpy(ids[None].astype(np.int64)))[0]
+
+
+def _tokenizer(store: TokenStore, path: Path, kind: str | None) -> "Tokenizer":
+    """Load the tokenizer at `path`. Raises CliError if it is not that of the store."""
+    from seitpp import tokenizers
+    from seitpp.codebook import codebook_fingerprint
+
+    tokenizer = tokenizers.load(path, kind)
+    recorded = (store.tokenizer or {}).get("fingerprint", tokenizer.fingerprint)
+    if recorded != tokenizer.fingerprint:
+        raise CliError(
+            f"{path}: got tokenizer {tokenizer.fingerprint[:16]}, expected {recorded[:16]}, with which "
+            f"{store.path} was tokenized: name the tokenizer of this store"
+        )
+    if codebook_fingerprint(tokenizer.books.to_books()) != codebook_fingerprint(store.books):
+        raise CliError(f"{path}: has another codebook than {store.path}: name the tokenizer of this store")
+    return tokenizer
+
+
+def _show_augmented(
+    store: TokenStore, path: Path | None, kind: str | None, *, out: Path, count: int, tokenadapt: str | None
+) -> None:
+    """Draw decoded images, flipped and cropped as images, as tokens, and by TokenAdapt where one is named."""
+    import torch
+
+    from seitpp import plots
+    from seitpp.engine.inputs import open_tokenadapt
+    from seitpp.engine.reconstruction import naive_pictures
+
+    if path is None:
+        raise CliError("--augment: flipped images have to be tokenized: name the tokenizer with --tokenizer")
+    if store.layout == layout.SEQUENCE or store.grid is None or store.grid[0] != store.grid[1]:
+        grid = "sequences of tokens" if store.layout == layout.SEQUENCE else f"the grid {store.grid}"
+        raise CliError(f"--augment: got {grid} in {store.path}, expected one square grid; leave it out")
+    tokenizer = _tokenizer(store, path, kind)
+    adapt = open_tokenadapt(tokenadapt, store.books, str(store.path))
+    if adapt and adapt.grid != store.grid:
+        raise CliError(
+            f"{tokenadapt}: a TokenAdapt for the grid {adapt.grid}, expected {store.grid}, that of {store.path}: "
+            "name one that was trained on it"
+        )
+    positions = _spread(len(store), count)
+    ids = torch.from_numpy(store.ids(positions).astype(np.int64))
+    rows, accuracies = naive_pictures(ids, tokenizer, adapt)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plots.picture_grid(rows, out)
+    print(f"{out}: {len(positions)} of {len(store):,} images of split {store.split!r}")
+    _print_table(
+        ["tokens that are right", "percent"], [[name, f"{value:.1f}"] for name, value in accuracies.items()]
+    )
 
 
 def _print_store(store: TokenStore, document: dict) -> None:
@@ -409,8 +460,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     command.add_argument("--tokenizer", type=Path, metavar="FILE", help="decodes the ids (default: draw colors)")
     command.add_argument("--tokenizer-kind", metavar="KIND", help="where the files do not show it (cosmos)")
     command.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="a new file")
-    command.add_argument("--count", type=int, default=25, metavar="N", help="number of images (default: 25)")
+    command.add_argument(
+        "--count", type=int, metavar="N", help=f"images (default: {SHOWN}, with --augment {AUGMENTED})"
+    )
     command.add_argument("--split", metavar="NAME", help="split to show (default: the first)")
+    flipped = "draw the images flipped and cropped, as images and as tokens"
+    command.add_argument("--augment", action="store_true", help=flipped)
+    command.add_argument("--tokenadapt", metavar="RUN", help="also by this TokenAdapt")
     add(recode, store, out).add_argument("--codec", required=True, **codec)
     others = ("others", "folders of the stores to append", {"type": Path, "nargs": "+"})
     command = add(append, store, others)

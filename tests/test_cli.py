@@ -20,9 +20,13 @@ from support.paths import ROOT
 
 from seitpp import StoreWriter, TokenStore, cli
 from seitpp.books import Books
+from seitpp.codebook import codebook_fingerprint
 from seitpp.codec import CODECS
 from seitpp.data.dataset import fraction_of
 from seitpp.data.digits import digits
+from seitpp.engine.reconstruction import naive_pictures
+from seitpp.models import TokenAdapt
+from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.plots import paint_codes
 from seitpp.store import layout
 from seitpp.tokenizers import load
@@ -239,6 +243,53 @@ def test_show_decodes_with_the_tokenizer_of_the_store(tmp_path):
     expected = load(data.tokenizer).decode(torch.from_numpy(s.ids([5])).long())[0]
     assert torch.equal(decode(s[5][0]), expected)
     assert not torch.equal(cli._decoder(s, None, None)(s[5][0]), expected)
+
+
+def test_show_flips_and_crops_tokens(tmp_path, monkeypatch, capsys):
+    """As Figure 3 of SeiT++: a mirrored grid is not what the tokenizer makes of the mirrored image."""
+    data, out = digits(), tmp_path / "flipped.png"
+    line = ["show", data.store, "--tokenizer", data.tokenizer, "--augment", "--split", "validation", "--out", out]
+    run(monkeypatch, *line, "--count", 4)
+    assert re.search(r"4 of 360 images.*\nflip of the tokens +\d+\.\d\ncrop of the", capsys.readouterr().out, re.S)
+    tokenizer = load(data.tokenizer)
+    ids = torch.from_numpy(TokenStore(data.store, "validation").ids(cli._spread(360, 4))).long()
+    adapt = TokenAdapt((8, 8), crop=(7, 7), num_codes=64, width=64, heads=1, mlp=64)
+    for model, side in ((None, 32), (adapt, 28)):
+        rows, accuracies = naive_pictures(ids, tokenizer, model)
+        assert len(rows) == 7 + 2 * bool(model) and len(accuracies) == 2 + 2 * bool(model)
+        decoded = tokenizer.decode(ids)
+        mirrored = decoded.flip(3)[..., :side, :side]  # the middle 7 of 8 tokens begin at the first
+        assert torch.equal(rows["decoded tokens"], decoded)
+        torch.testing.assert_close(rows["flip of the image"], mirrored)
+        assert all(pictures.shape == (4, 3, side, side) for name, pictures in rows.items() if name in accuracies)
+        if not model:
+            true = tokenizer.encode(mirrored)
+            assert torch.equal(rows["flip of the tokens"], tokenizer.decode(ids.flip(2)))
+            assert torch.equal(rows["flip, then tokens"], tokenizer.decode(true))
+            right = (ids.flip(2) == true).double().mean().item()
+            assert accuracies["flip of the tokens"] == pytest.approx(100 * right) and right < 0.7
+
+
+def test_show_refuses_tokens_that_cannot_be_flipped(two, tmp_path, monkeypatch, capsys):
+    line = ["show", two, "--out", tmp_path / "picture.png"]
+    assert "name the tokenizer with --tokenizer" in fails(monkeypatch, capsys, *line, "--augment")
+    message = fails(monkeypatch, capsys, *line, "--augment", "--tokenizer", "any")
+    assert "got the grid None" in message and "expected one square grid" in message
+    assert "add --augment" in fails(monkeypatch, capsys, *line, "--tokenadapt", "any")
+    line = [
+        "show",
+        digits().store,
+        "--tokenizer",
+        digits().tokenizer,
+        "--augment",
+        "--out",
+        tmp_path / "picture.png",
+    ]
+    codebook = codebook_fingerprint(TokenStore(digits().store).codebook)
+    adapt = TokenAdapt((4, 4), crop=(4, 4), num_codes=64, width=64, heads=1, mlp=64)
+    save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook)
+    message = fails(monkeypatch, capsys, *line, "--tokenadapt", tmp_path / "adapt.safetensors")
+    assert "for the grid (4, 4), expected (8, 8)" in message
 
 
 def test_show_refuses_a_tokenizer_of_another_store(store, two, tmp_path, monkeypatch, capsys):

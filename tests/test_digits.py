@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.running import call, recipe
 from torch import Tensor
 
+from seitpp import StoreWriter
 from seitpp.augment import EvalView, Keys, SeitPPFinetuneView, SeitPPView, SeitView
 from seitpp.augment.ids import TokenEDA
 from seitpp.books import Books
 from seitpp.codebook import Codebook, codebook_fingerprint, nearest
+from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, classifier_from
 from seitpp.models.masking import likeliest, mask_plan
 from seitpp.models.weights.classifiers import load_classifier, save_classifier
@@ -312,3 +315,17 @@ def test_a_codebook_of_more_codes_than_16_bits_hold() -> None:
     assert tokenizer.compact(torch.bincount(chosen.flatten(), minlength=len(table))).encode(
         torch.rand(2, 3, 16, 16)
     ).shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("seit_train", ["--flip", 0.5, "--crop-mode", "None"]), ("mtm_pretrain", ["--crop-size", 4])],
+)
+def test_sequences_are_neither_cropped_nor_flipped(name: str, flags: list, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        table = BOOKS["concat"].tables[0]
+        with StoreWriter(tmp_path / "s", codebook=table, grid=(1, 9), layout="sequence", split=split) as writer:
+            writer.add_batch(np.zeros((4, 1, 9), int), [0, 1, 0, 1])
+    line = ["smoke", "--store", tmp_path / "s", "--out", tmp_path / "run", "--batch-size", 4, *flags]
+    with pytest.raises(UserError, match=f"^{flags[0]} {flags[1]}: the tokens of .* are sequences"):
+        call(recipe(name), *line)

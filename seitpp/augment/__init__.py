@@ -2,6 +2,7 @@
 
 from seitpp.augment.boxes import CentralBoxes, RandomBoxes
 from seitpp.augment.color import ColorPreset
+from seitpp.augment.crops import Crops
 from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
 from seitpp.augment.images import crop_and_flip
 from seitpp.augment.keyed import Keys
@@ -13,6 +14,7 @@ from seitpp.augment.views import EvalView, SeitPPFinetuneView, SeitPPView, SeitV
 __all__ = [
     "CentralBoxes",
     "ColorPreset",
+    "Crops",
     "EvalPixelView",
     "EvalView",
     "Geometry",

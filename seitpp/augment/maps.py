@@ -148,6 +148,19 @@ def center_window(
     return ids[..., top : top + size[0], left : left + size[1]]
 
 
+def random_flip(
+    maps: Shaped[Tensor, "batch channels height width"], keys: Keys, probability: float
+) -> Shaped[Tensor, "batch channels height width"]:
+    """Mirror each map from left to right with this probability: its cells change places, not what they show.
+
+    That is not what a tokenizer makes of the mirrored image (SeiT++, Figure 3): it is for comparison.
+    """
+    if not probability:
+        return maps
+    flipped = keys.uniform("random_flip", 1) < probability
+    return torch.where(flipped.view(-1, 1, 1, 1), maps.flip(3), maps)
+
+
 def random_window(
     ids: Shaped[Tensor, "batch height width *vector"], keys: Keys, size: Sides
 ) -> Shaped[Tensor, "batch out_height out_width *vector"]:

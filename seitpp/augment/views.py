@@ -17,6 +17,7 @@ from seitpp.augment.maps import (
     center_window,
     crop_ratio,
     crop_resize,
+    random_flip,
     random_resized_boxes,
     random_window,
     same_boxes,
@@ -37,8 +38,9 @@ class SeitPPView(nn.Module):
     A fraction `tokenadapt_fraction` of the images, evenly spread over the batch, is augmented by `adapt`, a
     trained TokenAdapt for this grid and size; the others get a random resized crop. `size` is the side of the crop
     in tokens, or its height and width, None to keep the whole grid; `scale` is the range of the crop's area as a
-    fraction of the grid. `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in
-    `nearest`. Raises ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the
+    fraction of the grid. `flip` is the probability that the grid of one of the others is mirrored, see
+    `random_flip`. `color` is a preset of ColorAugment or None. `lookup` is that of the tokenizer, as in `nearest`.
+    Raises ViewError if one of `adapt` and `tokenadapt_fraction` is given without the other, and if the
     sizes do not fit.
     """
 
@@ -48,6 +50,7 @@ class SeitPPView(nn.Module):
         *,
         size: Sides | None,
         scale: tuple[float, float] = (0.2, 1.0),
+        flip: float = 0.0,
         adapt: nn.Module | None = None,
         tokenadapt_fraction: float = 0.5,
         color: ColorPreset | None = None,
@@ -55,7 +58,7 @@ class SeitPPView(nn.Module):
     ):
         super().__init__()
         self.codebook = Codebook.of(codebook)
-        self.size, self.scale, self.lookup = size, scale, lookup
+        self.size, self.scale, self.flip, self.lookup = size, scale, flip, lookup
         self.tokenadapt_fraction = tokenadapt_fraction
         self.adapt = _adapting(size, adapt, tokenadapt_fraction, scale)
         self.color = ColorAugment(color) if color else None
@@ -69,7 +72,7 @@ class SeitPPView(nn.Module):
         Raises PairingError if ColorAdapt is on and the batch is no multiple of 4.
         """
         ids = ids.long()
-        if self.size is None and not self.adapt and not self.color:
+        if self.size is None and not self.adapt and not self.color and not self.flip:
             return ids
         maps = _colored(ids, self.codebook, self.color, keys)
         if not self.adapt:
@@ -80,16 +83,18 @@ class SeitPPView(nn.Module):
         return torch.cat([self.codebook.nearest(cropped, self.lookup), adapted])[order]
 
     def _plain(self, maps: Tensor, keys: Keys) -> Tensor:
+        maps = random_flip(maps, keys, self.flip)
         if self.size is None:
             return maps
         return _random_resized_crop(maps, keys, self.size, scale=self.scale)
 
     def extra_repr(self) -> str:
+        flip = f", flip={self.flip:g}" if self.flip else ""
         if self.size is None:
-            return "whole grid"
+            return f"whole grid{flip}"
         return (
-            f"random resized crop, size={self.size}, scale={self.scale}; {self.tokenadapt_fraction:.0%} through "
-            f"TokenAdapt; lookup={self.lookup}"
+            f"random resized crop, size={self.size}, scale={self.scale}{flip}; {self.tokenadapt_fraction:.0%} "
+            f"through TokenAdapt; lookup={self.lookup}"
         )
 
 
@@ -261,9 +266,10 @@ class SeitView(nn.Module):
 
     `size` is the side of the maps in tokens, or their height and width. `crop`: "resized" (random resized crop,
     its area in the range `scale` of fractions of the grid), "window" (a random window, not resized) or None (the
-    whole grid). `eda` and `color` are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those
-    of Mix. With `adapt`, a trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction`
-    of the images is augmented by it instead of the crop. Raises ViewError as SeitPPView.
+    whole grid). `flip` is the probability that the grid is mirrored before, see `random_flip`. `eda` and `color`
+    are presets of TokenEDA and ColorAugment or None; `cutmix` and `mixup` are those of Mix. With `adapt`, a
+    trained TokenAdapt (SeiT++ without masked modeling), a fraction `tokenadapt_fraction` of the images is
+    augmented by it instead of flip and crop. Raises ViewError as SeitPPView.
     """
 
     def __init__(
@@ -273,6 +279,7 @@ class SeitView(nn.Module):
         size: Sides,
         crop: Literal["resized", "window"] | None = "resized",
         scale: tuple[float, float] = (0.08, 1.0),
+        flip: float = 0.0,
         eda: Literal["paper", "release"] | None = "release",
         color: ColorPreset | None = "paper",
         cutmix: float = 1.0,
@@ -282,7 +289,7 @@ class SeitView(nn.Module):
     ):
         super().__init__()
         self.codebook = Codebook.of(codebook)
-        self.size, self.crop, self.scale = size, crop, scale
+        self.size, self.crop, self.scale, self.flip = size, crop, scale, flip
         self.tokenadapt_fraction = tokenadapt_fraction
         self.eda = TokenEDA(self.codebook, eda) if eda else None
         self.adapt = _adapting(size, adapt, tokenadapt_fraction, scale)
@@ -317,6 +324,7 @@ class SeitView(nn.Module):
         return torch.cat([self._crop(maps[plain], keys.of(plain)), adapted])[order]
 
     def _crop(self, maps: Tensor, keys: Keys) -> Tensor:
+        maps = random_flip(maps, keys, self.flip)
         if self.crop == "resized":
             return _random_resized_crop(maps, keys, self.size, scale=self.scale)
         grid, size = tuple(maps.shape[2:]), both_sides(self.size)
@@ -336,8 +344,9 @@ class SeitView(nn.Module):
             "window": "random window",
             None: "whole grid",
         }
+        flip = f", flip={self.flip:g}" if self.flip else ""
         adapt = f"; {self.tokenadapt_fraction:.0%} through TokenAdapt" if self.adapt else ""
-        return f"{crop[self.crop]}, size={self.size}{adapt}"
+        return f"{crop[self.crop]}, size={self.size}{flip}{adapt}"
 
 
 class EvalView(nn.Module):

@@ -43,9 +43,8 @@ ANY = Range(-math.inf)
 
 RANGES = {
     **dict.fromkeys(("accumulation", "log_steps", "steps", "evaluation_steps", "batch_size"), COUNT),
-    **dict.fromkeys(
-        ("batch_size_per_process", "images", "measured", "rounds", "labels_per_class", "tasks"), COUNT
-    ),
+    **dict.fromkeys(("batch_size_per_process", "images", "measured", "rounds", "labels_per_class"), COUNT),
+    **dict.fromkeys(("tasks", "crops"), COUNT),
     **dict.fromkeys(("image_size", "load_size", "crop_size", "size", "eval_window", "short_side"), COUNT),
     **dict.fromkeys(("sliding_window", "stride", "patch", "bands", "code_dim", "num_codes", "fit_images"), COUNT),
     **dict.fromkeys(("width", "depth", "heads", "channels", "attack_images", "square_queries"), COUNT),
@@ -54,7 +53,7 @@ RANGES = {
     **dict.fromkeys(("epochs", "checkpoint_epochs", "evaluation_epochs", "clip"), POSITIVE),
     **dict.fromkeys(("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("base_lr", "lr", "mixup", "cutmix"), NOT_NEGATIVE),
-    **dict.fromkeys(("tokenadapt_fraction", "identity", "region"), FRACTION),
+    **dict.fromkeys(("tokenadapt_fraction", "identity", "region", "flip"), FRACTION),
     **dict.fromkeys(("fraction", "max_share", "layer_decay"), SHARE),
     **dict.fromkeys(("dropout", "drop_path", "smoothing", "ema", "betas"), RATE),
     "eps": Range(0, 255, above=True),

@@ -6,13 +6,15 @@ import torch
 from kornia.metrics import ssim
 from torch import Tensor
 
-from seitpp.augment.geometry import Geometry, apply_geometry
+from seitpp.augment.geometry import Geometry, apply_geometry, random_geometry
+from seitpp.augment.keyed import Keys
 from seitpp.augment.maps import center_window
 from seitpp.models.masking import likeliest
 from seitpp.models.tokenadapt import TokenAdapt
-from seitpp.objectives.adapt import TokenizerPair
+from seitpp.objectives.adapt import TokenizerPair, tokenizer_pair
 from seitpp.tokenizers import Tokenizer
 
+CROP_SCALE = (0.2, 1.0)  # of the area of TokenAdapt's crop, as fractions of the grid; ours
 # The columns of `compare`: token accuracies in percent, and PSNR in dB.
 MEASURES = (
     "accuracy_tokenadapt",
@@ -51,6 +53,20 @@ def augment_directly(ids: Tensor, geometry: Geometry, tokenizer: Tokenizer) -> T
     more PSNR on photographs.
     """
     return tokenizer.quantize(apply_geometry(tokenizer.books.embed(ids), geometry))
+
+
+def augmentations(crop_scale: tuple[float, float] = CROP_SCALE) -> dict[str, dict]:
+    """Return arguments of `random_geometry`: three that apply one operation to every image, and all "together".
+
+    TokenAdapt is trained on "together" and evaluated on all four.
+    """
+    off = {"flip": 0.0, "affine": 0.0, "scale": None}
+    return {
+        "flip": {**off, "flip": 1.0},
+        "rotation": {**off, "affine": 1.0, "part": 1.0, "shift": 0.0, "shear": 0.0},
+        "crop": {**off, "scale": crop_scale},
+        "together": {"scale": crop_scale},
+    }
 
 
 class Augmented(NamedTuple):
@@ -95,3 +111,32 @@ def compare(augmented: Augmented, tokenizer: Tokenizer) -> Tensor:
     accuracies = [100 * token_accuracy(ids, augmented.ids) for ids in candidates]
     decoded = [tokenizer.decode(ids) for ids in (augmented.tokenadapt, augmented.direct, augmented.ids)]
     return torch.stack(accuracies + [quality(images, augmented.images)[:, 0] for images in decoded], dim=1)
+
+
+@torch.no_grad()
+def naive_pictures(
+    ids: Tensor, tokenizer: Tokenizer, adapt: TokenAdapt | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Flip and crop the decoded images of ids, their tokens, and these by TokenAdapt (SeiT++, Figure 3).
+
+    `ids` (B, H, W) int64 are on a square grid; the crops are those of `augmentations`. Returns rows of images
+    (B, C, any, any) in [0, 1] by name, and for the rows of changed tokens how many of these the tokenizer makes of
+    the changed image, in percent.
+    """
+    grid = ids.shape[-1]
+    crop = adapt.crop[0] if adapt else grid
+    pair = tokenizer_pair(tokenizer, grid * tokenizer.spec.patch, crop)
+    originals = pair.whole.decode(ids).clamp(0, 1)
+    rows, accuracies = {"decoded tokens": originals}, {}
+    for name in ("flip", "crop"):
+        geometry = random_geometry(Keys(0, 0, torch.arange(len(ids))), grid, crop, **augmentations()[name])
+        images = apply_geometry(originals, geometry).clamp(0, 1)
+        true = pair.augmented.encode(images)
+        found = {f"{name} of the tokens": augment_directly(ids, geometry, pair.whole)}
+        if adapt:
+            adapted = adapt(pair.whole.books.embed(ids), geometry)
+            found[f"{name} by TokenAdapt"] = likeliest(adapted, adapt.sizes)
+        rows |= {f"{name} of the image": images, f"{name}, then tokens": pair.augmented.decode(true)}
+        rows |= {row: pair.augmented.decode(tokens) for row, tokens in found.items()}
+        accuracies |= {row: 100 * token_accuracy(tokens, true).mean().item() for row, tokens in found.items()}
+    return rows, accuracies

@@ -40,6 +40,7 @@ class AnnotatedSample(NamedTuple):
     label: int | None
     annotation: bytes
     mask_bytes: int
+    box: None = None
 
 
 class AnnotatedSource:

@@ -35,11 +35,15 @@ class ImageError(UserError):
 
 
 class Sample(NamedTuple):
-    """One encoded image: the bytes of its file, its name in the source, and its label."""
+    """One encoded image: the bytes of its file, its name in the source, and its label.
+
+    With `box`, only this part of the image is meant.
+    """
 
     data: bytes
     name: str
     label: Label
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,11 @@ def image_size(sample: Sample) -> tuple[int, int]:
 def decode_image(sample: Sample, size: Size, box: Box | None = None, *, reading: Reading = RGB) -> np.ndarray:
     """Decode an image and resize it to `size`, bicubic with antialias; return (channels, height, width) uint8.
 
-    With `box`, only this part of the image is resized; else the rule of `reading` fits it to the size. Raises
-    ImageError that names the image if it cannot be read, if its bands are not those of `reading`, or if it has too
-    many pixels before or after resizing (Pillow's limits for decompression bombs).
+    With `box`, or that of the sample, only this part of the image is resized; else the rule of `reading` fits it
+    to the size. Raises ImageError that names the image if it cannot be read, if its bands are not those of
+    `reading`, or if it has too many pixels before or after resizing (Pillow's limits for decompression bombs).
     """
+    box = box or sample.box
     if sample.data.startswith(NPY) or reading.channels not in (1, 3):
         return _decode_bands(sample, size, box, reading)
     with open_image(sample.data, sample.name) as image:

@@ -56,7 +56,10 @@ def inventory(source: "ImageSource", unreadable: int = 0) -> dict[str, Any]:
 
 
 def digest(source: "ImageSource", images: range) -> str:
-    """Return the SHA-256 of names and labels of some images, and of the content of the first and the last file."""
+    """Return the SHA-256 of names and labels of some images, and of the content of the first and the last file.
+
+    Of crops it has also the boxes and the labels of these two.
+    """
     found, values = hashlib.sha256(), source.labels.values or {}
     for index in images:
         label = values[index] if values else None
@@ -65,6 +68,8 @@ def digest(source: "ImageSource", images: range) -> str:
         try:
             sample = source.read(index)
             found.update(sample.data + getattr(sample, "annotation", b""))
+            if sample.box:
+                found.update(f"{sample.box}\0{sample.label}\n".encode())
         except UserError as error:  # of an image that cannot be read
             found.update(str(error).encode(errors="surrogateescape"))
     return found.hexdigest()

@@ -51,7 +51,7 @@ class Labels(NamedTuple):
     With `multi_label`, all are tuples or None; else none is a tuple.
     """
 
-    values: list[Label]
+    values: Sequence[Label]
     class_names: list[str] | None
     origin: str  # for people, for example "classes by folder names"
     multi_label: bool = False

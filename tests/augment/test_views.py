@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from seitpp.augment import EvalView, Keys, SeitView, crop_resize
+from seitpp.augment import EvalView, Keys, SeitPPView, SeitView, crop_resize
 from seitpp.augment.color import ColorAugment
 from seitpp.augment.ids import TokenEDA
 from seitpp.augment.maps import random_window
 from seitpp.augment.mix import Mix, PairingError
 from seitpp.augment.views import ViewError
-from seitpp.codebook import embed
+from seitpp.books import Books
+from seitpp.codebook import Codebook, embed
 
 CODEBOOK = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
@@ -42,6 +43,22 @@ def test_view_with_nothing_else_is_the_crop(crop: str | None) -> None:
     # A resized crop of the whole area finds no box of another ratio, so it takes the whole grid.
     assert torch.equal(maps, embed(ids, CODEBOOK))
     assert torch.equal(soft.labels, labels) and torch.equal(soft.weight, torch.ones(5))
+
+
+@pytest.mark.parametrize("digits", [(), (2,)])
+def test_flip_mirrors_its_share_of_the_grids(digits: tuple[int, ...]) -> None:
+    """Also of tokens with two digits, in both views, and before the crop."""
+    codebook = Books.join([CODEBOOK.numpy()[:8], CODEBOOK.numpy()[8:24]], "concat") if digits else CODEBOOK
+    ids, labels = torch.randint(8, (400, *digits, 6, 6)), torch.zeros(400, dtype=torch.long)
+    plain = {"eda": None, "color": None, "cutmix": 0.0}
+    maps, _ = SeitView(codebook, size=6, crop=None, flip=0.25, **plain)(ids, labels, keys(400))
+    flipped = SeitPPView(codebook, size=None, flip=0.25, tokenadapt_fraction=0.0)(ids, keys(400))
+    mirrored = (flipped == ids.flip(-1)).flatten(1).all(dim=1)
+    assert ((flipped == ids).flatten(1).all(dim=1) ^ mirrored).all() and 70 < mirrored.sum() < 130
+    assert torch.equal(maps, Codebook.of(codebook).embed(flipped))
+    crop = {"size": 4, "crop": "window", **plain}
+    expected = SeitView(codebook, **crop)(flipped, labels, keys(400))[0]
+    assert torch.equal(SeitView(codebook, flip=0.25, **crop)(ids, labels, keys(400))[0], expected)
 
 
 @pytest.mark.parametrize("crop", ["resized", "window"])
@@ -100,10 +117,18 @@ def test_evaluation_gives_maps() -> None:
 
 def test_views_print_their_parameters() -> None:
     printed = repr(
-        SeitView(CODEBOOK, size=28, scale=(0.3, 0.9), eda="paper", color="seitpp", cutmix=0.6, mixup=0.7)
+        SeitView(CODEBOOK, size=28, scale=(0.3, 0.9), flip=0.5, eda="paper", color="seitpp", cutmix=0.6, mixup=0.7)
     )
     for word in (
-        *("size=28", "scale=(0.3, 0.9)", "cutmix=0.6", "mixup=0.7", "emb_noise=0.375", "color_adapt=0.125"),
+        *(
+            "size=28",
+            "scale=(0.3, 0.9)",
+            "flip=0.5",
+            "cutmix=0.6",
+            "mixup=0.7",
+            "emb_noise=0.375",
+            "color_adapt=0.125",
+        ),
         *(
             "replaced_images=1.0",
             "replaced_tokens=0.25",

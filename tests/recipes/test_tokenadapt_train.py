@@ -18,7 +18,7 @@ from seitpp import tokenizers
 from seitpp.augment import Keys, random_geometry
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import digits
-from seitpp.engine.reconstruction import MEASURES
+from seitpp.engine.reconstruction import MEASURES, augmentations
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_tokenadapt
@@ -109,7 +109,7 @@ def test_two_photographs_make_their_own_tokenizer(tmp_path, monkeypatch) -> None
     [("flip", (True, False, False)), ("rotation", (False, True, False)), ("crop", (False, False, True))],
 )
 def test_evaluation_does_one_thing_to_every_image(name: str, changed: tuple[bool, bool, bool]) -> None:
-    law = tokenadapt_train.augmentations(tokenadapt_train.PRESETS["photos"])[name]
+    law = augmentations(tokenadapt_train.PRESETS["photos"].crop_scale)[name]
     geometry = random_geometry(Keys(0, 0, torch.arange(64)), 8, 7, **law)
     moved = (geometry.matrices != torch.eye(3)).flatten(1).any(dim=1)
     boxed = (geometry.boxes != torch.tensor([0, 0, 7, 7])).any(dim=1)
