@@ -46,20 +46,24 @@ RANGES = {
     **dict.fromkeys(("batch_size_per_process", "images", "measured", "rounds", "labels_per_class"), COUNT),
     **dict.fromkeys(("image_size", "load_size", "crop_size", "size", "eval_window", "short_side"), COUNT),
     **dict.fromkeys(("sliding_window", "stride", "patch", "bands", "code_dim", "num_codes", "fit_images"), COUNT),
+    **dict.fromkeys(("seeds", "updates", "score_passes", "crops"), COUNT),
     **dict.fromkeys(("width", "depth", "heads", "channels"), COUNT),
     **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_heads"), COUNT),
-    **dict.fromkeys(("workers", "warmup_steps", "hold_out", "refine_steps"), COUNT_OR_ZERO),
+    **dict.fromkeys(("workers", "warmup_steps", "hold_out", "refine_steps", "warmup_updates"), COUNT_OR_ZERO),
     **dict.fromkeys(("epochs", "checkpoint_epochs", "evaluation_epochs", "clip"), POSITIVE),
     **dict.fromkeys(("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("base_lr", "lr", "mixup", "cutmix"), NOT_NEGATIVE),
-    **dict.fromkeys(("tokenadapt_fraction", "identity", "region"), FRACTION),
-    **dict.fromkeys(("fraction", "max_share", "layer_decay"), SHARE),
+    **dict.fromkeys(("tokenadapt_fraction", "identity", "region", "masked_share"), FRACTION),
+    **dict.fromkeys(
+        ("fraction", "max_share", "layer_decay", "uniform", "by_score", "resolution", "token_fractions"), SHARE
+    ),
     **dict.fromkeys(("dropout", "drop_path", "smoothing", "ema", "betas"), RATE),
     "crop_scale": SHARE._replace(rising=True),
     "scale": POSITIVE._replace(rising=True),
     "scales": POSITIVE,
     "intensity": ANY._replace(rising=True),
     "ignore_label": ANY,
+    "jpeg_quality": Range(0, 100),
     "seed": Range(0, 2**32 - 1),
 }
 
