@@ -83,14 +83,15 @@ class Shelf:
         That is the largest at which the set has at most `budget` bytes for each image; None if there is none.
         """
         change = partial(fitted, file_format=file_format, size=self.tokenizer.spec.image_size)
-        quality = best_quality(_spaced(self.train, SEARCHED), change, budget)
-        while quality is not None:
+        samples, most = _spaced(self.train, SEARCHED), budget
+        while (quality := best_quality(samples, change, most)) is not None:
             row = self.pictures(family, f"q{quality}", change=partial(change, quality=quality))
-            if row.sizes.total <= budget * len(self.train):
+            over = row.sizes.total / len(self.train) - budget
+            if over <= 0:
                 return row
             for folder in (row.folder, row.matched):
                 remove_folder(folder)
-            quality = quality - 1 if quality else None
+            most -= over
         return None
 
     def tokens(self, family: str, setting: str, *, kind: Kind = "maps", fraction: float = 1.0) -> Row:
