@@ -136,7 +136,7 @@ def open_data(config: Config, run: Run, saved: Loaded) -> Data:
     if kind == "pixels":
         if not config.data or config.tokenizer:
             raise UserError(f"{config.checkpoint} takes pixels: name images with --data and leave --tokenizer out")
-        return pixels(config, run, input_size(saved.model))
+        return pixels(config, run, input_size(saved.model) or saved.window)
     if config.labels and not config.data:
         raise UserError(f"--labels {config.labels} is for --data: leave it out, a store has its own labels")
     if (config.data is None) != (config.tokenizer is None) or (config.data and config.store):

@@ -1,16 +1,20 @@
-"""Fine-tune a trained model on the tokens of another data set (or the same one), or on pixels.
+"""Fine-tune a trained model on the tokens of another data set (or the same one), or on pixels, or train on pixels.
 
     accelerate launch recipes/finetune.py --checkpoint runs/mtm_pretrain-digits   # the embedded digits
     accelerate launch recipes/finetune.py published --checkpoint RUN --store imagenet-tokens  # 1 GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/finetune.py pixels --checkpoint RUN --data imagenet
+    accelerate launch --multi_gpu --num_processes 8 recipes/finetune.py deit_base --data imagenet
 
 --checkpoint is the folder of a run, a model file of this project, or an official checkpoint of SeiT or SeiT++.
 `published` is the fine-tuning of SeiT++ after masked token modeling: ViT-B on ImageNet-1k tokens. `tokens` (from
 ImageNet-21k tokens to other tokens) and `pixels` (the stem becomes a patch embedding of 16 x 16 pixels) are the
 fine-tunings of SeiT, which its three-stage training runs one after the other; where SeiT gives no setting, they
 have the settings of DeiT III (README_revenge.md of facebookresearch/deit). `finegrained` is for the data sets of
-downstream/finegrained. No result and no time of these presets is measured. `digits` (the default) takes 50 s on
-one CPU core and reaches 97.5 % top-1 after pre-training, 93.6 % without.
+downstream/finegrained. --model, the name of a ViT or ResNet of timm, takes the place of --checkpoint: it begins
+with random weights and takes pixels. `deit_base`, `deit_small`, `resnet50` and `resnet18` are the baselines on
+pixels of SeiT, with the settings of DeiT (arXiv 2012.12877); the paper reports 81.8, 79.9, 76.1 and 69.7 % top-1.
+No result and no time of these presets is measured. `digits` (the default) takes 50 s on one CPU core and reaches
+97.5 % top-1 after pre-training, 93.6 % without; `deit_digits` is a small ViT on the pixels of the digits.
 The recipe writes config.json, metrics.jsonl, evaluations.jsonl, checkpoints/, model.safetensors, curves.png,
 validation.png and result.json into --out. It does not change the checkpoint.
 """
@@ -39,11 +43,13 @@ from seitpp.augment import (
 from seitpp.augment.maps import both_sides
 from seitpp.codebook import Codebook, codebook_fingerprint
 from seitpp.data.dataset import Batch, Chosen, TokenDataset, few_labels, indices_within
+from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, OrderedImages, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
 from seitpp.engine.evaluate import score_classifier
 from seitpp.engine.inputs import (
+    ON_DIGITS,
     check_codes,
     classifier_trial,
     image_facts,
@@ -60,6 +66,7 @@ from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
+from seitpp.images.sources import ImageSource
 from seitpp.models import (
     Loaded,
     TokenAdapt,
@@ -67,6 +74,7 @@ from seitpp.models import (
     input_kind,
     input_size,
     load_pretrained,
+    new_pixel_classifier,
     pixel_classifier_from,
     save_classifier,
     set_trainable,
@@ -81,7 +89,9 @@ class Config(TrainConfig):
     epochs (SeiT++).
     """
 
-    checkpoint: str | None = None  # Initial weights: folder of a run, or a model file; always needed.
+    checkpoint: str | None = None  # Initial weights: folder of a run, or a model file. None: --model.
+    # Instead of --checkpoint: name of a ViT or ResNet of timm for pixels, which begins with random weights.
+    model: str | None = None
     store: str | None = None  # Folder of a token store. None, and no --data: the embedded digits.
     data: str | None = None  # Images to fine-tune on as pixels, as for recipes/tokenize_images.py.
     split: str | None = "train"  # Split of --data to train on. None: all of it.
@@ -102,6 +112,7 @@ class Config(TrainConfig):
     tokenadapt: str | None = None
     # Models of ids only: fraction of the images that are augmented by TokenAdapt.
     tokenadapt_fraction: float = 0.5
+    flip: bool = True  # Pixels only: mirror half of the images.
     three_augment: bool = True  # Pixels only: grayscale, solarize or blur, then color jitter (DeiT III).
     cutmix: float = 1.0  # Alpha of the Beta distribution of CutMix. 0: no CutMix.
     # Alpha of the Beta distribution of Mixup; models of ids: only for the images augmented by TokenAdapt.
@@ -149,6 +160,26 @@ PRESETS["pixels"] = replace(  # SeiT: learning rate, batch size, epochs; the res
     weight_decay=0.02,
     layer_decay=1.0,
 )
+PRESETS["deit_base"] = replace(  # DeiT, but for RandAugment, Random Erasing and repeated augmentation
+    PRESETS["published"],
+    preset="deit_base",
+    model="vit_base_patch16_224",
+    color=None,
+    tokenadapt_fraction=0.0,
+    epochs=300,
+    base_lr=1e-3,  # 5e-4 at batch size 512
+    min_lr=1e-5,
+    weight_decay=0.05,
+    layer_decay=1.0,
+)
+PRESETS |= {
+    name: replace(PRESETS["deit_base"], preset=name, **changes)
+    for name, changes in {
+        "deit_small": {"model": "vit_small_patch16_224"},
+        "resnet50": {"model": "resnet50", "drop_path": 0.0},
+        "resnet18": {"model": "resnet18", "drop_path": 0.0},
+    }.items()
+}
 PRESETS["finegrained"] = replace(  # settings of this project: the papers give none
     PRESETS["published"],
     preset="finegrained",
@@ -176,18 +207,33 @@ PRESETS["digits"] = replace(
     checkpoint_epochs=10,
     evaluation_epochs=5,
 )
+PRESETS["deit_digits"] = replace(
+    PRESETS["digits"],
+    preset="deit_digits",
+    model="vit_nano_patch8_32",
+    size=32,
+    flip=False,  # a mirrored digit is none
+    three_augment=False,
+    min_lr=1e-5,
+    weight_decay=0.05,
+    layer_decay=1.0,
+)
 PRESETS["smoke"] = replace(PRESETS["digits"], preset="smoke", **SMOKE)
 
 
 def main(config: Config) -> None:
     # 1. Run: the output folder, the processes, the seed; the initial weights.
-    if config.checkpoint is None:
-        raise UserError("nothing to fine-tune: name a run's folder or a model file with --checkpoint")
+    if (config.checkpoint is None) == (config.model is None):
+        got = "neither" if config.model is None else f"{config.checkpoint} and {config.model}"
+        raise UserError(
+            "expected one of --checkpoint, a run's folder or a model file to fine-tune, and --model, a network of "
+            f"timm that begins with random weights: got {got}"
+        )
     run = Run("finetune", config)
-    source = load_pretrained(config.checkpoint)
+    source = load_pretrained(config.checkpoint) if config.checkpoint else None
 
     # 2. Data, augmentation and model, for tokens or for pixels.
-    task = (pixel_task if config.data else token_task)(config, run, source)
+    task = (pixel_task if config.data or config.model else token_task)(config, run, source)
     train, validation, model = task.train.images, task.validation, task.model.to(run.device)
     order, multi_label = task.train.order, task.multi_label
     view, center_view = task.view.to(run.device), task.center_view.to(run.device)
@@ -340,31 +386,46 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     )
 
 
-def pixel_task(config: Config, run: Run, source: Loaded) -> Task:
-    """Open the images, and give the source model a new stem and a new head.
+def labeled_images(config: Config, run: Run) -> tuple[ImageSource, ImageSource]:
+    """Open the training and the validation images: those of --data, or of a preset for them the embedded digits.
+
+    Raises UserError for images without labels, or splits with different classes.
+    """
+    if config.data is None:
+        if config.preset not in (*ON_DIGITS, "deit_digits"):
+            raise UserError(f"preset {config.preset} with --model needs --data: name images")
+        return DigitsSource("train"), DigitsSource("validation")
+    return open_classified(run, config.validation_split, "finetune")
+
+
+def pixel_task(config: Config, run: Run, source: Loaded | None) -> Task:
+    """Open the images, and give the source model a new stem and a new head, or make a model with random weights.
 
     Raises UserError for a setting that does not apply to pixels, or splits with different classes.
     """
     for name in ("store", "eda", "color", "tokenadapt", "labels_per_class"):
         if getattr(config, name):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for tokens, --data is for pixels: leave one of the two out")
-    train, validation = open_classified(run, config.validation_split, "finetune")
-    names = train.class_names
-    size = both_sides(config.size or 224)
+            flag, pixels = name.replace("_", "-"), "--data" if source else "--model"
+            raise UserError(f"--{flag} is for tokens, {pixels} is for pixels: leave one of the two out")
+    train, validation = labeled_images(config, run)
+    names, size = train.class_names, both_sides(config.size or 224)
     boxes = RandomBoxes(config.seed, size, config.crop_scale)
-    model = pixel_classifier_from(source.model, len(names), img_size=size, drop_path_rate=config.drop_path)
+    sizes = {"img_size": size, "drop_path_rate": config.drop_path}
+    if source is None:
+        model = new_pixel_classifier(config.model, len(names), **sizes)
+    else:
+        model = pixel_classifier_from(source.model, len(names), **sizes)
     images = train_subset(config, ImageDataset(train, size, boxes))
     order = {"batch_size": config.batch_size, "seed": config.seed, "device": run.device}
     return Task(
         balanced(images, train, config.class_balance, **order),
         ImageDataset(validation, size, CentralBoxes(size)),
         "images",
-        PixelView(config.cutmix, config.mixup, config.three_augment),
+        PixelView(config.cutmix, config.mixup, three_augment=config.three_augment, flip=config.flip),
         EvalPixelView(),
         model,
         f"{len(train)} images of {len(names)} classes",
-        {"codebook": None, "class_names": names},
+        {"codebook": None, "class_names": names, "window": None if input_size(model) else size},
         torch.zeros(3, *size),
         image_facts(images, train, validation),
         train.labels.multi_label,

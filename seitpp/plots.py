@@ -347,6 +347,34 @@ def accuracy_over_memory(
     _save(figure, path)
 
 
+def tradeoff(families: Mapping[str, Sequence[tuple[float, float, float, bool]]], path: Path) -> None:
+    """Plot accuracy over stored bytes, on a logarithmic axis, with one line a family: its Pareto front.
+
+    The points of a family are (bytes, mean, standard deviation, whether it is on the front); the others are pale.
+    """
+    figure, axis = plt.subplots(figsize=(8, 5))
+    markers = "os^vD<>Ph*X"
+    for number, (family, points) in enumerate(families.items()):
+        look = {"color": f"C{number % 10}", "marker": markers[number % len(markers)]}
+        front = sorted(point[:3] for point in points if point[3])
+        sizes, means, deviations = zip(*front, strict=True)
+        axis.errorbar(sizes, means, deviations, **look, linewidth=1, capsize=2, label=family)
+        beaten = [point for point in points if not point[3]]
+        axis.errorbar(
+            [point[0] for point in beaten],
+            [point[1] for point in beaten],
+            [point[2] for point in beaten],
+            **look,
+            linestyle="",
+            alpha=0.35,
+        )
+    axis.set(xscale="log", xlabel="bytes of the stored training set", ylabel="top-1 accuracy (%)")
+    axis.grid(alpha=0.2, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
 def write_report(
     folder: Path,
     *,

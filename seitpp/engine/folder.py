@@ -19,7 +19,7 @@ FREE_SETTINGS = {
     *("compile", "grad_checkpointing", "dry_run"),
 }
 # Settings that name what a run reads: a resumed run may read the same content elsewhere.
-INPUTS = ("store", "data", "tokenizer", "tokenadapt", "init_from", "checkpoint", "perceptual_vgg")
+INPUTS = ("store", "data", "tokenizer", "tokenadapt", "init_from", "checkpoint", "perceptual_vgg", "scores")
 # Settings that say how long a run trains: a resumed run may train longer.
 LENGTHS = ("epochs", "steps")
 CONFIG, CONTENTS, LOCK, RESULT = "config.json", "inputs.json", ".lock", "result.json"
@@ -30,10 +30,10 @@ WRITTEN = re.compile(
     r"config\.json|inputs\.json|result\.json|metrics\.jsonl|evaluations\.jsonl|skipped\.txt|\.lock|\..*\.tmp"
     r"|model(_ema)?\.safetensors|tokenizer\.safetensors|broken-step-\d{8}-rank-\d+\.safetensors"
     r"|checkpoints(/step-\d{8}|/LATEST|/\..*\.tmp)?|report\.html|classes\.txt|labels|seitpp|wandb"
-    r"|(per_class|confusion|predictions)\.csv|(\.embeddings-\d{5}|embeddings)\.parquet"
+    r"|stored|rows|scores\.txt"
+    r"|(per_class|confusion|predictions|table)\.csv|(\.embeddings-\d{5}|embeddings)\.parquet"
     r"|(augmented|confusion|corrupted|curves|held_out|inpainting|legend|loss|loss_by_ratio|losses|matrix|memory"
-    r"|nearest|pictures"
-    r"|probes|reconstructions|validation)\.png"
+    r"|nearest|pictures|probes|reconstructions|tradeoff|validation)\.png"
 )
 OF_A_RUN = "the config of a run"
 NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -102,7 +102,7 @@ def open_pictures(source: ImageSource, saved: Loaded, *, tokenizer: Tokenizer | 
         )
         raise UserError(f"{checkpoint} takes {takes}")
     if tokenizer is None:
-        pixels = EvalPixelView().to(device)
+        size, pixels = size or saved.window, EvalPixelView().to(device)
         images = DecodedImages(source, size, reading=reading, boxes=CentralBoxes(size))
         return Pictures(images, lambda batch: pixels(batch.pixels.view(-1, 3, *size).to(device)), run)
     books = tokenizer.books.to_books()

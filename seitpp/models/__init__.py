@@ -17,7 +17,12 @@ from seitpp.models.weights.pretrained import (
     save_pretrained,
 )
 from seitpp.models.weights.release import from_release, save_release, to_release
-from seitpp.models.weights.transfer import classifier_from, pixel_classifier_from, set_trainable
+from seitpp.models.weights.transfer import (
+    classifier_from,
+    new_pixel_classifier,
+    pixel_classifier_from,
+    set_trainable,
+)
 
 __all__ = [
     "MTM",
@@ -38,6 +43,7 @@ __all__ = [
     "load_pretrained",
     "load_pretrained_tokenadapt",
     "load_tokenadapt",
+    "new_pixel_classifier",
     "pixel_classifier_from",
     "save_classifier",
     "save_pretrained",

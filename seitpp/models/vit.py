@@ -13,6 +13,8 @@ classifier is the mean over the patches, LayerNorm (eps 1e-6) and a linear head.
 | tiny  | 192   | 12    | 3     |
 | small | 384   | 12    | 6     |
 | base  | 768   | 12    | 12    |
+
+`vit_nano_patch8_32` is the smallest of them for pixels; timm has the others (`vit_base_patch16_224`).
 """
 
 from collections.abc import Sequence
@@ -78,6 +80,13 @@ default_cfgs = generate_default_cfgs(
         f"{kind}_vit_{size}.untrained": {"first_conv": "patch_embed.proj", "classifier": "head"}
         for kind in ("seit", "mtm")
         for size in SIZES
+    }
+    | {
+        "vit_nano_patch8_32.untrained": {
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "input_size": (3, 32, 32),
+        }
     }
 )
 
@@ -164,3 +173,12 @@ def mtm_vit_small(pretrained: bool = False, **kwargs) -> VisionTransformer:
 def mtm_vit_base(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """ViT-B on ids (published): width 768, depth 12, 12 heads."""
     return _mtm_vit("base", pretrained, **kwargs)
+
+
+@register_model
+def vit_nano_patch8_32(
+    pretrained: bool = False, patch_size: int | tuple[int, int] = 8, **kwargs
+) -> VisionTransformer:
+    """A small ViT on pixels, for thumbnails and tests: 32 pixels, patches of 8, width 96, depth 3, 3 heads."""
+    sizes = {"img_size": 32, "in_chans": 3, **kwargs}
+    return _vit("vit_nano_patch8_32", "nano", pretrained, partial(PatchEmbed), patch_size, **sizes)

@@ -216,6 +216,37 @@ def test_a_checkpoint_of_pixels_keeps_its_stem(runs: dict[str, Path], pictures: 
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("network", ["vit_nano_patch8_32", "resnet18"])
+def test_pixels_from_random_weights(pictures: Path, tmp_path: Path, network: str) -> None:
+    """Resumed, with the same bits; and tested again and fine-tuned from where it was saved."""
+    few = ["--batch-size", 32, "--epochs", 1.5, "--warmup-epochs", 0.5, "--evaluation-epochs", 9, "--mixup", 0.8]
+    data = ["smoke", "--data", pictures, "--size", 32, *few]
+    line = [*data, "--model", network, "--out", tmp_path / "run"]
+    call(finetune, *line)
+    saved, lines = load_pretrained(tmp_path / "run"), lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert saved.spec.name == network and saved.class_names == ["blue", "green", "red"] and len(lines) == 3
+    assert lines[0]["loss"] == pytest.approx(np.log(3), abs=0.4), "of random weights"
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000003")
+    call(finetune, *line, "--resume")
+    again = load_pretrained(tmp_path / "run").model.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.model.state_dict().items())
+    repeated(tmp_path / "run", tmp_path / "evaluation", "--data", pictures)
+    if network == "resnet18":
+        assert saved.window == (32, 32), "a ResNet does not know its input"
+    else:
+        call(finetune, *data, "--checkpoint", tmp_path / "run", "--epochs", 0.5, "--out", tmp_path / "again")
+
+
+def test_the_digits_as_pixels_and_the_published_baselines(tmp_path: Path) -> None:
+    few = ["--epochs", 2 / 11, "--warmup-epochs", 0]
+    call(finetune, "deit_digits", *few, "--out", tmp_path / "run")
+    assert load_pretrained(tmp_path / "run").model.patch_embed.grid_size == (4, 4)
+    for name in ("deit_base", "deit_small", "resnet50", "resnet18"):
+        preset = finetune.PRESETS[name]
+        assert timm.is_model(preset.model) and preset.checkpoint is None and preset.preset == name
+        assert (preset.batch_size, preset.base_lr, preset.weight_decay, preset.epochs) == (1024, 1e-3, 0.05, 300)
+
+
 # What is trained, and how fast
 
 
@@ -324,7 +355,14 @@ def test_what_cannot_be_fine_tuned_is_refused(
     )
     oblong = random_store(tmp_path / "oblong", codebook, (12, 8))
     for arguments, *words in (
-        ([], "--checkpoint"),
+        ([], "--checkpoint", "--model", "neither"),
+        ([*seit, "--model", "resnet18"], "--checkpoint", "--model", runs["seit"], "resnet18"),
+        (["--model", "resnet81"], "resnet81", "did you mean"),
+        (["--model", "seit_vit_nano"], "takes tokens"),
+        (["--model", "convnext_tiny"], "ConvNeXt", "expected a ViT or ResNet"),
+        (["--model", "vit_nano_patch8_32", "--size", 33], "33 x 33 pixels"),
+        (["--model", "resnet18", "--store", other_store], "--store", "--model"),
+        (["deit_base"], "deit_base", "--data"),
         (["--checkpoint", tmp_path / "none"], "no model file", tmp_path / "none"),
         ([*seit, "--store", foreign], "codebook", foreign, runs["seit"]),
         (["--checkpoint", tmp_path / "seit.pth", "--store", wide], "seit.pth", wide, 64, 32),
@@ -344,7 +382,8 @@ def test_what_cannot_be_fine_tuned_is_refused(
         (["--checkpoint", resnet, "--data", pictures], "expected a ViT"),
         (["--checkpoint", resnet, "--trainable", "attention"], "no attention"),
     ):
-        refused(capfd, monkeypatch, finetune, [*out, *arguments], *words)
+        preset = [] if arguments[:1] == ["deit_base"] else out[:1]
+        refused(capfd, monkeypatch, finetune, [*preset, *arguments, *out[1:]], *words)
     assert not (tmp_path / "run").exists()
 
 

@@ -121,6 +121,19 @@ def _vit_arguments(model: VisionTransformer) -> dict[str, Any]:
     return {**arguments, "patch_size": list(stem.patch_size)}
 
 
+def check_saving(model: nn.Module) -> ClassifierSpec:
+    """Return the spec of a classifier that `save_classifier` can write.
+
+    Raises ModelError if its file could not be loaded, because the model has more settings than its name and sizes.
+    """
+    spec = classifier_spec(model)
+    with torch.device("meta"):
+        rebuilt = timm.create_model(spec.name, **spec.arguments)
+    if _shapes(rebuilt) != _shapes(model):
+        raise ModelError(f"{spec} builds other tensors than this model's: expected a model without other settings")
+    return spec
+
+
 def save_classifier(
     path: Path,
     model: nn.Module,
@@ -130,17 +143,12 @@ def save_classifier(
     window: tuple[int, int] | None = None,
     multi_label: bool = False,
 ) -> None:
-    """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or one of timm's ViTs for pixels.
+    """Write a classifier: seit_vit_*, seit_resnet*, mtm_vit_*, or one of timm's for pixels.
 
     `codebook`, the fingerprint of the codebook, `class_names`, `window` and `multi_label` are described
-    at `Loaded`. Raises
-    ModelError if the file could not be loaded, because the model has more settings than its name and sizes.
+    at `Loaded`. Raises ModelError as `check_saving` does.
     """
-    spec = classifier_spec(model)
-    with torch.device("meta"):
-        rebuilt = timm.create_model(spec.name, **spec.arguments)
-    if _shapes(rebuilt) != _shapes(model):
-        raise ModelError(f"{spec} builds other tensors than this model's: expected a model without other settings")
+    spec = check_saving(model)
     names = None if class_names is None else list(class_names)
     header = {"spec": asdict(spec), "codebook": codebook, "class_names": names, "window": window}
     if multi_label:  # left out otherwise: files of other models have the same bytes as before

@@ -9,9 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import freeze
 from torch import nn
 
+from seitpp.errors import reason, suggest
 from seitpp.models.mtm import MTM
 from seitpp.models.stem import ModelError
-from seitpp.models.weights.classifiers import classifier_spec
+from seitpp.models.weights.classifiers import check_saving, classifier_spec
 from seitpp.models.weights.pretrained import input_kind
 
 HEAD_STD = 2e-5  # standard deviation of the weights of the new head (SeiT++ release)
@@ -69,6 +70,34 @@ def pixel_classifier_from(
         **{**sizes, **overrides},
     )
     return _transfer(body, model, new=("patch_embed.",))
+
+
+def new_pixel_classifier(
+    name: str,
+    num_classes: int,
+    *,
+    img_size: tuple[int, int] = (224, 224),
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """Return the ViT or ResNet `name` of timm's registry, for images of `img_size` pixels, with random weights.
+
+    A ResNet takes images of any size. Raises ModelError for a name that is not in the registry, for another kind
+    of model, and for one that could not be saved.
+    """
+    if name not in timm.list_models():  # create_model would look for other names on the network
+        close = suggest(name, timm.list_models("vit_*_patch*") + timm.list_models("resnet*"))
+        raise ModelError(f"--model {name}: timm has no such network, expected a ViT or ResNet{close}")
+    with torch.device("meta"):
+        kind = timm.create_model(name)
+    if input_kind(kind) != "pixels":
+        raise ModelError(f"--model {name} takes tokens, expected a ViT or ResNet of timm for pixels")
+    sizes = {"img_size": img_size} if isinstance(kind, VisionTransformer) else {}
+    try:
+        model = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
+    except AssertionError as problem:  # of timm, for a size that patches do not fit
+        raise ModelError(f"--model {name} at {img_size[0]} x {img_size[1]} pixels: {reason(problem)}") from problem
+    check_saving(model)
+    return model
 
 
 def set_trainable(model: nn.Module, trained: Literal["all", "attention", "head"]) -> None:

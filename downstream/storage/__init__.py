@@ -1,0 +1,1 @@
+"""Storage against accuracy: ways to keep a training set in fewer bytes, and what each of them costs."""

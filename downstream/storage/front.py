@@ -1,0 +1,63 @@
+"""Rows of a comparison: their means over seeds, the Pareto front, and the table in words."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from seitpp.errors import UserError
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class Score(NamedTuple):
+    """A mean over seeds and its standard deviation, which is 0 for one seed; in percent."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Score":
+        """Return the score of the values of all seeds."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} +- {self.deviation:.1f}"
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the positions of the points (cost, value) that no other point beats, by rising cost.
+
+    A point is beaten by one that costs no more and is worth no less, and is not its equal; of equal points the
+    first is kept.
+    """
+    order = sorted(range(len(points)), key=lambda at: (points[at][0], -points[at][1], at))
+    front: list[int] = []
+    for at in order:
+        if not front or points[at][1] > points[front[-1]][1]:
+            front.append(at)
+    return front
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes of "60B", "1kB" or "1.5KiB". Raises UserError for anything else."""
+    number = text.rstrip("kKMGiB")
+    unit = text[len(number) :]
+    try:
+        size = float(number) * UNITS[unit]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--budgets {text}: expected bytes an image, as 500B, 1kB or 1.5KiB") from error
+    if not 1 <= size < 2**63:
+        raise UserError(f"--budgets {text}: expected at least 1 byte an image")
+    return round(size)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a plain table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
