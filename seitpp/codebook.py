@@ -99,7 +99,7 @@ class Codebook(nn.Module):
         return () if len(self.sizes) == 1 else (len(self.sizes),)
 
     @property
-    def tables(self) -> list[Tensor]:
+    def tables(self) -> list[Float[Tensor, "_ _"]]:
         """The tables, float."""
         return [getattr(self, f"table_{number}") for number in range(self._tables)]
 

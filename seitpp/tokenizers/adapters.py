@@ -113,7 +113,7 @@ class MapAdapter(Adapter):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the unquantized feature map (B, D, H, W) of preprocessed images."""
-        return self._require_grid(self._maps(self.model_input(images)))
+        return self._require_grid(self._maps(self._model_input(images)))
 
     @abstractmethod
     def _maps(self, inputs: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class IdAdapter(Adapter):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the codebook rows (B, D, H, W) that the network chose for preprocessed images."""
-        return F.embedding(self._checked(self.model_input(images)), self.table).permute(0, 3, 1, 2)
+        return F.embedding(self._checked(self._model_input(images)), self.table).permute(0, 3, 1, 2)
 
     @abstractmethod
     def _network_ids(self, inputs: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class IdAdapter(Adapter):
         return ids.reshape(len(inputs), height, width)
 
     def _ids(self, images: Tensor) -> Tensor:
-        return self.renumber[self._checked(self.model_input(images))]
+        return self.renumber[self._checked(self._model_input(images))]
 
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         super()._keep(ids, rows)
@@ -331,7 +331,7 @@ class DigitsVQ(Tokenizer):
         return self.books.embed(self._ids(images))
 
     def _ids(self, images: Tensor) -> Tensor:
-        ids, shape = self._encode(self.model_input(images)), (len(images), *self.books.planes, *self.spec.grid)
+        ids, shape = self._encode(self._model_input(images)), (len(images), *self.books.planes, *self.spec.grid)
         if ids.numel() != math.prod(shape) or tuple(ids.shape[:2]) != shape[:2]:
             raise TokenizerError(
                 f"the {self.spec.kind} function gave digits of shape {tuple(ids.shape)}, expected {shape}: return "

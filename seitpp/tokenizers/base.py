@@ -216,7 +216,7 @@ class Tokenizer(nn.Module, ABC):
         finally:
             self.set_image_size(before)
 
-    def model_input(
+    def _model_input(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """Normalize images in [0, 1] to the input of the network: (images - mean) / std, in its dtype."""

@@ -152,7 +152,7 @@ class FeatureKMeans(Tokenizer):
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return _maps(self.network, self.model_input(images)).float()
+            return _maps(self.network, self._model_input(images)).float()
 
     def _pixels(self, ids: Tensor) -> Tensor:
         raise TokenizerError(f"the {KIND} tokenizer decodes to features of {self.name}, not to pictures")

@@ -165,7 +165,7 @@ class PatchKMeans(Tokenizer):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the feature map (B, D, H, W) of images (B, C, height, width); the last channel is constant."""
-        vectors = (self._patches(self.model_input(images)) - self.mean) @ self.components.T / self.scale
+        vectors = (self._patches(self._model_input(images)) - self.mean) @ self.components.T / self.scale
         constant = vectors.new_full((*vectors.shape[:-1], 1), math.sqrt(self.spec.code_dim - 1))
         return torch.cat([vectors, constant], dim=-1).permute(0, 3, 1, 2)
 

@@ -77,7 +77,7 @@ class RefinedPatchKMeans(PatchKMeans):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the feature map (B, D, H, W) of images (B, C, height, width); the last channel is constant."""
-        patches = (self._patches(self.model_input(images)) - self.mean) / self.scale
+        patches = (self._patches(self._model_input(images)) - self.mean) / self.scale
         correction = self.encoder(patches).permute(0, 3, 1, 2)
         return super().features(images) + F.pad(correction, (0, 0, 0, 0, 0, 1))
 

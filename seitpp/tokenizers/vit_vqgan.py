@@ -186,7 +186,7 @@ class ViTVQGAN(Tokenizer):
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the feature map (B, D, H, W), not normalized, of images (B, C, height, width) in [0, 1]."""
-        tokens = self.pre_quant(self.encoder(self.model_input(images)))
+        tokens = self.pre_quant(self.encoder(self._model_input(images)))
         return rearrange(tokens, "b (h w) d -> b d h w", h=self.spec.grid[0])
 
     def reconstruct(self, maps: Tensor) -> Tensor:
