@@ -95,7 +95,10 @@ def test_the_best_quality_within_a_budget(shelf: Shelf, file_format: str) -> Non
     change = partial(fitted, file_format=file_format, size=(32, 32))
     samples = [shelf.train.read(at) for at in range(60)]
     quality, overhead = int(row.setting[1:]), row.sizes.total - row.sizes.payload
-    sizes = [sum(len(change(opened(one), one.data, quality=q)) for one in samples) for q in range(quality + 1, min(quality + 3, 101))]
+    sizes = [
+        sum(len(change(opened(one), one.data, quality=q)) for one in samples)
+        for q in range(quality + 1, min(quality + 3, 101))
+    ]
     assert all(size + overhead > 60 * budget for size in sizes)
     assert best_quality(samples, change, 10) is None and best_quality(samples, change, 10**6) == 100
 
