@@ -248,13 +248,14 @@ def main(config: Config) -> None:
     # 3. Optimization, with a smaller learning rate for lower layers.
     schedule = Schedule.from_config(config, order, lr_batch=1024, scaling="sqrt")
     optimizer = OPTIMIZERS[config.optimizer](model, config.weight_decay, layer_decay=config.layer_decay)
+    two = task.zeros.expand(2, *task.zeros.shape)  # of one pixel in one image a batch norm knows no variance
     training = run.training(
         model,
         optimizer,
         schedule,
         data_fingerprint=task.fingerprint,
         clip=config.clip,
-        flops_per_image=count_flops(model, task.zeros.unsqueeze(0).to("meta")),
+        flops_per_image=count_flops(model, two.to("meta")) // 2,
         sharing=Sharing(
             classifier_trial(task.zeros, config.tokenadapt_fraction, model.num_classes if multi_label else None),
             tuple(filter(None, [task.adapt])),

@@ -49,6 +49,7 @@ from seitpp.engine.evaluate import predict
 from seitpp.engine.inputs import ON_DIGITS, open_images, require_labels
 from seitpp.engine.optim import adamw, warmup_cosine
 from seitpp.engine.run import Run
+from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError
 from seitpp.files import read_json
 from seitpp.images.batches import ImageDataset
@@ -138,10 +139,10 @@ PRESETS["smoke"] = replace(
 
 def main(config: Config) -> None:
     # 1. Run: the output folder; one process, since the trainings depend on nothing but their seed.
-    run = Run("storage_tradeoff", config)
-    if run.accelerator.num_processes > 1 or config.precision == "fp16":
-        raise UserError("storage_tradeoff trains on one process, with --precision no or bf16: launch it so")
     budgets = {text: parse_bytes(text) for text in config.budgets}
+    if launched_processes() > 1 or config.precision == "fp16":
+        raise UserError("storage_tradeoff trains on one process, with --precision no or bf16: launch it so")
+    run = Run("storage_tradeoff", config)
 
     # 2. Images with labels, the tokenizer, and the part of an image that networks see.
     train, test = open_labeled(config)

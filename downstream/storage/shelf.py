@@ -98,7 +98,7 @@ class Shelf:
         """Keep the tokens of all images, or of a fraction of them that the seed chooses."""
         folder = self._tokens("tokens", self.train)
         if fraction < 1:
-            store, folder = TokenStore(folder), self.folder / f"{family}-{setting}"
+            store, folder = TokenStore(folder), self._path(f"{family}-{setting}")
             if not folder.exists():
                 keep(folder, store, fraction_of(len(store), fraction, self.seed), tokenizer=self.tokenizer)
         return self._token_row(family, setting, folder, kind=kind)
@@ -116,14 +116,17 @@ class Shelf:
     def _token_row(self, family: str, setting: str, folder: Path, *, kind: Kind = "maps") -> Row:
         return Row(family, setting, kind, folder, store_sizes(folder), len(TokenStore(folder)))
 
+    def _path(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "-")
+
     def _tokens(self, name: str, source: ImageSource, crops: Sequence[Crops | None] = (None,)) -> Path:
-        folder = self.folder / name
+        folder = self._path(name)
         if not folder.exists():
             tokenize(folder, source, tokenizer=self.tokenizer, device=self.device, crops=crops)
         return folder
 
     def _pack(self, name: str, source: ImageSource, change: Change | None) -> Path:
-        folder = self.folder / name.replace(" ", "-")
+        folder = self._path(name)
         if not folder.exists():
             samples = map(source.read, range(len(source)))
             made: Callable[[Sample], Sample] = partial(changed, change=change) if change else lambda sample: sample

@@ -97,7 +97,7 @@ def test_what_is_refused(tmp_path: Path, capfd, monkeypatch) -> None:
     (tmp_path / "scores").write_text("1\n2\n")
     flat = ["--data", tmp_path / "flat", "--split", None, "--validation-split", None]
     for arguments, *words in (
-        (["published"], "--data"),
+        (["published", "--precision", "no"], "--data"),
         (["smoke", "--budgets", "1"], "--budgets 1", "500B"),
         (["smoke", "--precision", "fp16"], "--precision"),
         (["smoke", "--size", 7], "--size 7 7", "8 x 8", "even"),

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import freeze
 from torch import nn
 
-from seitpp.errors import reason, suggest
+from seitpp.errors import suggest
 from seitpp.models.mtm import MTM
 from seitpp.models.stem import ModelError
 from seitpp.models.weights.classifiers import check_saving, classifier_spec
@@ -92,10 +92,7 @@ def new_pixel_classifier(
     if input_kind(kind) != "pixels":
         raise ModelError(f"--model {name} takes tokens, expected a ViT or ResNet of timm for pixels")
     sizes = {"img_size": img_size} if isinstance(kind, VisionTransformer) else {}
-    try:
-        model = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
-    except AssertionError as problem:  # of timm, for a size that patches do not fit
-        raise ModelError(f"--model {name} at {img_size[0]} x {img_size[1]} pixels: {reason(problem)}") from problem
+    model = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
     check_saving(model)
     return model
 
