@@ -38,7 +38,7 @@ from torch.utils.data import Dataset
 import seitpp.models  # noqa: F401 (registers our models in timm)
 from downstream.continual.norm import GlobalBatchNorm
 from downstream.continual.order import ReplayOrder, TaskSchedule
-from downstream.continual.sizes import COUNTS, Count, images_held, parse_bytes, pixel_bytes, token_bytes
+from downstream.continual.sizes import COUNTS, Count, images_held, pixel_bytes, token_bytes
 from downstream.continual.tasks import classes_seen, divide_classes, figures, images_of, task_accuracies
 from seitpp import files, plots
 from seitpp.augment import EvalPixelView, EvalView
@@ -58,6 +58,7 @@ from seitpp.engine.inputs import (
     store_facts,
     train_subset,
 )
+from seitpp.engine.ranges import parse_bytes
 from seitpp.engine.run import Run
 from seitpp.errors import UserError, refusing
 from seitpp.images.batches import ImageDataset, Pixels

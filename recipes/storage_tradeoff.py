@@ -31,7 +31,7 @@ from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from downstream.storage.front import Score, aligned, pareto, parse_bytes
+from downstream.storage.front import Score, aligned, pareto
 from downstream.storage.packs import Pack
 from downstream.storage.pictures import compressed, smaller
 from downstream.storage.scores import best, read_scores, write_scores
@@ -48,6 +48,7 @@ from seitpp.engine.config import RunConfig
 from seitpp.engine.evaluate import predict
 from seitpp.engine.inputs import ON_DIGITS, open_images, require_labels
 from seitpp.engine.optim import adamw, warmup_cosine
+from seitpp.engine.ranges import parse_bytes
 from seitpp.engine.run import Run
 from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError
@@ -139,7 +140,9 @@ PRESETS["smoke"] = replace(
 
 def main(config: Config) -> None:
     # 1. Run: the output folder; one process, since the trainings depend on nothing but their seed.
-    budgets = {text: parse_bytes(text) for text in config.budgets}
+    budgets = {text: parse_bytes(text, "--budgets") for text in config.budgets}
+    if min(budgets.values(), default=1) < 1:
+        raise UserError(f"--budgets {' '.join(config.budgets)}: expected at least 1 byte an image each")
     if launched_processes() > 1 or config.precision == "fp16":
         raise UserError("storage_tradeoff trains on one process, with --precision no or bf16: launch it so")
     run = Run("storage_tradeoff", config)

@@ -1,6 +1,5 @@
 """How many images a memory of so many bytes holds, by several ways to count."""
 
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
@@ -13,7 +12,6 @@ from seitpp.errors import UserError
 from seitpp.images.sources import ImageSource
 from seitpp.store import TokenStore
 
-UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 FLOAT32, ID, LABEL = (
     4,
     4,
@@ -25,18 +23,6 @@ READ = 10_000  # files that are read at most, evenly spaced, for the mean of the
 # stored.
 Count = Literal["paper", "uint8", "jpeg", "stored"]
 COUNTS: dict[str, Sequence[Count]] = {"tokens": ("paper", "stored"), "pixels": ("paper", "uint8", "jpeg")}
-
-
-def parse_bytes(text: str, flag: str) -> int:
-    """Read a number of bytes: "0", "574MB" (10^6), "574.2MiB" (2^20), "24.6kB".
-
-    Raises UserError, which names `flag`, for another text.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
-    unit = UNITS.get(match[2] or "b") if match else None
-    if match is None or unit is None:
-        raise UserError(f"{flag} {text}: expected a number of bytes such as 574MB, 574.2MiB, 24.6kB or 0")
-    return int(Fraction(match[1]) * unit)
 
 
 def token_bytes(store: TokenStore, count: Count) -> float:

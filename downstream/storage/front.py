@@ -4,10 +4,6 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from seitpp.errors import UserError
-
-UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
 
 class Score(NamedTuple):
     """A mean over seeds and its standard deviation, which is 0 for one seed; in percent."""
@@ -36,19 +32,6 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         if not front or points[at][1] > points[front[-1]][1]:
             front.append(at)
     return front
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes of "60B", "1kB" or "1.5KiB". Raises UserError for anything else."""
-    number = text.rstrip("kKMGiB")
-    unit = text[len(number) :]
-    try:
-        size = float(number) * UNITS[unit]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"--budgets {text}: expected bytes an image, as 500B, 1kB or 1.5KiB") from error
-    if not 1 <= size < 2**63:
-        raise UserError(f"--budgets {text}: expected at least 1 byte an image")
-    return round(size)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -6,10 +6,15 @@ where a setting may be None, is no number.
 
 import dataclasses
 import math
+import re
 import sys
+from fractions import Fraction
 from typing import NamedTuple
 
+from seitpp.errors import UserError
+
 MOST = 2**31 - 1
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Range(NamedTuple):
@@ -84,3 +89,15 @@ def out_of_range(config: object) -> str | None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Read a number of bytes: "0", "574MB" (10^6), "574.2MiB" (2^20), "24.6kB".
+
+    Raises UserError, which names `flag`, for another text.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
+    unit = UNITS.get(match[2] or "b") if match else None
+    if match is None or unit is None:
+        raise UserError(f"{flag} {text}: expected a number of bytes such as 574MB, 574.2MiB, 24.6kB or 0")
+    return int(Fraction(match[1]) * unit)

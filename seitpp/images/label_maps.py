@@ -10,6 +10,8 @@ from torchvision.ops import roi_align
 from seitpp.images.decode import Box, ImageError
 from seitpp.tensors import load_checkpoint
 
+MOST = 2, 16, 32, 32  # classes a cell, rows and columns of a map: pooling takes memory for each class and cell
+
 
 class LabelMaps:
     """The label maps in a folder, with classes below `num_classes`.
@@ -29,14 +31,19 @@ class LabelMaps:
         Raises ImageError if the image has no map, or a map of another form.
         """
         path = self.folder / Path(name).with_suffix(".pt")
-        if not path.is_file():
+        inside = path.is_relative_to(self.folder) and ".." not in Path(name).parts
+        if not inside or not path.is_file():
             raise ImageError(f"{name}: no label map {path}; name the folder that has CLASS/NAME.pt")
         return pooled_class(self._checked(load_checkpoint(path, ImageError), path), box, size)
 
     def _checked(self, found: object, path: Path) -> Tensor:
-        if not torch.is_tensor(found) or found.ndim != 4 or len(found) != 2 or not found.numel():
-            got = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
-            raise ImageError(f"{path}: got {got}, expected a tensor (2, k, rows, columns) of scores and classes")
+        shape = tuple(found.shape) if torch.is_tensor(found) else ()
+        fits = len(shape) == 4 and all(1 <= n <= most for n, most in zip(shape, MOST, strict=True))
+        if not fits or shape[0] != 2:
+            got = shape if torch.is_tensor(found) else type(found).__name__
+            raise ImageError(
+                f"{path}: got {got}, expected a tensor (2, k, rows, columns) of scores and classes, at most {MOST}"
+            )
         values = found.float()
         scores, classes = values
         if not scores.isfinite().all() or not ((classes >= 0) & (classes == classes.trunc())).all():

@@ -10,11 +10,12 @@ from support.running import places
 from torch import nn
 
 from downstream.continual.order import ReplayOrder
-from downstream.continual.sizes import images_held, parse_bytes, pixel_bytes, token_bytes
+from downstream.continual.sizes import images_held, pixel_bytes, token_bytes
 from downstream.continual.tasks import classes_seen, divide_classes, figures, images_of, task_accuracies
 from seitpp import StoreWriter, TokenStore
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.evaluate import Predictions
+from seitpp.engine.ranges import parse_bytes
 from seitpp.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(6, size=400)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support.pictures import photograph_crops
 
-from downstream.storage.front import Score, aligned, pareto, parse_bytes
+from downstream.storage.front import Score, aligned, pareto
 from downstream.storage.packs import ROWS, Pack, write_pack
 from downstream.storage.pictures import best_quality, compressed, fitted, framing, in_kind, opened, smaller
 from downstream.storage.scores import best, read_scores, write_scores
@@ -154,11 +154,7 @@ def test_the_pareto_front_has_what_no_other_point_beats() -> None:
     assert pareto([(1, 5), (1, 5)]) == [0] and pareto([]) == []
 
 
-def test_budgets_scores_and_tables(tmp_path: Path) -> None:
-    assert [parse_bytes(text) for text in ("60B", "1kB", "1.5KiB", "2MB")] == [60, 1000, 1536, 2_000_000]
-    for text in ("1", "kB", "1 k", "-1kB", "nanB", "1e30GB", "1k"):
-        with pytest.raises(UserError, match="--budgets"):
-            parse_bytes(text)
+def test_scores_and_tables(tmp_path: Path) -> None:
     scores = np.array([0.5, 2.0, -1.0, 2.0])
     write_scores(tmp_path / "scores", scores)
     assert read_scores(tmp_path / "scores", 4).tolist() == scores.tolist()

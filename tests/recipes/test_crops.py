@@ -189,12 +189,19 @@ def test_maps_of_another_form_are_refused(root, tmp_path) -> None:
         "class 2, expected below 2": unknown,
         "not finite": endless,
         r"got \(5, 15, 15\)": good[0],
+        r"got \(2, 5, 15, 33\).*at most \(2, 16, 32, 32\)": good.new_zeros(2, 5, 15, 33),
         "got dict": {"map": good},
         "not unpickled": Path("x"),
     }.items():
         torch.save(saved, path)
         with pytest.raises(ImageError, match=f"00.pt.*{problem}"):
             maps.label("china/00.JPEG", (0, 0, 9, 9), (9, 9))
+    torch.save(good, path)
+    (tmp_path / "other").mkdir()
+    for name in ("../china/00.JPEG", str(path), "china/01.JPEG"):  # the names in an archive may be hostile
+        with pytest.raises(ImageError, match="no label map"):
+            LabelMaps(tmp_path / "other", num_classes=2).label(name, (0, 0, 9, 9), (9, 9))
+    assert maps.label("china/00.JPEG", (0, 0, 9, 9), (9, 9)) in (0, 1)
 
 
 def test_masks_and_label_maps_alone_are_refused(root, tmp_path, capfd, monkeypatch) -> None:
