@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 from seitpp.images.decode import Box, ImageError
 from seitpp.tensors import load_checkpoint
 
-MOST = 2, 16, 32, 32  # classes a cell, rows and columns of a map: pooling takes memory for each class and cell
+MOST = 2, 16, 32, 32  # of the shape of a map: pooling takes memory for each class and cell
 
 
 class LabelMaps:
