@@ -380,7 +380,7 @@ def learn(setup: Setup, row: Row, seed: int) -> tuple[nn.Module, Iterator[int]]:
             model = timm.create_model(name, img_size=size, in_chans=codebook.dim, **arguments)
             view = SeitView(codebook, **crop, eda=None)
         else:
-            encoder = masked_model(setup, store, images, seed)
+            encoder = masked_model(setup, store, images, seed=seed)
             model = classifier_from(encoder, classes, img_size=size, drop_path_rate=config.drop_path)
             view = SeitPPFinetuneView(codebook, **crop, tokenadapt_fraction=0.0, mixup=0.0, lookup=store.lookup)
     model, view = model.to(device), view.to(device)
@@ -398,7 +398,7 @@ def masked_updates(config: Config) -> int:
     return round(config.masked_share * config.updates)
 
 
-def masked_model(setup: Setup, store: TokenStore, images: Dataset, seed: int) -> MTM:
+def masked_model(setup: Setup, store: TokenStore, images: Dataset, *, seed: int) -> MTM:
     """Return a masked token model that is trained on a store, for its share of the updates."""
     config, size = setup.config, setup.size
     width, heads = SIZES[config.network]["embed_dim"], SIZES[config.network]["num_heads"]
