@@ -28,7 +28,7 @@ from seitpp.store.layout import entropy
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb, to_hex
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 PAINTED_PIXELS = 8  # side of a token whose code is drawn as a color
 GRAY = 0.5
@@ -368,8 +368,12 @@ def tradeoff(families: Mapping[str, Sequence[tuple[float, float, float, bool]]],
             linestyle="",
             alpha=0.35,
         )
-    axis.set(xscale="log", xlabel="bytes of the stored training set", ylabel="top-1 accuracy (%)")
-    axis.grid(alpha=0.2, which="both")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set(xlabel="size of the stored training set", ylabel="top-1 accuracy (%)")
+    axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import vector_quantize_pytorch as vq
 from support.running import call, recipe
 from torch import Tensor
 
@@ -94,7 +95,6 @@ def test_fingerprints_tell_books_apart() -> None:
 
 
 def test_a_residual_quantizer_of_another_library() -> None:
-    vq = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     quantizer = vq.ResidualVQ(dim=8, codebook_size=32, num_quantizers=4, kmeans_init=True, kmeans_iters=4)
     vectors = torch.randn(4, 64, 8)
@@ -109,7 +109,6 @@ def test_a_residual_quantizer_of_another_library() -> None:
 
 
 def test_quantizers_without_a_stored_codebook() -> None:
-    vq = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     maps = torch.randn(2, 18, 4, 4)
     _, ids, _ = vq.LFQ(codebook_size=2**18, dim=18).eval()(maps)

@@ -77,6 +77,8 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
     adapt, mtm, fine, segment = (tmp_path / name for name in ("adapt", "mtm", "fine", "segment"))
     through, half = ["--tokenadapt", adapt, "--tokenadapt-fraction", 0.5], ["smoke", "--precision", "bf16"]
     mixed, scenes = ["--color", "seitpp", "--mixup", 0.8], default_scenes(FEW_SCENES)  # those of the preset smoke
+    two_steps, few_rows = ["--epochs", 2 / 11, "--warmup-epochs", 0], ["--seeds", 1, "--budgets"]
+    few_rows += ["--uniform", "--resolution", "--jpeg-quality", 1, "--token-fractions", "--crops"]
     pictures = ["--data", scenes.images / "images/validation", "--tokenizer", scenes.tokenizer]
     jobs = [
         ("tokenadapt_train", [*SHORT, 1, "--out", adapt, *images, "--batch-size", 16]),
@@ -95,6 +97,8 @@ def test_every_recipe_from_its_first_step_to_its_result(tmp_path: Path) -> None:
         ("predict", [*half, "--out", tmp_path / "classes", "--checkpoint", fine, *images]),
         ("predict", [*half, "--out", tmp_path / "masks", "--checkpoint", segment, *pictures]),
         ("continual", [*half, "--out", tmp_path / "tasks", *tokens, "--fraction", 1, "--tasks", 2]),
+        ("finetune", ["deit_digits", "--precision", "bf16", *two_steps, "--out", tmp_path / "pixels"]),
+        ("storage_tradeoff", [*half, *few_rows, "--out", tmp_path / "tradeoff"]),
     ]
     reports = pretend(jobs)
     assert not problems(reports)

@@ -81,6 +81,8 @@ COMMANDS = {
     f" {APPLY}",
     "probe": f"probe smoke --store IN/store --checkpoint IN/mtm {APPLY}",
     "inpaint": f"inpaint smoke --store IN/store --checkpoint IN/mtm {APPLY}",
+    "storage_tradeoff": "storage_tradeoff smoke --data IN/pictures --batch-size 8 --seeds 1 --budgets 1kB"
+    " --uniform --by-score --resolution --jpeg-quality 1 --token-fractions --crops 2 --resume --out OUT",
     "evaluate_segmentation": f"evaluate_segmentation smoke {SCENES} --checkpoint IN/segmenter {APPLY}",
 }
 READS_ONLY = ("info", "verify", "push")  # of those nothing is written
