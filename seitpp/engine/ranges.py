@@ -11,6 +11,7 @@ import sys
 from fractions import Fraction
 from typing import NamedTuple
 
+from seitpp.books import MAX_DIGITS
 from seitpp.errors import UserError
 
 MOST = 2**31 - 1
@@ -51,6 +52,8 @@ RANGES = {
     **dict.fromkeys(("batch_size_per_process", "images", "measured", "rounds", "labels_per_class"), COUNT),
     **dict.fromkeys(("tasks", "crops"), COUNT),
     **dict.fromkeys(("image_size", "load_size", "crop_size", "size", "eval_window", "short_side"), COUNT),
+    "patch_size": COUNT,
+    "digits": Range(1, MAX_DIGITS),
     **dict.fromkeys(("sliding_window", "stride", "patch", "bands", "code_dim", "num_codes", "fit_images"), COUNT),
     **dict.fromkeys(("width", "depth", "heads", "channels", "attack_images", "square_queries"), COUNT),
     **dict.fromkeys(("seeds", "updates", "score_passes"), COUNT),
