@@ -172,13 +172,13 @@ def open_tokens(config: Config, run: Run, saved: "SavedSegmenter") -> Data:
         scenes = embedded(run, partial(default_scenes, FEW_SCENES if config.preset == "smoke" else SCENES))
         path, file = scenes.store, file or scenes.tokenizer
     store = TokenStore(path, config.split, verify=run.accelerator.is_local_main_process)
-    decode = partial(decoded, tokenizers.load(file, config.tokenizer_kind)) if file else painted(store.codebook)
+    decode = partial(decoded, tokenizers.load(file, config.tokenizer_kind)) if file else painted(store.books)
     return Data(
         dataset=WholeTokens(SegmentedTokens(store, saved.pixels_per_token)),
         ids=lambda ids: ids,
         picture=decode,
         picture_name="decoded tokens" if file else "codes",
-        codebook=store.codebook,
+        codebook=store.books.only_table("segmentation"),
         lookup=store.lookup,
         class_names=store.class_names,
         path=str(store.path),
@@ -193,9 +193,9 @@ def decoded(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
         return tokenizer.decode(ids.cpu().long())[0]
 
 
-def painted(codebook: np.ndarray) -> Callable[[Tensor], Tensor]:
+def painted(books: Books) -> Callable[[Tensor], Tensor]:
     """Return a function that shows each code in its own color, for a store without a tokenizer file."""
-    return lambda ids: plots.paint_codes(ids.cpu().long(), Books.of(codebook))[0]
+    return lambda ids: plots.paint_codes(ids.cpu().long(), books)[0]
 
 
 def open_images(config: Config, run: Run, trained_side: int | None) -> Data:
@@ -218,7 +218,7 @@ def open_images(config: Config, run: Run, trained_side: int | None) -> Data:
         ids=ids,
         picture=lambda images: images[0] / 255,
         picture_name="image",
-        codebook=tokenizer.codebook.detach().cpu().numpy(),
+        codebook=tokenizer.books.to_books().only_table("segmentation"),
         lookup=tokenizer.spec.lookup,
         class_names=source.class_names,
         path=config.data,

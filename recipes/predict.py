@@ -113,7 +113,7 @@ def open_segmenter(run: Run, source: ImageSource, tokenizer: Tokenizer | None) -
     saved = load_segmenter(model_file(Path(config.checkpoint), config.ema))
     predictor = open_predictor(
         saved,
-        tokenizer.books.to_books(),
+        tokenizer.books.to_books().only_table("segmentation"),
         lookup=tokenizer.spec.lookup,
         names=(config.checkpoint, config.tokenizer or "the digits"),
         device=run.device,

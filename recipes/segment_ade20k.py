@@ -244,9 +244,9 @@ def token_source(config: Config, run: Run) -> Source:
         store = embedded(run, partial(default_scenes, DEFAULTS[config.preset])).store
     verify = run.accelerator.is_local_main_process
     train, validation = (TokenStore(store, split, verify) for split in ("train", "validation"))
-    adapt = open_tokenadapt(config.tokenadapt, train.codebook, str(train.path))
+    adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
     view = SegmentView(
-        torch.from_numpy(train.codebook),
+        torch.from_numpy(train.books.only_table("segmentation")),
         crop=config.crop_size,
         pixels_per_token=pixels_a_token(train),
         scale=config.scale,

@@ -96,6 +96,12 @@ class Books(NamedTuple):
         """The number of codes, or of tokens with several digits the values of each; what models are built with."""
         return self.sizes if self.digits > 1 else self.sizes[0]
 
+    def only_table(self, purpose: str) -> Float32[np.ndarray, "codes dim"]:
+        """Return the codebook (K, D) of tokens that are one id. Raises BooksError for several digits."""
+        if self.digits > 1:
+            raise BooksError(f"{purpose} takes tokens of one id, got {self.digits} digits: take another tokenizer")
+        return self.tables[0]
+
     def split(self, ids: Integer[np.ndarray, "..."]) -> Integer[np.ndarray, "digits ..."]:
         """Return the digits of the rows `ids` of the one table of "index", which are not checked."""
         return np.stack(np.divmod(ids, self.sizes[1])) if self.digits == 2 else np.asarray(ids)[None]

@@ -66,7 +66,7 @@ class TokenSource:
         self.store, self.train = train, train_subset(run.config, SegmentedTokens(train, self.pixels_per_token))
         self.validation = WholeTokens(SegmentedTokens(validation, self.pixels_per_token))
         self.order = BatchOrder(len(self.train), run.config.batch_size, run.config.seed)
-        self.codebook, self.class_names = train.codebook, train.class_names
+        self.codebook, self.class_names = train.books.only_table("segmentation"), train.class_names
         self.name, self.fingerprint, self.lookup = str(train.path), train.fingerprint, train.lookup
         self.short_side = short_side_of(train, self.pixels_per_token)
         self.view, self.facts = view, store_facts(train, validation, run.config)
@@ -128,7 +128,8 @@ class PixelSource:
         size = partial(fit_short_side, short_side=short_side, multiple=tokenizer.side_multiple)
         self.validation = WholePixels(validation, size)
         self.order = BatchOrder(len(self.train), batch_size, seed)
-        self.codebook, self.class_names = tokenizer.codebook.detach().cpu().numpy(), train.class_names
+        self.codebook = tokenizer.books.to_books().only_table("segmentation")
+        self.class_names = train.class_names
         self.name, self.facts = data, image_facts(self.train, train, validation)
         classes = len(self.class_names)
         self.fingerprint = f"{len(self.train)} images of {classes} classes by {tokenizer.fingerprint}"
