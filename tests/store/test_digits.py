@@ -186,7 +186,7 @@ def test_what_a_store_of_digits_does_not_have(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"digits|tables"):
             getattr(store, name)
     for books in BOOKS.values():
-        with pytest.raises(BooksError, match="segmentation takes tokens of one id, got [23] digits"):
+        with pytest.raises(BooksError, match=r"segmentation takes tokens of one id, got [23] digits"):
             books.only_table("segmentation")
 
 
