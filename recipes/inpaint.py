@@ -26,6 +26,7 @@ trains nothing.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def region_tokens(
 
 
 class Filled(NamedTuple):
-    """The true `ids` int64, the `hidden` mask bool and both results int64, all (B, H, W).
+    """The true `ids` int64 and both results int64, all (B, H, W) or (B, Q, H, W), and the `hidden` mask (B, H, W).
 
     `loss` () is the cross-entropy of the single pass, in nats per hidden token.
     """
@@ -167,7 +168,7 @@ def fill_region(model: MTM, batch: Batch, *, region: Tensor, config: Config, run
     batch = batch.to(run.device)
     ids = EvalView(region.shape)(batch.ids)
     keys = Keys(config.seed, 0, batch.indices)
-    hidden = region.expand_as(ids)
+    hidden = region.expand(len(ids), *region.shape)
     patches, num_hidden = hidden_patches(hidden, model.encoder.patch_embed.grid_size)
     plan = decoding_plan(patches, num_hidden, keys=keys, turn=0)
     with run.accelerator.autocast():
@@ -187,26 +188,35 @@ def spread(store: TokenStore, count: int) -> list[int]:
 def measure(fill: Callable[[Batch], Filled], *, store: TokenStore, count: int, run: Run) -> dict[str, float]:
     """Return the token accuracies in the region in percent: one shot, rounds, and the most frequent code.
 
-    `loss` is the cross-entropy of the single pass, in nats per hidden token.
+    `loss` is the cross-entropy of the single pass, in nats per hidden token. With several digits, all are means
+    over these.
     """
     ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
     chosen = Subset(TokenDataset(store), spread(store, count))
-    codes = torch.zeros(store.num_codes, device=run.device)
+    codes = [torch.zeros(size, device=run.device) for size in store.books.sizes]
     sums = torch.zeros(3, device=run.device)
     for batch in evaluation_loader(chosen, BATCH_SIZE, rank=rank, ranks=ranks, workers=0):
         filled = fill(batch)
-        expected = filled.ids[filled.hidden]
-        correct = [(ids[filled.hidden] == expected).sum() for ids in (filled.one_shot, filled.iterative)]
-        sums += torch.stack([*correct, filled.loss * len(expected)])
-        codes += torch.bincount(expected, minlength=len(codes))
-    sums, codes = (run.accelerator.reduce(part, "sum") for part in (sums, codes))
-    one_shot, iterative, loss = (sums / codes.sum()).tolist()
+        expected = of_hidden(filled.ids, filled.hidden)
+        results = (filled.one_shot, filled.iterative)
+        correct = [(of_hidden(ids, filled.hidden) == expected).sum() for ids in results]
+        sums += torch.stack([*correct, filled.loss * expected.numel()])
+        for counts, digit in zip(codes, expected, strict=True):
+            counts += torch.bincount(digit, minlength=len(counts))
+    sums, *codes = (run.accelerator.reduce(part, "sum") for part in (sums, *codes))
+    one_shot, iterative, loss = (sums / sum(counts.sum() for counts in codes)).tolist()
     return {
         "accuracy_one_shot": 100 * one_shot,
         "accuracy_iterative": 100 * iterative,
-        "accuracy_one_code": 100 * float(codes.max() / codes.sum()),
+        "accuracy_one_code": mean(100 * float(counts.max() / counts.sum()) for counts in codes),
         "loss": loss,
     }
+
+
+def of_hidden(ids: Tensor, hidden: Tensor) -> Tensor:
+    """Return the digits (Q, n) of the hidden tokens of ids (B, H, W) or (B, Q, H, W)."""
+    planes = ids if ids.ndim == 4 else ids.unsqueeze(1)
+    return planes.transpose(0, 1)[:, hidden]
 
 
 def picture_rows(filled: Filled, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

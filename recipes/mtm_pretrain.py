@@ -146,8 +146,8 @@ def main(config: Config) -> None:
     images = train_subset(config, TokenDataset(train))
     order = BatchOrder(len(images), config.batch_size, config.seed)
     codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
-    check_maskable(grid, train.grid, config.patch_size)
     refuse_on_sequences(train, flip=config.flip, tokenadapt_fraction=config.tokenadapt_fraction)
+    check_maskable(grid, train.grid, config.patch_size)
 
     # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.
     adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))

@@ -199,7 +199,7 @@ def check_maskable(window: tuple[int, int], grid: tuple[int, int], patch_size: S
     if patches < 2:
         raise UserError(
             f"grid {grid[0]} x {grid[1]}: got {patches} patches of {down} x {across} tokens, expected at least 2, "
-            "one to hide and one to see: tokenize larger images, or with a tokenizer of smaller patches"
+            "one to hide and one to see: pass a smaller --patch-size, or tokenize larger images"
         )
 
 
