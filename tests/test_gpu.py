@@ -171,10 +171,12 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
             folder / "seit.safetensors",
         ],
     }
+    whole = [*images, "--split", "None", "--validation-split", "None"]
+    finetunes |= dict.fromkeys(("deit_base", "deit_small", "resnet50", "resnet18"), whole)
     jobs = []
     for recipe, arguments in needs.items():
         presets = importlib.import_module(recipe).PRESETS
-        for name in presets.keys() - {"digits", "smoke", "photos", "scenes"}:
+        for name in presets.keys() - {"digits", "smoke", "photos", "scenes", "dct", "features", "deit_digits"}:
             words = finetunes.get(name, arguments) if recipe == "finetune" else arguments
             through = adapt if getattr(presets[name], "tokenadapt_fraction", 0) else []
             flags = ["--batch-size", 8, "--no-compile", "--workers", 0, "--out", out / f"{recipe}-{name}"]

@@ -70,7 +70,7 @@ def test_held_out_curve_ends_with_the_result(drawn, tmp_path: Path) -> None:
 
 
 def test_loss_curve_shows_what_guessing_gives(drawn, tmp_path: Path) -> None:
-    plots.loss_curve(RECORDS, np.array([2, 1, 1, 0]), tmp_path / "x.png")
+    plots.loss_curve(RECORDS, [np.array([2, 1, 1, 0])], tmp_path / "x.png")
     *_, uniform, frequencies = (line.get_ydata()[0] for line in drawn[0].lines)
     assert (uniform, frequencies) == pytest.approx((np.log(4), 1.5 * np.log(2)))
 

@@ -37,7 +37,7 @@ def test_splits_labels_and_names_are_those_of_the_lists(name: str, tmp_path: Pat
         source = DatasetSource(split, name, LabelRules())
         for index, (path, label) in enumerate(images):
             sample = source.read(index)
-            assert sample == ((tmp_path / path).read_bytes(), str(tmp_path / path), label)
+            assert sample[:3] == ((tmp_path / path).read_bytes(), str(tmp_path / path), label)
 
 
 def test_paths_are_kept_and_no_bytes(tmp_path: Path) -> None:

@@ -302,8 +302,9 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
     for split in ("train", "validation"):
         with StoreWriter(tmp_path / "store", codebook=codebook, grid=(32, 32), split=split) as writer:
             writer.add_batch(np.random.default_rng(1).integers(391, size=(8, 32, 32)), np.arange(8))
-    where = {"data": str(pictures)} if preset == "pixels" else {"store": str(tmp_path / "store")}
-    if config.tokenadapt_fraction and preset != "pixels":
+    on_pixels = preset == "pixels" or config.model is not None
+    where = {"data": str(pictures)} if on_pixels else {"store": str(tmp_path / "store")}
+    if config.tokenadapt_fraction and not on_pixels:
         adapt = TokenAdapt(width=64, heads=1, mlp=64)
         save_pretrained(tmp_path / "adapt.safetensors", adapt, codebook_fingerprint(codebook))
         where["tokenadapt"] = str(tmp_path / "adapt.safetensors")
@@ -311,14 +312,14 @@ def test_every_preset_fits_the_published_tokens(preset: str, pictures: Path, tmp
     stem = {"num_codes": 391} if preset in ("published", "digits", "smoke") else {}
     name = "mtm_vit_nano" if stem else "seit_vit_nano"
     source = Loaded(timm.create_model(name, img_size=28, in_chans=32, num_classes=5, **stem), None, None, None)
-    make = finetune.pixel_task if preset == "pixels" else finetune.token_task
-    task = make(config, Run("finetune", config), source)
+    make = finetune.pixel_task if on_pixels else finetune.token_task
+    task = make(config, Run("finetune", config), None if config.model else source)
     batch = task.train.images.__getitems__(MicroBatch(range(8), epoch=0))
     for inputs in (
         task.view(getattr(batch, task.field), batch.labels, Keys(0, 0, batch.indices))[0],
         task.center_view(getattr(batch, task.field)),
     ):
-        assert inputs.shape[-1] == (224 if preset == "pixels" else 28)
+        assert inputs.shape[-1] == ((config.size or 224) if on_pixels else 28)
         assert task.model(inputs).shape == (8, 3 if preset == "pixels" else 8)
 
 

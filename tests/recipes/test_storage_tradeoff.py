@@ -98,7 +98,8 @@ def test_what_is_refused(tmp_path: Path, capfd, monkeypatch) -> None:
     flat = ["--data", tmp_path / "flat", "--split", None, "--validation-split", None]
     for arguments, *words in (
         (["published", "--precision", "no"], "--data"),
-        (["smoke", "--budgets", "1"], "--budgets 1", "500B"),
+        (["smoke", "--budgets", "0"], "--budgets 0", "at least 1 byte"),
+        (["smoke", "--budgets", "much"], "--budgets much", "574MB"),
         (["smoke", "--precision", "fp16"], "--precision"),
         (["smoke", "--size", 7], "--size 7 7", "8 x 8", "even"),
         (["smoke", "--size", 10], "--size 10 10", "8 x 8"),
