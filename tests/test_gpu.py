@@ -157,7 +157,6 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
         "tokenadapt_train": [*images, *tokenizer],
         "tokenizer_train": images,
         "segment_ade20k": ["--store", folder / "ade20k"],
-        "continual": ["--store", folder / "tokens", "--tasks", 2],
     }
     finetunes = {
         "tokens": ["--store", folder / "tokens", "--checkpoint", folder / "seit.safetensors"],
