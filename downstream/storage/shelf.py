@@ -1,6 +1,6 @@
 """The stored training sets of a comparison: each is a folder that is written once, and a row of the table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,12 +11,14 @@ import torch
 from downstream.storage.packs import Pack, write_pack
 from downstream.storage.pictures import Change, Format, best_quality, changed, fitted, framing, in_kind
 from downstream.storage.sizes import Sizes, store_sizes
-from downstream.storage.tokens import Crops, keep, tokenize
+from downstream.storage.tokens import tokenize
+from seitpp.augment import Crops, RandomBoxes
 from seitpp.data.dataset import fraction_of
 from seitpp.files import remove_folder
 from seitpp.images.decode import Sample
 from seitpp.images.sources import ImageSource, SourceSubset
 from seitpp.store import TokenStore
+from seitpp.store.grow import subset
 from seitpp.tokenizers import Tokenizer
 
 SEARCHED = 256  # evenly spaced images on which a quality is searched
@@ -98,16 +100,15 @@ class Shelf:
         """Keep the tokens of all images, or of a fraction of them that the seed chooses."""
         folder = self._tokens("tokens", self.train)
         if fraction < 1:
-            store, folder = TokenStore(folder), self._path(f"{family}-{setting}")
+            whole, folder = folder, self._path(f"{family}-{setting}")
             if not folder.exists():
-                keep(folder, store, fraction_of(len(store), fraction, self.seed), tokenizer=self.tokenizer)
+                subset(whole, folder, positions={"train": fraction_of(len(self.train), fraction, self.seed)})
         return self._token_row(family, setting, folder, kind=kind)
 
     def crops(self, family: str, setting: str, *, number: int, scale: tuple[float, float]) -> Row:
         """Keep the tokens of several random crops of each image, with an area in `scale`."""
-        size = self.tokenizer.spec.image_size
-        crops = [Crops(self.seed, crop, size, scale) for crop in range(number)]
-        return self._token_row(family, setting, self._tokens(f"{family}-{setting}", self.train, crops))
+        crops = Crops(self.train, number, RandomBoxes(self.seed, self.tokenizer.spec.image_size, scale))
+        return self._token_row(family, setting, self._tokens(f"{family}-{setting}", crops))
 
     def test_tokens(self) -> TokenStore:
         """Return the store of the test images, which counts for no row."""
@@ -119,10 +120,10 @@ class Shelf:
     def _path(self, name: str) -> Path:
         return self.folder / name.replace(" ", "-")
 
-    def _tokens(self, name: str, source: ImageSource, crops: Sequence[Crops | None] = (None,)) -> Path:
+    def _tokens(self, name: str, source: ImageSource) -> Path:
         folder = self._path(name)
         if not folder.exists():
-            tokenize(folder, source, tokenizer=self.tokenizer, device=self.device, crops=crops)
+            tokenize(folder, source, tokenizer=self.tokenizer, device=self.device)
         return folder
 
     def _pack(self, name: str, source: ImageSource, change: Change | None) -> Path:

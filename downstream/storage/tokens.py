@@ -1,6 +1,5 @@
-"""Token stores of a training set: whole, of some of its images, or of several crops of each."""
+"""Token stores of a training set, and the parts of pictures that such tokens are of."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,26 +15,11 @@ from seitpp.files import new_folder
 from seitpp.images.batches import DecodedImages
 from seitpp.images.decode import Box, ImageError
 from seitpp.images.sources import ImageSource
-from seitpp.store import StoreWriter, TokenStore
+from seitpp.store import StoreWriter
 from seitpp.tokenizers import Tokenizer
 from seitpp.tokenizers.encoding import encode
 
 BATCH = 64  # images that are tokenized at once
-
-
-@dataclass(frozen=True)
-class Crops:
-    """The boxes of the crop `number` of images, keyed by (seed, number, image); see `random_resized_boxes`."""
-
-    seed: int
-    number: int
-    size: tuple[int, int]
-    scale: tuple[float, float]
-
-    def __call__(self, indices: list[int], sizes: list[tuple[int, int]]) -> list[Box]:
-        """Return a box (top, left, height, width) for each image, `sizes` (height, width); all in pixels."""
-        keys = Keys(self.seed, self.number, torch.tensor(indices))
-        return random_resized_boxes(keys, torch.tensor(sizes), self.scale, ratio=crop_ratio(self.size)).tolist()
 
 
 @dataclass(frozen=True)
@@ -76,41 +60,18 @@ def in_pixels(boxes: Tensor, grid: tuple[int, int], sizes: list[tuple[int, int]]
     return [tuple(box) for box in (boxes * units.repeat(1, 2)).tolist()]
 
 
-def tokenize(
-    path: Path,
-    source: ImageSource,
-    *,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    crops: Sequence[Crops | None] = (None,),
-) -> None:
-    """Write a new store of the images of a source, or of crops of them; it is there when it is whole.
+def tokenize(path: Path, source: ImageSource, *, tokenizer: Tokenizer, device: torch.device) -> None:
+    """Write a new store of the images of a source; it is there when it is whole.
 
-    With several crops of an image, all have its label. Raises ImageError for an image that cannot be read.
+    Raises ImageError for an image that cannot be read.
     """
-    every = (DecodedImages(source, tokenizer.spec.image_size, boxes=boxes) for boxes in crops)
-    with new_folder(path) as made, _writer(made, tokenizer, source.class_names) as writer:
-        for images in every:
-            for start in tqdm(range(0, len(source), BATCH), desc=path.name, unit="batch"):
-                decoded = images.__getitems__(list(range(start, min(start + BATCH, len(source)))))
-                if decoded.errors:
-                    raise ImageError(f"{decoded.errors[0]}; repair or remove it")
-                labels = np.array([record.label for record in decoded.kept])
-                writer.add_batch(np.stack(encode(tokenizer, decoded, device)), labels)
-
-
-def keep(path: Path, store: TokenStore, chosen: np.ndarray, *, tokenizer: Tokenizer) -> None:
-    """Write a new store of the images of another one at the indices `chosen` (n,) int64."""
-    with new_folder(path) as made, _writer(made, tokenizer, store.class_names) as writer:
-        for part in np.array_split(chosen, -(-len(chosen) // 1024)):
-            writer.add_batch(store.ids(part), store.labels[part])
-
-
-def _writer(path: Path, tokenizer: Tokenizer, class_names: Sequence[str]) -> StoreWriter:
-    return StoreWriter(
-        path,
-        codebook=tokenizer.books.to_books(),
-        grid=tokenizer.spec.grid,
-        class_names=class_names,
-        tokenizer=tokenizer.description(),
-    )
+    images = DecodedImages(source, tokenizer.spec.image_size)
+    facts = {"class_names": source.class_names, "tokenizer": tokenizer.description()}
+    books = tokenizer.books.to_books()
+    with new_folder(path) as made, StoreWriter(made, codebook=books, grid=tokenizer.spec.grid, **facts) as writer:
+        for start in tqdm(range(0, len(source), BATCH), desc=path.name, unit="batch"):
+            decoded = images.__getitems__(list(range(start, min(start + BATCH, len(source)))))
+            if decoded.errors:
+                raise ImageError(f"{decoded.errors[0]}; repair or remove it")
+            labels = np.array([record.label for record in decoded.kept])
+            writer.add_batch(np.stack(encode(tokenizer, decoded, device)), labels)

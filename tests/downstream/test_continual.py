@@ -216,7 +216,7 @@ def test_batch_norm_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     out = norm(x)
     (out * torch.randn(8, 5, 3, 4)).mean().backward()
     for rank in range(2):
-        found = torch.load(f"{tmp_path}/found-{rank}")
+        found = torch.load(f"{tmp_path}/found-{rank}", weights_only=True)
         expected = {
             "out": out[rank::2],
             "input": x.grad[rank::2],

@@ -103,7 +103,7 @@ def test_each_crop_is_what_its_box_says_and_other_splits_have_whole_images(root,
         ids, label = tokens[row]
         encoded = model.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0].numpy()
         assert np.array_equal(ids, encoded), (row, box)
-        label_map = torch.load(root / "maps" / Path(kept[image]).with_suffix(".pt"))
+        label_map = torch.load(root / "maps" / Path(kept[image]).with_suffix(".pt"), weights_only=True)
         labels.append(label)
         assert label == pooled_class(label_map, box, (height, width))
     assert set(labels) == {0, 1}
@@ -180,7 +180,7 @@ def test_what_cannot_be_cropped_is_refused(more, words, root, tmp_path, capfd, m
 
 
 def test_maps_of_another_form_are_refused(root, tmp_path) -> None:
-    good, path = torch.load(root / "maps/china/00.pt"), tmp_path / "china/00.pt"
+    good, path = torch.load(root / "maps/china/00.pt", weights_only=True), tmp_path / "china/00.pt"
     path.parent.mkdir()
     unknown, endless = good.clone(), good.clone()
     unknown[1, 0, 0, 0], endless[0, 0, 0, 0] = 2, torch.inf
