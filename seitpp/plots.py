@@ -82,12 +82,12 @@ def picture_decoder(
     return partial(paint_codes, books=books)
 
 
-def paint_codes(ids: Tensor, books: Books) -> Tensor:
+def paint_codes(ids: Tensor, books: Codebook | Books) -> Tensor:
     """Draw each id (B, H, W) as 8 x 8 pixels in the color of its code: images (B, 3, 8 H, 8 W) in [0, 1].
 
     The color comes from the first three principal components of the codebook (K, D), so that similar codes have
-    similar colors; that of a token of several digits (B, Q, H, W) is the mean over its tables. For stores whose
-    tokenizer is not available.
+    similar colors; that of a token of several digits (B, Q, H, W) is the mean over its tables. A Codebook is on
+    the device of the ids. For stores whose tokenizer is not available, and tokenizers that cannot decode.
     """
     codebook = Codebook.of(books)
     planes = [codebook.joined(ids)] if codebook.combine == "index" else ids.long().unbind(dim=1)
@@ -98,6 +98,7 @@ def paint_codes(ids: Tensor, books: Books) -> Tensor:
 
 def _code_colors(table: Tensor) -> Tensor:
     """The color (3,) in [0, 1] of each row of a table (K, D)."""
+    table = table.float()
     centered = table - table.mean(dim=0)
     _, _, components = torch.linalg.svd(centered, full_matrices=False)
     values = F.pad(centered @ components[:3].T, (0, 3 - min(3, len(components))))

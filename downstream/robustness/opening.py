@@ -137,11 +137,11 @@ def _with_pixels(config: Inputs, run: Run, saved: Loaded, checkpoint: str) -> Op
 def _with_tokens(config: Inputs, run: Run, saved: Loaded, checkpoint: str) -> Opened:
     path = config.tokenizer or embedded(run, digits).tokenizer
     tokenizer = tokenizers.load(path, config.tokenizer_kind).to(run.device).eval()
-    codebook = tokenizer.codebook.detach().cpu()
-    check_codes(codebook.numpy(), source=str(path), saved=saved, checkpoint=checkpoint)
+    books = tokenizer.books.to_books()
+    check_codes(books, source=str(path), saved=saved, checkpoint=checkpoint)
     size = input_size(saved.model)
     window = both_sides(saved.window or size or tokenizer.spec.grid)
-    maps = {"codebook": codebook, "size": size} if input_kind(saved.model) == "maps" else {}
+    maps = {"codebook": books, "size": size} if input_kind(saved.model) == "maps" else {}
     classifier = TokenClassifier(saved.model, tokenizer, EvalView(window, **maps)).to(run.device).eval()
     evaluated = Evaluated(saved.model, classifier, classifier.view, run.accelerator, run.workers)
     reading = reading_of_run(checkpoint, tokenizer.spec.channels)

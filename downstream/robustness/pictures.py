@@ -40,4 +40,4 @@ def _decoded(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
     try:
         return tokenizer.decode(ids)
     except TokenizerError:
-        return paint_codes(ids, tokenizer.codebook.float())
+        return paint_codes(ids, tokenizer.books)

@@ -128,7 +128,12 @@ class FeatureKMeans(Tokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes (K, D) of a tokenizer with one digit."""
+        """The codes (K, D) of a tokenizer with one digit. Raises TokenizerError for several."""
+        if self.spec.digits:
+            raise TokenizerError(
+                f"the codebook of a {KIND} tokenizer: a token has {len(self.spec.digits)} digits, expected one: "
+                "use its books"
+            )
         return self.table_0
 
     def set_image_size(self, size: ImageSize) -> None:
@@ -172,7 +177,8 @@ class FeatureKMeans(Tokenizer):
         spec = TokenizerSpec.from_json({key: value for key, value in header.items() if key != NETWORK})
         name = str(header.get(NETWORK))
         complaint = f"{path} is not a complete {KIND} tokenizer"
-        with torch.device("meta"), built_for(len(tensors)):
+        fitting = refusing(TokenizerError, complaint, f"the tensors of {name}")
+        with fitting, torch.device("meta"), built_for(len(tensors)):
             empty = cls(spec, _create(name, spec.image_size))
         require_equal_shapes(empty.state_dict(), tensors, complaint)
         empty.load_state_dict(fp32_copies(tensors), assign=True)

@@ -16,9 +16,13 @@ from support.running import call, digits_codebook, distributed, lines_of, refuse
 
 import seitpp.models  # noqa: F401 (registers our models in timm)
 from downstream.robustness.sets import wnids
+from seitpp.codebook import codebook_fingerprint
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.folder import unknown_files
+from seitpp.images.batches import ImageDataset
 from seitpp.models import save_classifier
+from seitpp.plots import paint_codes
+from seitpp.tokenizers import FeatureKMeans
 
 NAMES = [str(digit) for digit in range(10)]
 # Of a run: its time, its processes, and the tree that it was run in.
@@ -116,6 +120,29 @@ def test_pixels_take_the_same_command(models: dict[str, Path], pictures: Path, t
         assert "corruptions" not in found and not (tmp_path / kind / "corrupted.png").exists()
         columns = found["attacks"]["8/255"]
         assert ("tokens_changed" in columns) == (kind == "seit") == ("pgd_pixels" not in columns["correct"])
+
+
+def test_tokens_of_several_digits(pictures: Path, capfd, monkeypatch, tmp_path: Path) -> None:
+    """Corruptions take them, and draw their codes where they decode to no picture; attacks refuse them."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", img_size=32, num_classes=0)
+    images = [ImageDataset(DigitsSource("validation"), (32, 32)).__getitems__(list(range(100))).images]
+    tokenizer = FeatureKMeans.fit(images, network, image_size=32, num_codes=8, digits=2, code_dim=6)
+    tokenizer.save(tmp_path / "tokenizer.safetensors")
+    model = timm.create_model("seit_vit_nano", img_size=2, in_chans=6, num_classes=10)
+    books = tokenizer.books.to_books()
+    save_classifier(tmp_path / "model", model, codebook_fingerprint(books), class_names=NAMES)
+    line = ["smoke", "--checkpoint", tmp_path / "model", "--data", pictures, "--split", "None"]
+    line += ["--tokenizer", tmp_path / "tokenizer.safetensors", "--out", tmp_path / "run"]
+    call(robustness, *line, "--suite", "corruptions")
+    assert (tmp_path / "run/corrupted.png").read_bytes().startswith(b"\x89PNG")
+    noise = result_of(tmp_path / "run")["corruptions"]["table"]["gaussian_noise"]
+    assert 0 < noise["5"]["tokens_changed"] <= 100
+    first = paint_codes(tokenizer.encode(images[0][:1] / 255), tokenizer.books)
+    assert torch.equal(first, paint_codes(tokenizer.encode(images[0][:1] / 255), books)) and first.std() > 0
+    refused(
+        capfd, monkeypatch, robustness, [*line, "--overwrite"], "gives a token 2 digits, attacks expect one id"
+    )
 
 
 def test_bad_inputs_are_one_line(models, pictures: Path, capfd, monkeypatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from support import finegrained, release_reference
 from support.models import tiny_mtm
 from support.pictures import as_arrow, as_parquet, make_tar, photograph_crops, write
@@ -24,6 +25,7 @@ from downstream.finegrained.sets import read_set
 from downstream.segmentation.backbone import TokenViT
 from downstream.segmentation.model import build_segmenter, load_segmenter, save_segmenter
 from seitpp import StoreWriter, TokenStore, tokenizers
+from seitpp.books import Books
 from seitpp.engine import checkpoint
 from seitpp.engine.config import TrainConfig, load_config
 from seitpp.engine.distributed import OptimizerState
@@ -37,8 +39,9 @@ from seitpp.images.sources import open_source
 from seitpp.models import TokenAdapt, load_pretrained, load_pretrained_tokenadapt, save_classifier
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.store.release import export_release, import_release
-from seitpp.tokenizers import PatchKMeans
+from seitpp.tokenizers import FeatureKMeans, PatchKMeans
 from seitpp.tokenizers.adapters import DiffusersVQ, JanusVQ
+from seitpp.tokenizers.dct import PatchDCT
 from seitpp.tokenizers.refined import refine
 from seitpp.tokenizers.transformer import TransformerShape
 from seitpp.tokenizers.vit_vqgan import ViTVQGAN
@@ -67,16 +70,23 @@ def _photographs() -> torch.Tensor:
     return torch.rand(4, 3, 16, 16, generator=generator)
 
 
-def _patch_kmeans() -> PatchKMeans:
-    return PatchKMeans.fit(_photographs(), image_size=16, patch=4, num_codes=K, code_dim=D)
+def _patch_kmeans(kind: type[PatchKMeans] = PatchKMeans) -> PatchKMeans:
+    return kind.fit(_photographs(), image_size=16, patch=4, num_codes=K, code_dim=D)
+
+
+def _feature_kmeans() -> FeatureKMeans:
+    network = timm.create_model("test_vit", img_size=32, num_classes=0)
+    pictures = F.interpolate(_photographs(), 32).mul(255).byte()
+    return FeatureKMeans.fit([pictures], network, image_size=32, num_codes=K // 2, digits=2, code_dim=D)
 
 
 # Stores
 
 
-def write_store(folder: Path) -> None:
-    ids = np.random.default_rng(0).integers(0, K, (6, 4, 4))
-    codebook = np.random.default_rng(1).normal(size=(K, D)).astype(np.float32)
+def write_store(folder: Path, digits: int = 1) -> None:
+    ids = np.random.default_rng(0).integers(0, K, (6, *([digits] if digits > 1 else []), 4, 4))
+    tables = np.random.default_rng(1).normal(size=(digits, K, D)).astype(np.float32)
+    codebook = Books.join(tables, "sum") if digits > 1 else tables[0]
     with StoreWriter(folder / "store", codebook=codebook, grid=(4, 4), class_names=["a", "b"]) as writer:
         writer.add_batch(ids, np.arange(6) % 2)
 
@@ -84,7 +94,7 @@ def write_store(folder: Path) -> None:
 def read_store(folder: Path) -> None:
     store = TokenStore(folder / "store")
     ids = store.ids(range(len(store)))
-    assert int(ids.max()) < store.num_codes and len(store.labels) == len(store)
+    assert int(ids.max()) < max(store.books.sizes) and len(store.labels) == len(store)
 
 
 def seal_store(files: Files) -> Files:
@@ -157,7 +167,8 @@ def write_release(folder: Path, part: Callable[[], dict[str, torch.Tensor]]) -> 
 
 def read_tokenizer(folder: Path, name: str) -> None:
     tokenizer = tokenizers.load(folder / name)
-    assert tuple(tokenizer.codebook.shape) == (tokenizer.spec.num_codes, tokenizer.spec.code_dim)
+    books = tokenizer.books.to_books()
+    assert (books.rows, books.dim) == (tokenizer.spec.num_codes, tokenizer.spec.code_dim)
     assert _whole(tokenizer) and len(tokenizer.fingerprint) == 64
 
 
@@ -325,6 +336,7 @@ def _tokenizer(save: Callable[[Path], object], share: int = 10) -> Kind:
 
 KINDS = {
     "store": Kind(write_store, read_store, seal_store, share=20),
+    "store of digits": Kind(partial(write_store, digits=2), read_store, seal_store),
     "token release": Kind(write_token_release, read_token_release, share=4),
     "classifier": Kind(write_classifier, read_model),
     "mtm": Kind(
@@ -341,6 +353,8 @@ KINDS = {
         partial(write_release, part=release_reference.mtm_state), partial(read_model, name="model.pth")
     ),
     "patch k-means": _tokenizer(lambda path: _patch_kmeans().save(path)),
+    "patch DCT": _tokenizer(lambda path: _patch_kmeans(PatchDCT).save(path), share=5),
+    "feature k-means": _tokenizer(lambda path: _feature_kmeans().save(path), share=1),
     "refined": _tokenizer(lambda path: refine(_patch_kmeans(), _photographs(), steps=0).save(path), share=5),
     "vit_vqgan": Kind(write_vit_vqgan, partial(read_tokenizer, name="t.safetensors"), share=5),
     "vqgan": _tokenizer(lambda path: VQGAN.from_tensors(mage_tensors((32, 32)), path).save(path), share=3),

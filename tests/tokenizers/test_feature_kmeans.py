@@ -63,9 +63,16 @@ def test_each_digit_keeps_more_of_the_features(name: str, patch: int, images: Te
     three.save(tmp_path / "tokenizer.safetensors")
     loaded = tokenizers.load(tmp_path / "tokenizer.safetensors")
     assert torch.equal(loaded.encode(prepared), three.encode(prepared)) and loaded.fingerprint == three.fingerprint
-    for refused in (lambda: three.decode(three.encode(prepared)), lambda: three.set_image_size(2 * SIZE)):
-        with pytest.raises(TokenizerError, match=r"decodes to features of|is for images of"):
+    for refused in (
+        lambda: three.decode(three.encode(prepared)),
+        lambda: three.set_image_size(2 * SIZE),
+        lambda: three.codebook,
+    ):
+        with pytest.raises(
+            TokenizerError, match=r"decodes to features of|is for images of|has 3 digits, expected one"
+        ):
             refused()
+    assert torch.equal(one.codebook, one.books.tables[0])
 
 
 def test_networks_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -79,6 +86,16 @@ def test_networks_that_cannot_be_opened(tmp_path: Path) -> None:
     ):
         with pytest.raises(TokenizerError, match=message):
             open_network(name, path, SIZE)
+
+
+def test_a_file_with_tensors_of_another_network(images: Tensor, tmp_path: Path) -> None:
+    """One that timm's name does not say, or a name of far more layers than the file has."""
+    path = tmp_path / "tokenizer.safetensors"
+    for name, changes in (("vit_tiny_patch16_224", {"depth": 1}), ("resnet18", {"layers": (1, 1, 1, 1)})):
+        made = timm.create_model(name, num_classes=0, **changes, **({"img_size": SIZE} if "vit" in name else {}))
+        FeatureKMeans.fit(images.split(8), made, image_size=SIZE, num_codes=8, digits=2, code_dim=6).save(path)
+        with pytest.raises(TokenizerError, match=f"{path} is not a complete feature_kmeans tokenizer"):
+            tokenizers.load(path)
 
 
 def test_few_patches_and_many_dimensions(images: Tensor, tmp_path: Path) -> None:
