@@ -112,7 +112,7 @@ class Config(TrainConfig):
     tokenadapt: str | None = None
     # Models of ids only: fraction of the images that are augmented by TokenAdapt.
     tokenadapt_fraction: float = 0.5
-    flip: bool = True  # Pixels only: mirror half of the images.
+    flip: float = 0.5  # Pixels only: probability that an image is mirrored.
     three_augment: bool = True  # Pixels only: grayscale, solarize or blur, then color jitter (DeiT III).
     cutmix: float = 1.0  # Alpha of the Beta distribution of CutMix. 0: no CutMix.
     # Alpha of the Beta distribution of Mixup; models of ids: only for the images augmented by TokenAdapt.
@@ -212,7 +212,7 @@ PRESETS["deit_digits"] = replace(
     preset="deit_digits",
     model="vit_nano_patch8_32",
     size=32,
-    flip=False,  # a mirrored digit is none
+    flip=0.0,  # a mirrored digit is none
     three_augment=False,
     min_lr=1e-5,
     weight_decay=0.05,

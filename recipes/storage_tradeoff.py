@@ -373,7 +373,7 @@ def learn(setup: Setup, row: Row, seed: int) -> tuple[nn.Module, Iterator[int]]:
             **SIZES[config.network],
             **arguments,
         )
-        view = PixelView(config.cutmix, three_augment=False, flip=False)
+        view = PixelView(config.cutmix, three_augment=False, flip=0.0)
     else:
         store = TokenStore(row.folder)
         images, inputs, codebook = TokenDataset(store), attrgetter("ids"), Codebook.of(store.books)

@@ -25,11 +25,11 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 class PixelView(nn.Module):
     """Horizontal flip, 3-Augment, normalization, CutMix and Mixup of cropped images, sampled per image.
 
-    `cutmix` and `mixup` are the alphas of their Beta distributions, 0 turns them off. `flip` mirrors half of the
-    images.
+    `cutmix` and `mixup` are the alphas of their Beta distributions, 0 turns them off. `flip` is the probability
+    that an image is mirrored.
     """
 
-    def __init__(self, cutmix: float = 1.0, mixup: float = 0.0, *, three_augment: bool = True, flip: bool = True):
+    def __init__(self, cutmix: float = 1.0, mixup: float = 0.0, *, three_augment: bool = True, flip: float = 0.5):
         super().__init__()
         self.flip, self.three_augment = flip, three_augment
         self.normalize, self.mix = EvalPixelView(), Mix(cutmix, mixup)
@@ -42,7 +42,7 @@ class PixelView(nn.Module):
         Raises PairingError if CutMix or Mixup is on and the batch is no multiple of 4.
         """
         if self.flip:
-            flipped = (keys.uniform("flip", 1) < 0.5).view(-1, 1, 1, 1)
+            flipped = (keys.uniform("flip", 1) < self.flip).view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(3), images)
         images = images.float() / 255
         if self.three_augment:
@@ -50,7 +50,7 @@ class PixelView(nn.Module):
         return self.mix(self.normalize.standardize(images), labels, keys)
 
     def extra_repr(self) -> str:
-        return f"flip p={0.5 if self.flip else 0}, three_augment={self.three_augment}"
+        return f"flip p={self.flip:g}, three_augment={self.three_augment}"
 
 
 class EvalPixelView(nn.Module):

@@ -213,8 +213,10 @@ def test_the_view_flips_normalizes_and_mixes_each_image_by_its_own_key() -> None
     expected = torch.where(flipped.view(-1, 1, 1, 1), IMAGES.flip(3), IMAGES) / 255
     torch.testing.assert_close(back, expected, atol=1e-6, rtol=0)
     assert 3 <= flipped.sum() <= 13 and labels.weight.eq(1).all()
-    still, _ = PixelView(cutmix=0.0, three_augment=False, flip=False)(IMAGES, LABELS, KEYS)
+    still, _ = PixelView(cutmix=0.0, three_augment=False, flip=0.0)(IMAGES, LABELS, KEYS)
     assert torch.equal(still[flipped], made[flipped].flip(3)) and torch.equal(still[~flipped], made[~flipped])
+    mirrored, _ = PixelView(cutmix=0.0, three_augment=False, flip=1.0)(IMAGES, LABELS, KEYS)
+    assert torch.equal(mirrored, still.flip(3))
 
     whole, mixed = PixelView(mixup=0.8)(IMAGES, LABELS, KEYS)
     assert torch.equal(mixed.others, LABELS ^ 2) and mixed.weight.lt(1).any()
