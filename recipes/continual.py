@@ -45,13 +45,10 @@ from seitpp.augment import EvalPixelView, EvalView
 from seitpp.augment.maps import both_sides
 from seitpp.codebook import Codebook
 from seitpp.data.dataset import Batch, Chosen, TokenDataset, indices_within
-from seitpp.data.digits import DigitsSource
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.evaluate import predict
 from seitpp.engine.folder import RESULT
 from seitpp.engine.inputs import (
-    ON_DIGITS,
-    embedded,
     image_facts,
     open_classified,
     open_stores,
@@ -225,12 +222,7 @@ def open_tokens(config: Config, run: Run) -> Data:
 
 def open_pixels(config: Config, run: Run) -> Data:
     """Open the images, each squashed to --size. Raises UserError if they do not have one class each."""
-    if config.data:
-        train, validation = open_classified(run, config.validation_split, "continual")
-    elif config.preset in ON_DIGITS:
-        train, validation = embedded(run, lambda: [DigitsSource(split) for split in ("train", "validation")])
-    else:
-        raise UserError(f"preset {config.preset} needs --data: name labeled images, or take the preset digits")
+    train, validation = open_classified(run, config.validation_split, "continual")
     if train.labels.multi_label:
         raise UserError(f"{config.data}: its images have several classes each, expected one; name other images")
     size = both_sides(config.size)

@@ -43,7 +43,6 @@ from seitpp.augment import (
 from seitpp.augment.maps import both_sides
 from seitpp.codebook import Codebook, codebook_fingerprint
 from seitpp.data.dataset import Batch, Chosen, TokenDataset, few_labels, indices_within
-from seitpp.data.digits import DigitsSource
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, OrderedImages, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
@@ -66,7 +65,6 @@ from seitpp.engine.optim import OPTIMIZERS, Schedule
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
-from seitpp.images.sources import ImageSource
 from seitpp.models import (
     Loaded,
     TokenAdapt,
@@ -387,18 +385,6 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     )
 
 
-def labeled_images(config: Config, run: Run) -> tuple[ImageSource, ImageSource]:
-    """Open the training and the validation images: those of --data, or of a preset for them the embedded digits.
-
-    Raises UserError for images without labels, or splits with different classes.
-    """
-    if config.data is None:
-        if config.preset not in (*ON_DIGITS, "deit_digits"):
-            raise UserError(f"preset {config.preset} with --model needs --data: name images")
-        return DigitsSource("train"), DigitsSource("validation")
-    return open_classified(run, config.validation_split, "finetune")
-
-
 def pixel_task(config: Config, run: Run, source: Loaded | None) -> Task:
     """Open the images, and give the source model a new stem and a new head, or make a model with random weights.
 
@@ -408,7 +394,8 @@ def pixel_task(config: Config, run: Run, source: Loaded | None) -> Task:
         if getattr(config, name):
             flag, pixels = name.replace("_", "-"), "--data" if source else "--model"
             raise UserError(f"--{flag} is for tokens, {pixels} is for pixels: leave one of the two out")
-    train, validation = labeled_images(config, run)
+    on_digits = (*ON_DIGITS, "deit_digits")
+    train, validation = open_classified(run, config.validation_split, "finetune", on_digits=on_digits)
     names, size = train.class_names, both_sides(config.size or 224)
     boxes = RandomBoxes(config.seed, size, config.crop_scale)
     sizes = {"img_size": size, "drop_path_rate": config.drop_path}

@@ -43,10 +43,10 @@ from seitpp.augment import EvalPixelView, EvalView, Keys, PixelView, SeitPPFinet
 from seitpp.augment.maps import both_sides
 from seitpp.codebook import Codebook
 from seitpp.data.dataset import BatchOrder, TokenDataset, evaluation_loader, fraction_of, training_loader
-from seitpp.data.digits import DigitsSource, digits
+from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.evaluate import predict
-from seitpp.engine.inputs import ON_DIGITS, open_images, require_labels
+from seitpp.engine.inputs import open_classified
 from seitpp.engine.optim import adamw, warmup_cosine
 from seitpp.engine.ranges import parse_bytes
 from seitpp.engine.run import Run
@@ -55,7 +55,6 @@ from seitpp.errors import UserError
 from seitpp.files import read_json
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import RGB
-from seitpp.images.labels import LabelRules
 from seitpp.images.sources import ImageSource
 from seitpp.models import MTM, classifier_from
 from seitpp.models.vit import SIZES
@@ -74,6 +73,7 @@ class Config(RunConfig):
     data: str | None = None  # Images with labels, as for recipes/tokenize_images.py. None: the embedded digits.
     split: str | None = "train"  # Split of --data to train on. None: all of it.
     validation_split: str | None = "validation"  # Split of --data to test on. None: every twentieth image.
+    skip_errors: bool = False  # Leave out images of --data that cannot be read, and list them in OUT/skipped.txt.
     tokenizer: str | None = None  # Tokenizer: a file or a folder. None: that of the digits, or a fitted one.
     budgets: tuple[str, ...] = ("1kB", "2kB", "5kB")  # Bytes an image, for WebP and AVIF, and for the summary.
     seeds: int = 3  # Trainings of each row.
@@ -148,7 +148,7 @@ def main(config: Config) -> None:
     run = Run("storage_tradeoff", config)
 
     # 2. Images with labels, the tokenizer, and the part of an image that networks see.
-    train, test = open_labeled(config)
+    train, test = open_labeled(config, run)
     tokenizer = open_tokenizer(config, train).to(run.device)
     size = window_of(config, tokenizer)
     run.start()
@@ -198,23 +198,11 @@ class Setup(NamedTuple):
         return self.size[0] * patch, self.size[1] * patch
 
 
-def open_labeled(config: Config) -> tuple[ImageSource, ImageSource]:
-    """Open the training and the test images: those of --data, or of a preset for them the embedded digits.
-
-    Raises UserError for images without a label each, or splits with different classes.
-    """
-    if config.data is None:
-        if config.preset not in ON_DIGITS:
-            raise UserError(f"preset {config.preset} needs --data: name images with labels, or take preset digits")
-        return DigitsSource("train"), DigitsSource("validation")
-    train, test = open_images(config.data, config.split, config.validation_split, rules=LabelRules())
-    for source in (train, test):
-        require_labels(source, "storage_tradeoff", config.data)
-        if source.labels.multi_label or not source.class_names or source.class_names != train.class_names:
-            raise UserError(
-                f"{config.data}: expected images of one class each, and the same class names in both splits: name "
-                "labeled splits with --split and --validation-split"
-            )
+def open_labeled(config: Config, run: Run) -> tuple[ImageSource, ImageSource]:
+    """Open the training and the test images. Raises UserError if they do not have one class each."""
+    train, test = open_classified(run, config.validation_split, "storage_tradeoff")
+    if train.labels.multi_label:
+        raise UserError(f"{config.data}: its images have several classes each, expected one; name other images")
     return train, test
 
 

@@ -1,6 +1,6 @@
 """The inputs of a run: its stores, images and codebooks, and training steps on zeros that measure memory."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Collection, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from seitpp.augment.maps import Sides, both_sides
 from seitpp.books import Books
 from seitpp.codebook import codebook_fingerprint
 from seitpp.data.dataset import Chosen, evaluation_loader, fraction_of
-from seitpp.data.digits import digits
+from seitpp.data.digits import DigitsSource, digits
 from seitpp.data.selection import HELD_OUT, Selection, set_aside
 from seitpp.engine.config import RunConfig, TrainConfig
 from seitpp.engine.memory import Trial
@@ -113,13 +113,23 @@ def open_images(
     return source, open_source(data, validation_split, rules)
 
 
-def open_classified(run: Run, validation_split: str | None, purpose: str) -> tuple[ImageSource, ImageSource]:
+def open_classified(
+    run: Run, validation_split: str | None, purpose: str, *, on_digits: Collection[str] = ON_DIGITS
+) -> tuple[ImageSource, ImageSource]:
     """Open the training and the validation images of the run's --data and --split, with their classes.
 
-    Images that cannot be read are left out if the run says so (`readable`). Raises UserError if an image has no
-    label, which the `purpose` needs, or if the two have other classes.
+    Without --data they are the embedded digits, of the presets `on_digits`. Images that cannot be read are left
+    out if the run says so (`readable`). Raises UserError if an image has no label, which the `purpose` needs, if
+    the two have other classes, and for another preset without --data.
     """
     data = run.config.data
+    if data is None:
+        if run.config.preset not in on_digits:
+            raise UserError(
+                f"preset {run.config.preset} needs --data: name labeled images, or take a preset that runs on the "
+                f"embedded digits ({', '.join(on_digits)})"
+            )
+        return DigitsSource("train"), DigitsSource("validation")
     opened = partial(open_images, data, run.config.split, validation_split, rules=LabelRules())
     parts = open_once(run.accelerator, opened)
     for part in parts:

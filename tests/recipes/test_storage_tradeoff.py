@@ -69,7 +69,7 @@ def test_resumed_it_trains_what_is_missing_and_gives_the_same_table(
 
 
 def test_a_folder_of_pictures_with_scores(tmp_path: Path) -> None:
-    """With a fitted tokenizer; the images with the lowest scores are kept."""
+    """The images with the lowest scores, a fitted tokenizer, and an image that cannot be read and is left out."""
     generator = np.random.default_rng(0)
     for at in range(44):
         pixels = generator.integers(64, size=(40, 36, 3), dtype=np.uint8)
@@ -77,12 +77,14 @@ def test_a_folder_of_pictures_with_scores(tmp_path: Path) -> None:
         folder = tmp_path / "pictures" / ("red", "green")[at % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{at:02}.jpg")
+    (tmp_path / "pictures/red/99.jpg").write_bytes(b"no picture")
     (tmp_path / "scores").write_text("".join(f"{at}\n" for at in range(42)))
     none = ["--uniform", "--resolution", "--jpeg-quality", "--token-fractions", "--crops"]
     data = ["--data", tmp_path / "pictures", "--split", None, "--validation-split", None, "--by-score", 0.5]
     few = ["--seeds", 1, "--batch-size", 16, "--budgets", "1kB"]
     scored = ["--scores", tmp_path / "scores", "--keep", "low"]
-    call(storage_tradeoff, "smoke", *none, *data, *few, *scored, "--out", tmp_path / "run")
+    call(storage_tradeoff, "smoke", *none, *data, *few, *scored, "--skip-errors", "--out", tmp_path / "run")
+    assert "99.jpg" in (tmp_path / "run/skipped.txt").read_text() and unknown_files(tmp_path / "run") == []
     table = {row["family"]: row for row in table_of(tmp_path / "run")}
     assert table["low score"]["images"] == "21" and table["WEBP"]["setting"].startswith("q")
     assert (tmp_path / "run/tokenizer.safetensors").is_file()
