@@ -60,9 +60,7 @@ class Adapter(Tokenizer):
         raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it can only encode")
 
     def _pixels(self, ids: Tensor) -> Tensor:
-        decoded = self._images(self.kept[ids]).float()
-        mean, std = (decoded.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))
-        return decoded * std + mean
+        return self._from_model(self._images(self.kept[ids]))
 
     def _rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.table).permute(0, 3, 1, 2).to(self.dtype)
@@ -344,9 +342,7 @@ class DigitsVQ(Tokenizer):
     def _pixels(self, ids: Tensor) -> Tensor:
         if self._decode is None:
             raise TokenizerError(f"the {self.spec.kind} tokenizer has no decoder: it can only encode")
-        decoded = self._decode(ids).float()
-        mean, std = (decoded.new_tensor(values).view(-1, 1, 1) for values in (self.spec.mean, self.spec.std))
-        return decoded * std + mean
+        return self._from_model(self._decode(ids))
 
     def _keep(self, ids: Tensor, rows: Tensor) -> None:
         raise AssertionError("only a tokenizer with one table keeps some of its codes")

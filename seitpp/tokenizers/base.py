@@ -224,6 +224,13 @@ class Tokenizer(nn.Module, ABC):
         channels = zip(images.unbind(dim=1), self.spec.mean, self.spec.std, strict=True)
         return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(self.dtype)
 
+    def _from_model(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Bring images as the network sees them to [0, 1], as float32: the inverse of `_model_input`."""
+        channels = zip(images.float().unbind(dim=1), self.spec.mean, self.spec.std, strict=True)
+        return torch.stack([channel * std + mean for channel, mean, std in channels], dim=1)
+
     @abstractmethod
     def features(
         self, images: Float[Tensor, "batch channels height width"]
