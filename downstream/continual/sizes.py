@@ -12,11 +12,8 @@ from seitpp.errors import UserError
 from seitpp.images.sources import ImageSource
 from seitpp.store import TokenStore
 
-FLOAT32, ID, LABEL = (
-    4,
-    4,
-    8,
-)  # bytes of a value of a pixel and of an id, as the paper counts; of a label in a store
+FLOAT32, ID = 4, 4  # bytes of a value of a pixel and of an id, or of a digit, as the paper counts
+LABEL = 8  # bytes of a label in a store
 READ = 10_000  # files that are read at most, evenly spaced, for the mean of their sizes
 
 # What the paper counts (float32 pixels, 4-byte ids), a byte a value of a pixel, image files, or ids and label as
@@ -26,10 +23,10 @@ COUNTS: dict[str, Sequence[Count]] = {"tokens": ("paper", "stored"), "pixels": (
 
 
 def token_bytes(store: TokenStore, count: Count) -> float:
-    """Return the bytes of an image of a store with one grid: 4 for an id, or what is stored, with the label."""
+    """Return the bytes of an image of a store with one grid: 4 for each digit, or what is stored and the label."""
     if count == "stored":
         return store.payload_bytes / len(store) + LABEL
-    return ID * prod(store.grid)
+    return ID * prod((*store.books.planes, *store.grid))
 
 
 def pixel_bytes(shape: tuple[int, int, int], source: ImageSource, count: Count) -> float:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from downstream.robustness.attacks import QUERIES, AutoAttackParts, auto_attack, pgd, white_box
 from downstream.robustness.classifiers import SURROGATES, PixelClassifier, TokenClassifier
 from seitpp.augment import Keys
+from seitpp.augment.maps import center_window
 from seitpp.data.dataset import evaluation_loader
 from seitpp.engine.evaluate import ClassMap, predict
 from seitpp.engine.run import Run
@@ -70,14 +71,15 @@ class CleanTokens:
         self.changed, self.tokens = 0, 0
 
     def keep(self, indices: Tensor, ids: Tensor) -> None:
-        """Keep the ids (B, H, W) of a batch of clean images."""
+        """Keep the ids (B, H, W) or (B, Q, H, W) of a batch of clean images."""
         self._ids[int(indices[0])] = ids.to(torch.int16).cpu()  # large ids wrap around, and stay different
 
     def compare(self, indices: Tensor, ids: Tensor) -> None:
-        """Count the tokens of the same batch, otherwise corrupted, that differ."""
-        clean = self._ids[int(indices[0])]
-        self.changed += int((ids.to(torch.int16).cpu() != clean).sum())
-        self.tokens += clean.numel()
+        """Count the tokens of the same batch, otherwise corrupted, that differ, in any digit."""
+        differs = ids.to(torch.int16).cpu() != self._ids[int(indices[0])]
+        differs = differs.any(dim=1) if differs.ndim == 4 else differs
+        self.changed += int(differs.sum())
+        self.tokens += differs.numel()
 
     def fraction(self) -> float:
         """Return the fraction of changed tokens over all processes, and count anew."""
@@ -93,7 +95,10 @@ def score(
     *,
     see: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the top-1 accuracy in percent and the number of images; `see` gets indices and ids of each batch."""
+    """Return the top-1 accuracy in percent and the number of images; `see` gets indices and ids of each batch.
+
+    They are the ids that the model sees, those of its window.
+    """
 
     def inputs(batch: Pixels) -> Tensor:
         pixels = batch.images.float() / 255
@@ -101,7 +106,7 @@ def score(
             return evaluated.inputs(pixels)
         ids = evaluated.classifier.tokenizer.encode(pixels)
         if see:
-            see(batch.indices, ids)
+            see(batch.indices, center_window(ids, evaluated.classifier.view.window))
         return evaluated.inputs(ids)
 
     where = {"inputs": inputs, "accelerator": evaluated.accelerator, "workers": evaluated.workers}

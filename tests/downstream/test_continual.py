@@ -13,6 +13,7 @@ from downstream.continual.order import ReplayOrder
 from downstream.continual.sizes import images_held, pixel_bytes, token_bytes
 from downstream.continual.tasks import classes_seen, divide_classes, figures, images_of, task_accuracies
 from seitpp import StoreWriter, TokenStore
+from seitpp.books import Books
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine.evaluate import Predictions
 from seitpp.engine.ranges import parse_bytes
@@ -65,13 +66,18 @@ def test_the_arithmetic_of_the_paper(tmp_path: Path) -> None:
     assert images_held(1000 * pixels, tokens, "paper") == 147_000 > 126_689
 
 
-def test_honest_counts_are_of_the_data() -> None:
+def test_honest_counts_are_of_the_data(tmp_path: Path) -> None:
     store, source = TokenStore(digits().store), DigitsSource("train")
     encoded = [len(store.codec.encode(store[index][0].ravel())) for index in range(len(store))]
     assert token_bytes(store, "stored") == sum(encoded) / len(store) + 8
     assert token_bytes(store, "paper") == 256
     files = [len(source.read(index).data) for index in range(len(source))]
     assert pixel_bytes((3, 32, 32), source, "jpeg") == sum(files) / len(files)
+    with StoreWriter(
+        tmp_path / "digits", codebook=Books.join(np.eye(2)[None].repeat(3, 0), "sum"), grid=(4, 4)
+    ) as new:
+        new.add(np.zeros((3, 4, 4), np.uint16), 0)
+    assert token_bytes(TokenStore(tmp_path / "digits"), "paper") == 4 * 3 * 16
     assert images_held(0, 256, "paper") == 0 and images_held(256, 256, "paper") == 1
     with pytest.raises(
         UserError, match="--memory of 255 bytes: expected 0, or at least the 256 bytes of one image"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from support.pictures import encoded, write
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import seitpp.models  # noqa: F401 (registers our models in timm)
 from downstream.robustness.attacks import auto_attack, pgd, white_box
@@ -24,7 +25,7 @@ from downstream.robustness.corruptions import (
     corrupt,
     mean_corruption_error,
 )
-from downstream.robustness.evaluation import AttackSettings, Evaluated, attack_by_auto_attack
+from downstream.robustness.evaluation import AttackSettings, CleanTokens, Evaluated, attack_by_auto_attack, score
 from downstream.robustness.extra import RobustnessError
 from downstream.robustness.sets import CorruptedFolder, canonical, list_corrupted, map_classes, open_set, wnids
 from seitpp.augment import EvalView
@@ -32,7 +33,7 @@ from seitpp.augment.maps import center_window
 from seitpp.codebook import nearest
 from seitpp.data.dataset import evaluation_loader
 from seitpp.data.digits import DigitsSource, digits_images
-from seitpp.images.batches import ImageDataset
+from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.tokenizers import PatchKMeans, TokenizerSpec, adapters
 
 EPS = 8 / 255
@@ -303,3 +304,48 @@ def test_what_cannot_be_corrupted_is_refused(monkeypatch) -> None:
         RobustnessError, match=r'needs the package imagecorruptions .*pip install "seitpp\[robustness\]"'
     ):
         check_corruptible((32, 32), 3)
+
+
+class Painted(Dataset):
+    """The digits with noise in the first rows of pixels."""
+
+    def __init__(self, rows: int):
+        self.images, self.rows = ImageDataset(DigitsSource("validation"), (32, 32)), rows
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitems__(self, indices: list[int]) -> Pixels:
+        batch = self.images.__getitems__(indices)
+        batch.images[:, :, : self.rows] = torch.from_numpy(
+            np.random.default_rng(0).integers(256, size=(len(indices), 3, self.rows, 32), dtype=np.uint8)
+        )
+        return batch
+
+
+def test_tokens_are_changed_where_the_model_sees_them(tokenizer: PatchKMeans) -> None:
+    view = EvalView((4, 4), tokenizer.codebook)
+    model = timm.create_model("seit_vit_nano", img_size=4, in_chans=8, num_classes=10)
+    evaluated = Evaluated(model, TokenClassifier(model, tokenizer, view), view, Accelerator(cpu=True), 0)
+    tokens, clean = CleanTokens(), Painted(0)
+    score(evaluated, clean, None, see=tokens.keep)
+    changed = []
+    for rows in (8, 16):  # the two rows of tokens above the window, and two of its own four
+        score(evaluated, Painted(rows), None, see=tokens.compare)
+        ids = [
+            tokenizer.encode(images.__getitems__(list(range(20))).images / 255)[:, 2:6, 2:6]
+            for images in (clean, Painted(rows))
+        ]
+        changed.append(tokens.fraction())
+        assert changed[-1] == pytest.approx((ids[0] != ids[1]).float().mean().item())
+    assert changed[0] == 0 < changed[1]
+
+
+def test_a_token_of_two_digits_changes_once() -> None:
+    Accelerator(cpu=True)
+    tokens, ids = CleanTokens(), torch.zeros(1, 2, 2, 2, dtype=torch.long)
+    tokens.keep(torch.tensor([0]), ids)
+    other = ids.clone()
+    other[0, :, 0, 0], other[0, 1, 1, 1] = 5, 65_535
+    tokens.compare(torch.tensor([0]), other)
+    assert tokens.fraction() == 0.5
