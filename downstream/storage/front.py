@@ -1,4 +1,4 @@
-"""Rows of a comparison: their means over seeds, the Pareto front, and the table in words."""
+"""Rows of a comparison: their means over seeds, and the Pareto front."""
 
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -32,15 +32,3 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         if not front or points[at][1] > points[front[-1]][1]:
             front.append(at)
     return front
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from support.pictures import photograph_crops
 
-from downstream.storage.front import Score, aligned, pareto
+from downstream.storage.front import Score, pareto
 from downstream.storage.packs import ROWS, Pack, write_pack
 from downstream.storage.pictures import best_quality, compressed, fitted, framing, in_kind, opened, smaller
 from downstream.storage.scores import best, read_scores, write_scores
 from downstream.storage.shelf import Shelf
+from downstream.storage.table import aligned
 from downstream.storage.tokens import CentralWindows, SameBoxes
 from seitpp import tokenizers
 from seitpp.augment import Keys
