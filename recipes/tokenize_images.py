@@ -16,6 +16,8 @@
         --tokenizer vitvqgan.ckpt --compact --label-maps relabel_imagenet --out imagenet5m-tokens
     accelerate launch recipes/tokenize_images.py --set flowers102 --data flowers-102 --tokenizer vitvqgan.ckpt \\
         --out flowers102-tokens
+    accelerate launch recipes/tokenize_images.py published --data photos --tokenizer vitvqgan.ckpt --out tokens \\
+        --task 3 --tasks 100  # on any machine, in any order; when all have ended: seitpp finish tokens
 
 The recipe reads a folder of images, Parquet files, webdataset tars, a data set on disk or hf://owner/name. It
 says what it took, where the labels are from, and what it left out and why; the card of the store has the same.
@@ -24,20 +26,21 @@ Every twentieth image goes to the split validation, unless --hold-out says anoth
 is stored without one. Where no tokenizer is named, a small one (patch_kmeans) is fitted to some of the images.
 A folder with images/ and annotations/ is read as ADE-20k: the store keeps the grid of each image and its
 annotation, lossless. If the command is interrupted, the same command continues after the last finished shard and
-writes the same bytes, also on another number of processes. With --skip-errors, no unreadable image stops it.
-With --compact the store keeps only the codes that its split `train` uses, the most frequent first, as the
-published token sets do. With --codebook it keeps the codes of a released codebook in their order, so that official
-models accept the ids. The tokenizer with these codes, or the one fitted here, is saved as
-OUT-tokenizer.safetensors, for --tokenizer of other commands. With --set, --data is the folder of a fine-grained
-data set as its authors distribute it, and both of its splits are written. With --crops N (preset imagenet5m: 5)
-each image of the split train becomes N random resized crops, each an image of the store, and any number of
-processes makes the same ones. With --out alone, the embedded digits are tokenized, in seconds. The speed of
-`published` and `ade20k` on a GPU is not measured. The recipe trains no model.
+writes the same bytes, also on another number of processes. With --skip-errors, no unreadable image stops it. With
+--compact the store keeps only the codes that its split `train` uses, the most frequent first, as the published
+token sets do. With --codebook it keeps the codes of a released codebook in their order, so that official models
+accept the ids. The tokenizer with these codes, or the one fitted here, is saved as OUT-tokenizer.safetensors, for
+--tokenizer of other commands. With --set, --data is the folder of a fine-grained data set as its authors
+distribute it, and both of its splits are written. With --crops N (preset imagenet5m: 5) each image of the split
+train becomes N random resized crops, each an image of the store, and any number of processes makes the same ones.
+With --task I --tasks N, the command writes its part of the shards, and when all tasks have ended `seitpp finish
+OUT` publishes the bytes that one process would have. With --out alone, the embedded digits are tokenized, in
+seconds. The speed of `published` and `ade20k` on a GPU is not measured. The recipe trains no model.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,8 +79,9 @@ from seitpp.images.tables import DatasetSource
 from seitpp.recipe import run_recipe
 from seitpp.store import SplitStaging, layout
 from seitpp.store.release import read_codebook
-from seitpp.tokenizers import Kind, Tokenizer, TokenizerError, by_frequency
+from seitpp.tokenizers import Kind, Tokenizer, TokenizerError
 from seitpp.tokenizers.encoding import encode
+from seitpp.tokenizers.finishing import finish_split, save_plan, sole_writer
 from seitpp.tokenizers.fitting import fit_to_source
 
 
@@ -117,6 +121,8 @@ class Config:
     split: str | None = None  # Split of the store that is written. None: train, and what is held out.
     # Short side in pixels, so that each image has its own grid. None: the tokenizer's size; with annotations 512.
     short_side: int | None = None
+    task: int | None = None  # This task, 0 .. --tasks - 1, which waits for no other. None: do all of it.
+    tasks: int | None = None  # Number of tasks; `seitpp finish OUT` puts together what they write.
     codec: str = "ans"  # Codec of the ids: escape, packed, huffman, ans or context.
     keep_source: bool = False  # Also store the file name and the file size in bytes of each image, as columns.
     skip_errors: bool = False  # Skip images that cannot be read, and list them in OUT-SPLIT-skipped.txt.
@@ -141,6 +147,7 @@ COLUMNS = {"annotation": "binary", "file_name": "string", "source_bytes": "int64
 def main(config: Config) -> None:
     if config.out is None:
         raise UserError("no store to write: name a folder with --out")
+    check_task(config)
     accelerator = Accelerator()
     peers.watch()
     parts = open_once(accelerator, partial(open_parts, config))
@@ -148,31 +155,33 @@ def main(config: Config) -> None:
     for split, source in parts.items():
         accelerator.print(f"split {split}: {source if isinstance(source, AnnotatedSource) else describe(source)}")
     tokenizer = open_tokenizer(config, next(iter(parts.values())), accelerator)
-    for split in missing_splits(config, list(parts)):
-        with sole_writer(config.out, split, accelerator):
-            tokenize(parts[split], tokenizer, config=replace(config, split=split), accelerator=accelerator)
-
-
-@contextmanager
-def sole_writer(out: str, split: str, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the lock of a split that is written. Raises UserError on all processes if another command holds it."""
-    path = Path(out).parent / f".{Path(out).name}-{split}.writer"
-    created = not path.parent.exists()
-    try:
+    todo = missing_splits(config, list(parts))
+    for split in todo[:1] if config.task is not None and config.compact and not has_store(config) else todo:
         with ExitStack() as held:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            open_once(accelerator, lambda: held.enter_context(files.owned(path)))
-            yield
-    finally:
-        if created and accelerator.is_main_process:
-            with suppress(OSError):  # it holds the store
-                path.parent.rmdir()
+            open_once(accelerator, partial(held.enter_context, sole_writer(Path(config.out), split, config.task)))
+            first, of_split = split == next(iter(parts)), replace(config, split=split)
+            tokenize(parts[split], tokenizer, config=of_split, first=first, accelerator=accelerator)
+    if config.task is not None:
+        accelerator.print(f"task {config.task} of {config.tasks} has ended; after all: seitpp finish {config.out}")
 
 
-def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accelerator: Accelerator) -> None:
+def check_task(config: Config) -> None:
+    """Raise UserError for a task that does not exist, or that would depend on others."""
+    if (config.task is None) != (config.tasks is None):
+        raise UserError("--task and --tasks: expected both, the number of this task and that of all; or neither")
+    if config.task is not None and not 0 <= config.task < config.tasks:
+        raise UserError(f"--task {config.task} of --tasks {config.tasks}: expected 0 .. {config.tasks - 1}")
+    if config.task is not None and config.data is not None and config.tokenizer is None:
+        raise UserError("--task: all tasks need one tokenizer: fit one first, then name it with --tokenizer")
+
+
+def tokenize(
+    source: ImageSource, tokenizer: Tokenizer, *, config: Config, first: bool, accelerator: Accelerator
+) -> None:
     """Write the split config.split of the store config.out. Every process must call it and writes its own shards.
 
-    Raises UserError if the split exists already, or for an unreadable image unless --skip-errors is set.
+    `first` is whether a new store begins with this split, so that its images make the code table. Raises UserError
+    if the split exists already, or for an unreadable image unless --skip-errors is set.
     """
     tokenizer = choose_codes(tokenizer, config).to(accelerator.device).eval()
     counting = config.compact and not has_store(config)  # asked before any process can have created the store
@@ -188,27 +197,22 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
     ]
 
     # Finished shards of an earlier run, and the shards that this process writes.
-    staging = SplitStaging(
-        config.out,
-        codebook=tokenizer.books.to_books(),
-        grid=grid,
-        layout=layout.SEQUENCE if tokenizer.spec.sequence else None,
-        num_images=len(source),
-        codec=config.codec,
-        split=config.split,
-        class_names=source.class_names,
-        tokenizer=description_of(tokenizer, config),
-        columns={name: COLUMNS[name] for name in columns},
-        multi_label=source.labels.multi_label,
-        digest=partial(digest, source),
-    )
-    todo = sorted(set(range(staging.num_shards)) - staging.finished())
+    staging = begin(source, tokenizer, config=config, grid=grid, columns=columns)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    groups = range(len(staging.groups))[config.task or 0 :: config.tasks or 1]
+    shards = {shard for group in groups for shard in staging.groups[group]}
+    todo = sorted(shards - staging.finished())
+    if accelerator.is_main_process:
+        each = source.number if isinstance(source, Crops) else 1
+        save_plan(staging, tokenizer, inventory=inventory_of(source), crops=each, compact=counting)
+        if config.codebook or (config.compact and not counting):
+            tokenizer.save(beside(config.out, "tokenizer.safetensors"))
     accelerator.wait_for_everyone()  # no process writes a shard before all processes have listed them
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    mine = todo[rank::ranks]
+    of_task = "" if config.task is None else f", {len(shards)} of this task"
     accelerator.print(
-        f"{config}\n{len(source):,} images in {staging.num_shards} shards, {staging.num_shards - len(todo)} of "
-        f"them finished; grid {grid or 'of each image'}, K = {tokenizer.spec.num_codes}; "
-        f"{accelerator.num_processes} process(es)"
+        f"{config}\n{len(source):,} images in {staging.num_shards} shards{of_task}, {len(shards) - len(todo)} of "
+        f"them finished; grid {grid or 'of each image'}, K = {tokenizer.spec.num_codes}; {ranks} process(es)"
     )
 
     # Decode, tokenize and write, shard by shard; the loader decodes ahead, also across shards.
@@ -233,19 +237,38 @@ def tokenize(source: ImageSource, tokenizer: Tokenizer, *, config: Config, accel
     totals = accelerator.reduce(torch.from_numpy(totals).to(accelerator.device)).tolist()
     seconds = time.perf_counter() - started
 
-    # One process selects the codes and publishes the shards of all processes.
+    # All processes encode, unless codes are still to be chosen or another split makes the table; one publishes.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if counting:
-            tokenizer = keep_used_codes(tokenizer, staging, config)
-        if config.compact or config.codebook:
-            tokenizer.save(beside(config.out, "tokenizer.safetensors"))
-        staging.publish(inventory=inventory_of(source, len(source) - staging.num_written()))
+    if not counting and (first or has_store(config)):
+        staging.encode(groups[rank::ranks])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and config.task is None:
+        finish_split(staging, Path(config.out))
         store = TokenStore(config.out, config.split, verify=False)
         summarize(store, totals=totals, seconds=seconds, annotated=annotated)
         if len(store) < len(source):
             print(f"skipped  {len(source) - len(store):10,} unreadable images of {len(source):,}, see {skipped}")
     accelerator.wait_for_everyone()
+
+
+def begin(
+    source: ImageSource, tokenizer: Tokenizer, *, config: Config, grid: tuple[int, int] | None, columns: list[str]
+) -> SplitStaging:
+    """Begin the split config.split, or go on with it. Raises StoreError if it was begun otherwise."""
+    return SplitStaging(
+        config.out,
+        codebook=tokenizer.books.to_books(),
+        grid=grid,
+        layout=layout.SEQUENCE if tokenizer.spec.sequence else None,
+        num_images=len(source),
+        codec=config.codec,
+        split=config.split,
+        class_names=source.class_names,
+        tokenizer=description_of(tokenizer, config),
+        columns={name: COLUMNS[name] for name in columns},
+        multi_label=source.labels.multi_label,
+        digest=partial(digest, source),
+    )
 
 
 def open_parts(config: Config) -> dict[str, ImageSource]:
@@ -314,11 +337,11 @@ def cropped(source: ImageSource, size: Size, config: Config) -> ImageSource:
     return Crops(source, config.crops, RandomBoxes(config.seed, size, config.crop_scale), label_maps=maps)
 
 
-def inventory_of(source: ImageSource, missing: int) -> dict[str, Any]:
-    """Return the inventory of a source, `missing` of which are not in the store; that of crops counts images."""
+def inventory_of(source: ImageSource) -> dict[str, Any]:
+    """Return the inventory of a source; that of crops counts images."""
     if not isinstance(source, Crops):
-        return inventory(source, missing)
-    return {**inventory(source.source, missing // source.number), "crops": source.to_json()}
+        return inventory(source)
+    return {**inventory(source.source), "crops": source.to_json()}
 
 
 def stored_classes(config: Config) -> tuple[str, ...] | None:
@@ -421,14 +444,6 @@ def choose_codes(tokenizer: Tokenizer, config: Config) -> Tokenizer:
         return tokenizer.select(torch.from_numpy(rows))
     except TokenizerError as error:
         raise UserError(f"{file}: {error}") from error
-
-
-def keep_used_codes(tokenizer: Tokenizer, staging: SplitStaging, config: Config) -> Tokenizer:
-    """Return the tokenizer restricted to the codes that the finished shards use, and renumber the shards."""
-    counts = torch.from_numpy(staging.counts())
-    compacted = tokenizer.compact(counts)
-    staging.keep(by_frequency(counts).numpy(), description_of(compacted, config))
-    return compacted
 
 
 def sizing(tokenizer: Tokenizer, config: Config) -> tuple[Size, tuple[int, int] | None]:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seitpp.codec import CODECS
-from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text, suggest
+from seitpp.errors import UserError, fail, fail_by_system, flush_output, keeping_interrupts, prepare_text, suggest
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, grow, hub, layout, release
 from seitpp.store.fingerprint import store_fingerprint
@@ -120,6 +120,14 @@ def recode(store: Path, out: Path, codec: str) -> None:
     print(f"\non disk, with all tables: {_disk_bytes(store):,} bytes before, {_disk_bytes(out):,} after")
 
 
+def finish(store: Path) -> None:
+    """Publish the splits that the tasks of tokenize_images --tasks have written, when all tasks have ended."""
+    from seitpp.tokenizers import finishing
+
+    splits = finishing.finish(store)
+    print(f"{store}: {_sizes(store)}" if splits else f"{store}: nothing is left to finish; {_sizes(store)}")
+
+
 def append(store: Path, others: list[Path], split: str) -> None:
     """Append the images of other stores to a split; what is there stays as it is, byte by byte."""
     grow.append(store, others, split=split)
@@ -205,7 +213,8 @@ def main() -> None:
     try:
         prepare_text()
         options = vars(_parse(sys.argv[1:]))
-        options.pop("run")(**options)
+        with keeping_interrupts():
+            options.pop("run")(**options)
         flush_output()
     except UserError as error:
         fail(str(error))
@@ -468,6 +477,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     command.add_argument("--augment", action="store_true", help=flipped)
     command.add_argument("--tokenadapt", metavar="RUN", help="also by this TokenAdapt")
     add(recode, store, out).add_argument("--codec", required=True, **codec)
+    add(finish, ("store", "folder of the store, as given to tokenize_images --out", {"type": Path}))
     others = ("others", "folders of the stores to append", {"type": Path, "nargs": "+"})
     command = add(append, store, others)
     command.add_argument("--split", default="train", metavar="NAME", help="split to append to (default: train)")

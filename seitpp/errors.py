@@ -1,11 +1,13 @@
 """Errors that programs print as one line, without a traceback."""
 
+import _thread
 import difflib
 import errno
 import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -125,6 +127,28 @@ def fail(message: str) -> NoReturn:
 def escaped(text: str) -> str:
     """Return one line of text; bytes of a file name that are no UTF-8, and a newline in one, become escapes."""
     return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+
+
+@contextmanager
+def keeping_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the block wherever it comes.
+
+    From a finalizer or a callback of a library, Python raises nothing: the exception is printed and lost, and the
+    program goes on. So the block is interrupted again.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main).start()  # not here, where it would be lost, too
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def prepare_text() -> None:

@@ -20,7 +20,7 @@ from seitpp.engine.folder import CONFIG
 from seitpp.engine.peers import ending_together
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
-from seitpp.errors import UserError, fail, fail_by_system, flush_output, prepare_text
+from seitpp.errors import UserError, fail, fail_by_system, flush_output, keeping_interrupts, prepare_text
 from seitpp.export import EXPORTED, export_model
 
 CPU_IMAGES = 8  # images at a time per process in a dry run on a CPU
@@ -47,7 +47,7 @@ def run_recipe(
         config = parse(presets, default, sys.argv[1:])
         if settle and config.preset == AUTO and "--config" not in sys.argv:
             config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
-        with ending_together():
+        with keeping_interrupts(), ending_together():
             if isinstance(config, RunConfig) and config.dry_run:
                 rehearse(main, config)
             else:

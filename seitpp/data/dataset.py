@@ -67,7 +67,7 @@ class TokenDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         chosen = np.asarray(indices, dtype=np.int64)
-        labels = self.store.multi_hot(chosen) if self.store.multi_label else self.store.labels[chosen]
+        labels = self.store.multi_hot(chosen) if self.store.multi_label else self.store.labels_of(chosen)
         return Batch(*map(torch.from_numpy, (chosen, self.store.ids(chosen), labels)))
 
 

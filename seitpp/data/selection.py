@@ -53,6 +53,10 @@ class Selection(TokenStore):
         """The classes of the images of the selection, as those of TokenStore."""
         return self._store.labels[self._indices]
 
+    def labels_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the classes of images of the selection, as TokenStore does."""
+        return self._store.labels_of(self._positions(indices))
+
     def multi_hot(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return rows of 0 and 1 for images of the selection, as TokenStore does."""
         return self._store.multi_hot(self._positions(indices))

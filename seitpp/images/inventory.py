@@ -38,17 +38,17 @@ class LeftOut:
         return text or "nothing"
 
 
-def inventory(source: "ImageSource", unreadable: int = 0) -> dict[str, Any]:
+def inventory(source: "ImageSource") -> dict[str, Any]:
     """Return what a store keeps of its source: images by class, those without a label, what was left out and why.
 
-    `unreadable` of the images that were found could not be read.
+    How many of them are unreadable is not known before they are read.
     """
     values, names = source.labels.values, source.class_names
     counts = Counter(label for value in values if value is not None for label in _classes(value))
     classes = range(len(names)) if names and counts else sorted(counts)
     return {
         "found": len(source),
-        "unreadable": unreadable,
+        "unreadable": 0,
         "without_label": sum(value is None for value in values),
         "classes": {names[index] if names else str(index): counts[index] for index in classes},
         "left_out": dict(sorted(source.left_out.counts.items())),

@@ -6,7 +6,7 @@ its splits, the codebook, the code table and the class names. docs/format.md is 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,39 @@ from seitpp.store import layout
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import read_shard
 
+LARGE = 2**22  # images of a split whose shards are fingerprinted one by one
 
-def split_fingerprint(shards: Iterable[Path]) -> str:
-    """Return the SHA-256 of the columns of all shards of a split, in this order."""
+
+def split_fingerprint(shards: Sequence[Path]) -> str:
+    """Return the SHA-256 of the columns of all shards of a split, in this order.
+
+    Of a split of more than 2^22 images it is that of the fingerprints of its shards: several processes find these.
+    """
+    if len(shards) > 1 and sum(len(read_shard(path)) for path in shards) > LARGE:
+        return joined_fingerprint(map(shard_fingerprint, shards))
     digest = hashlib.sha256()
     for path in shards:
-        batch = read_shard(path)
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            digest.update(f"{name} {column.type} {len(column)}\n".encode())
-            _add(digest, column)
+        _add_shard(digest, path)
     return digest.hexdigest()
+
+
+def shard_fingerprint(path: Path) -> str:
+    """Return the SHA-256 of the columns of one shard."""
+    digest = hashlib.sha256()
+    _add_shard(digest, path)
+    return digest.hexdigest()
+
+
+def joined_fingerprint(fingerprints: Iterable[str]) -> str:
+    """Return the fingerprint of a large split from those of its shards."""
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+
+
+def _add_shard(digest: Any, path: Path) -> None:
+    batch = read_shard(path)
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        digest.update(f"{name} {column.type} {len(column)}\n".encode())
+        _add(digest, column)
 
 
 def _add(digest: Any, column: pa.Array) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from seitpp.files import empty_folder, make_folder, naming, new_folder, remove_f
 from seitpp.store import layout
 from seitpp.store.labels import check_labels, read_labels
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import BUILT, describe, replace_derived, withdraw, write_dataset_files
+from seitpp.store.publish import BUILT, describe, link, replace_derived, withdraw, write_dataset_files
 from seitpp.store.reader import TokenStore
 from seitpp.store.recode import check_columns, copy_images, renumber, tokens_of
 from seitpp.store.shards import column_array, read_shard, write_shard
@@ -280,7 +279,7 @@ def _build_split(target: TokenStore, parts: Sequence[Part], built: Path) -> None
     new = [(part, path) for part in parts for path in _shard_paths(part.store)]
     total = len(old) + len(new)
     for number, name in enumerate(old):
-        _link(target.path / name, built / layout.shard_name(target.split, number, total))
+        link(target.path / name, built / layout.shard_name(target.split, number, total))
     size = target.payload_bytes
     for number, batch in enumerate(_converted(target, spec, parts), len(old)):
         path = built / layout.shard_name(target.split, number, total)
@@ -307,16 +306,6 @@ def _build_split(target: TokenStore, parts: Sequence[Part], built: Path) -> None
 def _shard_paths(store: TokenStore) -> list[Path]:
     names = layout.shard_names(layout.read_document(store.path), store.split)
     return [store.path / name for name in names]
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        with naming(target):
-            shutil.copyfile(source, target)
-        sync(target)
 
 
 def _converted(target: TokenStore, spec: SplitSpec, parts: Sequence[Part]) -> Iterator[pa.RecordBatch]:

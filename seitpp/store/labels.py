@@ -23,16 +23,25 @@ class Labels(NamedTuple):
     """The labels of a shard, memory-mapped.
 
     `values` are one class per image, or the classes of all images one after the other: those of image i are then
-    values[offsets[i] : offsets[i + 1]], in ascending order. `known` says which images have a label.
+    values[offsets[i] : offsets[i + 1]], in ascending order, and `valid` says which images have a list.
     """
 
     values: Int64[np.ndarray, " classes"]
-    offsets: Int32[np.ndarray, " offsets"] | None
-    known: Bool[np.ndarray, " images"]
+    offsets: Int32[np.ndarray, " offsets"] | None = None
+    valid: Bool[np.ndarray, " images"] | None = None
+
+    @property
+    def known(self) -> Bool[np.ndarray, " images"]:
+        """Whether each image has a label."""
+        return self.values != MISSING if self.valid is None else self.valid
+
+    def is_known(self, row: int) -> bool:
+        """Return whether the image in this row of the shard has a label."""
+        return bool(self.values[row] != MISSING if self.valid is None else self.valid[row])
 
     def label(self, row: int) -> Label:
         """Return the label of the image in this row of the shard."""
-        if not self.known[row]:
+        if not self.is_known(row):
             return None
         if self.offsets is None:
             return int(self.values[row])
@@ -48,7 +57,7 @@ class Labels(NamedTuple):
 
     def multi_hot(self, row: int, num_classes: int) -> UInt8[np.ndarray, " classes"]:
         """Return 1 for each class of an image and 0 for the others, or 255 for all if they are not known."""
-        if not self.known[row]:
+        if not self.is_known(row):
             return np.full(num_classes, UNKNOWN, np.uint8)
         hot = np.zeros(num_classes, np.uint8)
         hot[self.values[row] if self.offsets is None else self.values[slice(*self.offsets[row : row + 2])]] = 1
@@ -66,11 +75,9 @@ def read_labels(batch: pa.RecordBatch) -> Labels:
     """Return the labels of a shard. Raises StoreError for damaged lists."""
     column = batch.column("label")
     if not pa.types.is_list(column.type):
-        values = column.to_numpy()
-        return Labels(values, None, values != MISSING)
+        return Labels(column.to_numpy())
     offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-    known = column.is_valid().to_numpy(zero_copy_only=False)
-    labels = Labels(values, offsets, known)
+    labels = Labels(values, offsets, column.is_valid().to_numpy(zero_copy_only=False))
     if not _are_sets(labels):
         raise StoreError("lists of labels are damaged, expected different classes in ascending order")
     return labels

@@ -29,6 +29,8 @@ CARD = "README.md"
 DATASET_DICT = "dataset_dict.json"
 DATASET_INFO = "dataset_info.json"
 STATE = "state.json"
+# The key of state.json with the number of images of each of several shards.
+SHARD_ROWS = "_shard_rows"
 # Rewritten whenever a split is added.
 DERIVED = (CARD, DATASET_DICT)
 
@@ -285,6 +287,13 @@ def is_grid(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2:
         return False
     return all(_is_int(side, 1, MAX_TOKENS) for side in value) and value[0] * value[1] <= MAX_TOKENS
+
+
+def is_shard_rows(value: Any, shards: int, rows: int) -> bool:
+    """Return whether `value` is a list of the numbers of images of `shards` shards with `rows` images in all."""
+    if not isinstance(value, list) or len(value) != shards or not all(_is_int(one, 1, rows) for one in value):
+        return False
+    return sum(value) == rows
 
 
 def is_class_names(value: Any) -> bool:

@@ -1,79 +1,101 @@
-"""Build a store from staged shards: count the codes, encode with the exact counts, publish by renames."""
+"""Build a store from staged shards: encode what is not encoded yet, write tokens.json, publish by renames."""
 
 import json
-import math
-from collections.abc import Callable, Collection, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import pyarrow as pa
 import safetensors.numpy
-from jaxtyping import Int64
 
-from seitpp import codec as codecs
-from seitpp.codec import Codec
+from seitpp.books import Books
 from seitpp.files import empty_folder, naming, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
-from seitpp.store.fingerprint import split_fingerprint
-from seitpp.store.labels import read_labels
+from seitpp.store.encoding import TABLE_IMAGES, Encoded, Table, encode, encodings
+from seitpp.store.fingerprint import LARGE, joined_fingerprint, split_fingerprint
 from seitpp.store.layout import StoreError
-from seitpp.store.shards import column_array, read_shard, write_shard
+from seitpp.store.shards import read_shard
 from seitpp.store.spec import SplitSpec
 
 # The folder inside the staging folder that holds the new files until they are published.
 BUILT = "store"
-# A codec with a learned table learns from at most so many images, and tokens.
-LEARNED_IMAGES, LEARNED_TOKENS = 2**13, 2**26
-# So many tokens are counted at once.
-COUNTED = 2**20
+
+Staged = TypeVar("Staged")
 
 
-class Survey(NamedTuple):
-    """Statistics of a staged shard that are needed before any shard is encoded."""
+class Content(NamedTuple):
+    """The images of a shard of the store: files of staged shards, or the file `path`, encoded before."""
 
-    rows: int
-    counts: list[Int64[np.ndarray, " values"]]  # of each digit
-    largest_label: int  # -1 without labels
-    num_labeled: int
+    staged: list[Path]
+    path: Path | None = None
+    encoded: Encoded | None = None
 
-
-class Encoding(NamedTuple):
-    """Arguments for the encoding of one shard in another process, which builds the codec itself."""
-
-    staged: Path
-    target: Path
-    build_codec: Callable[[], Codec]
-    spec: SplitSpec
+    @property
+    def rows(self) -> int:
+        """The number of images."""
+        return self.encoded.rows if self.encoded else sum(len(read_shard(path)) for path in self.staged)
 
 
 def build(
     spec: SplitSpec,
     folder: Path,
-    staged: list[Path],
+    contents: Sequence[Content],
     *,
+    table: Table | None = None,
     processes: int = 1,
     inventory: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Encode the `staged` shards into folder/BUILT; return tokens.json of the existing store, None if it is new.
+    """Write all files of a split into folder/BUILT; return tokens.json of the existing store, None if it is new.
 
-    Shards without images are left out. The bytes depend neither on `processes` nor on who staged a shard.
-    `inventory` is that of SplitStaging.publish, checked. Raises StoreError if there are no images, or if the split
-    cannot be added to the store any more.
+    Shards without images are left out. The bytes depend neither on `processes` nor on who staged or encoded what.
+    `table` is that of a new store, if it is made already; `inventory` that of SplitStaging.publish, checked.
+    Raises StoreError if there are no images, or if the split cannot be added to the store any more.
     """
     # Read again: another split may have been published in the meantime.
     store = spec.existing()
     spec.adopt(store)
-    empty_folder(folder / BUILT)
-    with _parallel(processes) as parallel_map:
-        _build(spec, folder / BUILT, staged, store=store, inventory=inventory, parallel_map=parallel_map)
+    built = folder / BUILT
+    empty_folder(built)
+    filled = [content for content in contents if content.rows]
+    if not filled:
+        raise StoreError(f"{spec.path}: split {spec.split!r} has no images; add at least one")
+    if store:
+        table = Table.of_store(spec.path, store)
+    table = table or Table.of_first(spec, first_staged(spec, [path for one in contents for path in one.staged]))
+    (built / spec.split).mkdir()
+    encoded = _encode_all(spec, built, filled, table, processes)
+    total = sum(shard.tokens for shard in encoded), sum(shard.payload_bytes for shard in encoded)
+    layout.check_tokens(spec.path, *total)
+    write_dataset_files(spec, built / spec.split, encoded)
+    document = store or _new_document(spec, table)
+    classes = spec.class_names or range(1 + max(shard.largest_label for shard in encoded))
+    split = layout.split_entry(
+        sum(shard.rows for shard in encoded),
+        total[1],
+        len(classes),
+        num_labeled=sum(shard.num_labeled for shard in encoded),
+        multi_label=spec.multi_label,
+        inventory=inventory,
+    )
+    document = {**document, "splits": {**document["splits"], spec.split: split}}
+    if store is None:
+        write_file(built / layout.CODEBOOK, codebook_bytes(spec.books))
+        if table.learned is not None:
+            write_file(built / layout.TABLE, layout.joined_tables(table.learned))
+    names = (layout.shard_name(spec.split, index, len(encoded)) for index in range(len(encoded)))
+    describe(built, document, known={name: shard.entry for name, shard in zip(names, encoded, strict=True)})
+    sync(built / spec.split)
+    sync(built)
     return store
+
+
+def first_staged(spec: SplitSpec, staged: Sequence[Staged]) -> Sequence[Staged]:
+    """Return those of all staged shards of a split, in order, from which the code table is made."""
+    return staged[: max(1, TABLE_IMAGES // spec.shard_images)]
 
 
 def place(spec: SplitSpec, folder: Path, store: dict[str, Any] | None) -> None:
@@ -98,63 +120,30 @@ def _parallel(processes: int) -> Iterator[Callable[..., Any]]:
             yield pool.map
 
 
-def _build(
-    spec: SplitSpec,
-    built: Path,
-    staged: list[Path],
-    *,
-    store: dict[str, Any] | None,
-    inventory: dict[str, Any] | None,
-    parallel_map: Callable[..., Any],
-) -> None:
-    """Write the new files and tokens.json of the whole store, synced, into the folder `built`."""
-    surveys = list(parallel_map(partial(survey, spec), staged))
-    filled = [path for path, survey in zip(staged, surveys, strict=True) if survey.rows]
-    if not filled:
-        raise StoreError(f"{spec.path}: split {spec.split!r} has no images; add at least one")
-    rows = sum(survey.rows for survey in surveys)
-    counts = [sum(digit) for digit in zip(*(survey.counts for survey in surveys), strict=True)]
-    document = store or _new_document(spec, counts)
-    tables = layout.read_tables(spec.path, document) if store else _learned(spec, filled, rows)
-    (built / spec.split).mkdir()
-    payload_bytes = _encode_all(spec, built, filled, document, tables, parallel_map)
-    layout.check_tokens(spec.path, sum(int(digit.sum()) for digit in counts), payload_bytes)
-    classes = spec.class_names or range(1 + max(survey.largest_label for survey in surveys))
-    split = layout.split_entry(
-        rows,
-        payload_bytes,
-        len(classes),
-        num_labeled=sum(survey.num_labeled for survey in surveys),
-        multi_label=spec.multi_label,
-        inventory=inventory,
-    )
-    document = {**document, "splits": {**document["splits"], spec.split: split}}
-    if store is None:
-        names = layout.table_names(len(spec.books.tables))
-        codebook = dict(zip(names, spec.books.tables, strict=True))
-        write_file(built / layout.CODEBOOK, safetensors.numpy.save(codebook))
-        if tables is not None:
-            write_file(built / layout.TABLE, layout.joined_tables(tables))
-    describe(built, document)
-    sync(built / spec.split)
-    sync(built)
+def codebook_bytes(books: Books) -> bytes:
+    """Return the file of a codebook."""
+    names = layout.table_names(len(books.tables))
+    return safetensors.numpy.save(dict(zip(names, books.tables, strict=True)))
 
 
-def describe(built: Path, document: dict[str, Any]) -> None:
-    """Write the derived files, and tokens.json with its version and the checksums of all new files."""
+def describe(built: Path, document: dict[str, Any], *, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Write the derived files, and tokens.json with its version and the checksums of all new files.
+
+    `known` are the entries of files that need not be read again.
+    """
     document = {**document, "version": layout.version_of(document)}
     splits = json.dumps({"splits": list(document["splits"])})
     write_file(built / layout.DATASET_DICT, splits.encode())
     write_file(built / layout.CARD, card(document).encode())
-    files = (path for path in sorted(built.rglob("*")) if path.is_file())
-    entries = {path.relative_to(built).as_posix(): layout.file_entry(path) for path in files}
+    names = {path.relative_to(built).as_posix(): path for path in sorted(built.rglob("*")) if path.is_file()}
+    known = known or {}
+    entries = {name: known.get(name) or layout.file_entry(path) for name, path in names.items()}
     # Sorted, so that the bytes do not depend on the order in which files were built.
     layout.write_document(built, {**document, "files": dict(sorted({**document["files"], **entries}.items()))})
 
 
-def _new_document(spec: SplitSpec, counts: list[np.ndarray]) -> dict[str, Any]:
-    added = {"digits": spec.books.describe(), "layout": spec.layout}
-    lists = [digit.tolist() for digit in counts]
+def _new_document(spec: SplitSpec, table: Table) -> dict[str, Any]:
+    added, counts = {"digits": spec.books.describe(), "layout": spec.layout}, table.counts
     return {
         "format": layout.FORMAT,
         "version": layout.VERSIONS[0],
@@ -162,7 +151,7 @@ def _new_document(spec: SplitSpec, counts: list[np.ndarray]) -> dict[str, Any]:
         "num_codes": spec.books.rows,
         "code_dim": spec.books.dim,
         **{key: value for key, value in added.items() if value is not None},
-        "codec": {"name": spec.codec, "counts": lists if spec.books.digits > 1 else lists[0]},
+        "codec": {"name": spec.codec, "counts": counts if spec.books.digits > 1 else counts[0]},
         "tokenizer": spec.tokenizer,
         "class_names": spec.class_names,
         "splits": {},
@@ -170,110 +159,59 @@ def _new_document(spec: SplitSpec, counts: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def survey(spec: SplitSpec, staged: Path) -> Survey:
-    """Count the rows of a staged shard and the values of each digit, and find its largest label."""
-    batch = read_shard(staged)
-    counts = [np.zeros(size, np.int64) for size in spec.books.sizes]
-    for planes in _some(spec, batch):
-        for digit, plane in zip(counts, planes, strict=True):
-            digit += np.bincount(plane, minlength=len(digit))
-    labels = read_labels(batch)
-    return Survey(len(batch), counts, labels.largest(), int(labels.known.sum()))
-
-
-def _some(spec: SplitSpec, batch: pa.RecordBatch) -> Iterator[np.ndarray]:
-    """Yield the digits of a staged shard in few parts (Q, n): an image at a time, or many tokens of one digit."""
-    if _one_digit(spec):
-        _, offsets, data = batch.column("tokens").buffers()
-        size = int(np.frombuffer(offsets, np.int32)[len(batch)]) if len(batch) else 0
-        parts = (data[start : min(start + 2 * COUNTED, size)] for start in range(0, size, 2 * COUNTED))
-    else:
-        parts = (ids.as_buffer() for ids in batch.column("tokens"))
-    return (_planes(spec, part) for part in parts)
-
-
-def _one_digit(spec: SplitSpec) -> bool:
-    staged = spec.renumbering.staged if spec.renumbering else spec.books
-    return staged.digits == 1
-
-
-def code_counts(spec: SplitSpec, staged: Path) -> Int64[np.ndarray, " codes"]:
-    """Count how often each code of the one table occurs in a staged shard."""
-    counts = np.zeros(spec.books.rows, np.int64)
-    for planes in _some(spec, read_shard(staged)):
-        counts += np.bincount(spec.books.joined(planes), minlength=len(counts))
-    return counts
-
-
-def _planes(spec: SplitSpec, staged: pa.Buffer | bytes) -> np.ndarray:
-    """Return the digits (Q, tokens) of staged tokens, of the codes that are kept."""
-    ids, renumbering = np.frombuffer(staged, "<u2"), spec.renumbering
-    if renumbering is None:
-        return ids.reshape(spec.books.digits, -1)
-    return renumbering.planes(ids.reshape(renumbering.staged.digits, -1))
-
-
-def _learned(spec: SplitSpec, staged: list[Path], rows: int) -> list[bytes] | None:
-    """Return the table of each digit that the codec learns from evenly spaced images; None if it has none."""
-    if spec.codec != codecs.ContextCodec.name:
-        return None
-    tokens = (ids for path in staged for ids in read_shard(path).column("tokens"))
-    images = min(LEARNED_IMAGES, max(1, LEARNED_TOKENS // math.prod(spec.grid)))
-    chosen = islice(tokens, 0, None, -(-rows // images))
-    grids = np.stack([_planes(spec, ids.as_buffer()).reshape(-1, *spec.grid) for ids in chosen])
-    return [
-        codecs.ContextCodec.learn(grids[:, digit], table).table
-        for digit, table in enumerate(spec.books.digit_tables())
-    ]
-
-
 def _encode_all(
-    spec: SplitSpec,
-    built: Path,
-    staged: list[Path],
-    document: dict[str, Any],
-    tables: list[bytes] | None,
-    parallel_map: Callable[..., Any],
-) -> int:
-    """Write the shards of the split and the files `datasets` needs; return the number of payload bytes."""
-    counts, grid = layout.counts_of(document), spec.grid
-    build_codec = partial(codecs.build_digits, spec.codec, spec.books.sizes, counts, grid=grid, tables=tables)
-    names = (layout.shard_name(spec.split, index, len(staged)) for index in range(len(staged)))
-    tasks = [Encoding(path, built / name, build_codec, spec) for path, name in zip(staged, names, strict=True)]
-    size = sum(parallel_map(_encode, tasks))
-    write_dataset_files(spec, built / spec.split)
-    return size
+    spec: SplitSpec, built: Path, contents: Sequence[Content], table: Table, processes: int
+) -> list[Encoded]:
+    """Write the shards of the split, those that are encoded already by links; return what is in each."""
+    paths = [built / layout.shard_name(spec.split, index, len(contents)) for index in range(len(contents))]
+    waiting = [(one.staged, path) for one, path in zip(contents, paths, strict=True) if not one.encoded]
+    with _parallel(min(processes, max(1, len(waiting)))) as parallel_map:
+        done = parallel_map(encode, encodings(spec, table, waiting))
+        encoded = []
+        for content, path in zip(contents, paths, strict=True):
+            if content.encoded:
+                link(content.path, path)
+            encoded.append(content.encoded or next(done))
+    return encoded
 
 
-def write_dataset_files(spec: SplitSpec, folder: Path) -> None:
-    """Write the files that `datasets` needs beside the shards in `folder`."""
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        with naming(target):
+            shutil.copyfile(source, target)
+        sync(target)
+
+
+def write_dataset_files(spec: SplitSpec, folder: Path, encoded: Sequence[Encoded] | None = None) -> None:
+    """Write the files that `datasets` needs beside the shards in `folder`, of which `encoded` is known."""
     info = {"features": spec.features().to_dict()}
     write_file(folder / layout.DATASET_INFO, json.dumps(info).encode())
-    write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder)).encode())
+    write_file(folder / layout.STATE, json.dumps(_state(spec.split, folder, encoded)).encode())
 
 
-def _encode(task: Encoding) -> int:
-    """Encode one staged shard and return the number of its payload bytes."""
-    batch, codec = read_shard(task.staged), task.build_codec()
-    tokens = batch.column("tokens")
-    payloads = [codec.encode(_planes(task.spec, ids.as_buffer()).ravel()) for ids in tokens]
-    columns = [column_array(payloads, pa.binary(), "tokens"), *batch.columns[1:]]
-    with naming(task.target), task.target.open("wb") as file:
-        write_shard(file, pa.record_batch(columns, batch.schema))
-    return sum(map(len, payloads))
+def _state(split: str, folder: Path, encoded: Sequence[Encoded] | None) -> dict[str, Any]:
+    """Return state.json for `datasets`, with the fingerprint of the split, which identifies it in caches, too.
 
-
-def _state(split: str, folder: Path) -> dict[str, Any]:
-    """Return state.json for `datasets`, with the fingerprint of the split, which identifies it in caches, too."""
+    Of several shards it has the numbers of images, so that a reader opens a shard when it needs it.
+    """
     shards = sorted(folder.glob("*.arrow"))
+    rows = [one.rows for one in encoded] if encoded else [len(read_shard(path)) for path in shards]
+    if encoded and sum(rows) > LARGE:
+        fingerprint = joined_fingerprint(one.fingerprint for one in encoded)
+    else:
+        fingerprint = split_fingerprint(shards)
     return {
         "_data_files": [{"filename": shard.name} for shard in shards],
-        "_fingerprint": split_fingerprint(shards),
+        "_fingerprint": fingerprint,
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
         "_split": split,
+        **({layout.SHARD_ROWS: rows} if len(rows) > 1 else {}),
     }
 
 

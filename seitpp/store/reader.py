@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32, Int64, Integer, UInt8, UInt16
 
 from seitpp import codec as codecs
 from seitpp.codec.base import check_counts
+from seitpp.files import read_json
 from seitpp.store import layout
 from seitpp.store.columns import Column
 from seitpp.store.fingerprint import store_fingerprint
@@ -61,7 +62,8 @@ class TokenStore:
 
         A store of the hub is downloaded into the user's cache first. Nothing is decoded, and the shards stay on
         disk. With `verify`, the SHA-256 of every file is compared, except for the shards of other splits; without
-        it, only sizes and structure are checked, and a damaged image is detected when it is read.
+        it, only sizes and structure are checked, those of a shard when it is first read, and a damaged image is
+        detected when it is read.
         Raises StoreError if this is not a store, has no such split, or is damaged.
         """
         remote = str(path).startswith(HUB)
@@ -76,15 +78,18 @@ class TokenStore:
         shards = layout.shard_names(document, split)
         layout.check_files(self.path, document["files"], self._own_files(), checksums=verify)
         self._set_fields(document)
-        self._shards = [
-            _open_shard(self.path / name, name, grid=self.grid, multi_label=self.multi_label) for name in shards
-        ]
+        self._names, self._opened = shards, {}
+        # The number of images of each shard. Where it is not recorded, or all is verified, all shards are opened.
+        self._rows = self._recorded_rows(document["splits"][split]["rows"])
+        opened = range(len(shards)) if verify or not self._rows else ()
+        rows = [len(self._shard(number).batch) for number in opened] or self._rows
         # Index of the first image of each shard.
-        self._starts = np.cumsum([0, *(len(shard.batch) for shard in self._shards[:-1])]).tolist()
-        self._length = self._starts[-1] + len(self._shards[-1].batch)
-        self.column_names = self._shards[0].batch.schema.names
-        self.columns = _other_columns(self._shards[0].batch.schema)
-        self._check_split(document["splits"][split])
+        self._starts = np.cumsum([0, *rows[:-1]]).tolist()
+        self._length = self._starts[-1] + rows[-1]
+        self.column_names = self._shard(0).batch.schema.names
+        self.columns = _other_columns(self._shard(0).batch.schema)
+        if len(self._opened) == len(shards):
+            self._check_split(document["splits"][split])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker maps the same files again; they have been verified.
@@ -114,7 +119,7 @@ class TokenStore:
         self._check_intact(positions)
         tokens = self.books.digits * height * width
         if len(positions) * tokens > layout.FREE_TOKENS:
-            size = int(self.payload_sizes[positions].sum())
+            size = sum(map(self._payload_size, positions))
             layout.check_tokens(f"ids of {len(positions)} images", len(positions) * tokens, size)
         ids = np.empty((len(positions), tokens), np.uint16)
         for row, position in zip(ids, positions, strict=True):
@@ -150,6 +155,19 @@ class TokenStore:
         if self.multi_label:
             raise StoreError(f"{self.path}: its images have several classes each, expected one; use another store")
         return np.concatenate([shard.labels.values for shard in self._intact()])
+
+    def labels_of(self, indices: Sequence[int] | Integer[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
+        """Return the classes of some images, -1 where there is no label; `labels` has those of all.
+
+        Raises IndexError, and StoreError if images have several classes.
+        """
+        if self.multi_label:
+            return self.labels[indices]
+        every = range(self._length)
+        positions = [every[index] for index in indices]
+        self._check_intact(positions)
+        located = map(self._locate, positions)
+        return np.array([shard.labels.values[row] for shard, row in located], np.int64)
 
     def multi_hot(
         self, indices: Sequence[int] | Integer[np.ndarray, " images"]
@@ -196,8 +214,8 @@ class TokenStore:
         if name not in self.columns:
             names = ", ".join(self.columns) or "none"
             raise StoreError(f"{self.path}: split {self.split!r} has no column {name!r}, it has {names}")
-        batches = [shard.batch for shard in self._shards]
-        files = [shard.file for shard in self._intact()]
+        shards = self._intact()
+        batches, files = [shard.batch for shard in shards], [shard.file for shard in shards]
         folder = self.path / self.split
         return Column(name, self.columns[name], batches, files=files, starts=self._starts, folder=folder)
 
@@ -251,23 +269,16 @@ class TokenStore:
         return [name for name in self._document["files"] if name.partition("/")[0] not in others]
 
     def _check_split(self, expected: dict[str, int]) -> None:
-        size = sum(int(shard.offsets[-1]) - int(shard.offsets[0]) for shard in self._shards)
+        shards = [self._shard(number) for number in range(len(self._names))]
+        size = sum(int(shard.offsets[-1]) - int(shard.offsets[0]) for shard in shards)
         if (len(self), size) != (expected["rows"], expected["payload_bytes"]):
             raise StoreError(
                 f"{self.path / self.split}: {len(self)} images of {size} bytes, "
                 f"expected {expected['rows']} of {expected['payload_bytes']}; copy the split again"
             )
-        tokens = len(self) * math.prod(self.grid) if self.grid else sum(map(_tokens, self._shards))
+        tokens = len(self) * math.prod(self.grid) if self.grid else sum(map(_tokens, shards))
         layout.check_tokens(self.path / self.split, tokens * self.books.digits, size)
-        for shard in self._shards:
-            classes = shard.labels.classes()
-            low, high = classes.min(initial=2**63 - 1), classes.max(initial=-1)
-            if classes.size and not 0 <= low <= high < self.num_classes:
-                raise StoreError(
-                    f"{self.path / shard.name}: labels {low} .. {high}, expected 0 .. {self.num_classes - 1}; "
-                    "copy it again"
-                )
-        labeled = sum(int(shard.labels.known.sum()) for shard in self._shards)
+        labeled = sum(int(shard.labels.known.sum()) for shard in shards)
         if labeled != self.num_labeled:
             raise StoreError(
                 f"{self.path / self.split}: {labeled} images have a label, expected {self.num_labeled}; "
@@ -283,12 +294,51 @@ class TokenStore:
     def _check_intact(self, positions: Sequence[int]) -> None:
         """Raise StoreError if a file of these images was cut since it was opened."""
         for number in np.unique(np.searchsorted(self._starts, positions, side="right")).tolist():
-            self._shards[number - 1].file.check()
+            self._shard(number - 1).file.check()
 
     def _intact(self) -> list[Shard]:
-        for shard in self._shards:
+        shards = [self._shard(number) for number in range(len(self._names))]
+        for shard in shards:
             shard.file.check()
-        return self._shards
+        return shards
+
+    def _shard(self, number: int) -> Shard:
+        """Return a shard, opened when it is first asked for. Raises StoreError if it is damaged."""
+        if number not in self._opened:
+            self._opened[number] = self._open(number)
+        return self._opened[number]
+
+    def _open(self, number: int) -> Shard:
+        name = self._names[number]
+        path, classes_below = self.path / name, self.num_classes
+        shard = _open_shard(path, name, grid=self.grid, multi_label=self.multi_label)
+        if self._rows and len(shard.batch) != self._rows[number]:
+            raise StoreError(f"{path}: {len(shard.batch)} images, expected {self._rows[number]}; copy it again")
+        classes = shard.labels.classes()
+        low, high = classes.min(initial=2**63 - 1), classes.max(initial=-1)
+        if classes.size and not 0 <= low <= high < classes_below:
+            raise StoreError(f"{path}: labels {low} .. {high}, expected 0 .. {classes_below - 1}; copy it again")
+        tokens = len(shard.batch) * math.prod(self.grid) if self.grid else _tokens(shard)
+        layout.check_tokens(path, tokens * self.books.digits, int(shard.offsets[-1]) - int(shard.offsets[0]))
+        return shard
+
+    def _recorded_rows(self, rows: int) -> list[int] | None:
+        """Return the number of images of each shard, None if state.json does not have them.
+
+        Raises StoreError if they cannot be those of `rows` images.
+        """
+        name = f"{self.split}/{layout.STATE}"
+        if name not in self._document["files"]:  # it is being replaced
+            return None
+        recorded = read_json(self.path / name, StoreError, "the state of a data set; copy it again")
+        found = recorded.get(layout.SHARD_ROWS)
+        if found is not None and not layout.is_shard_rows(found, len(self._names), rows):
+            whole = isinstance(found, list) and all(type(number) is int for number in found)
+            got = f"{sum(found)} images in {len(found)} shards" if whole else "no list of numbers of images"
+            raise StoreError(
+                f"{self.path / name}: {got}, expected {rows} in {len(self._names)}; copy the split again"
+            )
+        return found
 
     def _common_grid(self, positions: list[int]) -> tuple[int, int]:
         grids = {_sides(*self._locate(position)) for position in positions}
@@ -301,7 +351,11 @@ class TokenStore:
 
     def _locate(self, position: int) -> tuple[Shard, int]:
         number = bisect_right(self._starts, position) - 1
-        return self._shards[number], position - self._starts[number]
+        return self._shard(number), position - self._starts[number]
+
+    def _payload_size(self, position: int) -> int:
+        shard, row = self._locate(position)
+        return int(shard.offsets[row + 1]) - int(shard.offsets[row])
 
     def _decode(self, position: int) -> np.ndarray:
         shard, row = self._locate(position)

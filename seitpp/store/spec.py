@@ -20,9 +20,11 @@ from seitpp.store import layout as layouts
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES
 
-# Upper limits of a shard: a process writes one at a time and loses at most this one when it is killed.
+# Upper limits of a staged shard: a process writes one at a time and loses at most this one when it is killed.
 SHARD_TOKENS = 2**22
 SHARD_IMAGES = 2**12
+# Of so many staged shards, each becomes a shard of the store; of more, each GROUP of them does.
+FEW_SHARDS, GROUP = 2**10, 2**4
 
 OWN_COLUMNS = ("tokens", "label", "height", "width")
 
@@ -82,10 +84,18 @@ class SplitSpec:
 
     @property
     def shard_images(self) -> int:
-        """The number of images in every shard but the last; it does not depend on the number of processes."""
+        """The number of images in every staged shard but the last, whatever the number of processes."""
         if self.grid is None:
             return SHARD_IMAGES
         return min(SHARD_IMAGES, max(1, SHARD_TOKENS // (self.grid[0] * self.grid[1] * self.books.digits)))
+
+    def groups(self, staged: int) -> list[range]:
+        """Return which of `staged` staged shards each shard of the store has: several in a large store.
+
+        Annotations could be too long for one column of so many.
+        """
+        size = GROUP if staged > FEW_SHARDS and self.grid and "binary" not in self.columns.values() else 1
+        return [range(start, min(start + size, staged)) for start in range(0, staged, size)]
 
     def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> "SplitSpec":
         """Return the spec of the same staged images with only the codes with ids `codes`, in this order.

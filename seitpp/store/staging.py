@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,20 @@ import numpy as np
 from jaxtyping import Float, Int64, Integer
 
 from seitpp.books import Books
-from seitpp.files import new_file, remove_folder, sync, write_file
+from seitpp.errors import refusing
+from seitpp.files import new_file, read_json, remove_folder, replace_bytes, replace_json, sync, write_file
 from seitpp.store import layout as layouts
+from seitpp.store.encoding import Encoded, Table, code_counts, encode, encodings
 from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import BUILT, build, code_counts, place
+from seitpp.store.publish import BUILT, Content, build, codebook_bytes, first_staged, place
 from seitpp.store.samples import Columns, Samples, check_samples, make_batch
-from seitpp.store.shards import read_shard, write_shard
+from seitpp.store.shards import write_shard
 from seitpp.store.spec import SplitSpec, check_inventory
 
 STAGED_NAME = re.compile(r"shard-(\d+)\.arrow")
-RECORD = "staging.json"
+ENCODED_NAME = re.compile(r"encoded-(\d+)\.json")
+RECORD, TABLE = "staging.json", "table.json"
 
 
 class SplitStaging:
@@ -29,9 +32,10 @@ class SplitStaging:
 
     The images of a shard do not depend on the number of processes. Each process creates a SplitStaging with the
     same arguments and writes some shards; when all are finished, one process publishes the split. Finished shards
-    survive a killed process: the next run writes only the others. The bytes of the store are those of one
-    uninterrupted StoreWriter. A run that was killed after publishing can be continued as well: all shards count as
-    finished, and `publish` only removes the staging folder.
+    survive a killed process: the next run writes only the others. As soon as the code table is known, which is
+    made from the first 2^21 images, any process can encode any shards of the store that are finished. The bytes of
+    the store are those of one uninterrupted StoreWriter. A run that was killed after publishing can be continued
+    as well: all shards count as finished, and `publish` only removes the staging folder.
 
         staging = SplitStaging("tokens", codebook=codebook, grid=(32, 32), num_images=len(images))
         for shard in range(rank, staging.num_shards, ranks):
@@ -79,7 +83,7 @@ class SplitStaging:
         if not 1 <= num_images <= layouts.MAX_ROWS:
             raise StoreError(f"num_images: got {num_images}, expected 1 .. {layouts.MAX_ROWS}")
         self.num_images, self._digest = num_images, digest
-        self.folder = self._spec.path.parent / f".{self._spec.path.name}-{split}.staging"
+        self.folder = staging_folder(self._spec.path, split)
         # Beside the folder, which is removed first.
         self._receipt = self.folder.with_suffix(".published")
         self.published = self._receipt.exists() and self._in_store()
@@ -87,6 +91,25 @@ class SplitStaging:
             self._spec.adopt(self._spec.existing(self._was_interrupted()))
             self._begin()
             self._remove_others()
+
+    @classmethod
+    def begun(cls, path: str | os.PathLike[str], split: str) -> "SplitStaging":
+        """Open a split that other processes have begun, to encode and publish it as they would.
+
+        Raises StoreError if none has.
+        """
+        folder = staging_folder(Path(path).resolve(), split)
+        if not (folder / RECORD).is_file():
+            raise StoreError(f"{folder}: no such folder, nobody has begun the split {split!r} of {path}")
+        record = read_json(folder / RECORD, StoreError, "the record of a split; remove its folder to begin anew")
+        with refusing(StoreError, f"{folder}: damaged", "what a split was begun with; begin it anew"):
+            return cls(
+                path,
+                codebook=layouts.read_books(folder, record),
+                split=split,
+                **{name: record.get(name) for name in ("grid", "layout", "class_names", "tokenizer")},
+                **{name: record[name] for name in ("num_images", "codec", "columns", "multi_label")},
+            )
 
     @property
     def num_shards(self) -> int:
@@ -100,9 +123,18 @@ class SplitStaging:
         size = self._spec.shard_images
         return range(shard * size, min((shard + 1) * size, self.num_images))
 
+    @property
+    def groups(self) -> list[range]:
+        """The shards of which each shard of the store consists, several if there are more than 1,024."""
+        return self._spec.groups(self.num_shards)
+
     def finished(self) -> set[int]:
         """Return the shards that any process of this or an earlier run has written."""
-        return set(range(self.num_shards) if self.published else staged_shards(self.folder))
+        if self.published:
+            return set(range(self.num_shards))
+        groups = self.groups
+        encoded = {shard for group in encoded_groups(self.folder) for shard in groups[group]}
+        return encoded | staged_shards(self.folder).keys()
 
     def write(
         self,
@@ -129,14 +161,50 @@ class SplitStaging:
                 file.write(self._digest(indices).encode())
         write_staged(self._spec, self.folder, shard=shard, samples=samples)
 
+    def encode(self, groups: Iterable[int]) -> list[int]:
+        """Encode those of the shards `groups` of the store whose shards here are finished; return which these are.
+
+        Nothing is done as long as the code table is not known. What is encoded replaces what was written, so codes
+        can no longer be left out by `keep`. Any processes may do this at the same time for different groups.
+        """
+        if self.published:
+            return []
+        every, staged = self.groups, staged_shards(self.folder)
+        done = encoded_groups(self.folder).keys()
+        ready = [group for group in groups if group not in done and all(shard in staged for shard in every[group])]
+        table = self._table() if ready else None
+        if table is None:
+            return []
+        shards = [([staged[shard] for shard in every[group]], self._encoded(group)) for group in ready]
+        for group, task in zip(ready, encodings(self._spec, table, shards), strict=True):
+            facts = {**encode(task)._asdict(), "digests": [self._digest_of(shard) for shard in every[group]]}
+            replace_json(task.target.with_suffix(".json"), facts)
+            for path in task.staged:
+                path.unlink()
+                _beside(path).unlink(missing_ok=True)
+        return ready
+
+    def check_finished(self) -> None:
+        """Raise StoreError if shards are missing."""
+        missing = sorted(set(range(self.num_shards)) - self.finished())
+        if missing:
+            raise StoreError(
+                f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}; write them"
+            )
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The description of the tokenizer."""
+        return self._spec.tokenizer
+
     def counts(self) -> Int64[np.ndarray, " codes"]:
-        """Count how often each code of the one table occurs in the finished shards."""
+        """Count how often each code of the one table occurs in the shards that are finished and not encoded."""
         counts = (code_counts(self._spec, path) for path in staged_shards(self.folder).values())
         return sum(counts, np.zeros(self._spec.books.rows, np.int64))
 
     def num_written(self) -> int:
         """Count the images of the finished shards."""
-        return sum(len(read_shard(path)) for path in staged_shards(self.folder).values())
+        return sum(content.rows for content in self._contents())
 
     def keep(self, codes: Integer[np.ndarray, " kept"], tokenizer: Mapping[str, Any] | None) -> None:
         """Restrict the codebook to the codes with ids `codes`, which get the ids 0, 1, ... in this order.
@@ -145,6 +213,12 @@ class SplitStaging:
         tokenizer of the new ids. Call it between the last `write` and `publish`. If the run is killed after
         publishing, continue it with the codebook and the tokenizer of the store.
         """
+        if encoded_groups(self.folder):
+            raise StoreError(
+                f"{self.folder}: encoded with all codes, cannot leave some out; publish it so, or remove the "
+                "folder to begin anew"
+            )
+        (self.folder / TABLE).unlink(missing_ok=True)
         self._spec = self._spec.keep(codes, tokenizer)
 
     def publish(self, processes: int = 1, inventory: Mapping[str, Any] | None = None) -> None:
@@ -155,11 +229,7 @@ class SplitStaging:
         for the encoding. If these are several, the calling script needs `if __name__ == "__main__"`. Raises
         StoreError if shards are missing. While another process adds to the store, it waits.
         """
-        missing = sorted(set(range(self.num_shards)) - self.finished())
-        if missing:
-            raise StoreError(
-                f"{self.folder}: {len(missing)} shards are not finished, the first is {missing[0]}; write them"
-            )
+        self.check_finished()
         with self._spec.locked():
             if not self.published:
                 self._publish(processes, check_inventory(inventory))
@@ -171,14 +241,52 @@ class SplitStaging:
             # Raises if another process has published the split by now: then its folder is not ours to remove.
             self._spec.existing(replace_left=True)
             remove_folder(self._spec.path / self._spec.split)
-        staged = list(staged_shards(self.folder).values())
-        store = build(self._spec, self.folder, staged, processes=processes, inventory=inventory)
+        table = None if self._spec.renumbering else self._table()
+        store = build(
+            self._spec, self.folder, self._contents(), table=table, processes=processes, inventory=inventory
+        )
         receipt = self.folder / self._receipt.name
         write_file(receipt, self._receipt_of(layouts.read_document(self.folder / BUILT)))
         receipt.replace(self._receipt)
         sync(self.folder.parent)
         place(self._spec, self.folder, store)
         self.published = True
+
+    def _contents(self) -> list[Content]:
+        """Return what is finished, by shards of the store."""
+        staged, encoded = staged_shards(self.folder), encoded_groups(self.folder)
+        contents = []
+        for number, group in enumerate(self.groups):
+            facts = Encoded.read(encoded[number]) if number in encoded else None
+            paths = [staged[shard] for shard in group if shard in staged and not facts]
+            contents.append(Content(paths, self._encoded(number) if facts else None, facts))
+        return contents
+
+    def _encoded(self, group: int) -> Path:
+        return self.folder / f"encoded-{group:05d}.arrow"
+
+    def _table(self) -> Table | None:
+        """Return the table of the store or, if it is new, of the first images of this split; None before these.
+
+        Raises StoreError if images were encoded by another table than that of the store.
+        """
+        path, store = self.folder / TABLE, self._spec.existing(self._was_interrupted())
+        if not path.exists() and store is None:
+            staged, first = staged_shards(self.folder), first_staged(self._spec, range(self.num_shards))
+            if any(shard not in staged for shard in first):
+                return None
+            made = Table.of_first(self._spec, [staged[shard] for shard in first])
+            replace_json(path, {**made.to_json(), "digests": self._first_digests()})
+        own = Table.read(path) if path.exists() else None
+        if store is None:
+            return own
+        table = Table.of_store(self._spec.path, store)
+        if own and own != table and encoded_groups(self.folder):
+            raise StoreError(
+                f"{self.folder}: encoded for a new store, but {self._spec.path} was written with another code "
+                "table since; move that store away, finish this split, and join both by `seitpp merge`"
+            )
+        return table
 
     def _receipt_of(self, document: dict[str, Any]) -> bytes:
         """Return the content of the receipt: the record of the split and the entries of its files."""
@@ -203,17 +311,21 @@ class SplitStaging:
         """Return the properties that identify the split of the staging folder."""
         return {**self._spec.identity(), "num_images": self.num_images, "shard_images": self._spec.shard_images}
 
+    def _shapes(self) -> dict[str, Any]:
+        """Return what tokens.json says of the codebook, so that others can read it here."""
+        books = self._spec.books
+        described = {"digits": books.describe()} if books.describe() else {}
+        return {"num_codes": books.rows, "code_dim": books.dim, **described}
+
     def _begin(self) -> None:
         """Write the record of the staging folder, or raise StoreError if it has a different one."""
         path, record = self.folder / RECORD, self._record()
         if self.folder.is_symlink():
             raise StoreError(f"{self.folder}: a link, expected a folder of an interrupted run; remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with new_file(path) as file:
-                file.write(json.dumps(record).encode())
         try:
-            begun = {"multi_label": False, **json.loads(path.read_bytes())}  # older records do not say it
+            begun = json.loads(path.read_bytes()) if path.exists() else record
+            begun = {"multi_label": False, **begun}  # older records do not say it
         except (ValueError, TypeError) as error:
             raise StoreError(f"{path}: damaged ({error}); remove {self.folder} to begin anew") from error
         for key, value in record.items():
@@ -222,22 +334,85 @@ class SplitStaging:
                     f"{self.folder}: begun with {key} {begun.get(key)}, got {value}; "
                     "use the same arguments, or remove the folder to begin anew"
                 )
+        if not (self.folder / layouts.CODEBOOK).exists():
+            replace_bytes(self.folder / layouts.CODEBOOK, codebook_bytes(self._spec.books))
+        if begun != {**record, **self._shapes()}:
+            replace_json(path, {**record, **self._shapes()})
 
     def _remove_others(self) -> None:
-        """Remove the staged shards whose images are others now."""
+        """Remove the shards whose images are others now, and all that is encoded if the code table is another."""
         if self._digest is None:
             return
-        for shard, path in staged_shards(self.folder).items():
-            recorded = path.with_suffix(".digest")
-            known = shard < self.num_shards and recorded.exists()
-            if not known or recorded.read_text() != self._digest(self.images(shard)):
+        encoded, damaged = encoded_groups(self.folder), "the facts of a shard; remove its folder to begin anew"
+        if (self.folder / TABLE).exists() and self._first_digests() != read_json(
+            self.folder / TABLE, StoreError, "a code table; remove its folder to begin anew"
+        ).get("digests"):
+            for path in (self.folder / TABLE, *encoded.values()):
                 path.unlink(missing_ok=True)
+            encoded = {}
+        for number, path in encoded.items():
+            group = self.groups[number] if number < len(self.groups) else ()
+            if read_json(path, StoreError, damaged).get("digests") != [self._digest_of(shard) for shard in group]:
+                path.unlink(missing_ok=True)
+        for shard, path in staged_shards(self.folder).items():
+            recorded = _beside(path)
+            known = shard < self.num_shards and recorded.exists()
+            if not known or recorded.read_text() != self._digest_of(shard):
+                path.unlink(missing_ok=True)
+
+    def _digest_of(self, shard: int) -> str | None:
+        return self._digest(self.images(shard)) if self._digest else None
+
+    def _first_digests(self) -> list[str | None]:
+        """Say what the images are from which the code table is made."""
+        return [self._digest_of(shard) for shard in first_staged(self._spec, range(self.num_shards))]
+
+
+def staging_folder(store: Path, split: str) -> Path:
+    """Return the folder in which a split of a store is made."""
+    return store.parent / f".{store.name}-{split}.staging"
+
+
+def begun_splits(store: Path) -> list[str]:
+    """Return the splits of a store that are being made, "train" first."""
+    match = re.compile(re.escape(f".{store.name}-") + f"({layouts.SPLIT_NAME.pattern})" + r"\.staging").fullmatch
+    found = [named[1] for path in store.parent.glob(".*.staging") if (named := match(path.name))]
+    return sorted(found, key=lambda split: (split != "train", split))
+
+
+def tidied(store: Path, split: str) -> bool:
+    """Remove what a process left that was killed after it had published a split; return whether there was one."""
+    folder = staging_folder(store.resolve(), split)
+    receipt = folder.with_suffix(".published")
+    if not receipt.exists() or not (store / layouts.DOCUMENT).exists():
+        return False
+    published = read_json(receipt, StoreError, "what was published; remove it if the split is not in the store")
+    prefix, files = f"{split}/", layouts.read_document(store)["files"]
+    if published.get("files") != {name: entry for name, entry in files.items() if name.startswith(prefix)}:
+        return False
+    remove_folder(folder)
+    receipt.unlink()
+    return True
 
 
 def staged_shards(folder: Path) -> dict[int, Path]:
-    """Return the finished shards of a staging folder, {index: path} in order."""
-    matches = ((STAGED_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    """Return the finished shards of a staging folder that are not encoded, {index: path} in order."""
+    return _numbered(folder, STAGED_NAME)
+
+
+def encoded_groups(folder: Path) -> dict[int, Path]:
+    """Return the files with the facts of the shards that are encoded in a staging folder, {index: path}."""
+    return _numbered(folder, ENCODED_NAME)
+
+
+def _numbered(folder: Path, name: re.Pattern) -> dict[int, Path]:
+    matches = ((name.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def _beside(staged: Path) -> Path:
+    """Return the file with the digest of the images of a staged shard."""
+    return staged.with_suffix(".digest")
 
 
 def write_staged(spec: SplitSpec, folder: Path, *, shard: int, samples: Samples) -> None:

@@ -13,7 +13,7 @@ from seitpp.books import Books
 from seitpp.files import remove_folder
 from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
-from seitpp.store.publish import build, place
+from seitpp.store.publish import Content, build, place
 from seitpp.store.samples import Columns, check_samples, no_samples
 from seitpp.store.spec import SplitSpec, check_inventory
 from seitpp.store.staging import staged_shards, write_staged
@@ -83,8 +83,11 @@ class StoreWriter:
                 if self._waiting.ids:
                     self._stage(len(self._waiting.ids))
                 staged = list(staged_shards(self._folder).values())
+                contents = [
+                    Content([staged[shard] for shard in group]) for group in self._spec.groups(len(staged))
+                ]
                 with self._spec.locked():
-                    store = build(self._spec, self._folder, staged, inventory=self._inventory)
+                    store = build(self._spec, self._folder, contents, inventory=self._inventory)
                     place(self._spec, self._folder, store)
         finally:
             remove_folder(self._folder)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from downstream.segmentation.default import FEW_SCENES, default_scenes
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.folder import unknown_files
+from seitpp.errors import keeping_interrupts
 from seitpp.files import owned
 from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.recipe import run_recipe
@@ -157,3 +159,18 @@ def test_a_second_command_that_writes_the_same_split_is_refused(tmp_path: Path) 
         report["statuses"] == [2] and "which writes the same: wait until it ends" in report["err"].splitlines()[-1]
     )
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_interrupt_that_a_finalizer_swallows_comes_again() -> None:
+    """Python prints what a finalizer raises, and goes on: of Ctrl-C there, the run would hear nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
+
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), keeping_interrupts():
+        Interrupted()
+        for _ in range(1000):
+            time.sleep(0.001)
+    signal.signal(signal.SIGINT, before)

@@ -5,9 +5,9 @@
 Each command of systems.py runs to its end once. Then it gets SIGINT and SIGTERM (recipes that train also as two
 processes) after fractions of the time that it took; reads a store with a flipped byte, or a picture that is cut,
 with two data loading processes; and gets a number out of its range. A run that has not ended after LIMIT seconds
-is a hang. A signal must end it with 128 + its number or, where nothing is to be saved, by that signal itself; at
-its very end it may also succeed. An error must end it with exit status 2, on all processes. Neither prints a
-traceback.
+is a hang, one that ends more than SOON seconds after a signal is late. A signal must end it with 128 + its number
+or, where nothing is to be saved, by that signal itself; at its very end it may also succeed. An error must end it
+with exit status 2, on all processes. Neither prints a traceback.
 
 Each command and each fault is printed. The last line adds them up, and the exit status is not 0 after any.
 """
@@ -24,7 +24,8 @@ from pathlib import Path
 from long.systems import COMMANDS, OFFLINE, READS_ONLY, Server, make_inputs, words_of
 from support.running import TRAINING_RECIPES
 
-LIMIT = 60  # seconds from the signal to the end, or of a run that must fail
+LIMIT = 60  # seconds from the signal to the end, or of a run that must fail; then it hangs
+SOON = 10  # seconds from a signal after which an end is late
 SIGNALS = {number: (128 + number, -number, 0) for number in (signal.SIGINT, signal.SIGTERM)}
 OUT_OF_RANGE = {"tokenize_images": "--batch-size-per-process"}  # of the others: --seed
 
@@ -54,8 +55,13 @@ class Watch:
         elif not {*report["statuses"]} <= {*statuses}:
             kind = "other exit statuses"
         if kind:
-            self.faults[kind] += 1
-            print(f"{kind}: {where}: {report['statuses']} {report['err'][-2000:]}", flush=True)
+            self.fault(kind, where, report)
+
+    def fault(self, kind: str, where: str, report: dict) -> None:
+        """Count a fault and print it."""
+        self.faults[kind] += 1
+        took = f"{report['seconds']:.1f} s, {report['statuses']}"
+        print(f"{kind}: {where}: {took} {report['err'][-2000:]}", flush=True)
 
 
 def signals(watch: Watch, name: str, words: list[str], *, moments: int) -> None:
@@ -67,9 +73,12 @@ def signals(watch: Watch, name: str, words: list[str], *, moments: int) -> None:
             for moment in range(moments):
                 after = whole["seconds"] * processes * (moment + 0.5) / moments
                 report = watch.run(words, signal=number, after=after, processes=processes)
-                watch.longest = max(watch.longest, report["seconds"] if report["signalled"] else 0.0)
                 where = f"{name}, {processes} processes, {signal.Signals(number).name} after {after:.1f} s"
                 watch.check(where, report, statuses)
+                if report["signalled"]:
+                    watch.longest = max(watch.longest, report["seconds"])
+                    if report["seconds"] > SOON:
+                        watch.fault("late ends", where, report)
 
 
 def errors(watch: Watch, name: str, inputs: Path, broken: Path) -> None:
@@ -117,7 +126,7 @@ def main() -> None:
             errors(watch, name, inputs, broken)
             signals(watch, name, words_of(COMMANDS[name], inputs, "out"), moments=options.moments)
             print(f"{name:22} {watch.runs} runs so far, at most {watch.longest:.1f} s after a signal", flush=True)
-    kinds = ("hangs", "tracebacks", "other exit statuses")
+    kinds = ("hangs", "late ends", "tracebacks", "other exit statuses")
     figures = ", ".join(f"{kind} {watch.faults[kind]}" for kind in kinds)
     print(f"runs {watch.runs}: {figures}; at most {watch.longest:.1f} s from a signal to the end")
     sys.exit(bool(watch.faults))

@@ -266,7 +266,7 @@ def test_a_split_that_somebody_else_published_meanwhile_is_refused(tmp_path):
 
 
 def test_only_missing_shards_are_made_again(tmp_path):
-    assert run_killed(make, tmp_path / "s", at=7)
+    assert run_killed(make, tmp_path / "s", at=12)
     finished = begin(tmp_path / "s").finished()
     assert finished and len(finished) < 3
     times = {path: path.stat().st_mtime_ns for path in begin(tmp_path / "s").folder.glob("shard*")}

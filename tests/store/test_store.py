@@ -141,7 +141,7 @@ def test_shards_are_one_batch_each_and_memory_mapped(store):
     before = pa.total_allocated_bytes()
     s = TokenStore(store)
     assert pa.total_allocated_bytes() == before
-    assert not s._shards[0].labels.values.flags.owndata
+    assert not s._shard(0).labels.values.flags.owndata
 
 
 def test_pickle_opens_the_same_store_without_verifying(store, monkeypatch):
