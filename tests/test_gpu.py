@@ -157,6 +157,8 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
         "tokenadapt_train": [*images, *tokenizer],
         "tokenizer_train": images,
         "segment_ade20k": ["--store", folder / "ade20k"],
+        # One task, since there is an evaluation after each, which needs numbers.
+        "continual": ["--store", folder / "tokens", "--tasks", 1],
     }
     finetunes = {
         "tokens": ["--store", folder / "tokens", "--checkpoint", folder / "seit.safetensors"],
