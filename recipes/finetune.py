@@ -123,6 +123,8 @@ class Config(TrainConfig):
     warmup_epochs: float = 5  # Length of the linear warm-up of the learning rate, in epochs.
     grad_checkpointing: bool = False  # Recompute activations: a third more work for a fraction of the memory.
     batch_size: int = 1024  # Number of images per update, over all processes.
+    # Number of shards whose images are shuffled together. None: all, of a store in a bucket 64.
+    window_shards: int | None = None
     optimizer: Literal["adamw", "lamb"] = "adamw"  # Optimizer: AdamW or LAMB.
     clip: float | None = None  # Largest norm of the gradient. None: no clipping.
     base_lr: float = 4e-3  # Peak learning rate at batch size 1024; scaled with the square root of the batch size.
@@ -366,9 +368,8 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
     if config.labels_per_class:
         labels = train.labels[indices_within(images)]
         images = Chosen(images, few_labels(labels, config.labels_per_class, config.seed))
-    order = {"batch_size": config.batch_size, "seed": config.seed, "device": run.device}
     return Task(
-        balanced(images, train, config.class_balance, **order),
+        balanced(images, train, config, device=run.device),
         TokenDataset(validation),
         "ids",
         view,
@@ -390,7 +391,7 @@ def pixel_task(config: Config, run: Run, source: Loaded | None) -> Task:
 
     Raises UserError for a setting that does not apply to pixels, or splits with different classes.
     """
-    for name in ("store", "eda", "color", "tokenadapt", "labels_per_class"):
+    for name in ("store", "eda", "color", "tokenadapt", "labels_per_class", "window_shards"):
         if getattr(config, name):
             flag, pixels = name.replace("_", "-"), "--data" if source else "--model"
             raise UserError(f"--{flag} is for tokens, {pixels} is for pixels: leave one of the two out")
@@ -404,9 +405,8 @@ def pixel_task(config: Config, run: Run, source: Loaded | None) -> Task:
     else:
         model = pixel_classifier_from(source.model, len(names), **sizes)
     images = train_subset(config, ImageDataset(train, size, boxes))
-    order = {"batch_size": config.batch_size, "seed": config.seed, "device": run.device}
     return Task(
-        balanced(images, train, config.class_balance, **order),
+        balanced(images, train, config, device=run.device),
         ImageDataset(validation, size, CentralBoxes(size)),
         "images",
         PixelView(config.cutmix, config.mixup, three_augment=config.three_augment, flip=config.flip),

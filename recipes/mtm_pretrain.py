@@ -30,7 +30,7 @@ from torch import Tensor
 from seitpp import plots, tokenizers
 from seitpp.augment import ColorPreset, EvalView, Keys, SeitPPView
 from seitpp.codebook import Codebook, codebook_fingerprint
-from seitpp.data.dataset import BatchOrder, TokenDataset
+from seitpp.data.dataset import TokenDataset, order_of
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.auto import check_maskable, settle
@@ -96,6 +96,8 @@ class Config(TrainConfig):
     warmup_epochs: float = 40  # Length of the linear warm-up of the learning rate, in epochs.
     grad_checkpointing: bool = False  # Recompute activations: a third more work for a fraction of the memory.
     batch_size: int = 4096  # Number of images per update, over all processes.
+    # Number of shards whose images are shuffled together. None: all, of a store in a bucket 64.
+    window_shards: int | None = None
     base_lr: float = 1.5e-4  # Peak learning rate at batch size 256; scaled linearly with the batch size.
     weight_decay: float = 0.05  # Weight decay of AdamW.
     betas: tuple[float, float] = (0.9, 0.95)  # Betas of AdamW.
@@ -144,7 +146,7 @@ def main(config: Config) -> None:
     # 2. Data: all sizes are read from the store.
     train, validation = open_stores(run, config.store)
     images = train_subset(config, TokenDataset(train))
-    order = BatchOrder(len(images), config.batch_size, config.seed)
+    order = order_of(images, batch_size=config.batch_size, seed=config.seed, window=config.window_shards)
     codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
     refuse_on_sequences(train, flip=config.flip, tokenadapt_fraction=config.tokenadapt_fraction)
     check_maskable(grid, train.grid, config.patch_size)

@@ -89,6 +89,8 @@ class Config(TrainConfig):
     warmup_epochs: float = 5  # Length of the linear warm-up of the learning rate, in epochs.
     grad_checkpointing: bool = False  # Recompute activations: a third more work for a fraction of the memory.
     batch_size: int = 1024  # Number of images per update, over all processes.
+    # Number of shards whose images are shuffled together. None: all, of a store in a bucket 64.
+    window_shards: int | None = None
     optimizer: Literal["adamw", "lamb"] = "adamw"  # Optimizer.
     clip: float | None = None  # Largest norm of the gradient. None: no clipping.
     base_lr: float = 7.5e-4  # Peak learning rate at batch size 512; scaled linearly with the batch size.
@@ -160,9 +162,8 @@ def main(config: Config) -> None:
     train, validation = open_stores(run, config.store)
     for store in (train, validation):
         store.require_classes("seit_train")
-    images, ordered = train_subset(config, TokenDataset(train)), {"seed": config.seed, "device": run.device}
-    balance = config.class_balance
-    images, order, class_weights = balanced(images, train, balance, batch_size=config.batch_size, **ordered)
+    images = train_subset(config, TokenDataset(train))
+    images, order, class_weights = balanced(images, train, config, device=run.device)
     codebook, window = Codebook.of(train.books), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
     rows_and_columns = {"crop_mode": config.crop_mode, "flip": config.flip}

@@ -43,8 +43,9 @@ from seitpp import files, plots, tokenizers
 from seitpp.augment import EvalPixelView, EvalView, Keys, PixelView, SeitPPFinetuneView, SeitPPView, SeitView
 from seitpp.augment.maps import both_sides
 from seitpp.codebook import Codebook
-from seitpp.data.dataset import BatchOrder, TokenDataset, evaluation_loader, fraction_of, training_loader
+from seitpp.data.dataset import TokenDataset, evaluation_loader, fraction_of, training_loader
 from seitpp.data.digits import digits
+from seitpp.data.order import BatchOrder
 from seitpp.engine.config import RunConfig
 from seitpp.engine.evaluate import predict
 from seitpp.engine.inputs import open_classified

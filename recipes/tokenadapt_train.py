@@ -28,8 +28,9 @@ from seitpp.augment import Keys, apply_geometry, crop_and_flip, random_geometry
 from seitpp.augment.geometry import Geometry
 from seitpp.augment.maps import center_window
 from seitpp.codebook import codebook_fingerprint
-from seitpp.data.dataset import BatchOrder, evaluation_loader
+from seitpp.data.dataset import evaluation_loader
 from seitpp.data.digits import DigitsSource, digits
+from seitpp.data.order import BatchOrder
 from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig

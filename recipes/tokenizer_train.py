@@ -26,8 +26,9 @@ from torch.utils.data import Dataset
 
 from seitpp import plots
 from seitpp.augment import Keys, crop_and_flip
-from seitpp.data.dataset import BatchOrder, evaluation_loader
+from seitpp.data.dataset import evaluation_loader
 from seitpp.data.digits import DigitsSource
+from seitpp.data.order import BatchOrder
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.inputs import image_facts, open_images, open_once, readable, train_subset

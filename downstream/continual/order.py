@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seitpp.data.dataset import BatchOrder
+from seitpp.data.order import BatchOrder
 from seitpp.engine.optim import Schedule
 from seitpp.errors import UserError
 

@@ -11,7 +11,7 @@ from downstream.segmentation.data import Segmented, SegmentedTokens, WholeImage,
 from downstream.segmentation.pixel_pipeline import PixelBatch, PixelPipeline
 from downstream.segmentation.view import SegmentView
 from seitpp.augment import Keys
-from seitpp.data.dataset import BatchOrder
+from seitpp.data.order import BatchOrder
 from seitpp.engine.inputs import image_facts, open_once, readable, store_facts, train_subset
 from seitpp.engine.run import Run
 from seitpp.errors import UserError

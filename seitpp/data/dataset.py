@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from seitpp.data.order import TURN, BatchOrder, image_order
 from seitpp.errors import UserError
 from seitpp.images.batches import already_a_batch
 from seitpp.store import TokenStore
 from seitpp.tensors import to_device
 
 FRACTION_KEY = 1 << 40  # larger than any epoch, the other numbers used with the seed
-TURN = 1 << 40  # larger than any index of an image
 
 
 class Batch(NamedTuple):
@@ -94,6 +94,23 @@ def indices_within(dataset: Dataset) -> np.ndarray:
     return np.arange(len(dataset))
 
 
+def rows_by_shard(dataset: Dataset) -> np.ndarray:
+    """Return how many images of a dataset of a store lie in each shard (S,) int64."""
+    if isinstance(dataset, Chosen):
+        ends = np.cumsum(rows_by_shard(dataset.dataset))
+        return np.diff(np.searchsorted(dataset.indices, ends), prepend=0)
+    return dataset.store.shard_rows
+
+
+def order_of(dataset: Dataset, *, batch_size: int, seed: int, window: int | None) -> BatchOrder:
+    """Return the order of the images of a dataset of a store, permuted in windows of `window` shards.
+
+    If it is None, in windows of 64 shards of a store in a bucket, and all together of one on disk. Raises
+    UserError as BatchOrder does.
+    """
+    return image_order(len(dataset), batch_size, seed, rows=rows_by_shard(dataset), window=window)
+
+
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Choose `per_class` images of each class at random; return their increasing indices (n,) int64.
 
@@ -119,75 +136,6 @@ def fraction_of(num_images: int, fraction: float, seed: int) -> np.ndarray:
         raise UserError(f"--fraction {fraction:g}: expected a fraction of the images, more than 0 and at most 1")
     order = np.random.Generator(np.random.Philox(key=[seed, FRACTION_KEY])).permutation(num_images)
     return np.sort(order[: max(1, round(fraction * num_images))])
-
-
-class BatchOrder:
-    """The order of the training images: every epoch is a permutation, and its last incomplete batch is dropped.
-
-    `batch_size` is that of the global batch. Raises UserError if the split has fewer images than one batch.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int):
-        if not 1 <= batch_size <= num_images:
-            raise UserError(
-                f"batch size {batch_size}: expected 1 to {num_images}, the number of images in the training split"
-            )
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.steps_per_epoch = num_images // batch_size
-
-    def steps(self, epochs: float) -> int:
-        """Return the number of training steps of `epochs` epochs, rounded."""
-        return round(epochs * self.steps_per_epoch)
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """Return the permutation (num_images,) int64 of the images in an epoch."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_images)
-
-    def micro_batches(self, steps: range, *, rank: int, ranks: int, accumulation: int) -> Iterator[np.ndarray]:
-        """Yield the image indices (n,) int64 of this rank for each micro-batch of `steps`.
-
-        A step has `accumulation` micro-batches of n = batch size / (ranks x accumulation) images per rank.
-        """
-        size = self.batch_size // (ranks * accumulation)
-        order, order_epoch = None, None
-        for step in steps:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = self.epoch_order(epoch), epoch
-            for micro in range(accumulation):
-                start = position * self.batch_size + (micro * ranks + rank) * size
-                yield order[start : start + size]
-
-
-class BalancedOrder(BatchOrder):
-    """An order in which every class is equally often in an epoch, which has as many images as without it.
-
-    `labels` (N,) int64 are the classes of all images. With C classes that occur, an epoch has N / C images of
-    each, one more of randomly chosen ones. It shows the images of a rare class several times, each equally often
-    up to one, and a part of those of a frequent class, another part in each epoch. It depends on (seed, epoch).
-
-    It consists of draws: the index of an image plus TURN times the number of its earlier draws in the epoch.
-    `DrawnImages` reads them. Raises UserError as BatchOrder does.
-    """
-
-    def __init__(self, labels: np.ndarray, batch_size: int, seed: int):
-        super().__init__(len(labels), batch_size, seed)
-        _, images = np.unique(labels, return_counts=True)
-        self.classes = np.split(np.argsort(labels, kind="stable"), np.cumsum(images)[:-1])
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """Return the draws (num_images,) int64 of an epoch."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        least, rest = divmod(self.num_images, len(self.classes))
-        sizes = np.full(len(self.classes), least)
-        sizes[generator.permutation(len(sizes))[:rest]] += 1
-        draws = [_draws(images, size, generator) for images, size in zip(self.classes, sizes, strict=True)]
-        return generator.permutation(np.concatenate(draws))
-
-
-def _draws(images: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    turns = range(-(-size // len(images)))
-    return np.concatenate([generator.permutation(images) + turn * TURN for turn in turns])[:size]
 
 
 class DrawnImages(Dataset):

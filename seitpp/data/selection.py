@@ -62,6 +62,11 @@ class Selection(TokenStore):
         return self._store.multi_hot(self._positions(indices))
 
     @property
+    def shard_rows(self) -> np.ndarray:
+        """How many images of the selection lie in each shard of the store."""
+        return np.diff(np.searchsorted(self._indices, np.cumsum(self._store.shard_rows)), prepend=0)
+
+    @property
     def payload_sizes(self) -> np.ndarray:
         """The number of bytes of each image's encoded ids."""
         return self._store.payload_sizes[self._indices]

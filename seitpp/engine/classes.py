@@ -1,14 +1,15 @@
 """What a training makes of the frequencies of its classes: the order of its images, and weights of the loss."""
 
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seitpp.data.dataset import BalancedOrder, BatchOrder, DrawnImages, indices_within
+from seitpp.data.dataset import DrawnImages, indices_within, order_of
+from seitpp.data.order import BalancedOrder, BatchOrder
 from seitpp.errors import UserError
 from seitpp.images.sources import ImageSource
 from seitpp.store import TokenStore
@@ -17,6 +18,15 @@ COUNTED = 4096  # images whose multi-hot labels are in memory at once
 
 # none: as the images are; weights: the loss of rare classes counts more; sampling: all classes are drawn equally.
 ClassBalance = Literal["none", "weights", "sampling"]
+
+
+class Settings(Protocol):
+    """The settings of a training that say how its images are ordered."""
+
+    batch_size: int
+    seed: int
+    class_balance: ClassBalance
+    window_shards: int | None
 
 
 class OrderedImages(NamedTuple):
@@ -28,30 +38,30 @@ class OrderedImages(NamedTuple):
 
 
 def balanced(
-    images: Dataset,
-    data: TokenStore | ImageSource,
-    balance: ClassBalance,
-    *,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
+    images: Dataset, data: TokenStore | ImageSource, config: Settings, *, device: torch.device
 ) -> OrderedImages:
-    """Order the images of a training by the setting --class-balance; `images` are all of `data`, or some.
+    """Order the images of a training, all of `data` or some, by its settings --class-balance and --window-shards.
 
     Raises UserError for a balanced order of images with several classes, and as BatchOrder does.
     """
+    balance, batch_size, seed = config.class_balance, config.batch_size, config.seed
     if balance == "sampling":
         if has_several(data):
             raise UserError(
                 "--class-balance sampling draws one class at a time, but each image has several: pass "
                 "--class-balance weights"
             )
+        if config.window_shards:
+            raise UserError("--class-balance sampling draws from all shards: leave out --window-shards")
         labels = data.labels if isinstance(data, TokenStore) else np.array(data.labels.values)
         order = BalancedOrder(labels[indices_within(images)], batch_size, seed)
         return OrderedImages(DrawnImages(images), order, None)
     weights = None
     if balance == "weights":
         weights = class_weights(class_counts(images, data)).to(device)
+    if isinstance(data, TokenStore):
+        order = order_of(images, batch_size=batch_size, seed=seed, window=config.window_shards)
+        return OrderedImages(images, order, weights)
     return OrderedImages(images, BatchOrder(len(images), batch_size, seed), weights)
 
 

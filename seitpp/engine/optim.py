@@ -8,7 +8,7 @@ import torch
 from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from seitpp.data.dataset import BatchOrder
+from seitpp.data.order import BatchOrder
 from seitpp.engine.config import TrainConfig
 
 

@@ -49,7 +49,9 @@ ANY = Range(-math.inf)
 
 RANGES = {
     **dict.fromkeys(("accumulation", "log_steps", "steps", "evaluation_steps", "batch_size"), COUNT),
-    **dict.fromkeys(("batch_size_per_process", "images", "measured", "rounds", "labels_per_class"), COUNT),
+    **dict.fromkeys(
+        ("batch_size_per_process", "images", "measured", "rounds", "labels_per_class", "window_shards"), COUNT
+    ),
     **dict.fromkeys(("tasks", "crops"), COUNT),
     **dict.fromkeys(("image_size", "load_size", "crop_size", "size", "eval_window", "short_side"), COUNT),
     "patch_size": COUNT,

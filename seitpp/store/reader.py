@@ -198,6 +198,11 @@ class TokenStore:
             )
 
     @property
+    def shard_rows(self) -> Int64[np.ndarray, " shards"]:
+        """The number of images of each shard."""
+        return np.diff([*self._starts, self._length])
+
+    @property
     def payload_sizes(self) -> Int64[np.ndarray, " images"]:
         """The number of bytes of each image's encoded ids."""
         return np.concatenate([np.diff(shard.offsets.astype(np.int64)) for shard in self._intact()])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from seitpp.augment import CentralBoxes, EvalPixelView, Keys, PixelView, RandomBoxes, random_resized_boxes
 from seitpp.augment.pixels import MEAN, STD, color_jitter, gaussian_blur, grayscale, three_augment
-from seitpp.data.dataset import BatchOrder, Chosen, training_loader
+from seitpp.data.dataset import Chosen, training_loader
+from seitpp.data.order import BatchOrder
 from seitpp.export.model import PIXELS
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import Sample, decode_image, image_size

@@ -6,8 +6,9 @@ import torch
 from support.data import global_batches
 
 from seitpp import TokenStore
-from seitpp.data.dataset import BatchOrder, TokenDataset, evaluation_loader, training_loader
+from seitpp.data.dataset import TokenDataset, evaluation_loader, training_loader
 from seitpp.data.digits import digits
+from seitpp.data.order import BatchOrder
 from seitpp.errors import UserError
 
 

@@ -18,7 +18,8 @@ from seitpp import StoreWriter, TokenStore
 from seitpp.augment import Keys, ViewError
 from seitpp.augment.color import ColorAugment
 from seitpp.codebook import embed
-from seitpp.data.dataset import BatchOrder, training_loader
+from seitpp.data.dataset import training_loader
+from seitpp.data.order import BatchOrder
 from seitpp.models import TokenAdapt
 
 COLUMNS = 16  # of the numbered grids, which have at most 15 rows: token numbers are labels, below 255

@@ -1,6 +1,7 @@
 """A balanced order has every class equally often, on any number of processes; weights have mean 1."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from support.data import global_batches
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.augment import RandomBoxes
-from seitpp.data.dataset import TURN, BalancedOrder, BatchOrder, Chosen, DrawnImages, TokenDataset, training_loader
+from seitpp.data.dataset import Chosen, DrawnImages, TokenDataset, training_loader
+from seitpp.data.order import TURN, BalancedOrder, BatchOrder
 from seitpp.engine.classes import balanced, class_counts, class_weights
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
@@ -57,11 +59,16 @@ def test_a_balanced_order_does_not_depend_on_processes_or_the_first_step() -> No
     assert global_batches(order, range(3, 10), 2, 1) == one[3:]
 
 
+def ordered(images, data, balance: str, *, batch_size: int, seed: int = 0):
+    settings = {"class_balance": balance, "batch_size": batch_size, "seed": seed, "window_shards": None}
+    return balanced(images, data, SimpleNamespace(**settings), device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_draws_are_read_as_images_with_random_numbers_of_their_own(tmp_path: Path, workers: int) -> None:
     store = written(tmp_path / "store", LABELS.tolist())
     chosen = Chosen(TokenDataset(store), np.arange(60, 100))  # 30, 3 and 7 images
-    data = balanced(chosen, store, "sampling", batch_size=20, seed=1, device=torch.device("cpu"))
+    data = ordered(chosen, store, "sampling", batch_size=20, seed=1)
     loader = training_loader(data.images, data.order, range(2), rank=0, ranks=1, accumulation=1, workers=workers)
     batches = list(loader)
     indices, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("indices", "labels"))
@@ -79,31 +86,29 @@ def test_pictures_that_are_drawn_again_are_cropped_otherwise(tmp_path: Path) -> 
         Image.fromarray(pixels).save(folder / f"{number}.png")
     source = open_source(str(tmp_path))
     images = Chosen(ImageDataset(source, (8, 8), RandomBoxes(0, (8, 8), (0.2, 1.0))), np.arange(12))
-    device = torch.device("cpu")
-    data = balanced(images, source, "sampling", batch_size=12, seed=0, device=device)
+    data = ordered(images, source, "sampling", batch_size=12)
     loader = training_loader(data.images, data.order, range(1), rank=0, ranks=1, accumulation=1, workers=0)
     (batch,) = loader
     assert batch.labels.bincount().tolist() == [6, 6]
     for one in (0, 1):
         crops = batch.images[batch.indices % TURN == one]
         assert len(crops) == 3 and len({bytes(crop.numpy()) for crop in crops}) == 3
-    weighted = balanced(images, source, "weights", batch_size=12, seed=0, device=device)
+    weighted = ordered(images, source, "weights", batch_size=12)
     assert weighted.class_weights.tolist() == pytest.approx([3, 0.6])
 
 
 def test_weights_are_inverse_frequencies_with_mean_1(tmp_path: Path) -> None:
     store = written(tmp_path / "one", LABELS.tolist())
-    device = {"seed": 0, "batch_size": 10, "device": torch.device("cpu")}
-    data = balanced(TokenDataset(store), store, "weights", **device)
+    data = ordered(TokenDataset(store), store, "weights", batch_size=10)
     assert type(data.order) is BatchOrder and data.class_weights.dtype == torch.float32
     weights = data.class_weights.numpy()
     assert weights[LABELS].mean() == pytest.approx(1) and weights[1] == weights[3] == 1
     assert weights[0] / weights[4] == pytest.approx(30) and weights[0] / weights[2] == pytest.approx(7 / 3)
-    part = balanced(Chosen(TokenDataset(store), np.arange(80, 100)), store, "weights", **device)
+    part = ordered(Chosen(TokenDataset(store), np.arange(80, 100)), store, "weights", batch_size=10)
     assert (part.class_weights[0] / part.class_weights[4]).item() == pytest.approx(10 / 3), (
         "of the images trained on"
     )
-    assert balanced(TokenDataset(store), store, "none", **device).class_weights is None
+    assert ordered(TokenDataset(store), store, "none", batch_size=10).class_weights is None
     assert class_weights(np.array([5, 5])).tolist() == [1, 1]
 
 
@@ -113,4 +118,4 @@ def test_images_with_several_classes_count_for_each(tmp_path: Path) -> None:
     assert class_counts(images, store).tolist() == [1250, 3750, 0, 0, 1250]
     assert class_counts(Chosen(images, np.arange(3)), store).tolist() == [1, 2, 0, 0, 0]
     with pytest.raises(UserError, match=r"--class-balance sampling .*several.*pass --class-balance weights"):
-        balanced(images, store, "sampling", batch_size=4, seed=0, device=torch.device("cpu"))
+        ordered(images, store, "sampling", batch_size=4)

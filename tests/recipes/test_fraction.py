@@ -10,8 +10,9 @@ from support.data import global_batches
 from support.running import TRAINING_RECIPES, recipe, smoke_config
 
 from seitpp import TokenStore
-from seitpp.data.dataset import BatchOrder, Chosen, TokenDataset, few_labels, fraction_of, training_loader
+from seitpp.data.dataset import Chosen, TokenDataset, few_labels, fraction_of, training_loader
 from seitpp.data.digits import digits
+from seitpp.data.order import BatchOrder
 from seitpp.errors import UserError
 
 

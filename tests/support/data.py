@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from seitpp.data.dataset import BatchOrder
+from seitpp.data.order import BatchOrder
 
 
 def global_batches(order: BatchOrder, steps: range, ranks: int, accumulation: int) -> list[list[int]]:

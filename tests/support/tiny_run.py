@@ -23,8 +23,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from seitpp import TokenStore
-from seitpp.data.dataset import BatchOrder, TokenDataset
+from seitpp.data.dataset import TokenDataset
 from seitpp.data.digits import digits
+from seitpp.data.order import BatchOrder
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.run import Run
