@@ -341,9 +341,9 @@ def owned(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, quiet: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block, then remove it; wait, and say so, while another holds it."""
-    told = False
+    told = quiet
     while (held := lock(path)) is None:
         if not told:
             print(f"waiting for {owner(path)}, which holds {path}", file=sys.stderr)

@@ -5,7 +5,7 @@ on the workers of the data loader.
 """
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from seitpp.data.order import TURN, BatchOrder, image_order
+from seitpp.data.order import TURN, BatchOrder, WindowOrder, image_order
 from seitpp.errors import UserError
 from seitpp.images.batches import already_a_batch
 from seitpp.store import TokenStore
 from seitpp.tensors import to_device
 
+WINDOW = 64  # shards of a store in a bucket whose images are shuffled together
 FRACTION_KEY = 1 << 40  # larger than any epoch, the other numbers used with the seed
 
 
@@ -94,6 +95,13 @@ def indices_within(dataset: Dataset) -> np.ndarray:
     return np.arange(len(dataset))
 
 
+def store_of(dataset: Dataset) -> TokenStore | None:
+    """Return the store of a dataset of tokens, or of a part of it; None for others."""
+    while isinstance(dataset, Chosen):
+        dataset = dataset.dataset
+    return getattr(dataset, "store", None)
+
+
 def rows_by_shard(dataset: Dataset) -> np.ndarray:
     """Return how many images of a dataset of a store lie in each shard (S,) int64."""
     if isinstance(dataset, Chosen):
@@ -108,6 +116,8 @@ def order_of(dataset: Dataset, *, batch_size: int, seed: int, window: int | None
     If it is None, in windows of 64 shards of a store in a bucket, and all together of one on disk. Raises
     UserError as BatchOrder does.
     """
+    if window is None and store_of(dataset).is_remote:
+        window = WINDOW
     return image_order(len(dataset), batch_size, seed, rows=rows_by_shard(dataset), window=window)
 
 
@@ -157,16 +167,34 @@ class DrawnImages(Dataset):
 
 
 class _MicroBatches(Sampler):
-    def __init__(self, order: BatchOrder, steps: range, *, rank: int, ranks: int, accumulation: int):
-        self.order, self.steps = order, steps
+    """The micro-batches of a rank; with each new window of shards, `coming` gets the shards of the next one."""
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        steps: range,
+        *,
+        rank: int,
+        ranks: int,
+        accumulation: int,
+        coming: Callable[[np.ndarray], None] | None,
+    ):
+        self.order, self.steps, self.coming = order, steps, coming
         self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        epochs = (step // self.order.steps_per_epoch for step in self.steps for _ in range(self.accumulation))
-        micro_batches = self.order.micro_batches(
+        order, window = self.order, None
+        places = (divmod(step, order.steps_per_epoch) for step in self.steps for _ in range(self.accumulation))
+        micro_batches = order.micro_batches(
             self.steps, rank=self.rank, ranks=self.ranks, accumulation=self.accumulation
         )
-        return (MicroBatch(one.tolist(), epoch) for one, epoch in zip(micro_batches, epochs, strict=True))
+        for one, (epoch, place) in zip(micro_batches, places, strict=True):
+            if self.coming and isinstance(order, WindowOrder):
+                now = epoch, order.window_at(epoch, place * order.batch_size)
+                if now != window:
+                    window = now
+                    self.coming(order.shards(epoch)[(now[1] + 1) * order.window :][: order.window])
+            yield MicroBatch(one.tolist(), epoch)
 
 
 def training_loader(
@@ -183,9 +211,10 @@ def training_loader(
 
     The loader passes a `MicroBatch` to `dataset.__getitems__`, which returns the whole batch.
     """
-    return _loader(
-        dataset, _MicroBatches(order, steps, rank=rank, ranks=ranks, accumulation=accumulation), workers
-    )
+    store = store_of(dataset)
+    coming = store.prefetch if store is not None and store.is_remote else None
+    share = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
+    return _loader(dataset, _MicroBatches(order, steps, **share, coming=coming), workers)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, *, rank: int, ranks: int, workers: int) -> DataLoader:

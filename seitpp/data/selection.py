@@ -1,6 +1,6 @@
 """Some images of a split, used as a split of their own, and the images that are held out for validation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 
 import numpy as np
@@ -79,6 +79,15 @@ class Selection(TokenStore):
     def verify(self) -> None:
         """Compare and decode the whole store, as TokenStore does."""
         self._store.verify()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is in a bucket."""
+        return self._store.is_remote
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Copy shards of a store in a bucket in the background."""
+        self._store.prefetch(shards)
 
     def _positions(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._indices[np.asarray(indices, np.int64)]

@@ -3,7 +3,7 @@
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from seitpp import codec as codecs
 from seitpp.codec.base import check_counts
 from seitpp.files import read_json
 from seitpp.store import layout
+from seitpp.store.bucket import is_bucket
 from seitpp.store.columns import Column
 from seitpp.store.fingerprint import store_fingerprint
 from seitpp.store.hub import pull
 from seitpp.store.labels import Label, Labels, is_label_column, read_labels
 from seitpp.store.layout import StoreError
+from seitpp.store.remote import KEPT_OPEN, Remote
 from seitpp.store.shards import ARROW_TYPES, ShardFile, read_shard
 from seitpp.store.spec import OWN_COLUMNS
 
@@ -57,26 +59,54 @@ class TokenStore:
     content of the split, and checksum, that of tokens.json, equal for equal files.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str = "train", verify: bool = True) -> None:
-        """Open the store in the folder `path`, or "hf://owner/name" from the Hugging Face hub.
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str = "train",
+        verify: bool = True,
+        *,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Open the store in the folder `path`, "hf://owner/name" of the Hugging Face hub, or s3://, gs://, az://.
 
-        A store of the hub is downloaded into the user's cache first. Nothing is decoded, and the shards stay on
-        disk. With `verify`, the SHA-256 of every file is compared, except for the shards of other splits; without
-        it, only sizes and structure are checked, those of a shard when it is first read, and a damaged image is
-        detected when it is read.
+        A store of the hub is downloaded into the user's cache first. Of one in a bucket a shard is copied into the
+        folder `cache` when it is first read, and verified; without `cache`, into the user's. Nothing is decoded,
+        and the shards stay on disk. With `verify`, the SHA-256 of every file is compared, except for the shards of
+        other splits; without it, only sizes and structure are checked, those of a shard when it is first read, and
+        a damaged image is detected when it is read.
         Raises StoreError if this is not a store, has no such split, or is damaged.
         """
-        remote = str(path).startswith(HUB)
-        self.path = (pull(str(path).removeprefix(HUB)) if remote else Path(path)).resolve()
+        if is_bucket(path):
+            self._open_split(Remote.open(str(path), cache), split, False)
+            return
+        hub = str(path).startswith(HUB)
+        self._open_split((pull(str(path).removeprefix(HUB)) if hub else Path(path)).resolve(), split, verify)
+
+    @classmethod
+    def _opened_again(cls, place: Path | Remote, split: str) -> "TokenStore":
+        """Open a store in another process: the files have been verified, and those of a bucket are there."""
+        store = cls.__new__(cls)
+        store._open_split(place, split, False)
+        return store
+
+    def _open_split(self, place: Path | Remote, split: str, verify: bool) -> None:
+        self._remote = place if isinstance(place, Remote) else None
+        self.path = place.folder if isinstance(place, Remote) else place
         self.split = split
         if not self.path.is_dir():
-            raise StoreError(f"{self.path}: no such folder; give the folder of a store, or hf://owner/name")
+            raise StoreError(
+                f"{self.path}: no such folder; give the folder of a store, hf://owner/name, or the URL of a bucket"
+            )
         self._document = document = layout.read_document(self.path)
         self.splits = list(document["splits"])
         if split not in self.splits:
             raise StoreError(f"{self.path}: no split {split!r}, it has {', '.join(self.splits)}")
         shards = layout.shard_names(document, split)
-        layout.check_files(self.path, document["files"], self._own_files(), checksums=verify)
+        own = self._own_files()
+        if self._remote:
+            own = [name for name in own if not name.endswith(".arrow")]
+            self._remote.fetch(document, own)
+        layout.check_files(self.path, document["files"], own, checksums=verify)
         self._set_fields(document)
         self._names, self._opened = shards, {}
         # The number of images of each shard. Where it is not recorded, or all is verified, all shards are opened.
@@ -92,8 +122,7 @@ class TokenStore:
             self._check_split(document["splits"][split])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker maps the same files again; they have been verified.
-        return TokenStore, (self.path, self.split, False)
+        return TokenStore._opened_again, (self._remote or self.path, self.split)
 
     def __len__(self) -> int:
         return self._length
@@ -214,6 +243,16 @@ class TokenStore:
             return np.broadcast_to(np.array(self.grid), (self._length, 2))
         return np.concatenate([np.stack(shard.sides, axis=1) for shard in self._intact()]).astype(np.int64)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is in a bucket."""
+        return self._remote is not None
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Copy shards of a store in a bucket in the background, before they are read."""
+        if self._remote:
+            self._remote.prefetch(self._document, [self._names[shard] for shard in shards])
+
     def column(self, name: str) -> Column:
         """Return the column `name` of `columns`. Raises StoreError if there is none, or if it is damaged."""
         if name not in self.columns:
@@ -237,10 +276,11 @@ class TokenStore:
 
         Raises StoreError naming the first damaged file or image.
         """
-        files = self._document["files"]
-        layout.check_files(self.path, files, files, checksums=True)
+        files, place = self._document["files"], self._remote or self.path
+        if not self._remote:  # else they are verified when they are copied
+            layout.check_files(self.path, files, files, checksums=True)
         for split in self.splits:
-            store = self if split == self.split else TokenStore(self.path, split, verify=False)
+            store = self if split == self.split else TokenStore._opened_again(place, split)
             for position in range(len(store)):
                 store[position]
 
@@ -309,13 +349,17 @@ class TokenStore:
 
     def _shard(self, number: int) -> Shard:
         """Return a shard, opened when it is first asked for. Raises StoreError if it is damaged."""
-        if number not in self._opened:
-            self._opened[number] = self._open(number)
-        return self._opened[number]
+        shard = self._opened.pop(number, None) or self._open(number)
+        self._opened[number] = shard  # the last one
+        if self._remote and len(self._opened) > KEPT_OPEN:
+            del self._opened[next(iter(self._opened))]
+        return shard
 
     def _open(self, number: int) -> Shard:
         name = self._names[number]
         path, classes_below = self.path / name, self.num_classes
+        if self._remote:
+            self._remote.fetch(self._document, [name])
         shard = _open_shard(path, name, grid=self.grid, multi_label=self.multi_label)
         if self._rows and len(shard.batch) != self._rows[number]:
             raise StoreError(f"{path}: {len(shard.batch)} images, expected {self._rows[number]}; copy it again")

@@ -1,0 +1,184 @@
+"""Objects in a bucket of S3, Google Cloud Storage or Azure, by obstore.
+
+obstore retries what a server or a network loses for a moment, can write an object only if there is none yet or if
+it is still the same one, and needs no other package. pyarrow, which is here anyway, has no conditional writes.
+Credentials and endpoints are those that the environment names, as for the tools of each provider
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ..).
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from seitpp.files import naming, sha256, sync
+from seitpp.store.layout import StoreError
+
+SCHEMES = ("s3://", "gs://", "az://")
+PART = 2**23  # bytes of one request
+TRIES = 4  # of one request that breaks off, besides those of obstore
+RETRIES = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
+MAX_SMALL = 2**28  # bytes of an object that is read into memory
+
+
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is the URL of a bucket."""
+    return str(path).startswith(SCHEMES)
+
+
+class Bucket:
+    """The objects below `url`, as s3://bucket/folder. Raises StoreError in one line for whatever is refused."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bucket, (self.url,)
+
+    @cached_property
+    def _store(self) -> Any:
+        with self._asking(""):
+            return _obstore().store.from_url(self.url, retry_config=RETRIES)
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a small object. Raises StoreError if there is none, or if it is larger."""
+        with self._asking(name):
+            found = _obstore().get(self._store, name)
+            if found.meta["size"] > MAX_SMALL:
+                raise StoreError(f"{self.url}/{name}: {found.meta['size']} bytes, expected at most {MAX_SMALL}")
+            return bytes(found.bytes())
+
+    def has(self, name: str) -> bool:
+        """Return whether there is an object."""
+        try:
+            with self._asking(name):
+                _obstore().head(self._store, name)
+        except MissingError:
+            return False
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the names of all objects below a folder, sorted."""
+        with self._asking(prefix):
+            listed = _obstore().list(self._store, prefix or None)
+            return sorted(one["path"] for batch in listed for one in batch)
+
+    def fetch(self, name: str, path: Path, entry: dict[str, Any]) -> None:
+        """Download an object to the file `path`, in one step; what broke off before is continued.
+
+        Raises StoreError unless it has the size and the SHA-256 of `entry`: then nothing is left.
+        """
+        part = path.with_name(f".{path.name}.part")
+        with naming(path):
+            self._download(name, part, entry["bytes"])
+            got = sha256(part)
+            if got != entry["sha256"]:
+                part.unlink()
+                raise StoreError(
+                    f"{self.url}/{name}: SHA-256 {got[:12]}.., expected {entry['sha256'][:12]}..: damaged, or the "
+                    "store was changed during the run; upload it again, or start again"
+                )
+            part.replace(path)
+
+    def create(self, name: str, content: bytes | Path) -> None:
+        """Upload bytes or a file as a new object. Raises ExistsError if there is one."""
+        with self._asking(name):
+            # Conditions are for objects that are sent at once.
+            _obstore().put(self._store, name, content, mode="create", use_multipart=False)
+
+    def put(self, name: str, content: bytes | Path) -> None:
+        """Upload bytes or a file as an object, in place of what there is."""
+        with self._asking(name):
+            _obstore().put(self._store, name, content)
+
+    def replace(self, name: str, content: bytes, known: bytes) -> None:
+        """Upload an object in the place of one with the content `known`. Raises ExistsError if it has another."""
+        with self._asking(name):
+            found = _obstore().get(self._store, name)
+            if bytes(found.bytes()) != known:
+                raise ExistsError(f"{self.url}/{name}: changed by another process meanwhile; repeat the command")
+            mode = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key]}
+            _obstore().put(self._store, name, content, mode=mode, use_multipart=False)
+
+    def remove(self, names: list[str]) -> None:
+        """Remove objects."""
+        with self._asking(""):
+            _obstore().delete(self._store, names)
+
+    def _download(self, name: str, part: Path, size: int) -> None:
+        with part.open("ab") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() > size:
+                file.truncate(0)
+            tries = 0
+            while (start := file.tell()) < size:
+                try:
+                    with self._asking(name):
+                        file.write(
+                            _obstore().get_range(self._store, name, start=start, end=min(start + PART, size))
+                        )
+                except MissingError:
+                    raise
+                except StoreError:
+                    tries += 1
+                    if tries == TRIES:
+                        raise
+                    time.sleep(2**tries / 4)
+        sync(part)
+
+    @contextmanager
+    def _asking(self, name: str) -> Iterator[None]:
+        """Say in one line what was refused."""
+        where = f"{self.url}/{name}" if name else self.url
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise StoreError(
+                    f"{where}: no such bucket; check its name, its region and the endpoint"
+                ) from error
+            raise MissingError(f"{where}: no such object; check the URL, or upload it again") from error
+        except _obstore().exceptions.BaseError as error:
+            raise _refusal(where, error) from error
+
+
+class MissingError(StoreError):
+    """Raised for an object that is not in a bucket."""
+
+
+class ExistsError(StoreError):
+    """Raised for an object that another process has written."""
+
+
+def _refusal(where: str, error: Exception) -> StoreError:
+    """Return what a provider or a network refused, and what to do."""
+    exceptions, text = _obstore().exceptions, " ".join(str(error).partition("Debug source")[0].split())
+    if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
+        return ExistsError(
+            f"{where}: written by another process meanwhile; nothing is overwritten, look what it is"
+        )
+    if "169.254.169.254" in text or "metadata.google" in text or "credential" in text.lower():
+        return StoreError(
+            f"{where}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what your provider has "
+            "for them), or for a public bucket AWS_SKIP_SIGNATURE=true"
+        )
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return StoreError(f"{where}: refused to these credentials; check them, and the permissions of the bucket")
+    return StoreError(f"{where}: {text[:300]}; check the URL, the endpoint and the network")
+
+
+def _obstore() -> Any:
+    """Return the library. Raises StoreError where it is not installed."""
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        raise StoreError('buckets need obstore: pip install "seitpp[buckets]"') from error
+    return obstore
