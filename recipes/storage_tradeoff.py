@@ -9,7 +9,7 @@ Every row of the table has the same network, number of updates, crops and CutMix
 all originals; a part of them, by chance or by score; fewer pixels; JPEG; WebP and AVIF at the best quality that
 meets the bytes of the tokens and each of --budgets (bytes an image); tokens, of all or some images or of several
 crops of each; and tokens with masked modeling, which takes a part of the updates. `digits` (the default) has 66
-trainings, one of which took 35 s on a busy CPU core; the bytes of its rows are in docs/results.md. `published` has
+trainings, which took 32 minutes on a busy CPU core: docs/results.md has bytes and accuracies. `published` has
 the sizes and the schedule of SeiT, whose pixels and tokens had augmentations of their own; neither its result nor
 its time is measured. On disk it needs about four times the space of the originals.
 The recipe reads images with labels and a tokenizer; without one, a small one is fitted. It writes config.json,

@@ -255,6 +255,8 @@ def store_facts(train: TokenStore, validation: TokenStore, config: RunConfig) ->
 
 def train_facts(store: TokenStore, config: TrainConfig) -> dict[str, int]:
     """Return the number of images that a run trains on, and the bytes of their encoded ids."""
+    if config.fraction == 1:  # known without a look into all shards
+        return {"training_images": len(store), "training_bytes": store.payload_bytes}
     chosen = fraction_of(len(store), config.fraction, config.seed)
     return {"training_images": len(chosen), "training_bytes": int(store.payload_sizes[chosen].sum())}
 

@@ -7,22 +7,21 @@ Credentials and endpoints are those that the environment names, as for the tools
 """
 
 import os
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from seitpp.files import naming, sha256, sync
+from seitpp.store import download
 from seitpp.store.layout import StoreError
 
 SCHEMES = ("s3://", "gs://", "az://")
-PART = 2**23  # bytes of one request
-TRIES = 4  # of one request that breaks off, besides those of obstore
-RETRIES = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 MAX_SMALL = 2**28  # bytes of an object that is read into memory
+_user: int | None = None  # the process that used obstore first
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -42,7 +41,7 @@ class Bucket:
     @cached_property
     def _store(self) -> Any:
         with self._asking(""):
-            return _obstore().store.from_url(self.url, retry_config=RETRIES)
+            return _obstore().store.from_url(self.url, retry_config=download.RETRIES)
 
     def read(self, name: str) -> bytes:
         """Return the content of a small object. Raises StoreError if there is none, or if it is larger."""
@@ -110,24 +109,15 @@ class Bucket:
             _obstore().delete(self._store, names)
 
     def _download(self, name: str, part: Path, size: int) -> None:
-        with part.open("ab") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell() > size:
-                file.truncate(0)
-            tries = 0
-            while (start := file.tell()) < size:
-                try:
-                    with self._asking(name):
-                        file.write(
-                            _obstore().get_range(self._store, name, start=start, end=min(start + PART, size))
-                        )
-                except MissingError:
-                    raise
-                except StoreError:
-                    tries += 1
-                    if tries == TRIES:
-                        raise
-                    time.sleep(2**tries / 4)
+        if not _is_forked():
+            with self._asking(name):
+                download.download(self._store, name, part, size)
+        else:
+            words = [sys.executable, download.__file__, self.url, name, part, str(size)]
+            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            if done.returncode:
+                where, text = f"{self.url}/{name}", done.stderr.strip()[-300:]
+                raise StoreError(f"{where}: {text}; check the URL, the endpoint and the network")
         sync(part)
 
     @contextmanager
@@ -173,8 +163,20 @@ def _refusal(where: str, error: Exception) -> StoreError:
     return StoreError(f"{where}: {text[:300]}; check the URL, the endpoint and the network")
 
 
+def _is_forked() -> bool:
+    """Return whether this process was forked from one that used obstore."""
+    return _user not in (None, os.getpid())
+
+
 def _obstore() -> Any:
-    """Return the library. Raises StoreError where it is not installed."""
+    """Return the library. Raises StoreError where it is not installed, and in a fork, where it would hang."""
+    global _user
+    if _is_forked():
+        raise StoreError(
+            "a bucket: this process was forked from one that used obstore, whose threads it does not have; open "
+            "the store before the fork, or spawn the process"
+        )
+    _user = os.getpid()
     try:
         import obstore
         import obstore.exceptions

@@ -18,6 +18,8 @@ SHARE = 3, 4  # of the space that is free or used by the cache, what it may use
 KEPT_OPEN = 128  # shards that a process keeps open: those of two windows
 # Of the threads of this process; the locks of files are those of processes.
 _fetching: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+if hasattr(os, "register_at_fork"):  # a thread that holds one is not in the fork
+    os.register_at_fork(after_in_child=_fetching.clear)
 
 
 class Remote(NamedTuple):

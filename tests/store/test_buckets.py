@@ -9,9 +9,10 @@ import numpy as np
 import obstore
 import pytest
 from support.buckets import BUCKET, failing, point_to, served
+from support.faults import in_child
 
 from seitpp import StoreWriter, TokenStore
-from seitpp.store import StoreError, bucket, layout, remote, spec
+from seitpp.store import StoreError, download, layout, remote, spec
 from seitpp.store.bucket import Bucket, ExistsError, MissingError
 
 N, SHARD = 95, 10
@@ -76,7 +77,7 @@ def test_what_was_copied_is_not_copied_again(store: Path, server: str, tmp_path:
 def test_a_network_that_fails_for_a_moment_changes_nothing(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault
 ) -> None:
-    monkeypatch.setattr(bucket, "PART", 1000)  # many requests for each shard
+    monkeypatch.setattr(download, "PART", 1000)  # many requests for each shard
     count = 0
 
     def every_third(method: str, path: str):
@@ -90,9 +91,9 @@ def test_a_network_that_fails_for_a_moment_changes_nothing(
 
 
 def test_a_copy_that_broke_off_is_continued(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "PART", 500)
-    monkeypatch.setattr(bucket, "TRIES", 1)
-    monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(download, "PART", 500)
+    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(download, "RETRIES", {"max_retries": 0})
     found = TokenStore(URL, cache=tmp_path)
     with failing(server, lambda method, path: 500 if len(seen) > 3 else None) as (address, seen):
         point_to(address, monkeypatch)
@@ -123,6 +124,22 @@ def test_the_cache_leaves_space_on_its_disk(server: str, tmp_path: Path, monkeyp
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.arrow")) <= 5 * size * 3 / 4
     monkeypatch.setattr("seitpp.store.reader.KEPT_OPEN", 2)
     assert np.array_equal(TokenStore(URL, cache=tmp_path).ids(range(N)), IDS)
+
+
+def test_a_forked_process_reads_as_its_parent(server: str, tmp_path: Path) -> None:
+    """Workers of a data loader are forked, and the threads of obstore are not in a fork."""
+    found = TokenStore(URL, cache=tmp_path / "cache")
+
+    def read() -> None:
+        worker = pickle.loads(pickle.dumps(found))
+        assert np.array_equal(worker.ids([71, 33]), IDS[[71, 33]])
+        elsewhere = worker._remote._replace(bucket=Bucket("s3://nowhere/tokens"))
+        with pytest.raises(StoreError, match=r"s3://nowhere/tokens/train/data-00005.*NoSuchBucket"):
+            elsewhere.fetch(worker._document, [worker._names[5]])
+        with pytest.raises(StoreError, match="forked from one that used obstore"):
+            TokenStore(URL, cache=tmp_path / "cache")
+
+    assert in_child(read, tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 def test_shards_are_copied_ahead(server: str, tmp_path: Path) -> None:
@@ -156,7 +173,7 @@ def test_a_store_that_changes_is_never_mixed(store: Path, server: str, tmp_path:
 def test_what_cannot_be_read_is_said_in_one_line(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(download, "RETRIES", {"max_retries": 0})
     for url, message in (
         ("s3://nowhere/tokens", "no such bucket"),
         (f"s3://{BUCKET}/nothing", "no such object"),
