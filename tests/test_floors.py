@@ -14,7 +14,7 @@ from seitpp.augment.maps import crop_resize
 
 GROUND = ["errors", "books", "files", "tensors", "codebook"]  # what every floor stands on
 ROOMS = ["codec", "store", "images", "tokenizers", "data", "augment", "models", "objectives", "engine"]
-TOP = ["fonts", "plots", "export", "recipe", "cli"]
+TOP = ["fonts", "plots", "export", "recipe", "distributed", "cli"]
 FLOORS = [*(f"seitpp.{name}" for name in (*GROUND, *ROOMS, *TOP)), "downstream", "recipes"]
 FILES = sorted(path for folder in ("seitpp", "downstream", "recipes") for path in (ROOT / folder).rglob("*.py"))
 # Whoever asks the package itself for a name asks for what it re-exports.
@@ -42,6 +42,10 @@ WALLS = {
     "only robustness knows its extra": (
         ["seitpp", "recipes", "downstream.finegrained", "downstream.segmentation"],
         ["imagecorruptions", "pyautoattack"],
+    ),
+    "only distributed knows its extra": (
+        [*(f"seitpp.{name}" for name in (*GROUND, *ROOMS, *TOP) if name != "distributed"), "recipes"],
+        ["datatrove", "ray"],
     ),
     "nobody imports a recipe": (["seitpp", "downstream", "recipes"], ["recipes"]),
 }
