@@ -69,8 +69,13 @@ def finish(store: Path) -> list[TokenStore]:
     for split in begun:
         with sole_writer(store, split):
             if not tidied(store, split):
-                finish_split(SplitStaging.begun(store, split), store, processes=os.cpu_count() or 1)
+                finish_split(SplitStaging.begun(store, split), store, processes=_usable_cores())
     return [TokenStore(store, split, verify=False) for split in begun]
+
+
+def _usable_cores() -> int:
+    """Return how many cores a scheduler gives to this process, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
