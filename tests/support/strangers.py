@@ -38,6 +38,7 @@ from seitpp.images.labels import LabelRules, read_label_file
 from seitpp.images.sources import open_source
 from seitpp.models import TokenAdapt, load_pretrained, load_pretrained_tokenadapt, save_classifier
 from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.store import spec
 from seitpp.store.release import export_release, import_release
 from seitpp.tokenizers import FeatureKMeans, PatchKMeans
 from seitpp.tokenizers.adapters import DiffusersVQ, JanusVQ
@@ -91,8 +92,17 @@ def write_store(folder: Path, digits: int = 1) -> None:
         writer.add_batch(ids, np.arange(6) % 2)
 
 
-def read_store(folder: Path) -> None:
-    store = TokenStore(folder / "store")
+def write_shards(folder: Path) -> None:
+    """A store of three shards, whose numbers of images are recorded, so that they are opened one by one."""
+    before, spec.SHARD_IMAGES = spec.SHARD_IMAGES, 2
+    try:
+        write_store(folder)
+    finally:
+        spec.SHARD_IMAGES = before
+
+
+def read_store(folder: Path, verify: bool = True) -> None:
+    store = TokenStore(folder / "store", verify=verify)
     ids = store.ids(range(len(store)))
     assert int(ids.max()) < max(store.books.sizes) and len(store.labels) == len(store)
 
@@ -337,6 +347,7 @@ def _tokenizer(save: Callable[[Path], object], share: int = 10) -> Kind:
 KINDS = {
     "store": Kind(write_store, read_store, seal_store, share=20),
     "store of digits": Kind(partial(write_store, digits=2), read_store, seal_store),
+    "store of shards": Kind(write_shards, partial(read_store, verify=False), seal_store),
     "token release": Kind(write_token_release, read_token_release, share=4),
     "classifier": Kind(write_classifier, read_model),
     "mtm": Kind(
