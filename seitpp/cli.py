@@ -163,6 +163,15 @@ def subset(
     print(f"{out}: {_sizes(out)}")
 
 
+def reshuffle(store: Path, out: Path, *, seed: int, split: str) -> None:
+    """Write a new store with the images of a split in random order, so that each shard is a sample of them all."""
+    from seitpp.data.order import Permutation
+
+    images = len(TokenStore(store, split, verify=False))
+    grow.reshuffle(store, out, {split: Permutation(images, seed)})
+    print(f"{out}: {_sizes(out)}")
+
+
 def import_release(sources: list[Path], *, out: Path, grid: list[int] | None, codec: str) -> None:
     """Create a store from SeiT's released files."""
     release.import_release(sources, out, grid=tuple(grid) if grid else None, codec=codec)
@@ -489,6 +498,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     chosen.add_argument("--classes", nargs="+", metavar="NAME", help="images of these classes, of all splits")
     command.add_argument("--seed", type=int, metavar="N", help="of --fraction, as of a recipe (default: 0)")
     command.add_argument("--split", metavar="NAME", help="split of --fraction (default: train)")
+    command = add(reshuffle, store, out)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default: 0)")
+    command.add_argument("--split", default="train", metavar="NAME", help="split to reorder (default: train)")
     files = "folder of the released files, or single NAME-token.data.bin.gz files"
     command = add(import_release, ("sources", files, {"type": Path, "nargs": "+"}), out)
     command.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="token grid (default: square)")

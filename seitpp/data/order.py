@@ -1,6 +1,7 @@
 """The order of training images: which images a step has depends only on the seed and the step."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ MANY = 2**26  # images whose permutation is no longer made as a whole: it would 
 ROUNDS = 8  # of the network that permutes; four are enough for random functions (Luby and Rackoff, 1988)
 
 
-class Permutation:
+class Permutation(Sequence[int]):
     """A random permutation of 0 .. n - 1, of which any part is found without the rest, in time linear in the part.
 
     It is a Feistel network on numbers of an even number of bits, whose function is the mixer of splitmix64. What
@@ -27,6 +28,12 @@ class Permutation:
 
     def __len__(self) -> int:
         return self.n
+
+    def __getitem__(self, place: int | slice) -> Any:
+        """Return what is at one place, an int, or at several, (m,) int64. Raises IndexError."""
+        if isinstance(place, slice):
+            return self(np.arange(*place.indices(self.n)))
+        return int(self(np.array([range(self.n)[place]]))[0])
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Return what is at `positions` (m,) of the permutation: (m,) int64."""

@@ -127,6 +127,21 @@ def subset(
                 copy_images(source, writer, chosen, classes=numbers)
 
 
+def reshuffle(store: Folder, out: Folder, positions: Mapping[str, Sequence[int]]) -> None:
+    """Write the new store `out` with all images of `store`, those of the splits `positions` in another order.
+
+    `positions` are permutations, of which parts are read. The table is that of the images that come first. Raises
+    UserError if `out` exists.
+    """
+    opened = [TokenStore(store, split) for split in layout.read_document(Path(store))["splits"]]
+    with new_folder(out) as folder:
+        for source in opened:
+            check_columns(source)
+            described = {"names": source.class_names, "inventory": source.inventory}
+            with _writer(folder, source, multi_label=source.multi_label, **described) as writer:
+                copy_images(source, writer, positions.get(source.split, range(len(source))))
+
+
 # Checks
 
 

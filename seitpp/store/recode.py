@@ -77,6 +77,10 @@ def _batches(
     source: TokenStore, positions: Sequence[int] | Integer[np.ndarray, " images"]
 ) -> Iterator[Sequence[int] | np.ndarray]:
     """Split `positions` into parts of at most BATCH images and BATCH_TOKENS tokens, but at least one image."""
+    if source.grid:
+        size = max(1, min(BATCH, BATCH_TOKENS // math.prod(source.grid)))
+        yield from (positions[start : start + size] for start in range(0, len(positions), size))
+        return
     start = tokens = 0
     for end, position in enumerate(positions):
         size = math.prod(source.grids[position].tolist())

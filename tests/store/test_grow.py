@@ -12,8 +12,10 @@ import pytest
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.data.dataset import fraction_of
+from seitpp.data.order import Permutation
+from seitpp.errors import UserError
 from seitpp.store import StoreError, layout, spec
-from seitpp.store.grow import append, merge, subset
+from seitpp.store.grow import append, merge, reshuffle, subset
 from seitpp.store.labels import Label
 from seitpp.store.recode import recode
 
@@ -354,3 +356,16 @@ def test_what_grew_is_recoded_as_if_written_at_once(tmp_path):
     recode(path, tmp_path / "r", "ans")
     assert contents(tmp_path / "r") == contents(write(tmp_path / "e", [*LABELS, 1, 1]))
     assert json.loads((path / layout.DATASET_DICT).read_text()) == {"splits": ["train"]}
+
+
+def test_reshuffled_images_are_the_same_in_another_order(tmp_path):
+    path = write(write(tmp_path / "s", LABELS, inventory={"found": 7}), [1, 1], split="validation")
+    order = Permutation(7, 1)
+    reshuffle(path, tmp_path / "mixed", {"train": order})
+    numbers = order[:].tolist()
+    assert sorted(numbers) == list(range(7)) != numbers
+    mixed = holds(tmp_path / "mixed", numbers, [LABELS[number] for number in numbers])
+    assert mixed.inventory == {"found": 7} and mixed.class_names == CLASSES
+    holds(tmp_path / "mixed", [0, 1], [1, 1], "validation")
+    with pytest.raises(UserError, match="exists already"):
+        reshuffle(path, tmp_path / "mixed", {"train": order})
