@@ -17,7 +17,8 @@ from tqdm import tqdm
 from seitpp.codec import CODECS
 from seitpp.errors import UserError, fail, fail_by_system, flush_output, keeping_interrupts, prepare_text, suggest
 from seitpp.files import replace_file
-from seitpp.store import TokenStore, grow, hub, layout, release
+from seitpp.store import TokenStore, grow, hub, layout, release, remote
+from seitpp.store.bucket import is_bucket
 from seitpp.store.fingerprint import store_fingerprint
 from seitpp.store.labels import Label
 from seitpp.store.recode import recode as recode_store
@@ -198,8 +199,13 @@ def export_model(folder: Path, out: Path, ema: bool) -> None:
 
 
 def push(folder: Path, repo_id: str, private: bool) -> None:
-    """Upload a store (as a dataset) or an exported model to the Hugging Face hub."""
-    if (folder / layout.DOCUMENT).is_file():
+    """Upload a store (as a dataset) or an exported model to the Hugging Face hub, or a store to a bucket."""
+    if is_bucket(repo_id):
+        if private:
+            raise CliError(f"--private is for the hub, {repo_id} is as private as its bucket: leave it out")
+        remote.upload(folder, repo_id)
+        print(repo_id)
+    elif (folder / layout.DOCUMENT).is_file():
         print(hub.push(folder, repo_id, private=private))
     elif (folder / "config.json").is_file():
         from seitpp import export
@@ -210,7 +216,13 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
 
 
 def pull(repo_id: str, folder: Path | None) -> None:
-    """Download a store from the Hugging Face hub and verify it."""
+    """Download a store from the Hugging Face hub or from a bucket, and verify it."""
+    if is_bucket(repo_id):
+        if folder is None:
+            raise CliError(f"{repo_id}: name the folder to create")
+        root = remote.download(repo_id, folder)
+        print(f"{root}: {_sizes(root)}")
+        return
     if folder is None and hub.cache_folder(repo_id).exists():
         print(f"already downloaded: remove {hub.cache_folder(repo_id)} to download it again")
     root = hub.pull(repo_id, folder)
@@ -470,7 +482,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     store = ("store", "folder of the store", {"type": Path})
     out = ("out", "folder to create; it must not exist yet", {"type": Path})
-    repo_id = ("repo_id", "OWNER/NAME on the hub", {})
+    repo_id = ("repo_id", "OWNER/NAME on the hub, or the URL of a bucket (s3://, gs://, az://)", {})
     codec = {"choices": list(CODECS), "metavar": "NAME", "help": f"codec to write with: {', '.join(CODECS)}"}
     add(info, store)
     add(verify, store)

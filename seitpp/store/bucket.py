@@ -51,20 +51,10 @@ class Bucket:
                 raise StoreError(f"{self.url}/{name}: {found.meta['size']} bytes, expected at most {MAX_SMALL}")
             return bytes(found.bytes())
 
-    def has(self, name: str) -> bool:
-        """Return whether there is an object."""
-        try:
-            with self._asking(name):
-                _obstore().head(self._store, name)
-        except MissingError:
-            return False
-        return True
-
-    def names(self, prefix: str = "") -> list[str]:
-        """Return the names of all objects below a folder, sorted."""
-        with self._asking(prefix):
-            listed = _obstore().list(self._store, prefix or None)
-            return sorted(one["path"] for batch in listed for one in batch)
+    def sizes(self) -> dict[str, int]:
+        """Return the number of bytes of each object by its name."""
+        with self._asking(""):
+            return {one["path"]: one["size"] for batch in _obstore().list(self._store) for one in batch}
 
     def fetch(self, name: str, path: Path, entry: dict[str, Any]) -> None:
         """Download an object to the file `path`, in one step; what broke off before is continued.
@@ -79,7 +69,7 @@ class Bucket:
                 part.unlink()
                 raise StoreError(
                     f"{self.url}/{name}: SHA-256 {got[:12]}.., expected {entry['sha256'][:12]}..: damaged, or the "
-                    "store was changed during the run; upload it again, or start again"
+                    "store was changed during the run; remove it there and upload it again, or start again"
                 )
             part.replace(path)
 
@@ -93,20 +83,6 @@ class Bucket:
         """Upload bytes or a file as an object, in place of what there is."""
         with self._asking(name):
             _obstore().put(self._store, name, content)
-
-    def replace(self, name: str, content: bytes, known: bytes) -> None:
-        """Upload an object in the place of one with the content `known`. Raises ExistsError if it has another."""
-        with self._asking(name):
-            found = _obstore().get(self._store, name)
-            if bytes(found.bytes()) != known:
-                raise ExistsError(f"{self.url}/{name}: changed by another process meanwhile; repeat the command")
-            mode = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key]}
-            _obstore().put(self._store, name, content, mode=mode, use_multipart=False)
-
-    def remove(self, names: list[str]) -> None:
-        """Remove objects."""
-        with self._asking(""):
-            _obstore().delete(self._store, names)
 
     def _download(self, name: str, part: Path, size: int) -> None:
         if not _is_forked():

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from seitpp.files import cache_root, locked, make_folder, remove_folder, write_file
+from tqdm import tqdm
+
+from seitpp.files import cache_root, locked, make_folder, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.bucket import Bucket
 from seitpp.store.layout import StoreError
@@ -95,6 +97,46 @@ class Remote(NamedTuple):
                 break
             path.unlink(missing_ok=True)
             used -= times[path].st_size
+
+
+def upload(store: str | os.PathLike[str], url: str) -> None:
+    """Upload the folder of a store to the bucket `url`, tokens.json last: until then nobody takes it for a store.
+
+    Every file is verified first. An upload that broke off is continued: shards that are there with the same size
+    are not sent again. Raises StoreError if the store is damaged, or if another one is there.
+    """
+    root, bucket = Path(store).resolve(), Bucket(url)
+    document = layout.read_document(root)
+    layout.check_files(root, document["files"], document["files"], checksums=True)
+    raw = (root / layout.DOCUMENT).read_bytes()
+    there = bucket.sizes()
+    complete = layout.DOCUMENT in there
+    if complete and bucket.read(layout.DOCUMENT) != raw:
+        raise StoreError(f"{bucket.url}: another store is there and nothing is overwritten; choose another URL")
+    for name in tqdm(document["files"], desc=bucket.url, unit="file", disable=None):
+        if not name.endswith(".arrow") or there.get(name) != document["files"][name]["bytes"]:
+            bucket.put(name, root / name)
+    if not complete:
+        bucket.create(layout.DOCUMENT, raw)
+
+
+def download(url: str, folder: str | os.PathLike[str]) -> Path:
+    """Copy a whole store from a bucket into the new `folder`, verify every file, and return its path.
+
+    What broke off is continued. Raises StoreError if there is no store, if it is damaged, or if `folder` exists.
+    """
+    target = Path(folder).resolve()
+    if target.exists():
+        raise StoreError(f"{target}: exists already and nothing is overwritten; choose another folder")
+    remote = Remote.open(url, target.parent / f".{target.name}.download")
+    document = layout.read_document(remote.folder)
+    remote.fetch(document, tqdm(document["files"], desc=url, unit="file", disable=None))
+    for path in remote.folder.rglob(".*.lock"):
+        path.unlink()
+    remote.folder.rename(target)
+    sync(target.parent)
+    remove_folder(remote.cache)
+    return target
 
 
 def _is_there(path: Path, entry: dict[str, Any]) -> bool:

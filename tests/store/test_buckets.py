@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import obstore
+import obstore.store
 import pytest
 from support.buckets import BUCKET, failing, point_to, served
 from support.faults import in_child
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.store import StoreError, download, layout, remote, spec
-from seitpp.store.bucket import Bucket, ExistsError, MissingError
+from seitpp.store.bucket import Bucket, ExistsError
 
 N, SHARD = 95, 10
 CODEBOOK = np.arange(60, dtype=np.float32).reshape(20, 3)
@@ -164,7 +165,7 @@ def test_a_store_that_changes_is_never_mixed(store: Path, server: str, tmp_path:
         found.ids([55])
     upload(tmp_path / "other", url)
     assert len(TokenStore(url, cache=tmp_path)) == 15
-    Bucket(url).remove([f"train/{shard.name}"])
+    obstore.delete(obstore.store.from_url(url), f"train/{shard.name}")
     shutil.rmtree(next(path for path in tmp_path.glob("*/*") if (path / "train" / shard.name).is_file()))
     with pytest.raises(StoreError, match="no such object"):
         TokenStore(url, cache=tmp_path)
@@ -195,16 +196,35 @@ def test_what_cannot_be_read_is_said_in_one_line(
         TokenStore(URL, cache=tmp_path)
 
 
-def test_objects_are_written_once_and_replaced_only_if_they_are_known(server: str) -> None:
-    place = Bucket(f"s3://{BUCKET}/objects")
-    place.create("a", b"1")
-    with pytest.raises(ExistsError, match="nothing is overwritten"):
-        place.create("a", b"2")
-    place.replace("a", b"2", known=b"1")
-    with pytest.raises(ExistsError, match="changed by another process"):
-        place.replace("a", b"3", known=b"1")
-    assert place.read("a") == b"2" and place.has("a") and not place.has("b") and place.names() == ["a"]
-    place.remove(["a"])
-    with pytest.raises(MissingError):
-        place.read("a")
-    assert obstore.__version__
+def test_a_store_goes_up_and_comes_down(store: Path, server: str, tmp_path: Path, monkeypatch) -> None:
+    url = f"s3://{BUCKET}/pushed"
+    with failing(server, lambda method, path: 500 if len(seen) > 8 else None) as (address, seen):
+        point_to(address, monkeypatch)
+        monkeypatch.setattr(download, "RETRIES", {"max_retries": 0})
+        with pytest.raises(StoreError, match="500"):
+            remote.upload(store, url)
+    point_to(server, monkeypatch)
+    with pytest.raises(StoreError, match=r"tokens\.json: no such object"):
+        TokenStore(url, cache=tmp_path)
+    before = len(Bucket(url).sizes())
+    assert 0 < before < 20
+    with failing(server, lambda method, path: None) as (address, seen):
+        point_to(address, monkeypatch)
+        remote.upload(store, url)
+        shards = [line for line in seen if line.startswith("PUT") and ".arrow" in line]
+        assert 10 < len(shards) < 20, "those of before are not sent again"
+    point_to(server, monkeypatch)
+    remote.upload(store, url)  # nothing is left to do
+    down = remote.download(url, tmp_path / "down")
+    files = {path.relative_to(store) for path in store.rglob("*") if path.is_file()}
+    assert {path.relative_to(down) for path in down.rglob("*") if path.is_file()} == files
+    assert all((down / name).read_bytes() == (store / name).read_bytes() for name in files)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".down")]
+    with pytest.raises(StoreError, match="exists already"):
+        remote.download(url, down)
+    with StoreWriter(tmp_path / "other", codebook=CODEBOOK, grid=(16, 16)) as writer:
+        writer.add_batch(IDS[:5], [0] * 5)
+    with pytest.raises(StoreError, match="another store is there"):
+        remote.upload(tmp_path / "other", url)
+    with pytest.raises(ExistsError, match="nothing is overwritten"):  # of two at the same time
+        Bucket(url).create(layout.DOCUMENT, b"{}")
