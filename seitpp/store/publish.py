@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import safetensors.numpy
+from tqdm import tqdm
 
 from seitpp.books import Books
 from seitpp.files import empty_folder, naming, sync, write_file
@@ -168,7 +169,8 @@ def _encode_all(
     with _parallel(min(processes, max(1, len(waiting)))) as parallel_map:
         done = parallel_map(encode, encodings(spec, table, waiting))
         encoded = []
-        for content, path in zip(contents, paths, strict=True):
+        bar = tqdm(contents, desc=f"writing {spec.split}", unit="shard", disable=None)
+        for content, path in zip(bar, paths, strict=True):
             if content.encoded:
                 link(content.path, path)
             encoded.append(content.encoded or next(done))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, Integer
+from tqdm import tqdm
 
 from seitpp.books import Books
 from seitpp.errors import refusing
@@ -176,8 +177,11 @@ class SplitStaging:
         if table is None:
             return []
         shards = [([staged[shard] for shard in every[group]], self._encoded(group)) for group in ready]
-        for group, task in zip(ready, encodings(self._spec, table, shards), strict=True):
-            facts = {**encode(task)._asdict(), "digests": [self._digest_of(shard) for shard in every[group]]}
+        tasks = encodings(self._spec, table, shards)
+        for task in tqdm(tasks, desc=f"encoding {self._spec.split}", unit="shard", disable=None):
+            recorded = map(_beside, task.staged)
+            digests = [path.read_text() if path.exists() else None for path in recorded]
+            facts = {**encode(task)._asdict(), "digests": digests}
             replace_json(task.target.with_suffix(".json"), facts)
             for path in task.staged:
                 path.unlink()
