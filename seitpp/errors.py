@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -70,6 +71,7 @@ def check_version(found: object, newest: int, *, path: object, error: type[UserE
 
 
 OUTPUT = "standard output"
+AGAIN = 1.0  # seconds until an interrupt that was lost is raised again
 
 # What the user can do about what an operating system refuses.
 REMEDIES = {
@@ -133,22 +135,40 @@ def escaped(text: str) -> str:
 def keeping_interrupts() -> Iterator[None]:
     """Let Ctrl-C end the block wherever it comes.
 
-    From a finalizer or a callback of a library, Python raises nothing: the exception is printed and lost, and the
-    program goes on. So the block is interrupted again.
+    A finalizer cannot raise, and some libraries have an `except` for everything: there KeyboardInterrupt is lost,
+    and the program goes on. So it is raised again, each second, until it has left the block; but not where it is
+    being handled, so that what tidies up is not interrupted itself.
     """
-    before = sys.unraisablehook
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # Ctrl-C is ignored here, or somebody else's
+        return
+    again: list[threading.Timer] = []
 
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.1, _thread.interrupt_main).start()  # not here, where it would be lost, too
-        else:
-            before(unraisable)
+    def interrupt(*_: object) -> None:
+        again[:] = [threading.Timer(AGAIN, _interrupt_main)]
+        again[0].daemon = True
+        again[0].start()
+        handled = sys.exc_info()[1]
+        while handled is not None and not isinstance(handled, KeyboardInterrupt):
+            handled = handled.__context__
+        if handled is None:
+            raise KeyboardInterrupt
 
-    sys.unraisablehook = hook
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        for timer in again:
+            timer.cancel()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt_main() -> None:
+    """Send the signal of Ctrl-C to the main thread, which wakes it where the system can."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def prepare_text() -> None:

@@ -161,16 +161,34 @@ def test_a_second_command_that_writes_the_same_split_is_refused(tmp_path: Path) 
     assert [*tmp_path.iterdir()] == []
 
 
-def test_an_interrupt_that_a_finalizer_swallows_comes_again() -> None:
-    """Python prints what a finalizer raises, and goes on: of Ctrl-C there, the run would hear nothing."""
+class Finalized:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
+def swallow() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    except:  # noqa: E722 (as libraries have it)
+        pass
+
+
+def test_an_interrupt_that_is_swallowed_comes_again() -> None:
+    """Of Ctrl-C in a finalizer, or in a library that catches everything, a run would hear nothing."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
-
-    class Interrupted:
-        def __del__(self) -> None:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), keeping_interrupts():
-        Interrupted()
-        for _ in range(1000):
-            time.sleep(0.001)
+    for swallowed in (Finalized, swallow):
+        tidied, started = [], time.monotonic()
+        with pytest.raises(KeyboardInterrupt), keeping_interrupts():
+            try:
+                swallowed()
+                time.sleep(20)
+            finally:  # longer than until the next one, which does not disturb it
+                for _ in range(25):
+                    time.sleep(0.05)
+                tidied.append(True)
+        assert tidied and time.monotonic() - started < 10
+        time.sleep(1.1)  # and none comes when all is over
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
