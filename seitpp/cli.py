@@ -232,11 +232,11 @@ def pull(repo_id: str, folder: Path | None) -> None:
 def main() -> None:
     """Run the command line. An error of the user is printed as one line on stderr, with exit status 2."""
     try:
-        prepare_text()
-        options = vars(_parse(sys.argv[1:]))
         with keeping_interrupts():
+            prepare_text()
+            options = vars(_parse(sys.argv[1:]))
             options.pop("run")(**options)
-        flush_output()
+            flush_output()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:

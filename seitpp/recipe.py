@@ -43,16 +43,17 @@ def run_recipe(
     config = None
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C at the very end is a traceback
     try:
-        prepare_text()
-        config = parse(presets, default, sys.argv[1:])
-        if settle and config.preset == AUTO and "--config" not in sys.argv:
-            config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
-        with keeping_interrupts(), ending_together():
-            if isinstance(config, RunConfig) and config.dry_run:
-                rehearse(main, config)
-            else:
-                main(config)
-        flush_output()
+        with keeping_interrupts():
+            prepare_text()
+            config = parse(presets, default, sys.argv[1:])
+            if settle and config.preset == AUTO and "--config" not in sys.argv:
+                config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
+            with ending_together():
+                if isinstance(config, RunConfig) and config.dry_run:
+                    rehearse(main, config)
+                else:
+                    main(config)
+            flush_output()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)

@@ -42,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # so that the end starts no processes
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})  # so that the end starts no processes
 
 
 def executor(step: TokenizeImages, out: Path, **more: object) -> LocalPipelineExecutor:
@@ -55,7 +55,9 @@ def executor(step: TokenizeImages, out: Path, **more: object) -> LocalPipelineEx
 def begun(step: TokenizeImages, made: Path) -> Iterator[BaseProcess]:
     """A process that runs the step as its only task, as soon as the recipe has made something."""
     task = multiprocessing.get_context("fork").Process(target=step.run, args=(None, 0, 1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
     task.start()
+    signal.signal(signal.SIGINT, before)
     wait_for(made.exists)
     yield task
     task.join(20)

@@ -60,7 +60,9 @@ RANGES = {
     **dict.fromkeys(("width", "depth", "heads", "channels", "attack_images", "square_queries"), COUNT),
     **dict.fromkeys(("seeds", "updates", "score_passes"), COUNT),
     **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_heads"), COUNT),
-    **dict.fromkeys(("workers", "warmup_steps", "hold_out", "refine_steps", "warmup_updates"), COUNT_OR_ZERO),
+    **dict.fromkeys(
+        ("workers", "warmup_steps", "hold_out", "refine_steps", "warmup_updates", "task"), COUNT_OR_ZERO
+    ),
     **dict.fromkeys(("epochs", "checkpoint_epochs", "evaluation_epochs", "clip"), POSITIVE),
     **dict.fromkeys(("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("base_lr", "lr", "mixup", "cutmix"), NOT_NEGATIVE),

@@ -87,7 +87,7 @@ class Bucket:
     def _download(self, name: str, part: Path, size: int) -> None:
         if not _is_forked():
             with self._asking(name):
-                download.download(self._store, name, part, size)
+                download.download(self._store, name, part, size=size)
         else:
             words = [sys.executable, download.__file__, self.url, name, part, str(size)]
             done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)

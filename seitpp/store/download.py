@@ -17,7 +17,7 @@ TRIES = 4  # of one request that breaks off, besides those of obstore
 RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 
 
-def download(store: Any, name: str, path: Path, size: int) -> None:
+def download(store: Any, name: str, path: Path, *, size: int) -> None:
     """Append to the file what it lacks of an object of `size` bytes. Raises what obstore raises."""
     import obstore
 
@@ -40,7 +40,7 @@ def main() -> None:
 
     url, name, path, size = sys.argv[1:]
     try:
-        download(obstore.store.from_url(url, retry_config=RETRIES), name, Path(path), int(size))
+        download(obstore.store.from_url(url, retry_config=RETRIES), name, Path(path), size=int(size))
     except Exception as error:
         sys.exit(" ".join(str(error).partition("Debug source")[0].split()))
 

@@ -75,7 +75,8 @@ def finish(store: Path) -> list[TokenStore]:
 
 def _usable_cores() -> int:
     """Return how many cores a scheduler gives to this process, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # not on a Mac or Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @contextmanager
