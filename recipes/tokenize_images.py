@@ -243,7 +243,7 @@ def tokenize(
         staging.encode(groups[rank::ranks])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and config.task is None:
-        finish_split(staging, Path(config.out))
+        finish_split(staging)
         store = TokenStore(config.out, config.split, verify=False)
         summarize(store, totals=totals, seconds=seconds, annotated=annotated)
         if len(store) < len(source):

@@ -203,7 +203,7 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
     if is_bucket(repo_id):
         if private:
             raise CliError(f"--private is for the hub, {repo_id} is as private as its bucket: leave it out")
-        remote.upload(folder, repo_id)
+        remote.push(folder, repo_id)
         print(repo_id)
     elif (folder / layout.DOCUMENT).is_file():
         print(hub.push(folder, repo_id, private=private))
@@ -220,7 +220,7 @@ def pull(repo_id: str, folder: Path | None) -> None:
     if is_bucket(repo_id):
         if folder is None:
             raise CliError(f"{repo_id}: name the folder to create")
-        root = remote.download(repo_id, folder)
+        root = remote.pull(repo_id, folder)
         print(f"{root}: {_sizes(root)}")
         return
     if folder is None and hub.cache_folder(repo_id).exists():

@@ -167,7 +167,7 @@ class DrawnImages(Dataset):
 
 
 class _MicroBatches(Sampler):
-    """The micro-batches of a rank; with each new window of shards, `coming` gets the shards of the next one."""
+    """The micro-batches of a rank; with each new window, `coming` gets its shards and the next ones."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _MicroBatches(Sampler):
                 now = epoch, order.window_at(epoch, place * order.batch_size)
                 if now != window:
                     window = now
-                    self.coming(order.shards(epoch)[(now[1] + 1) * order.window :][: order.window])
+                    self.coming(order.shards(epoch)[now[1] * order.window :][: 2 * order.window])
             yield MicroBatch(one.tolist(), epoch)
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from seitpp.files import naming, sha256, sync
-from seitpp.store import download
+from seitpp.store import download, layout
 from seitpp.store.layout import StoreError
 
 SCHEMES = ("s3://", "gs://", "az://")
-MAX_SMALL = 2**28  # bytes of an object that is read into memory
 _user: int | None = None  # the process that used obstore first
 
 
@@ -36,7 +35,7 @@ class Bucket:
         self.url = url.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bucket, (self.url,)
+        return Bucket, (self.url,)  # without the connection of this process
 
     @cached_property
     def _store(self) -> Any:
@@ -47,8 +46,10 @@ class Bucket:
         """Return the content of a small object. Raises StoreError if there is none, or if it is larger."""
         with self._asking(name):
             found = _obstore().get(self._store, name)
-            if found.meta["size"] > MAX_SMALL:
-                raise StoreError(f"{self.url}/{name}: {found.meta['size']} bytes, expected at most {MAX_SMALL}")
+            if (size := found.meta["size"]) > layout.MAX_DOCUMENT_BYTES:
+                raise StoreError(
+                    f"{self.url}/{name}: {size} bytes, expected at most {layout.MAX_DOCUMENT_BYTES}; check the URL"
+                )
             return bytes(found.bytes())
 
     def sizes(self) -> dict[str, int]:

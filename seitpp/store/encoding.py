@@ -1,8 +1,7 @@
 """Count the tokens of staged shards, make the code table from the counts, and encode shards of the store."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +80,7 @@ class Table(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What tokens.json and the files of `datasets` say of an encoded shard, or of all of a split."""
+    """What tokens.json and the files of `datasets` say of an encoded shard."""
 
     rows: int
     payload_bytes: int
@@ -106,17 +105,17 @@ class Encoded(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """Arguments for the encoding of one shard in another process, which builds the codec itself."""
+    """What `encode` does, in this process or another one: staged shards become the shard `target`."""
 
+    spec: SplitSpec
+    table: Table
     staged: list[Path]
     target: Path
-    build_codec: Callable[[], Codec]
-    spec: SplitSpec
 
 
 def encode(task: Encoding) -> Encoded:
     """Encode the images of staged shards into one shard of the store; without images, no file is written."""
-    codec, spec = task.build_codec(), task.spec
+    spec, codec = task.spec, task.table.codec(task.spec)
     batches = [batch for path in task.staged if len(batch := read_shard(path))]
     if not batches:
         return Encoded(0, 0, 0, -1, 0, 0, "", "")
@@ -143,12 +142,6 @@ def encode(task: Encoding) -> Encoded:
         fingerprint=shard_fingerprint(task.target),
         **entry,
     )
-
-
-def encodings(spec: SplitSpec, table: Table, shards: Sequence[tuple[list[Path], Path]]) -> list[Encoding]:
-    """Return the arguments of `encode` for shards, (staged shards, file) each."""
-    build_codec = partial(table.codec, spec)
-    return [Encoding(staged, target, build_codec, spec) for staged, target in shards]
 
 
 def code_counts(spec: SplitSpec, staged: Path) -> Int64[np.ndarray, " codes"]:

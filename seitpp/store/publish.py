@@ -16,7 +16,7 @@ from seitpp.books import Books
 from seitpp.files import empty_folder, naming, sync, write_file
 from seitpp.store import layout
 from seitpp.store.card import card
-from seitpp.store.encoding import TABLE_IMAGES, Encoded, Table, encode, encodings
+from seitpp.store.encoding import TABLE_IMAGES, Encoded, Encoding, Table, encode
 from seitpp.store.fingerprint import LARGE, joined_fingerprint, split_fingerprint
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import read_shard
@@ -165,9 +165,10 @@ def _encode_all(
 ) -> list[Encoded]:
     """Write the shards of the split, those that are encoded already by links; return what is in each."""
     paths = [built / layout.shard_name(spec.split, index, len(contents)) for index in range(len(contents))]
-    waiting = [(one.staged, path) for one, path in zip(contents, paths, strict=True) if not one.encoded]
+    places = zip(contents, paths, strict=True)
+    waiting = [Encoding(spec, table, one.staged, path) for one, path in places if not one.encoded]
     with _parallel(min(processes, max(1, len(waiting)))) as parallel_map:
-        done = parallel_map(encode, encodings(spec, table, waiting))
+        done = parallel_map(encode, waiting)
         encoded = []
         bar = tqdm(contents, desc=f"writing {spec.split}", unit="shard", disable=None)
         for content, path in zip(bar, paths, strict=True):

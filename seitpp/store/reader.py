@@ -181,8 +181,7 @@ class TokenStore:
 
         Raises StoreError if images have several classes.
         """
-        if self.multi_label:
-            raise StoreError(f"{self.path}: its images have several classes each, expected one; use another store")
+        self._require_one_class()
         return np.concatenate([shard.labels.values for shard in self._intact()])
 
     def labels_of(self, indices: Sequence[int] | Integer[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
@@ -190,8 +189,7 @@ class TokenStore:
 
         Raises IndexError, and StoreError if images have several classes.
         """
-        if self.multi_label:
-            return self.labels[indices]
+        self._require_one_class()
         every = range(self._length)
         positions = [every[index] for index in indices]
         self._check_intact(positions)
@@ -277,8 +275,10 @@ class TokenStore:
         Raises StoreError naming the first damaged file or image.
         """
         files, place = self._document["files"], self._remote or self.path
-        if not self._remote:  # else they are verified when they are copied
-            layout.check_files(self.path, files, files, checksums=True)
+        for name in files:
+            if self._remote:
+                self._remote.fetch(self._document, [name])
+            layout.check_files(self.path, files, [name], checksums=True)
         for split in self.splits:
             store = self if split == self.split else TokenStore._opened_again(place, split)
             for position in range(len(store)):
@@ -329,6 +329,10 @@ class TokenStore:
                 f"{self.path / self.split}: {labeled} images have a label, expected {self.num_labeled}; "
                 "copy the split again"
             )
+
+    def _require_one_class(self) -> None:
+        if self.multi_label:
+            raise StoreError(f"{self.path}: its images have several classes each, expected one; use another store")
 
     def _check_classes(self, purpose: str) -> None:
         if self.num_classes > layout.MAX_CLASSES:

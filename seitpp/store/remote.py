@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from seitpp.files import cache_root, locked, make_folder, remove_folder, sync, write_file
+from seitpp.files import cache_root, locked, make_folder, owned, remove_folder, sync, write_file
 from seitpp.store import layout
 from seitpp.store.bucket import Bucket
 from seitpp.store.layout import StoreError
@@ -99,7 +99,7 @@ class Remote(NamedTuple):
             used -= times[path].st_size
 
 
-def upload(store: str | os.PathLike[str], url: str) -> None:
+def push(store: str | os.PathLike[str], url: str) -> None:
     """Upload the folder of a store to the bucket `url`, tokens.json last: until then nobody takes it for a store.
 
     Every file is verified first. An upload that broke off is continued: shards that are there with the same size
@@ -120,22 +120,29 @@ def upload(store: str | os.PathLike[str], url: str) -> None:
         bucket.create(layout.DOCUMENT, raw)
 
 
-def download(url: str, folder: str | os.PathLike[str]) -> Path:
+def pull(url: str, folder: str | os.PathLike[str]) -> Path:
     """Copy a whole store from a bucket into the new `folder`, verify every file, and return its path.
 
-    What broke off is continued. Raises StoreError if there is no store, if it is damaged, or if `folder` exists.
+    What broke off is continued. Raises StoreError if there is no store, if it is damaged, or if `folder` exists;
+    UserError if another process does the same.
     """
     target = Path(folder).resolve()
     if target.exists():
         raise StoreError(f"{target}: exists already and nothing is overwritten; choose another folder")
-    remote = Remote.open(url, target.parent / f".{target.name}.download")
-    document = layout.read_document(remote.folder)
-    remote.fetch(document, tqdm(document["files"], desc=url, unit="file", disable=None))
-    for path in remote.folder.rglob(".*.lock"):
-        path.unlink()
-    remote.folder.rename(target)
-    sync(target.parent)
-    remove_folder(remote.cache)
+    incoming = target.parent / f".{target.name}.download"
+    make_folder(target.parent)
+    with owned(incoming.with_suffix(".lock")):
+        remote = Remote.open(url, incoming)
+        files = layout.read_document(remote.folder)["files"]
+        for name in tqdm(files, desc=url, unit="file", disable=None):
+            path = remote.folder / name
+            make_folder(path.parent)
+            if not _is_there(path, files[name]):
+                remote.bucket.fetch(name, path, files[name])
+        layout.check_files(remote.folder, files, files, checksums=True)
+        remote.folder.rename(target)
+        sync(target.parent)
+        remove_folder(incoming)
     return target
 
 

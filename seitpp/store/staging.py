@@ -15,7 +15,7 @@ from seitpp.books import Books
 from seitpp.errors import refusing
 from seitpp.files import new_file, read_json, remove_folder, replace_bytes, replace_json, sync, write_file
 from seitpp.store import layout as layouts
-from seitpp.store.encoding import Encoded, Table, code_counts, encode, encodings
+from seitpp.store.encoding import Encoded, Encoding, Table, code_counts, encode
 from seitpp.store.labels import Label
 from seitpp.store.layout import StoreError
 from seitpp.store.publish import BUILT, Content, build, codebook_bytes, first_staged, place
@@ -83,7 +83,7 @@ class SplitStaging:
         )
         if not 1 <= num_images <= layouts.MAX_ROWS:
             raise StoreError(f"num_images: got {num_images}, expected 1 .. {layouts.MAX_ROWS}")
-        self.num_images, self._digest = num_images, digest
+        self.path, self.num_images, self._digest = self._spec.path, num_images, digest
         self.folder = staging_folder(self._spec.path, split)
         # Beside the folder, which is removed first.
         self._receipt = self.folder.with_suffix(".published")
@@ -176,14 +176,12 @@ class SplitStaging:
         table = self._table() if ready else None
         if table is None:
             return []
-        shards = [([staged[shard] for shard in every[group]], self._encoded(group)) for group in ready]
-        tasks = encodings(self._spec, table, shards)
-        for task in tqdm(tasks, desc=f"encoding {self._spec.split}", unit="shard", disable=None):
-            recorded = map(_beside, task.staged)
-            digests = [path.read_text() if path.exists() else None for path in recorded]
-            facts = {**encode(task)._asdict(), "digests": digests}
-            replace_json(task.target.with_suffix(".json"), facts)
-            for path in task.staged:
+        for group in tqdm(ready, desc=f"encoding {self._spec.split}", unit="shard", disable=None):
+            paths, target = [staged[shard] for shard in every[group]], self._encoded(group)
+            digests = [path.read_text() if path.exists() else None for path in map(_beside, paths)]
+            facts = {**encode(Encoding(self._spec, table, paths, target))._asdict(), "digests": digests}
+            replace_json(target.with_suffix(".json"), facts)
+            for path in paths:
                 path.unlink()
                 _beside(path).unlink(missing_ok=True)
         return ready

@@ -33,7 +33,7 @@ def save_plan(
     replace_json(staging.folder / PLAN, {"inventory": inventory, "crops": crops, "compact": compact})
 
 
-def finish_split(staging: SplitStaging, store: Path, processes: int = 1) -> None:
+def finish_split(staging: SplitStaging, processes: int = 1) -> None:
     """Publish a split whose shards are finished, as `save_plan` says; `processes` processes encode what is left.
 
     With compaction, the tokenizer with the codes that are kept becomes STORE-tokenizer.safetensors. Raises
@@ -53,7 +53,7 @@ def finish_split(staging: SplitStaging, store: Path, processes: int = 1) -> None
         compacted = tokenizer.compact(counts)
         added = {key: one for key, one in (staging.tokenizer or {}).items() if key not in tokenizer.description()}
         staging.keep(by_frequency(counts).numpy(), {**compacted.description(), **added})
-        compacted.save(Path(f"{store}-{TOKENIZER}"))
+        compacted.save(Path(f"{staging.path}-{TOKENIZER}"))
     staging.publish(processes, inventory=inventory)
 
 
@@ -69,7 +69,7 @@ def finish(store: Path) -> list[TokenStore]:
     for split in begun:
         with sole_writer(store, split):
             if not tidied(store, split):
-                finish_split(SplitStaging.begun(store, split), store, processes=_usable_cores())
+                finish_split(SplitStaging.begun(store, split), processes=_usable_cores())
     return [TokenStore(store, split, verify=False) for split in begun]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.data import order as orders
-from seitpp.data.dataset import Chosen, TokenDataset, order_of, rows_by_shard
+from seitpp.data.dataset import Chosen, TokenDataset, _MicroBatches, order_of, rows_by_shard
 from seitpp.data.order import BatchOrder, Permutation, WindowOrder, image_order
 from seitpp.errors import UserError
 from seitpp.store import spec
@@ -85,6 +85,18 @@ def test_parts_and_any_number_of_processes_give_the_same_batches() -> None:
         joined = [np.concatenate(step) for step in zip(*parts, strict=True)]
         micro = np.concatenate(joined).reshape(len(steps), -1)
         assert np.array_equal(micro, np.stack(one))
+
+
+def test_the_shards_of_this_window_and_the_next_are_asked_for() -> None:
+    order, asked = WindowOrder(ROWS, 4, 3, window=2), []
+    share = {"rank": 0, "ranks": 1, "accumulation": 1}
+    batches = list(_MicroBatches(order, range(20), **share, coming=lambda shards: asked.append(shards.tolist())))
+    assert len(batches) == 20 and len(asked) == 8, "an epoch of 10 steps has 4 windows"
+    shards = order.shards(0).tolist()
+    assert asked[:4] == [shards[0:4], shards[2:6], shards[4:7], shards[6:7]]
+    ends = np.cumsum(ROWS)
+    seen = set(np.searchsorted(ends, batches[0], side="right").tolist())
+    assert seen <= set(asked[0][:2])
 
 
 def test_an_order_is_chosen_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

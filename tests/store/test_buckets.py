@@ -61,6 +61,10 @@ def test_a_store_reads_as_the_local_one_and_copies_what_is_read(store: Path, ser
     assert np.array_equal(found.ids(range(N)), IDS) and np.array_equal(found.labels, local.labels)
     found.verify()
     assert len(shards_in(tmp_path)) == 20
+    damaged = next(tmp_path.rglob("data-00007*.arrow"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match=r"data-00007.*SHA-256"):
+        found.verify()
 
 
 def test_what_was_copied_is_not_copied_again(store: Path, server: str, tmp_path: Path, monkeypatch) -> None:
@@ -202,7 +206,7 @@ def test_a_store_goes_up_and_comes_down(store: Path, server: str, tmp_path: Path
         point_to(address, monkeypatch)
         monkeypatch.setattr(download, "RETRIES", {"max_retries": 0})
         with pytest.raises(StoreError, match="500"):
-            remote.upload(store, url)
+            remote.push(store, url)
     point_to(server, monkeypatch)
     with pytest.raises(StoreError, match=r"tokens\.json: no such object"):
         TokenStore(url, cache=tmp_path)
@@ -210,21 +214,23 @@ def test_a_store_goes_up_and_comes_down(store: Path, server: str, tmp_path: Path
     assert 0 < before < 20
     with failing(server, lambda method, path: None) as (address, seen):
         point_to(address, monkeypatch)
-        remote.upload(store, url)
+        remote.push(store, url)
         shards = [line for line in seen if line.startswith("PUT") and ".arrow" in line]
         assert 10 < len(shards) < 20, "those of before are not sent again"
     point_to(server, monkeypatch)
-    remote.upload(store, url)  # nothing is left to do
-    down = remote.download(url, tmp_path / "down")
+    remote.push(store, url)  # nothing is left to do
+    full = type("Usage", (), {"free": 0})
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: full)  # what is pulled is no cache
+    down = remote.pull(url, tmp_path / "down")
     files = {path.relative_to(store) for path in store.rglob("*") if path.is_file()}
     assert {path.relative_to(down) for path in down.rglob("*") if path.is_file()} == files
     assert all((down / name).read_bytes() == (store / name).read_bytes() for name in files)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".down")]
     with pytest.raises(StoreError, match="exists already"):
-        remote.download(url, down)
+        remote.pull(url, down)
     with StoreWriter(tmp_path / "other", codebook=CODEBOOK, grid=(16, 16)) as writer:
         writer.add_batch(IDS[:5], [0] * 5)
     with pytest.raises(StoreError, match="another store is there"):
-        remote.upload(tmp_path / "other", url)
+        remote.push(tmp_path / "other", url)
     with pytest.raises(ExistsError, match="nothing is overwritten"):  # of two at the same time
         Bucket(url).create(layout.DOCUMENT, b"{}")
