@@ -51,12 +51,13 @@ class TokenStore:
     Attributes: path; split; splits, the names of all splits; grid (H, W), or None if every image has its own;
     layout, "grid", or "sequence" for tokens without rows and columns, whose grid is (1, length); books, what the
     digits of a token mean; num_codes K, the number of rows of all tables; digit_counts, for each digit the (K_q,)
-    int64 counts of its values in the first 2^21 images of the split that was written first; codec; class_names (list or None); num_classes;
-    multi_label, whether images have tuples of classes; num_labeled, the number of images that have a label;
-    labels (N,) int64; grids (N, 2) int64; columns {name: kind} of the additional columns; column_names, those of
-    all columns; payload_bytes of the split; tokenizer (dict or None), the description of the tokenizer; inventory
-    (dict or None), what was read for the split and what was left out; fingerprint, 64 hex digits, equal for equal
-    content of the split, and checksum, that of tokens.json, equal for equal files.
+    int64 counts of its values in the first 2^21 images of the split that was written first; codec; class_names
+    (list or None); num_classes; multi_label, whether images have tuples of classes; num_labeled, the number of
+    images that have a label; labels (N,) int64; grids (N, 2) int64; columns {name: kind} of the additional
+    columns; column_names, those of all columns; payload_bytes of the split; tokenizer (dict or None), the
+    description of the tokenizer; inventory (dict or None), what was read for the split and what was left out;
+    fingerprint, 64 hex digits, equal for equal content of the split, and checksum, that of tokens.json, equal for
+    equal files.
     """
 
     def __init__(
