@@ -25,11 +25,15 @@ from seitpp.images.labels import (
     resolve,
     unlabeled,
 )
+from seitpp.images.layouts import IMAGES, MASKS
+from seitpp.images.objects import ObjectFolder, ObjectPath
 from seitpp.images.tables import DatasetSource, ParquetSource, is_arrow, load_hub, open_arrow
 from seitpp.images.tars import TarSource
 from seitpp.images.walk import Walked, find_split, is_hidden, looks_like_splits, store_split, walk
+from seitpp.store.bucket import Bucket, is_bucket
 
 HUB = "hf://"
+FILES = (".parquet", ".tar")
 ANY_LABELS = LabelRules()  # those that the data have themselves
 
 
@@ -51,7 +55,7 @@ class ImageSource(Protocol):
 class FolderSource:
     """Image files below a folder, sorted by path; if some lie in subfolders, the first level names the classes."""
 
-    def __init__(self, folder: Path, walked: Walked, rules: LabelRules | None):
+    def __init__(self, folder: Path | ObjectFolder, walked: Walked, rules: LabelRules | None):
         self.folder, self.names, self.left_out = folder, walked.files, walked.left_out
         for name in walked.packed:
             self.left_out.add("packed file beside images", name)
@@ -76,7 +80,8 @@ class FolderSource:
         titles = {name: escaped(name) for name in walked.folders}
         folders = [titles[name.partition("/")[0]] if "/" in name else None for name in self.names]
         if not any(folders):
-            hint = next((name for name in ANNOTATION_FILES if (self.folder / name).is_file()), None)
+            local = isinstance(self.folder, Path)
+            hint = next((name for name in ANNOTATION_FILES if local and (self.folder / name).is_file()), None)
             note = f" ({hint} may have some: --labels {self.folder / hint})" if hint else ""
             labels = resolve([None] * len(self.names), self.names, rules, origin=NO_LABELS)
             return labels._replace(origin=f"{NO_LABELS}: they lie in no class folders{note}")
@@ -124,9 +129,10 @@ def open_source(data: str, split: str | None = None, rules: LabelRules | None = 
 
     `rules` say where its labels are; without them (None) no labels are read. `data` is a folder of images,
     DATA/CLASS/NAME.jpg or flat; of Parquet or tar files; what `save_to_disk` of `datasets` wrote; one Parquet
-    or tar file; or a data set of the hub, "hf://owner/name". A split is a subfolder, or the packed files whose
-    names begin with it. Raises ImageError otherwise, and for data with several splits if none is named;
-    LabelError for labels that are missing or unclear.
+    or tar file; a data set of the hub, "hf://owner/name"; or images, Parquet or tar files in a bucket, as
+    "s3://bucket/photos". A split is a subfolder, or the packed files whose names begin with it. Raises ImageError
+    otherwise, and for data with several splits if none is named; LabelError for labels that are missing or
+    unclear; StoreError for what a bucket refuses.
     """
     if rules is None or rules.file is None:
         return _opened(data, split, rules)
@@ -144,22 +150,33 @@ def split_names(data: str) -> list[str]:
     """
     if data.startswith(HUB):
         return list(datasets.get_dataset_split_names(data.removeprefix(HUB)))
-    path = Path(data)
-    if not path.is_dir():
+    path = _root(data)
+    if isinstance(path, str):
+        if path.endswith(FILES):
+            return []
+    elif not path.is_dir():
         return []
-    if is_arrow(path):
+    elif is_arrow(path):
         opened = open_arrow(path)
         return list(opened) if isinstance(opened, datasets.DatasetDict) else []
     below, folders = _below(path)
     if found := looks_like_splits(folders):
         return found
-    packed = [name for name in below if name.endswith((".parquet", ".tar"))]
+    packed = [name for name in below if name.endswith(FILES)]
     words = list(dict.fromkeys(filter(store_split, map(_leading_word, packed))))
     return words if len(words) > 1 and looks_like_splits(words) else []
 
 
-def _below(path: Path) -> tuple[list[str], list[str]]:
+def _root(data: str) -> Path | str:
+    """Return the path of local data, or the URL of those in a bucket without a slash at its end."""
+    return data.rstrip("/") if is_bucket(data) else Path(data)
+
+
+def _below(path: Path | str) -> tuple[list[str], list[str]]:
     """Return the names right below a folder, and those of them that are folders."""
+    if isinstance(path, str):
+        names, folders = Bucket(path).below()
+        return [name for name in names if not is_hidden(name)], [name for name in folders if not is_hidden(name)]
     try:
         names = sorted(name for entry in path.iterdir() if not is_hidden(name := entry.name))
     except OSError as error:
@@ -200,10 +217,15 @@ def _leading_word(file: str) -> str:
 def _opened(data: str, split: str | None, rules: LabelRules | None) -> ImageSource:
     if data.startswith(HUB):
         return DatasetSource(load_hub(data.removeprefix(HUB), split or "train"), data, rules)
-    path = Path(data)
-    if path.is_dir():
+    path = _root(data)
+    if isinstance(path, str):
+        if not path.endswith(FILES):
+            return _opened_folder(path, split, rules)
+        url, _, name = path.rpartition("/")
+        path = ObjectFolder(url, name) / name
+    elif path.is_dir():
         return _opened_folder(path, split, rules)
-    if path.is_file() and path.suffix in (".parquet", ".tar"):
+    if isinstance(path, ObjectPath) or (path.is_file() and path.suffix in FILES):
         return ParquetSource([path], rules) if path.suffix == ".parquet" else TarSource([path], rules)
     if path.exists():
         raise ImageError(f"{data}: expected a folder, a .parquet or an uncompressed .tar file; unpack it")
@@ -212,33 +234,44 @@ def _opened(data: str, split: str | None, rules: LabelRules | None) -> ImageSour
     )
 
 
-def _opened_folder(path: Path, split: str | None, rules: LabelRules | None) -> ImageSource:
-    if is_arrow(path):
-        return DatasetSource(_arrow_split(path, split), str(path), rules)
-    if split is None and (splits := split_names(str(path))):
+def _opened_folder(root: Path | str, split: str | None, rules: LabelRules | None) -> ImageSource:
+    """Open a folder, or the URL of one in a bucket."""
+    if isinstance(root, Path) and is_arrow(root):
+        return DatasetSource(_arrow_split(root, split), str(root), rules)
+    if split is None and (splits := split_names(str(root))):
         raise ImageError(
-            f"{path}: has the splits {', '.join(splits)}, which are no classes: name the one to read "
+            f"{root}: has the splits {', '.join(splits)}, which are no classes: name the one to read "
             "(tokenize_images takes all of them with --splits)"
         )
-    below = find_split(_below(path)[1], split) if split else None
-    folder = path / (below or "")
-    with tqdm(desc=f"listing {folder}", unit="image", delay=2.0) as bar:
-        walked = walk(folder, bar.update)
-    if walked.files and split and folder == path:
-        raise ImageError(f"{path}: no folder {split!r} below it; check the split")
+    below = find_split(_below(root)[1], split) if split else None
+    folder, walked = _walked(root, below)
+    if walked.files and split and not below:
+        raise ImageError(f"{root}: no folder {split!r} below it; check the split")
     if walked.files or not walked.packed:
         return FolderSource(folder, walked, rules)
     for suffix, kind in ((".parquet", ParquetSource), (".tar", TarSource)):
-        if files := [folder / name for name in walked.packed if name.endswith(suffix)]:
-            source = kind(files if folder != path else _of_split(files, path, split), rules)
+        if names := [name for name in walked.packed if name.endswith(suffix)]:
+            chosen = names if below else _of_split(names, root, split)
+            source = kind([folder / name for name in chosen], rules)
             source.left_out.extend(walked.left_out)
             for name in walked.packed:
                 if not name.endswith(suffix):
                     source.left_out.add(f"packed file beside {suffix} files", name)
             return source
-    raise ImageError(
-        f"{path}: Arrow files without dataset_info.json, expected the whole folder that save_to_disk wrote"
-    )
+    raise ImageError(f"{root}: Arrow files, expected the whole local folder that save_to_disk wrote")
+
+
+def _walked(root: Path | str, below: str | None) -> tuple[Path | ObjectFolder, Walked]:
+    """List the folder `below` another one, or that itself."""
+    if isinstance(root, Path):
+        path = root / (below or "")
+        with tqdm(desc=f"listing {path}", unit="image", delay=2.0) as bar:
+            return path, walk(path, bar.update)
+    folder = ObjectFolder(f"{root}/{below}" if below else root)
+    walked = folder.walk()
+    if not {*IMAGES}.isdisjoint(walked.folders) and not {*MASKS}.isdisjoint(walked.folders):
+        raise ImageError(f"{folder}: images with masks are not read from buckets; copy them to a local folder")
+    return folder, walked
 
 
 def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
@@ -256,13 +289,14 @@ def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
     return opened[name]
 
 
-def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
-    chosen = [file for file in files if file.name.startswith(split or "")]
-    if not chosen and (word := find_split({_leading_word(file.name) for file in files}, split or "")):
-        chosen = [file for file in files if _leading_word(file.name) == word]
+def _of_split(files: list[str], folder: Path | str, split: str | None) -> list[str]:
+    own = {file: file.rpartition("/")[2] for file in files}
+    chosen = [file for file in files if own[file].startswith(split or "")]
+    if not chosen and (word := find_split(set(map(_leading_word, own.values())), split or "")):
+        chosen = [file for file in files if _leading_word(own[file]) == word]
     if not chosen:
         raise ImageError(
-            f"{folder}: no file whose name begins with {split!r}, it has {files[0].name}, ...; check the split"
+            f"{folder}: no file whose name begins with {split!r}, it has {own[files[0]]}, ...; check the split"
         )
     return chosen
 

@@ -15,6 +15,7 @@ from seitpp.errors import reason, refusing
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import LabelRules, Labels, RawLabel, resolve, unlabeled
+from seitpp.images.objects import ObjectPath, size_of
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "class", "cls", "class_name", "category", "target")
@@ -100,13 +101,13 @@ class ParquetSource:
     Parquet or lacks the columns of the first.
     """
 
-    def __init__(self, paths: Sequence[Path], rules: LabelRules | None):
+    def __init__(self, paths: Sequence[Path] | Sequence[ObjectPath], rules: LabelRules | None):
         self.left_out = LeftOut()
         schema = _open_parquet(paths[0]).schema_arrow
         with refusing(ImageError, f"{paths[0]}: cannot be read", "a table with columns that `datasets` knows"):
             features = datasets.Features.from_arrow_schema(schema)
         self.columns = choose_columns(features, rules, str(paths[0]))
-        self._groups: list[tuple[Path, int]] = []
+        self._groups: list[tuple[Path | ObjectPath, int]] = []
         rows, raw, paths_inside, self.names = [], [], [], []
         for path in paths:
             file = _open_parquet(path)
@@ -151,7 +152,7 @@ class ParquetSource:
                 self._held = number, table[self.columns.image].to_pylist()
         rows = self._held[1]
         image = rows[index - (self._ends[number] - len(rows))]
-        data = _data(image, self.names[index], folder=path.parent)
+        data = _data(image, self.names[index], beside=path)
         return Sample(data, self.names[index], self.labels.values[index])
 
 
@@ -211,10 +212,10 @@ def _labels_of(raw: list[RawLabel], names: Sequence[str], rules: LabelRules | No
     return resolve(raw or [None] * len(names), names, rules, origin=origin, class_names=columns.class_names)
 
 
-def _data(image: Any, name: str, *, folder: Path | None = None) -> bytes:
+def _data(image: Any, name: str, *, beside: Path | ObjectPath | None = None) -> bytes:
     """Return the bytes of an image cell: bytes, or {bytes, path} of which one is given.
 
-    With a `folder`, the path is relative to it, and a file outside is not read.
+    If it is in a file, the path is relative to its folder, and a file outside is not read, or none in a bucket.
     """
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if data is None and not path:
@@ -223,6 +224,9 @@ def _data(image: Any, name: str, *, folder: Path | None = None) -> bytes:
         return data
     if data is not None or not isinstance(path, str):
         raise ImageError(f"{name}: got a {type(data or path).__name__}, expected the bytes of an image, or a path")
+    if isinstance(beside, ObjectPath):
+        raise ImageError(f"{name}: got the path {path!r}, expected the bytes of an image; a bucket has no paths")
+    folder = beside and beside.parent
     file = Path(path) if folder is None else folder / path
     with refusing(ImageError, f"{path}: cannot be read", "the file of an image"):
         outside = folder is not None and not file.resolve().is_relative_to(folder.resolve())
@@ -231,9 +235,9 @@ def _data(image: Any, name: str, *, folder: Path | None = None) -> bytes:
         return file.read_bytes()
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _open_parquet(path: Path | ObjectPath) -> pq.ParquetFile:
     with refusing(ImageError, f"{path}: cannot be read as Parquet", "a whole file; copy it again"):
-        file, size = pq.ParquetFile(path), path.stat().st_size
+        file, size = pq.ParquetFile(path.open() if isinstance(path, ObjectPath) else path), size_of(path)
         groups = range(file.metadata.num_row_groups)
         if not 0 <= sum(file.metadata.row_group(group).num_rows for group in groups) <= size:
             raise ValueError(f"more rows than its {size:,} bytes")

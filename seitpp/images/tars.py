@@ -3,14 +3,19 @@
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from seitpp.errors import escaped, refusing
-from seitpp.files import BoundedFile, parse_json
+from seitpp.files import parse_json
 from seitpp.images.decode import ImageError, Sample
 from seitpp.images.inventory import LeftOut
 from seitpp.images.labels import LabelRules, Labels, RawLabel, as_number, resolve, unlabeled
+from seitpp.images.objects import ObjectPath, open_bounded, read_part, size_of
 from seitpp.images.walk import SUFFIXES, is_hidden
 
 BLOCK = 512
@@ -18,15 +23,22 @@ BLOCK = 512
 LABEL_FILES = ("cls", "label", "class", "target")
 JSON_KEYS = ("label", "labels", "cls", "class", "class_name", "category", "target")
 MAX_LABEL_BYTES = 1 << 20
+# Labels of so many bytes are read when their tar is listed, since it is read in sequence then.
+AT_ONCE = 1 << 14
+LISTED = 8  # tars that are listed at the same time
 
 
 class Member(NamedTuple):
-    """A file in a tar: its place in bytes, its name, and the last part of its name's suffix, in lower case."""
+    """A file in a tar: its place in bytes, its name, and the last part of its name's suffix, in lower case.
+
+    Of small files that can have labels, also the content.
+    """
 
     start: int
     size: int
     name: str
     suffix: str
+    content: bytes | None = None
 
 
 class TarSource:
@@ -38,14 +50,17 @@ class TarSource:
     is not clear which picture is meant.
     """
 
-    def __init__(self, paths: Sequence[Path], rules: LabelRules | None):
-        self._images: list[tuple[Path, Member]] = []
+    def __init__(self, paths: Sequence[Path] | Sequence[ObjectPath], rules: LabelRules | None):
+        self._images: list[tuple[Path | ObjectPath, Member]] = []
         self.left_out = LeftOut()
         raw: list[RawLabel] = []
-        for path in paths:
-            for image, label in _samples(path, rules, self.left_out):
-                self._images.append((path, image))
-                raw.append(label)
+        with ThreadPoolExecutor(LISTED) as pool:
+            listed = pool.map(partial(_samples, rules=rules), paths)
+            bar = tqdm(listed, "listing tars", total=len(paths), unit="tar", delay=2.0, disable=None)
+            for path, (samples, left_out) in zip(paths, bar, strict=True):
+                self._images += ((path, image) for image, _ in samples)
+                raw += (label for _, label in samples)
+                self.left_out.extend(left_out)
         if not self._images:
             raise ImageError(f"{paths[0]}: no images in {len(paths)} tar file(s); check the path")
         self.names = [f"{path.name}/{image.name}" for path, image in self._images]
@@ -69,11 +84,11 @@ class TarSource:
         return resolve(raw, self.names, rules, origin=origin)
 
 
-def _bytes(path: Path, member: Member) -> bytes:
+def _bytes(path: Path | ObjectPath, member: Member) -> bytes:
+    if member.content is not None:
+        return member.content
     try:
-        with path.open("rb") as file:
-            file.seek(member.start)
-            data = file.read(member.size)
+        data = read_part(path, member.start, member.size)
     except OSError as error:
         raise ImageError(f"{path}/{member.name}: cannot be read ({error.strerror})") from error
     if len(data) < member.size:
@@ -81,9 +96,10 @@ def _bytes(path: Path, member: Member) -> bytes:
     return data
 
 
-def _samples(path: Path, rules: LabelRules | None, left_out: LeftOut) -> list[tuple[Member, RawLabel]]:
-    """List the images of a tar with their labels, in the order of the tar."""
+def _samples(path: Path | ObjectPath, rules: LabelRules | None) -> tuple[list[tuple[Member, RawLabel]], LeftOut]:
+    """List the images of a tar with their labels, in the order of the tar, and what is left out."""
     groups: dict[str, list[Member]] = {}
+    left_out = LeftOut()
     for member in _members(path, left_out):
         folder, _, base = member.name.rpartition("/")
         groups.setdefault(f"{folder}/{base.partition('.')[0]}", []).append(member)
@@ -101,14 +117,14 @@ def _samples(path: Path, rules: LabelRules | None, left_out: LeftOut) -> list[tu
         for member in members:
             if f".{member.suffix}" not in SUFFIXES and not (images and member.suffix in (*LABEL_FILES, "json")):
                 left_out.add(f".{member.suffix} file" if images else "file without an image", member.name)
-    return samples
+    return samples, left_out
 
 
 def _extension(member: Member) -> str:
     return member.name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _chosen(path: Path, images: list[Member], parts: Counter[str], left_out: LeftOut) -> list[Member]:
+def _chosen(path: Path | ObjectPath, images: list[Member], parts: Counter[str], left_out: LeftOut) -> list[Member]:
     """Return the images of a sample: its only one, KEY.SUFFIX beside others, or all if their names have dots."""
     if len(images) < 2:
         return images
@@ -124,7 +140,7 @@ def _chosen(path: Path, images: list[Member], parts: Counter[str], left_out: Lef
     return images  # such as photo.v2.001.jpg and photo.v2.002.jpg, whose names just have dots
 
 
-def _label(path: Path, members: Iterable[Member], rules: LabelRules) -> RawLabel:
+def _label(path: Path | ObjectPath, members: Iterable[Member], rules: LabelRules) -> RawLabel:
     """Return the label of a sample from the first of its files that has one; None if there is none."""
     by_suffix = {member.suffix: member for member in members}
     if rules.key is None:
@@ -145,7 +161,7 @@ def _label(path: Path, members: Iterable[Member], rules: LabelRules) -> RawLabel
     return value
 
 
-def _text(path: Path, member: Member) -> str:
+def _text(path: Path | ObjectPath, member: Member) -> str:
     if member.size > MAX_LABEL_BYTES:
         raise ImageError(f"{path}/{member.name}: {member.size:,} bytes for a label; expected a number or a name")
     try:
@@ -159,13 +175,13 @@ def _word(text: str) -> RawLabel:
     return as_number(text) if text else None
 
 
-def _members(path: Path, left_out: LeftOut) -> list[Member]:
+def _members(path: Path | ObjectPath, left_out: LeftOut) -> list[Member]:
     """List the files of a tar from its headers. Raises ImageError if it is compressed, damaged or has no end."""
-    size, members, place = path.stat().st_size, [], -1
+    size, members, place = size_of(path), [], -1
     complaint = f"{path}: cannot be read as an uncompressed tar"
     with (
         refusing(ImageError, complaint, "a whole one; unpack or copy it again"),
-        BoundedFile(path) as file,
+        open_bounded(path) as file,
         tarfile.open(fileobj=file, mode="r:") as tar,
     ):
         for member in tar:
@@ -179,22 +195,20 @@ def _members(path: Path, left_out: LeftOut) -> list[Member]:
                 left_out.add("hidden", member.name)
             elif member.isfile() and not member.issparse():
                 suffix = base.rpartition(".")[2].lower()
-                members.append(Member(member.offset_data, member.size, member.name, suffix))
+                of_label = suffix in (*LABEL_FILES, "json") and member.size <= AT_ONCE
+                content = tar.extractfile(member).read() if of_label else None
+                members.append(Member(member.offset_data, member.size, member.name, suffix, content))
             elif not member.isdir():
                 left_out.add("link, device or sparse file in a tar", member.name)
         _check_end(path, tar.offset, size)
     return members
 
 
-def _check_end(path: Path, offset: int, size: int) -> None:
+def _check_end(path: Path | ObjectPath, offset: int, size: int) -> None:
     """Raise ImageError unless reading stopped at the block of zeros that ends a tar; tarfile does not."""
-    with path.open("rb") as file:
-        # tarfile has read the block, or the place where it should be.
-        for place in (offset, offset - BLOCK):
-            file.seek(max(place, 0))
-            block = file.read(BLOCK)
-            if block == bytes(BLOCK):
-                return
+    # tarfile has read the block, or the place where it should be.
+    if any(read_part(path, max(place, 0), BLOCK) == bytes(BLOCK) for place in (offset, offset - BLOCK)):
+        return
     where = "cut" if offset >= size else "damaged"
     raise ImageError(
         f"{path}: {where} at byte {min(offset, size):,}, where no file and no end mark is; copy it again"

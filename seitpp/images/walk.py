@@ -3,7 +3,7 @@
 # ruff: noqa: PTH116, PTH123, SIM905  # os.scandir gives strings, and a path for each file is not needed
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +130,27 @@ def _other(entry: os.DirEntry, name: str, suffix: str, walked: Walked) -> None:
             walked.files.append(name)
         else:
             walked.left_out.add(f"{suffix} file" if suffix else "no image by its content", name)
+
+
+def walk_names(names: Iterable[str]) -> Walked:
+    """Sort the relative paths of files as `walk` does, by their names alone."""
+    walked, folders = Walked(), set()
+    for name in sorted(names, key=lambda name: name.split("/")):
+        parts = name.split("/")
+        if any(map(is_hidden, parts)):
+            walked.left_out.add("hidden", name)
+            continue
+        folders.update(parts[:-1][:1])
+        dot = parts[-1].rfind(".")
+        suffix = parts[-1][dot:].lower() if dot > 0 else ""
+        if suffix in SUFFIXES:
+            walked.files.append(name)
+        elif suffix in PACKED:
+            walked.packed.append(name)
+        else:
+            walked.left_out.add(f"{suffix} file" if suffix else "no suffix of an image", name)
+    walked.folders = sorted(folders)
+    return walked
 
 
 def store_split(name: str) -> str | None:

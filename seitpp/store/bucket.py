@@ -6,21 +6,31 @@ Credentials and endpoints are those that the environment names, as for the tools
 (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ..).
 """
 
+import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from seitpp.files import naming, sha256, sync
-from seitpp.store import download, layout
+from seitpp.store import layout, ranges
 from seitpp.store.layout import StoreError
 
 SCHEMES = ("s3://", "gs://", "az://")
+PART = 2**23  # bytes of one request
 _user: int | None = None  # the process that used obstore first
+
+
+class Entry(NamedTuple):
+    """An object of a bucket: its number of bytes, and what its provider calls this content of it, if anything."""
+
+    size: int
+    tag: str | None
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -40,7 +50,7 @@ class Bucket:
     @cached_property
     def _store(self) -> Any:
         with self._asking(""):
-            return _obstore().store.from_url(self.url, retry_config=download.RETRIES)
+            return _obstore().store.from_url(self.url, retry_config=ranges.RETRIES)
 
     def read(self, name: str) -> bytes:
         """Return the content of a small object. Raises StoreError if there is none, or if it is larger."""
@@ -52,10 +62,40 @@ class Bucket:
                 )
             return bytes(found.bytes())
 
-    def sizes(self) -> dict[str, int]:
-        """Return the number of bytes of each object by its name."""
+    def entries(self) -> dict[str, Entry]:
+        """Return all objects by their names."""
         with self._asking(""):
-            return {one["path"]: one["size"] for batch in _obstore().list(self._store) for one in batch}
+            found = (one for batch in _obstore().list(self._store) for one in batch)
+            return {one["path"]: Entry(one["size"], one["e_tag"]) for one in found}
+
+    def entry(self, name: str) -> Entry:
+        """Return an object. Raises StoreError if there is none."""
+        with self._asking(name):
+            one = _obstore().head(self._store, name)
+            return Entry(one["size"], one["e_tag"])
+
+    def below(self) -> tuple[list[str], list[str]]:
+        """Return the names of what is right below, and those of them that are folders."""
+        with self._asking(""):
+            found = _obstore().list_with_delimiter(self._store)
+            files, folders = [one["path"] for one in found["objects"]], list(found["common_prefixes"])
+            return sorted({*files, *folders}), sorted(folders)
+
+    def part(self, name: str, places: range, tag: str | None = None) -> bytes:
+        """Return the bytes at some places of an object; also in a forked process, by a program of its own.
+
+        Raises StoreError if there is no such object, or if it does not have the `tag` any more.
+        """
+        if not places:
+            return b""
+        request = {"name": name, "start": places.start, "end": places.stop, "tag": tag}
+        if _is_forked():
+            return _reader().ask(self.url, request)
+        with self._asking(name):
+            try:
+                return ranges.read_range(self._store, **request)
+            except _obstore().exceptions.PreconditionError as error:
+                raise _refusal(f"{self.url}/{name}", CHANGED, "") from error
 
     def fetch(self, name: str, path: Path, entry: dict[str, Any]) -> None:
         """Download an object to the file `path`, in one step; what broke off before is continued.
@@ -86,15 +126,13 @@ class Bucket:
             _obstore().put(self._store, name, content)
 
     def _download(self, name: str, part: Path, size: int) -> None:
-        if not _is_forked():
-            with self._asking(name):
-                download.download(self._store, name, part, size=size)
-        else:
-            words = [sys.executable, download.__file__, self.url, name, part, str(size)]
-            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            if done.returncode:
-                where, text = f"{self.url}/{name}", done.stderr.strip()[-300:]
-                raise StoreError(f"{where}: {text}; check the URL, the endpoint and the network")
+        """Append to the file `part` what it lacks of an object of `size` bytes."""
+        with part.open("ab") as file:
+            if file.seek(0, 2) > size:
+                file.truncate(0)
+            while (start := file.seek(0, 2)) < size:
+                file.write(self.part(name, range(start, min(start + PART, size))))
+                file.flush()
         sync(part)
 
     @contextmanager
@@ -105,14 +143,8 @@ class Bucket:
             yield
         except StoreError:
             raise
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise StoreError(
-                    f"{where}: no such bucket; check its name, its region and the endpoint"
-                ) from error
-            raise MissingError(f"{where}: no such object; check the URL, or upload it again") from error
-        except _obstore().exceptions.BaseError as error:
-            raise _refusal(where, error) from error
+        except (FileNotFoundError, _obstore().exceptions.BaseError) as error:
+            raise _refusal(where, type(error).__name__, str(error)) from error
 
 
 class MissingError(StoreError):
@@ -123,10 +155,19 @@ class ExistsError(StoreError):
     """Raised for an object that another process has written."""
 
 
-def _refusal(where: str, error: Exception) -> StoreError:
-    """Return what a provider or a network refused, and what to do."""
-    exceptions, text = _obstore().exceptions, " ".join(str(error).partition("Debug source")[0].split())
-    if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
+CHANGED = "changed"  # the kind of an error that is none of obstore's
+
+
+def _refusal(where: str, kind: str, text: str) -> StoreError:
+    """Return what a provider or a network refused, by the name and the text of obstore's error, and what to do."""
+    text = " ".join(text.partition("Debug source")[0].split())
+    if "NoSuchBucket" in text:
+        return StoreError(f"{where}: no such bucket; check its name, its region and the endpoint")
+    if kind in ("FileNotFoundError", "NotFoundError"):
+        return MissingError(f"{where}: no such object; check the URL, or upload it again")
+    if kind == CHANGED:
+        return StoreError(f"{where}: changed during the run; start again")
+    if kind in ("AlreadyExistsError", "PreconditionError"):
         return ExistsError(
             f"{where}: written by another process meanwhile; nothing is overwritten, look what it is"
         )
@@ -135,9 +176,45 @@ def _refusal(where: str, error: Exception) -> StoreError:
             f"{where}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what your provider has "
             "for them), or for a public bucket AWS_SKIP_SIGNATURE=true"
         )
-    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return StoreError(f"{where}: refused to these credentials; check them, and the permissions of the bucket")
     return StoreError(f"{where}: {text[:300]}; check the URL, the endpoint and the network")
+
+
+class _Reader:
+    """The program that reads for a forked process."""
+
+    def __init__(self) -> None:
+        self.process_id, self._lock = os.getpid(), threading.Lock()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # In a session of its own, since Ctrl-C is for this process, with which it ends.
+        self._program = subprocess.Popen([sys.executable, ranges.__file__], start_new_session=True, **pipes)
+
+    def ask(self, url: str, request: dict[str, Any]) -> bytes:
+        """Return a part of an object as `Bucket.part` does."""
+        where, sent, answers = f"{url}/{request['name']}", self._program.stdin, self._program.stdout
+        with self._lock:
+            try:
+                sent.write(json.dumps([url, request]).encode() + b"\n")
+                sent.flush()
+                answer = json.loads(answers.readline())
+                data = answers.read(answer[0]) if len(answer) == 1 else b""
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{where}: the program that reads buckets has ended; start again") from error
+        if len(answer) == 1:
+            return data
+        kind, text = answer
+        raise _refusal(where, CHANGED if kind == "PreconditionError" else kind, text)
+
+
+_readers: list[_Reader] = []  # that of this process, or of the one that it was forked from
+
+
+def _reader() -> _Reader:
+    """Return the program that reads for this process, and start it first."""
+    if not _readers or _readers[0].process_id != os.getpid():
+        _readers[:] = [_Reader()]
+    return _readers[0]
 
 
 def _is_forked() -> bool:

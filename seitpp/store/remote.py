@@ -109,12 +109,13 @@ def push(store: str | os.PathLike[str], url: str) -> None:
     document = layout.read_document(root)
     layout.check_files(root, document["files"], document["files"], checksums=True)
     raw = (root / layout.DOCUMENT).read_bytes()
-    there = bucket.sizes()
+    there = bucket.entries()
     complete = layout.DOCUMENT in there
     if complete and bucket.read(layout.DOCUMENT) != raw:
         raise StoreError(f"{bucket.url}: another store is there and nothing is overwritten; choose another URL")
     for name in tqdm(document["files"], desc=bucket.url, unit="file", disable=None):
-        if not name.endswith(".arrow") or there.get(name) != document["files"][name]["bytes"]:
+        sent = name.endswith(".arrow") and name in there and there[name].size == document["files"][name]["bytes"]
+        if not sent:
             bucket.put(name, root / name)
     if not complete:
         bucket.create(layout.DOCUMENT, raw)

@@ -9,14 +9,13 @@ import mtm_pretrain
 import numpy as np
 import pytest
 from support import running
-from support.buckets import BUCKET, served
+from support.buckets import BUCKET, served, upload
 from support.running import call, refused, torchrun
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.data.digits import digits
 from seitpp.files import cache_root
 from seitpp.store import spec
-from seitpp.store.bucket import Bucket
 
 SHARD = 16
 
@@ -33,9 +32,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
             common = {"codebook": whole.codebook, "grid": whole.grid, "class_names": whole.class_names}
             with StoreWriter(path, split=split, tokenizer=whole.tokenizer, **common) as writer:
                 writer.add_batch(whole.ids(chosen), whole.labels[chosen])
-        for file in path.rglob("*"):
-            if file.is_file():
-                Bucket(url).put(file.relative_to(path).as_posix(), file)
+        upload(path, url)
         yield path, url
 
 

@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+
+from seitpp.store.bucket import Bucket
 
 BUCKET = "bucket"
 # What a proxy does with a request: None, 500, "cut" in the middle of the answer, or seconds of waiting.
@@ -28,6 +31,13 @@ def served(patch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy the files of a folder into a bucket."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            Bucket(url).put(path.relative_to(folder).as_posix(), path)
 
 
 def point_to(address: str, patch: pytest.MonkeyPatch) -> None:
