@@ -78,6 +78,8 @@ from seitpp.images.sources import ImageSource, hold_out, open_every_split, open_
 from seitpp.images.tables import DatasetSource
 from seitpp.recipe import run_recipe
 from seitpp.store import SplitStaging, layout
+from seitpp.store.bucket import is_bucket
+from seitpp.store.outgoing import BucketStaging, Target
 from seitpp.store.release import read_codebook
 from seitpp.tokenizers import Kind, Tokenizer, TokenizerError
 from seitpp.tokenizers.encoding import encode
@@ -89,7 +91,8 @@ from seitpp.tokenizers.fitting import fit_to_source
 class Config:
     """Settings of tokenization: the images, the tokenizer and the split of the store."""
 
-    data: str | None = None  # Folder, .parquet or .tar file, or hf://owner/name. None: the embedded digits.
+    # Folder, .parquet or .tar file, hf://owner/name or s3://bucket/folder. None: the embedded digits.
+    data: str | None = None
     set: SetName | None = None  # Name of the fine-grained data set in the folder --data. None: other images.
     source_split: str | None = None  # Split of --data to read. None: all of it.
     splits: bool = False  # Read every split of --data, and write each under its own name.
@@ -117,7 +120,7 @@ class Config:
     compact: bool = False  # Keep only the codes that the split train uses, code 0 the most frequent.
     # Keep only the codes of this file: a released codebook.ckpt, or the .safetensors codebook of a store.
     codebook: str | None = None
-    out: str | None = None  # Folder of the store; always needed.
+    out: str | None = None  # Folder of the store, or its URL in a bucket; always needed.
     split: str | None = None  # Split of the store that is written. None: train, and what is held out.
     # Short side in pixels, so that each image has its own grid. None: the tokenizer's size; with annotations 512.
     short_side: int | None = None
@@ -150,6 +153,7 @@ def main(config: Config) -> None:
     check_task(config)
     accelerator = Accelerator()
     peers.watch()
+    config, target = chosen_target(config, accelerator)
     parts = open_once(accelerator, partial(open_parts, config))
     check_crops(config, parts)
     for split, source in parts.items():
@@ -160,9 +164,25 @@ def main(config: Config) -> None:
         with ExitStack() as held:
             open_once(accelerator, partial(held.enter_context, sole_writer(Path(config.out), split, config.task)))
             first, of_split = split == next(iter(parts)), replace(config, split=split)
-            tokenize(parts[split], tokenizer, config=of_split, first=first, accelerator=accelerator)
+            common = {"first": first, "target": target, "accelerator": accelerator}
+            tokenize(parts[split], tokenizer, config=of_split, **common)
+    out = target.url if target else config.out
     if config.task is not None:
-        accelerator.print(f"task {config.task} of {config.tasks} has ended; after all: seitpp finish {config.out}")
+        accelerator.print(f"task {config.task} of {config.tasks} has ended; after all: seitpp finish {out}")
+    if target and accelerator.is_local_main_process:
+        target.clear()
+
+
+def chosen_target(config: Config, accelerator: Accelerator) -> tuple[Config, Target | None]:
+    """Return the settings with a local folder as --out, and what is written to a bucket if that is one."""
+    if not is_bucket(config.out):
+        return config, None
+    target = Target(config.out, config.task)
+    open_once(accelerator, target.receive)
+    if accelerator.is_local_main_process and not accelerator.is_main_process:  # of another machine
+        target.receive()
+    accelerator.wait_for_everyone()
+    return replace(config, out=str(target.path)), target
 
 
 def check_task(config: Config) -> None:
@@ -176,13 +196,21 @@ def check_task(config: Config) -> None:
 
 
 def tokenize(
-    source: ImageSource, tokenizer: Tokenizer, *, config: Config, first: bool, accelerator: Accelerator
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    *,
+    config: Config,
+    first: bool,
+    target: Target | None,
+    accelerator: Accelerator,
 ) -> None:
     """Write the split config.split of the store config.out. Every process must call it and writes its own shards.
 
-    `first` is whether a new store begins with this split, so that its images make the code table. Raises UserError
-    if the split exists already, or for an unreadable image unless --skip-errors is set.
+    `first` is whether a new store begins with this split, so that its images make the code table; `target` is what
+    is written to a bucket. Raises UserError if the split exists already, or for an unreadable image unless
+    --skip-errors is set.
     """
+    where = target.url if target else config.out
     tokenizer = choose_codes(tokenizer, config).to(accelerator.device).eval()
     counting = config.compact and not has_store(config)  # asked before any process can have created the store
     annotated = isinstance(source, AnnotatedSource)
@@ -197,22 +225,20 @@ def tokenize(
     ]
 
     # Finished shards of an earlier run, and the shards that this process writes.
-    staging = begin(source, tokenizer, config=config, grid=grid, columns=columns)
+    staging = begin(source, tokenizer, target, config=config, grid=grid, columns=columns)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     groups = range(len(staging.groups))[config.task or 0 :: config.tasks or 1]
     shards = {shard for group in groups for shard in staging.groups[group]}
-    todo = sorted(shards - staging.finished())
+    todo = sorted(shards - staging.finished(shards))
     if accelerator.is_main_process:
-        each = source.number if isinstance(source, Crops) else 1
-        save_plan(staging, tokenizer, inventory=inventory_of(source), crops=each, compact=counting)
-        if config.codebook or (config.compact and not counting):
-            tokenizer.save(beside(config.out, "tokenizer.safetensors"))
+        save_notes(staging, tokenizer, source=source, config=config, counting=counting)
     accelerator.wait_for_everyone()  # no process writes a shard before all processes have listed them
     mine = todo[rank::ranks]
     of_task = "" if config.task is None else f", {len(shards)} of this task"
     accelerator.print(
-        f"{config}\n{len(source):,} images in {staging.num_shards} shards{of_task}, {len(shards) - len(todo)} of "
-        f"them finished; grid {grid or 'of each image'}, K = {tokenizer.spec.num_codes}; {ranks} process(es)"
+        f"{replace(config, out=where)}\n{len(source):,} images in {staging.num_shards} shards{of_task}, "
+        f"{len(shards) - len(todo)} of them finished; grid {grid or 'of each image'}, "
+        f"K = {tokenizer.spec.num_codes}; {ranks} process(es)"
     )
 
     # Decode, tokenize and write, shard by shard; the loader decodes ahead, also across shards.
@@ -245,18 +271,24 @@ def tokenize(
     if accelerator.is_main_process and config.task is None:
         finish_split(staging)
         store = TokenStore(config.out, config.split, verify=False)
-        summarize(store, totals=totals, seconds=seconds, annotated=annotated)
+        summarize(store, where, totals=totals, seconds=seconds, annotated=annotated)
         if len(store) < len(source):
             print(f"skipped  {len(source) - len(store):10,} unreadable images of {len(source):,}, see {skipped}")
     accelerator.wait_for_everyone()
 
 
 def begin(
-    source: ImageSource, tokenizer: Tokenizer, *, config: Config, grid: tuple[int, int] | None, columns: list[str]
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    target: Target | None,
+    *,
+    config: Config,
+    grid: tuple[int, int] | None,
+    columns: list[str],
 ) -> SplitStaging:
     """Begin the split config.split, or go on with it. Raises StoreError if it was begun otherwise."""
-    return SplitStaging(
-        config.out,
+    write = partial(BucketStaging, target) if target else partial(SplitStaging, config.out)
+    return write(
         codebook=tokenizer.books.to_books(),
         grid=grid,
         layout=layout.SEQUENCE if tokenizer.spec.sequence else None,
@@ -269,6 +301,16 @@ def begin(
         multi_label=source.labels.multi_label,
         digest=partial(digest, source),
     )
+
+
+def save_notes(
+    staging: SplitStaging, tokenizer: Tokenizer, *, source: ImageSource, config: Config, counting: bool
+) -> None:
+    """Write what finishing needs, and beside the store the tokenizer with the codes that are kept if it is known."""
+    if config.codebook or (config.compact and not counting):
+        tokenizer.save(beside(config.out, "tokenizer.safetensors"))
+    each = source.number if isinstance(source, Crops) else 1
+    save_plan(staging, tokenizer, inventory=inventory_of(source), crops=each, compact=counting)
 
 
 def open_parts(config: Config) -> dict[str, ImageSource]:
@@ -507,7 +549,7 @@ def totals_of(kept: list[ImageRecord]) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 4).sum(axis=0)
 
 
-def summarize(store: TokenStore, *, totals: list[int], seconds: float, annotated: bool) -> None:
+def summarize(store: TokenStore, where: str, *, totals: list[int], seconds: float, annotated: bool) -> None:
     """Print the speed and the source sizes of this run over all processes, and the size of the whole split."""
     used = sum(int((digit > 0).sum()) for digit in store.digit_counts)
     done, *sizes = totals
@@ -518,7 +560,7 @@ def summarize(store: TokenStore, *, totals: list[int], seconds: float, annotated
         if annotated:
             print(f"labels   {annotation:10,.1f} bytes per image (PNG), {stored:,.1f} as stored")
     size = store.payload_bytes / len(store)
-    print(f"tokens   {size:10,.1f} bytes per image, {len(store):,} images in {store.path}")
+    print(f"tokens   {size:10,.1f} bytes per image, {len(store):,} images in {where}")
     print(f"codes    {used:10,} of {sum(store.books.sizes):,} used")
 
 

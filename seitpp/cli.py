@@ -17,8 +17,8 @@ from tqdm import tqdm
 from seitpp.codec import CODECS
 from seitpp.errors import UserError, fail, fail_by_system, flush_output, keeping_interrupts, prepare_text, suggest
 from seitpp.files import replace_file
-from seitpp.store import TokenStore, grow, hub, layout, release, remote
-from seitpp.store.bucket import is_bucket
+from seitpp.store import TokenStore, grow, hub, layout, outgoing, release, remote
+from seitpp.store.bucket import Bucket, is_bucket
 from seitpp.store.fingerprint import store_fingerprint
 from seitpp.store.labels import Label
 from seitpp.store.recode import recode as recode_store
@@ -121,7 +121,7 @@ def recode(store: Path, out: Path, codec: str) -> None:
     print(f"\non disk, with all tables: {_disk_bytes(store):,} bytes before, {_disk_bytes(out):,} after")
 
 
-def finish(store: Path) -> None:
+def finish(store: str) -> None:
     """Publish the splits that the tasks of tokenize_images --tasks have written, when all tasks have ended."""
     from seitpp.tokenizers import finishing
 
@@ -203,7 +203,7 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
     if is_bucket(repo_id):
         if private:
             raise CliError(f"--private is for the hub, {repo_id} is as private as its bucket: leave it out")
-        remote.push(folder, repo_id)
+        outgoing.send(folder.resolve(), repo_id)
         print(repo_id)
     elif (folder / layout.DOCUMENT).is_file():
         print(hub.push(folder, repo_id, private=private))
@@ -422,8 +422,12 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def _sizes(store: Path) -> str:
-    splits = layout.read_document(store)["splits"]
+def _sizes(store: str | Path) -> str:
+    if is_bucket(store):
+        document = layout.parse_document(Bucket(str(store)).read(layout.DOCUMENT), store)
+    else:
+        document = layout.read_document(Path(store))
+    splits = document["splits"]
     return ", ".join(f"{split} {entry['rows']:,} images" for split, entry in splits.items())
 
 
@@ -498,7 +502,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     command.add_argument("--augment", action="store_true", help=flipped)
     command.add_argument("--tokenadapt", metavar="RUN", help="also by this TokenAdapt")
     add(recode, store, out).add_argument("--codec", required=True, **codec)
-    add(finish, ("store", "folder of the store, as given to tokenize_images --out", {"type": Path}))
+    add(finish, ("store", "folder or URL of the store, as given to tokenize_images --out", {}))
     others = ("others", "folders of the stores to append", {"type": Path, "nargs": "+"})
     command = add(append, store, others)
     command.add_argument("--split", default="train", metavar="NAME", help="split to append to (default: train)")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from seitpp.errors import UserError
+from seitpp.store.bucket import is_bucket
 
 try:
     from datatrove.data import DocumentsPipeline
@@ -99,7 +100,7 @@ class FinishStore(PipelineStep):
     def __init__(self, store: str | os.PathLike[str]) -> None:
         """`store` is what --out of the tasks names."""
         super().__init__()
-        self.store = str(Path(store).absolute())
+        self.store = str(store) if is_bucket(store) else str(Path(store).absolute())
 
     def run(
         self, data: DocumentsPipeline | None = None, rank: int = 0, world_size: int = 1
@@ -110,7 +111,7 @@ class FinishStore(PipelineStep):
         if world_size != 1:
             raise TaskError(f"FinishStore: got {world_size} tasks, expected 1: give it an executor with tasks=1")
         with self.track_time("store"):
-            finishing.finish(Path(self.store))
+            finishing.finish(self.store)
         return data
 
 

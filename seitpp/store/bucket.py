@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,13 @@ class Bucket:
                 )
             return bytes(found.bytes())
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """Return the content of a small object, None if there is none."""
+        try:
+            return self.read(name)
+        except MissingError:
+            return None
+
     def entries(self) -> dict[str, Entry]:
         """Return all objects by their names."""
         with self._asking(""):
@@ -98,13 +105,13 @@ class Bucket:
                 raise _refusal(f"{self.url}/{name}", CHANGED, "") from error
 
     def fetch(self, name: str, path: Path, entry: dict[str, Any]) -> None:
-        """Download an object to the file `path`, in one step; what broke off before is continued.
+        """Copy an object to the file `path`, in one step; what broke off before is continued.
 
         Raises StoreError unless it has the size and the SHA-256 of `entry`: then nothing is left.
         """
         part = path.with_name(f".{path.name}.part")
         with naming(path):
-            self._download(name, part, entry["bytes"])
+            self._download(name, part, Entry(entry["bytes"], None))
             got = sha256(part)
             if got != entry["sha256"]:
                 part.unlink()
@@ -114,24 +121,44 @@ class Bucket:
                 )
             part.replace(path)
 
-    def create(self, name: str, content: bytes | Path) -> None:
-        """Upload bytes or a file as a new object. Raises ExistsError if there is one."""
-        with self._asking(name):
-            # Conditions are for objects that are sent at once.
-            _obstore().put(self._store, name, content, mode="create", use_multipart=False)
+    def copy(self, name: str, path: Path, entry: Entry) -> None:
+        """Copy an object as it was listed to the new file `path`. Raises StoreError if it is another one now."""
+        with naming(path):
+            self._download(name, path, entry)
+
+    def write(self, name: str, content: bytes, replacing: str | None = None) -> None:
+        """Upload a small object in one step, a new one or instead of the one with the tag `replacing`.
+
+        Raises ExistsError if another process has written another one meanwhile.
+        """
+        mode = {"e_tag": replacing} if replacing else "create"
+        try:
+            with self._asking(name):
+                # Conditions are for objects that are sent at once.
+                _obstore().put(self._store, name, content, mode=mode, use_multipart=False)
+        except ExistsError:
+            # Perhaps by this process, whose answer was lost on its way.
+            if self.read(name) != content:
+                raise
 
     def put(self, name: str, content: bytes | Path) -> None:
         """Upload bytes or a file as an object, in place of what there is."""
         with self._asking(name):
             _obstore().put(self._store, name, content)
 
-    def _download(self, name: str, part: Path, size: int) -> None:
-        """Append to the file `part` what it lacks of an object of `size` bytes."""
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects, if they are there."""
+        if several := sorted(names):
+            with self._asking(several[0]), suppress(FileNotFoundError):
+                _obstore().delete(self._store, several)
+
+    def _download(self, name: str, part: Path, entry: Entry) -> None:
+        """Append to the file `part` what it lacks of an object."""
         with part.open("ab") as file:
-            if file.seek(0, 2) > size:
+            if file.seek(0, 2) > entry.size:
                 file.truncate(0)
-            while (start := file.seek(0, 2)) < size:
-                file.write(self.part(name, range(start, min(start + PART, size))))
+            while (start := file.seek(0, 2)) < entry.size:
+                file.write(self.part(name, range(start, min(start + PART, entry.size)), entry.tag))
                 file.flush()
         sync(part)
 

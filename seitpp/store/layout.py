@@ -140,7 +140,11 @@ def read_document(root: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path}: {path.stat().st_size} bytes, expected at most {MAX_DOCUMENT_BYTES}; copy it again"
         )
-    raw = path.read_bytes()
+    return parse_document(path.read_bytes(), path)
+
+
+def parse_document(raw: bytes, path: object) -> dict[str, Any]:
+    """Return the content of tokens.json as `read_document` does; `path` is for the messages."""
     # Counted before they are made: "{}," is 3 bytes of JSON and 72 of memory.
     if (values := sum(map(raw.count, (b"[", b"{", b",")))) > MAX_VALUES:
         raise StoreError(f"{path}: {values} values, expected at most {MAX_VALUES}; copy it again")

@@ -99,28 +99,6 @@ class Remote(NamedTuple):
             used -= times[path].st_size
 
 
-def push(store: str | os.PathLike[str], url: str) -> None:
-    """Upload the folder of a store to the bucket `url`, tokens.json last: until then nobody takes it for a store.
-
-    Every file is verified first. An upload that broke off is continued: shards that are there with the same size
-    are not sent again. Raises StoreError if the store is damaged, or if another one is there.
-    """
-    root, bucket = Path(store).resolve(), Bucket(url)
-    document = layout.read_document(root)
-    layout.check_files(root, document["files"], document["files"], checksums=True)
-    raw = (root / layout.DOCUMENT).read_bytes()
-    there = bucket.entries()
-    complete = layout.DOCUMENT in there
-    if complete and bucket.read(layout.DOCUMENT) != raw:
-        raise StoreError(f"{bucket.url}: another store is there and nothing is overwritten; choose another URL")
-    for name in tqdm(document["files"], desc=bucket.url, unit="file", disable=None):
-        sent = name.endswith(".arrow") and name in there and there[name].size == document["files"][name]["bytes"]
-        if not sent:
-            bucket.put(name, root / name)
-    if not complete:
-        bucket.create(layout.DOCUMENT, raw)
-
-
 def pull(url: str, folder: str | os.PathLike[str]) -> Path:
     """Copy a whole store from a bucket into the new `folder`, verify every file, and return its path.
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,7 @@ class SplitStaging:
 
         Raises StoreError if none has.
         """
-        folder = staging_folder(Path(path).resolve(), split)
-        if not (folder / RECORD).is_file():
-            raise StoreError(f"{folder}: no such folder, nobody has begun the split {split!r} of {path}")
-        record = read_json(folder / RECORD, StoreError, "the record of a split; remove its folder to begin anew")
-        with refusing(StoreError, f"{folder}: damaged", "what a split was begun with; begin it anew"):
-            return cls(
-                path,
-                codebook=layouts.read_books(folder, record),
-                split=split,
-                **{name: record.get(name) for name in ("grid", "layout", "class_names", "tokenizer")},
-                **{name: record[name] for name in ("num_images", "codec", "columns", "multi_label")},
-            )
+        return cls(path, split=split, **recorded(staging_folder(Path(path).resolve(), split)))
 
     @property
     def num_shards(self) -> int:
@@ -129,13 +118,15 @@ class SplitStaging:
         """The shards of which each shard of the store consists, several if there are more than 1,024."""
         return self._spec.groups(self.num_shards)
 
-    def finished(self) -> set[int]:
-        """Return the shards that any process of this or an earlier run has written."""
+    def finished(self, among: Collection[int] | None = None) -> set[int]:
+        """Return the shards, or those `among` some, that any process of this or an earlier run has written."""
         if self.published:
-            return set(range(self.num_shards))
-        groups = self.groups
-        encoded = {shard for group in encoded_groups(self.folder) for shard in groups[group]}
-        return encoded | staged_shards(self.folder).keys()
+            found = set(range(self.num_shards))
+        else:
+            groups = self.groups
+            encoded = {shard for group in encoded_groups(self.folder) for shard in groups[group]}
+            found = encoded | staged_shards(self.folder).keys()
+        return found if among is None else found.intersection(among)
 
     def write(
         self,
@@ -185,6 +176,9 @@ class SplitStaging:
                 path.unlink()
                 _beside(path).unlink(missing_ok=True)
         return ready
+
+    def share(self) -> None:
+        """Let others see what is noted in the staging folder: on a disk, they do."""
 
     def check_finished(self) -> None:
         """Raise StoreError if shards are missing."""
@@ -236,7 +230,11 @@ class SplitStaging:
             if not self.published:
                 self._publish(processes, check_inventory(inventory))
             remove_folder(self.folder)
+        self._deliver()
         self._receipt.unlink(missing_ok=True)  # last, so that the same call tidies up whatever was left
+
+    def _deliver(self) -> None:
+        """Bring the store where it is to be: on a disk, it is there."""
 
     def _publish(self, processes: int, inventory: dict[str, Any] | None) -> None:
         if self._was_interrupted():
@@ -373,6 +371,22 @@ class SplitStaging:
 def staging_folder(store: Path, split: str) -> Path:
     """Return the folder in which a split of a store is made."""
     return store.parent / f".{store.name}-{split}.staging"
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return the arguments with which the split of a staging folder was begun.
+
+    Raises StoreError if none was, or if its record is damaged.
+    """
+    if not (folder / RECORD).is_file():
+        raise StoreError(f"{folder}: no such folder, nobody has begun this split")
+    record = read_json(folder / RECORD, StoreError, "the record of a split; remove its folder to begin anew")
+    with refusing(StoreError, f"{folder}: damaged", "what a split was begun with; begin it anew"):
+        return {
+            "codebook": layouts.read_books(folder, record),
+            **{name: record.get(name) for name in ("grid", "layout", "class_names", "tokenizer")},
+            **{name: record[name] for name in ("num_images", "codec", "columns", "multi_label")},
+        }
 
 
 def begun_splits(store: Path) -> list[str]:

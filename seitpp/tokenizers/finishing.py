@@ -10,12 +10,14 @@ import torch
 
 from seitpp.errors import UserError, refusing
 from seitpp.files import make_folder, owned, read_json, replace_json
-from seitpp.store import SplitStaging, TokenStore, layout
+from seitpp.store import SplitStaging, layout
+from seitpp.store.bucket import is_bucket
+from seitpp.store.outgoing import TOKENIZER, BucketStaging, Target
 from seitpp.store.staging import begun_splits, tidied
 from seitpp.tokenizers.base import Tokenizer, by_frequency
 from seitpp.tokenizers.loading import load
 
-PLAN, TOKENIZER = "plan.json", "tokenizer.safetensors"  # in the staging folder
+PLAN = "plan.json"  # in the staging folder, as TOKENIZER
 
 
 def save_plan(
@@ -31,6 +33,7 @@ def save_plan(
     if compact:
         tokenizer.save(staging.folder / TOKENIZER)
     replace_json(staging.folder / PLAN, {"inventory": inventory, "crops": crops, "compact": compact})
+    staging.share()
 
 
 def finish_split(staging: SplitStaging, processes: int = 1) -> None:
@@ -57,20 +60,39 @@ def finish_split(staging: SplitStaging, processes: int = 1) -> None:
     staging.publish(processes, inventory=inventory)
 
 
-def finish(store: Path) -> list[TokenStore]:
-    """Finish every split of a store that tasks have begun, and return them; none if nothing is left to do.
+def finish(store: str | os.PathLike[str]) -> list[str]:
+    """Finish every split of a store that tasks have begun, and return their names; none if nothing is left to do.
 
-    Raises UserError if a task is at work or another process finishes the split, and StoreError if shards are
-    missing: then the split is left as it is.
+    `store` is a folder, or a URL in a bucket. Raises UserError if a task is at work on this machine or another
+    process finishes the split, and StoreError if shards are missing: then the split is left as it is.
     """
-    begun = begun_splits(store.resolve())
-    if not begun and not (store / layout.DOCUMENT).exists():
-        raise UserError(f"{store}: no store, and no task has begun one; name the folder that tasks write (--out)")
+    if is_bucket(store):
+        return _finish_in_bucket(str(store))
+    path = Path(store)
+    begun = begun_splits(path.resolve())
+    if not begun and not (path / layout.DOCUMENT).exists():
+        raise _nothing_begun(store)
     for split in begun:
-        with sole_writer(store, split):
-            if not tidied(store, split):
-                finish_split(SplitStaging.begun(store, split), processes=_usable_cores())
-    return [TokenStore(store, split, verify=False) for split in begun]
+        with sole_writer(path, split):
+            if not tidied(path, split):
+                finish_split(SplitStaging.begun(path, split), processes=_usable_cores())
+    return begun
+
+
+def _finish_in_bucket(url: str) -> list[str]:
+    target = Target(url)
+    with sole_writer(target.path, "finish"):
+        begun = target.receive()
+        if not begun and not (target.path / layout.DOCUMENT).exists():
+            raise _nothing_begun(url)
+        for split in begun:
+            finish_split(BucketStaging.of_record(target, split), processes=_usable_cores())
+    target.clear()
+    return begun
+
+
+def _nothing_begun(store: str | os.PathLike[str]) -> UserError:
+    return UserError(f"{store}: no store, and no task has begun one; name the store that tasks write (--out)")
 
 
 def _usable_cores() -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenize_images
 from PIL import Image
+from support.buckets import BUCKET, served
 from support.faults import in_child
 from support.running import call, kill_when, refused
 
@@ -17,6 +18,8 @@ from seitpp.data.digits import digits
 from seitpp.files import owned
 from seitpp.recipe import run_recipe
 from seitpp.store import publish, spec, staging
+from seitpp.store.bucket import Bucket
+from seitpp.store.remote import pull
 
 IMAGES, SHARD = 120, 8  # of them 6 are held out, so that the split train has 15 staged shards
 
@@ -137,3 +140,67 @@ def test_what_cannot_be_a_task_is_refused_in_one_line(
             assert in_child(command, log) == 2, log.read_text()
             assert "which writes the same: wait until it ends" in log.read_text().splitlines()[-1]
             log.unlink()
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, served(patch) as address:
+        yield address
+
+
+def on_machine(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let commands run as on another machine: what they keep is in another folder, which is returned."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / name))
+    return root / name / "seitpp/outgoing"
+
+
+URL = f"s3://{BUCKET}/sets/tokens"
+
+
+def test_tasks_without_a_common_disk_write_the_same_into_a_bucket(
+    folder: Path, whole: dict[str, Path], server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    above = Bucket(f"s3://{BUCKET}/sets")
+    on_machine("first", tmp_path, monkeypatch)
+    words = line(folder, URL, "--task", 2, "--tasks", 4, "--workers", 1)
+    kill_when(lambda: any("/shard-" in name for name in above.entries()), "tokenize_images", *words, logs=tmp_path)
+    for number in (2, 3, 0):
+        kept = on_machine(f"machine-{number}", tmp_path, monkeypatch)
+        task(folder, URL, number)
+        assert not any(kept.iterdir()), "nothing needs to outlive the machine"
+    on_machine("finisher", tmp_path, monkeypatch)
+    refused_finish(monkeypatch, URL, capfd, "shards are not finished")
+    for number in (1, 1, 2):
+        on_machine("other", tmp_path, monkeypatch)
+        task(folder, URL, number)
+    names = [name.partition(".staging/")[2] for name in above.entries() if "-train.staging" in name]
+    assert any(name.startswith("encoded-") for name in names) and any(name.startswith("shard-") for name in names)
+    on_machine("finisher", tmp_path, monkeypatch)
+    finish(monkeypatch, URL)
+    assert "train 114 images, validation 6 images" in capfd.readouterr().out
+    assert contents(pull(URL, tmp_path / "pulled")) == contents(whole["all"])
+    assert {name.partition("/")[0] for name in above.entries()} == {"tokens"}
+    finish(monkeypatch, URL)
+    assert "nothing is left to finish" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("more", [(), ("--compact",)])
+def test_one_command_writes_into_a_bucket_what_it_writes_on_a_disk(
+    folder: Path, whole: dict[str, Path], server: str, tmp_path: Path, monkeypatch, more: tuple, capfd
+) -> None:
+    kept = on_machine("one", tmp_path, monkeypatch)
+    name = "compact" if more else "all"
+    if more:
+        for _ in ("train", "validation"):  # one split, then another one in a store that is there
+            for number in range(4):
+                task(folder, URL, number, *more)
+            finish(monkeypatch, URL)
+    else:
+        call(tokenize_images, *line(folder, URL))
+        assert f"images in {URL}" in capfd.readouterr().out
+    assert not any(kept.iterdir())
+    pulled = pull(URL, tmp_path / "pulled")
+    assert contents(pulled) == contents(whole[name])
+    if more:
+        tokenizer = Path(f"{whole[name]}-tokenizer.safetensors")
+        assert Bucket(f"s3://{BUCKET}/sets").read("tokens-tokenizer.safetensors") == tokenizer.read_bytes()

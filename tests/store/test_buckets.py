@@ -13,7 +13,7 @@ from support.buckets import BUCKET, failing, point_to, served, upload
 from support.faults import in_child
 
 from seitpp import StoreWriter, TokenStore
-from seitpp.store import StoreError, bucket, layout, ranges, remote, spec
+from seitpp.store import StoreError, bucket, layout, outgoing, ranges, remote, spec
 from seitpp.store.bucket import Bucket, ExistsError
 
 N, SHARD = 95, 10
@@ -200,7 +200,7 @@ def test_a_store_goes_up_and_comes_down(store: Path, server: str, tmp_path: Path
         point_to(address, monkeypatch)
         monkeypatch.setattr(ranges, "RETRIES", {"max_retries": 0})
         with pytest.raises(StoreError, match="500"):
-            remote.push(store, url)
+            outgoing.send(store, url)
     point_to(server, monkeypatch)
     with pytest.raises(StoreError, match=r"tokens\.json: no such object"):
         TokenStore(url, cache=tmp_path)
@@ -208,11 +208,11 @@ def test_a_store_goes_up_and_comes_down(store: Path, server: str, tmp_path: Path
     assert 0 < before < 20
     with failing(server, lambda method, path: None) as (address, seen):
         point_to(address, monkeypatch)
-        remote.push(store, url)
+        outgoing.send(store, url)
         shards = [line for line in seen if line.startswith("PUT") and ".arrow" in line]
         assert 10 < len(shards) < 20, "those of before are not sent again"
     point_to(server, monkeypatch)
-    remote.push(store, url)  # nothing is left to do
+    outgoing.send(store, url)  # nothing is left to do
     full = type("Usage", (), {"free": 0})
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: full)  # what is pulled is no cache
     down = remote.pull(url, tmp_path / "down")
@@ -225,6 +225,6 @@ def test_a_store_goes_up_and_comes_down(store: Path, server: str, tmp_path: Path
     with StoreWriter(tmp_path / "other", codebook=CODEBOOK, grid=(16, 16)) as writer:
         writer.add_batch(IDS[:5], [0] * 5)
     with pytest.raises(StoreError, match="another store is there"):
-        remote.push(tmp_path / "other", url)
+        outgoing.send(tmp_path / "other", url)
     with pytest.raises(ExistsError, match="nothing is overwritten"):  # of two at the same time
-        Bucket(url).create(layout.DOCUMENT, b"{}")
+        Bucket(url).write(layout.DOCUMENT, b"{}")

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import boto3
 import pytest
+import requests
 from moto.server import ThreadedMotoServer
 
 from seitpp.store.bucket import Bucket
 
 BUCKET = "bucket"
-# What a proxy does with a request: None, 500, "cut" in the middle of the answer, or seconds of waiting.
-Fault = int | str | float | None
+# What a proxy does with a request: None, 500, "cut" in the middle of the answer, seconds of waiting, or another
+# answer made of the real one.
+Fault = int | str | float | Callable[[bytes], bytes] | None
 
 
 @contextmanager
@@ -26,6 +28,9 @@ def served(patch: pytest.MonkeyPatch) -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     point_to(f"http://{host}:{port}", patch)
+    requests.post(
+        f"http://{host}:{port}/moto-api/reset", timeout=60
+    )  # servers of one process share what they have
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket=BUCKET)
     try:
         yield f"http://{host}:{port}"
@@ -74,6 +79,8 @@ def failing(address: str, fault: Callable[[str, str], Fault]) -> Iterator[tuple[
             upstream.request(self.command, self.path, body, dict(self.headers))
             answer = upstream.getresponse()
             content = answer.read()
+            if callable(what):
+                content = what(content)
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("content-length", "transfer-encoding", "connection"):
