@@ -306,7 +306,7 @@ def begin(
 def save_notes(
     staging: SplitStaging, tokenizer: Tokenizer, *, source: ImageSource, config: Config, counting: bool
 ) -> None:
-    """Write what finishing needs, and beside the store the tokenizer with the codes that are kept if it is known."""
+    """Write what finishing needs, and beside the store the tokenizer whose codes are chosen already."""
     if config.codebook or (config.compact and not counting):
         tokenizer.save(beside(config.out, "tokenizer.safetensors"))
     each = source.number if isinstance(source, Crops) else 1

@@ -6,16 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import mtm_pretrain
+import numpy as np
 import pytest
 import timm
 from safetensors.torch import load_file
 from support.running import digits_codebook, metrics
 
-from seitpp import TokenStore
+from seitpp import StoreWriter, TokenStore
 from seitpp.data.digits import digits
+from seitpp.engine.contents import content_fingerprint
 from seitpp.errors import UserError
 from seitpp.models import MTM, save_classifier, save_release
 from seitpp.models.weights.pretrained import save_pretrained
+from seitpp.store import grow
 
 SMOKE = replace(mtm_pretrain.PRESETS["smoke"], dropout=0.0)
 
@@ -43,6 +46,25 @@ def test_it_begins_with_those_weights_at_step_0(first: Path, tmp_path: Path) -> 
         assert same_weights(still / "model.safetensors", first / "model.safetensors")
         lines = metrics(still)
         assert lines[0]["step"] == 1 and lines[0]["loss"] == pytest.approx(metrics(first)[-1]["loss"], abs=0.02)
+
+
+def test_a_run_goes_on_on_a_store_that_has_grown(tmp_path: Path) -> None:
+    """The grown store is another one for --resume, and each run says which it was trained on."""
+    whole, path = TokenStore(digits().store, "train"), tmp_path / "tokens"
+    common = {"codebook": whole.codebook, "grid": whole.grid, "class_names": whole.class_names}
+    for store, images in ((path, range(512)), (tmp_path / "more", range(512, 768))):
+        with StoreWriter(store, tokenizer=whole.tokenizer, **common) as writer:
+            writer.add_batch(whole.ids(images), whole.labels[np.array(images)])
+    before = pretrain(tmp_path / "before", store=str(path))
+    grow.append(path, [tmp_path / "more"], split="train")
+    with pytest.raises(UserError, match="has the content"):
+        pretrain(before, store=str(path), resume=True)
+    still = {"base_lr": 0.0, "weight_decay": 0.0, "epochs": 1}
+    after = pretrain(tmp_path / "after", store=str(path), init_from=str(before), **still)
+    assert same_weights(after / "model.safetensors", before / "model.safetensors")
+    assert metrics(after)[0]["loss"] == pytest.approx(metrics(before)[-1]["loss"], abs=0.1)
+    states = [json.loads((run / "inputs.json").read_text())["store"] for run in (before, after)]
+    assert states[0] != states[1] == content_fingerprint(str(path))
 
 
 def test_an_official_checkpoint_is_taken(tmp_path: Path) -> None:

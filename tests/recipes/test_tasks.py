@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenize_images
 from PIL import Image
-from support.buckets import BUCKET, served
+from support.buckets import BUCKET, served, upload
 from support.faults import in_child
 from support.running import call, kill_when, refused
 
@@ -154,7 +154,7 @@ def on_machine(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root / name / "seitpp/outgoing"
 
 
-URL = f"s3://{BUCKET}/sets/tokens"
+URL, DATA = f"s3://{BUCKET}/sets/tokens", f"s3://{BUCKET}/photos"
 
 
 def test_tasks_without_a_common_disk_write_the_same_into_a_bucket(
@@ -189,14 +189,15 @@ def test_one_command_writes_into_a_bucket_what_it_writes_on_a_disk(
     folder: Path, whole: dict[str, Path], server: str, tmp_path: Path, monkeypatch, more: tuple, capfd
 ) -> None:
     kept = on_machine("one", tmp_path, monkeypatch)
+    upload(folder, DATA)
     name = "compact" if more else "all"
     if more:
         for _ in ("train", "validation"):  # one split, then another one in a store that is there
             for number in range(4):
                 task(folder, URL, number, *more)
             finish(monkeypatch, URL)
-    else:
-        call(tokenize_images, *line(folder, URL))
+    else:  # from the bucket, too
+        call(tokenize_images, *line(folder, URL, "--data", DATA, "--workers", 2))
         assert f"images in {URL}" in capfd.readouterr().out
     assert not any(kept.iterdir())
     pulled = pull(URL, tmp_path / "pulled")
