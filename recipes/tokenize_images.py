@@ -153,7 +153,20 @@ def main(config: Config) -> None:
     check_task(config)
     accelerator = Accelerator()
     peers.watch()
-    config, target = chosen_target(config, accelerator)
+    target = Target(config.out, config.task) if is_bucket(config.out) else None
+    with ExitStack() as held:
+        if target:
+            open_once(accelerator, partial(held.enter_context, target.opened()))
+            if accelerator.is_local_main_process and not accelerator.is_main_process:  # of another machine
+                held.enter_context(target.opened())
+            accelerator.wait_for_everyone()
+        write_splits(replace(config, out=str(target.path)) if target else config, target, accelerator)
+    if config.task is not None:
+        accelerator.print(f"task {config.task} of {config.tasks} has ended; after all: seitpp finish {config.out}")
+
+
+def write_splits(config: Config, target: Target | None, accelerator: Accelerator) -> None:
+    """Write the splits of the store in the folder config.out, which `target` brings into a bucket."""
     parts = open_once(accelerator, partial(open_parts, config))
     check_crops(config, parts)
     for split, source in parts.items():
@@ -166,23 +179,6 @@ def main(config: Config) -> None:
             first, of_split = split == next(iter(parts)), replace(config, split=split)
             common = {"first": first, "target": target, "accelerator": accelerator}
             tokenize(parts[split], tokenizer, config=of_split, **common)
-    out = target.url if target else config.out
-    if config.task is not None:
-        accelerator.print(f"task {config.task} of {config.tasks} has ended; after all: seitpp finish {out}")
-    if target and accelerator.is_local_main_process:
-        target.clear()
-
-
-def chosen_target(config: Config, accelerator: Accelerator) -> tuple[Config, Target | None]:
-    """Return the settings with a local folder as --out, and what is written to a bucket if that is one."""
-    if not is_bucket(config.out):
-        return config, None
-    target = Target(config.out, config.task)
-    open_once(accelerator, target.receive)
-    if accelerator.is_local_main_process and not accelerator.is_main_process:  # of another machine
-        target.receive()
-    accelerator.wait_for_everyone()
-    return replace(config, out=str(target.path)), target
 
 
 def check_task(config: Config) -> None:
@@ -425,7 +421,7 @@ def open_tokenizer(config: Config, source: ImageSource, accelerator: Accelerator
                 raise UserError(f"{config.out}: name the tokenizer of this store with --tokenizer")
             reading = Reading(config.resize, intensity=config.intensity)
             fit_to_source(source, reading=reading, skip_errors=config.skip_errors).save(path)
-    accelerator.print(f"tokenizer {path}, fitted to images of --data by this command or an earlier one")
+    accelerator.print(f"tokenizer {path.name}, fitted to images of --data by this command or an earlier one")
     return tokenizers.load(path)
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,17 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
-from seitpp.files import cache_root, empty_folder, make_folder, remove_file, remove_folder, replace_bytes, sha256
+from seitpp.errors import UserError
+from seitpp.files import (
+    cache_root,
+    empty_folder,
+    make_folder,
+    owned,
+    remove_file,
+    remove_folder,
+    replace_bytes,
+    sha256,
+)
 from seitpp.store import layout
 from seitpp.store.bucket import Bucket, ExistsError
 from seitpp.store.labels import Label
@@ -64,6 +75,21 @@ class Target:
         """Return the place of what is finished of a split."""
         return Bucket(f"{self.above.url}/{staging_folder(self.path, split).name}")
 
+    @contextmanager
+    def opened(self) -> Iterator[list[str]]:
+        """Hold the folder during a block and remove it then, unless the block fails; its errors name the URL.
+
+        Yields what `receive` returns. Raises UserError if another process of this machine holds it.
+        """
+        folder = self.path.parent
+        make_folder(folder.parent)
+        with owned(folder.with_suffix(".writer")):
+            try:
+                yield self.receive()
+            except UserError as error:
+                raise type(error)(str(error).replace(str(self.path), self.url)) from error
+            remove_folder(folder)
+
     def receive(self) -> list[str]:
         """Copy what the store says of itself, if there is one, and what was noted of the splits that are begun.
 
@@ -72,9 +98,7 @@ class Target:
         """
         if any(self.path.parent.glob(f".{self.path.name}-*.published")) and self.path.exists():
             self.deliver()
-        make_folder(self.path.parent)
-        # All that counts is in the bucket.
-        empty_folder(self.path.parent, but=[path.name for path in self.path.parent.glob(".*.writer")])
+        empty_folder(self.path.parent)  # all that counts is in the bucket
         raw = Bucket(self.url).read_if_there(layout.DOCUMENT)
         if raw is not None:
             make_folder(self.path)
@@ -99,10 +123,6 @@ class Target:
         names = [name for name in folders if name.startswith(start) and name.endswith(end)]
         splits = [name.removeprefix(start).removesuffix(end) for name in names]
         return sorted(filter(layout.SPLIT_NAME.fullmatch, splits), key=lambda split: (split != "train", split))
-
-    def clear(self) -> None:
-        """Remove the folder around the store."""
-        remove_folder(self.path.parent)
 
     def deliver(self) -> None:
         """Send the store in the folder and the files beside it, and remove what was kept of its splits."""

@@ -81,13 +81,11 @@ def finish(store: str | os.PathLike[str]) -> list[str]:
 
 def _finish_in_bucket(url: str) -> list[str]:
     target = Target(url)
-    with sole_writer(target.path, "finish"):
-        begun = target.receive()
+    with target.opened() as begun:
         if not begun and not (target.path / layout.DOCUMENT).exists():
             raise _nothing_begun(url)
         for split in begun:
             finish_split(BucketStaging.of_record(target, split), processes=_usable_cores())
-    target.clear()
     return begun
 
 
