@@ -55,7 +55,7 @@ EMOJI, CLIPART = "--data {pictures}/emoji", "--data {pictures}/clipart"
 SPLITS = "--split train --validation-split validation"
 SEIT = "digits --epochs 60 --crop-scale 0.3 1 --seed {seed} --store {emoji}"
 TUNE = "digits --epochs 40 --crop-scale 0.3 1 --seed {seed}"
-MTM = "digits --store {all} --epochs 60 --warmup-epochs 6 --seed {seed}"
+MTM = "digits --store {all} --epochs 60 --warmup-epochs 6 --crop-size 8 --crop-scale 0.3 1 --seed {seed}"
 CORRUPTED = "--suite corruptions --corruptions gaussian_noise gaussian_blur"
 FIT = f"photos {EMOJI} {SPLITS} --image-size 32 --patch 4 --fit-images 1547 --workers 0 --seed 0"
 
@@ -109,7 +109,7 @@ ROWS = [
         Row(f"{name}-{start}", "finetune", f"{TUNE} --checkpoint {{{start}}} {more}")
         for start in ("mtm", "mtm-adapt", "random")
         for name, more in (
-            ("few", "--store {emoji} --labels-per-class 10"),
+            ("few", "--store {emoji} --labels-per-class 10 --batch-size 64 --epochs 400 --warmup-epochs 20"),
             ("tuned", "--store {emoji}"),
             ("fine", "--store {kinds}"),
         )
