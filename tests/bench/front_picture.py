@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/bench/front_picture.py
     OMP_NUM_THREADS=1 python tests/bench/front_picture.py --epochs 1 --out picture.png
 
-The images are windows of 96 x 96 pixels of the two photographs of scikit-learn. Tokenizer and masked token model
-see the 966 that have no column of the held-out ones.
+The images are windows of 64 x 64 pixels of the two photographs of scikit-learn. Tokenizer and masked token model
+see the 1,242 that have no column of the held-out ones.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from seitpp.plots import paint_codes, reconstructions
 from seitpp.tokenizers import PatchKMeans
 
 ROOT = Path(__file__).parents[2]
-SIDE, PATCH, CODES = 96, 4, 512
+SIDE, PATCH, CODES = 64, 4, 512
 SHOWN = 1  # of the evenly spread images that `reconstructions` takes
 
 
@@ -72,26 +72,27 @@ def seitpp(*words: object) -> list[str]:
 
 def draw(rows: dict[str, Tensor], sizes: dict[str, float], out: Path) -> None:
     """Draw the pictures of one image side by side, and the sizes as bars."""
-    figure, axes = plt.subplots(1, len(rows) + 1, figsize=(12, 2.9), width_ratios=[1] * len(rows) + [1.5], dpi=100)
-    for axis, (title, picture) in zip(axes, rows.items(), strict=False):
+    figure = plt.figure(figsize=(12, 2.7), dpi=100)
+    for number, (title, picture) in enumerate(rows.items()):
+        axis = figure.add_axes((0.005 + 0.17 * number, 0.02, 0.16, 0.86))
         axis.imshow(picture.permute(1, 2, 0), interpolation="nearest")
         axis.set_title(title, fontsize=12)
         axis.set_axis_off()
-    bars = axes[-1].barh(list(sizes), list(sizes.values()), color=["#8a8f98"] * 3 + ["#c9a227"] + ["#2a7f62"] * 2)
-    axes[-1].bar_label(bars, [f"{size:,.0f}" for size in sizes.values()], padding=3, fontsize=10)
-    axes[-1].set_title("bytes an image", fontsize=12)
-    axes[-1].invert_yaxis()
-    axes[-1].set_xlim(0, 1.2 * max(sizes.values()))
-    axes[-1].set_xticks([])
-    axes[-1].spines[:].set_visible(False)
-    axes[-1].tick_params(length=0, labelsize=10)
-    figure.tight_layout()
+    axis = figure.add_axes((0.81, 0.02, 0.185, 0.86))
+    bars = axis.barh(list(sizes), list(sizes.values()), color=["#8a8f98"] * 3 + ["#c9a227"] + ["#2a7f62"] * 2)
+    axis.bar_label(bars, [f"{size:,.0f}" for size in sizes.values()], padding=3, fontsize=11)
+    axis.set_title("bytes an image", fontsize=12)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.35 * max(sizes.values()))
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelsize=11)
     figure.savefig(out, facecolor="white")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/picture.png")
     arguments = parser.parse_args()
     train, validation = windows("train"), windows("validation")
