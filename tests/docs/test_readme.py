@@ -52,10 +52,3 @@ def test_two_commands_from_a_folder_to_an_encoder(classes: bool, tmp_path: Path)
     result = json.loads((tmp_path / "runs/mtm_pretrain-auto/result.json").read_text())
     assert ("linear_probe_top1" in result) == classes and result["findings"]
     assert "findings:" in outputs[1] and "batch_size" in outputs[1]
-
-
-def test_links_and_recipes_exist() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / link).exists(), link
-    for recipe in re.findall(r"recipes/\w+\.py", README):
-        assert (ROOT / recipe).exists(), recipe
