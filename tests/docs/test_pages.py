@@ -1,4 +1,4 @@
-"""The links of the pages lead somewhere."""
+"""The links of the pages lead somewhere, and their Python runs."""
 
 import re
 from pathlib import Path
@@ -45,3 +45,14 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n```sh\n# no heading [x](no.md)\n```\n[a](#a-page) [b](#no-heading) [c](no.md)\n")
     assert broken_links(page) == ["#no-heading", "no.md"]
+
+
+def test_a_tokenizer_view_and_task_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), flags=re.DOTALL)
+    scope: dict = {}
+    exec("\n".join(blocks), scope)
+    assert scope["losses"][-1] < scope["losses"][0] / 5
+    assert "mean squared error" in capsys.readouterr().out
