@@ -1,4 +1,4 @@
-"""The links of the pages lead somewhere, and their Python runs."""
+"""The pages are all in the list of pages, their links lead somewhere, and their Python runs."""
 
 import re
 from pathlib import Path
@@ -32,6 +32,11 @@ def broken_links(page: Path) -> list[str]:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     return broken
+
+
+def test_every_page_is_in_the_list_once() -> None:
+    entries = re.findall(r"^- \[.+?\]\((.+?\.md)\): ", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
+    assert sorted(DOCS / entry for entry in entries) == [page for page in PAGES if page != DOCS / "index.md"]
 
 
 @pytest.mark.parametrize("page", [*OUTSIDE, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
