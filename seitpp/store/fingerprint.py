@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from seitpp.files import read_json
 from seitpp.store import layout
@@ -59,13 +58,15 @@ def _add(digest: Any, column: pa.Array) -> None:
 
     What lies in the buffers of a missing value, and where a buffer begins, is left to the writer.
     """
+    from pyarrow import compute  # here and in grow.py, since every command would wait for it
+
     digest.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     values = column.drop_null()
     if pa.types.is_list(column.type):
-        digest.update(_integers(pa.compute.list_value_length(values)))
+        digest.update(_integers(compute.list_value_length(values)))
         _add(digest, values.flatten())
     elif pa.types.is_binary(column.type) or pa.types.is_string(column.type):
-        digest.update(_integers(pa.compute.binary_length(values)))
+        digest.update(_integers(compute.binary_length(values)))
         for value in values:
             digest.update(value.as_buffer())
     elif pa.types.is_integer(column.type):

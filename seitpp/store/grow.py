@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from jaxtyping import Integer
 from tqdm import tqdm
 
@@ -279,6 +278,8 @@ def _writer(
 
 def _build_split(target: TokenStore, parts: Sequence[Part], built: Path) -> None:
     """Fill the folder `built` with the longer split, whose old shards are links, and the files that change."""
+    from pyarrow import compute
+
     spec = SplitSpec(
         target.path,
         **tokens_of(target),
@@ -300,7 +301,7 @@ def _build_split(target: TokenStore, parts: Sequence[Part], built: Path) -> None
         path = built / layout.shard_name(target.split, number, total)
         with naming(path), path.open("wb") as file:
             write_shard(file, batch)
-        size += pa.compute.sum(pa.compute.binary_length(batch.column("tokens"))).as_py()
+        size += compute.sum(compute.binary_length(batch.column("tokens"))).as_py()
     write_dataset_files(spec, built / target.split)
     stores = [target, *(part.store for part in parts)]
     entries = [layout.read_document(store.path)["splits"][target.split] for store in stores]

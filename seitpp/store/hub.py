@@ -5,10 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import huggingface_hub
-from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
-
 from seitpp.errors import UserError, os_message
 from seitpp.files import cache_root, naming, remove_folder, sync
 from seitpp.store import layout
@@ -53,6 +49,8 @@ def upload(
     `kind` is "dataset" or "model". The repository is created, `private` or not, if there is none; its other files
     that match the pattern `stale` are removed. Raises HubError if the hub refuses.
     """
+    from huggingface_hub import HfApi  # takes a while, and few commands need the hub
+
     api = HfApi()
     repository = _ask(repo_id, api.create_repo, repo_id, repo_type=kind, private=private, exist_ok=True)
     _ask(
@@ -75,6 +73,8 @@ def pull(repo_id: str, folder: str | os.PathLike[str] | None = None) -> Path:
     interrupted download is resumed. Raises HubError if the hub refuses or cannot be reached, or if `folder`
     exists; StoreError if the repository holds no store or a damaged one.
     """
+    from huggingface_hub.utils import validate_repo_id
+
     _ask(repo_id, validate_repo_id, repo_id)
     target = (Path(folder) if folder is not None else cache_folder(repo_id)).resolve()
     if target.exists() and folder is not None:
@@ -103,6 +103,8 @@ def _download(repo_id: str, staging: Path) -> None:
 
 
 def _fetch(repo_id: str, folder: Path, names: list[str]) -> None:
+    import huggingface_hub
+
     # local_dir: the files themselves instead of links into the cache of huggingface_hub.
     with naming(folder):
         _ask(

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Features, List, Value
 from jaxtyping import Float, Int32, Integer
 
 from seitpp import codec as codecs
@@ -19,6 +18,9 @@ from seitpp.files import locked
 from seitpp.store import layout as layouts
 from seitpp.store.layout import StoreError
 from seitpp.store.shards import ARROW_TYPES
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 # Upper limits of a staged shard: a process writes one at a time and loses at most this one when it is killed.
 SHARD_TOKENS = 2**22
@@ -111,8 +113,10 @@ class SplitSpec:
         kept.renumbering = Renumbering(self.books, new_ids, kept.books)
         return kept
 
-    def features(self) -> Features:
+    def features(self) -> "Features":
         """Return the columns of a shard as features of the `datasets` library."""
+        from datasets import ClassLabel, Features, List, Value  # takes a second, and reading does not need it
+
         one = ClassLabel(names=self.class_names) if self.class_names else Value("int64")
         label = List(one) if self.multi_label else one
         sides = {} if self.grid else {"height": Value("int32"), "width": Value("int32")}
