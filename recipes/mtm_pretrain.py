@@ -33,7 +33,7 @@ from seitpp.codebook import Codebook, codebook_fingerprint
 from seitpp.data.dataset import TokenDataset, order_of
 from seitpp.data.digits import digits, digits_images
 from seitpp.engine.accumulation import Sharing
-from seitpp.engine.auto import check_maskable, settle
+from seitpp.engine.auto import check_maskable, explain, settle
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.findings import findings
 from seitpp.engine.inputs import (
@@ -186,7 +186,8 @@ def main(config: Config) -> None:
         flops_per_image=step_flops(model, shape, mask_ratio.counts(patches, 0.5)),
         sharing=Sharing(step_on_zeros, (adapt,) if adapt else (), multiple=8),
     )
-    run.describe(describe_store(train, config), view, training, model=model)
+    chosen = explain(config, train)
+    run.describe(describe_store(train, config), view, training, model=model, chosen=chosen)
 
     # 6. Training, with evaluations of the current model.
     evaluation = Evaluation(

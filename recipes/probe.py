@@ -17,7 +17,7 @@ from pathlib import Path
 from seitpp.augment import EvalView
 from seitpp.data.dataset import TokenDataset
 from seitpp.engine.config import RunConfig
-from seitpp.engine.inputs import check_codebook, open_stores, store_facts
+from seitpp.engine.inputs import check_codebook, describe_store, open_stores, store_facts
 from seitpp.engine.probe import labeled_sets, probe
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
@@ -58,6 +58,7 @@ def main(config: Config) -> None:
         )
     images = labeled_sets(TokenDataset(train), TokenDataset(validation))
     run.start()
+    run.describe(describe_store(train, config), model=model.encoder)
 
     # 3. Probe, on the images that have a label.
     result = probe(

@@ -57,7 +57,9 @@ from seitpp import TokenStore, files, tokenizers
 from seitpp.augment import Crops, RandomBoxes
 from seitpp.data.digits import DigitsSource, digits
 from seitpp.engine import peers
+from seitpp.engine.config import Choice, settings_table
 from seitpp.engine.inputs import open_once
+from seitpp.engine.next_steps import block, next_steps
 from seitpp.engine.system import loader_workers
 from seitpp.errors import UserError, escaped
 from seitpp.images.annotated import (
@@ -167,6 +169,9 @@ def main(config: Config) -> None:
 
 def write_splits(config: Config, target: Target | None, accelerator: Accelerator) -> None:
     """Write the splits of the store in the folder config.out, which `target` brings into a bucket."""
+    where = target.url if target else config.out
+    workers = {"workers": Choice(loader_workers(None), "by the CPU cores")} if config.workers is None else {}
+    accelerator.print(settings_table(replace(config, out=where), workers))
     parts = open_once(accelerator, partial(open_parts, config))
     check_crops(config, parts)
     for split, source in parts.items():
@@ -179,6 +184,10 @@ def write_splits(config: Config, target: Target | None, accelerator: Accelerator
             first, of_split = split == next(iter(parts)), replace(config, split=split)
             common = {"first": first, "target": target, "accelerator": accelerator}
             tokenize(parts[split], tokenizer, config=of_split, **common)
+    if accelerator.is_main_process and config.task is None:
+        store = TokenStore(config.out, next(iter(parts)), verify=False)
+        known = {"classes": store.num_classes > 1, "annotated": "annotation" in store.columns}
+        print(block(next_steps("tokenize_images", config, where, result=known)))
 
 
 def check_task(config: Config) -> None:
@@ -232,7 +241,7 @@ def tokenize(
     mine = todo[rank::ranks]
     of_task = "" if config.task is None else f", {len(shards)} of this task"
     accelerator.print(
-        f"{replace(config, out=where)}\n{len(source):,} images in {staging.num_shards} shards{of_task}, "
+        f"split {config.split}: {len(source):,} images in {staging.num_shards} shards{of_task}, "
         f"{len(shards) - len(todo)} of them finished; grid {grid or 'of each image'}, "
         f"K = {tokenizer.spec.num_codes}; {ranks} process(es)"
     )

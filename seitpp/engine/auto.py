@@ -17,7 +17,7 @@ import torch
 
 from seitpp.augment.maps import Sides, both_sides
 from seitpp.data.dataset import fraction_of
-from seitpp.engine.config import Config
+from seitpp.engine.config import AUTO, Choice, Config
 from seitpp.engine.system import launched_processes, loader_workers
 from seitpp.errors import UserError
 from seitpp.models.vit import PATCH
@@ -67,29 +67,44 @@ class Facts(NamedTuple):
         return f"{self.images:,} training images, {tokens}, {kind}"
 
 
-class Choice(NamedTuple):
-    """The value of a setting and why it was chosen."""
-
-    value: Any
-    reason: str
-
-
 def settle(config: Config, named: Collection[str], train: TokenStore) -> Config:
-    """Fill in the settings of preset `auto` for the training images, and print each with its reason.
+    """Fill in the settings of preset `auto` for the training images; `explain` has the reason of each.
 
     The settings `named` on the command line stay. Raises UserError as `choose` does, or for a bad --fraction.
     """
-    facts = Facts(
+    chosen = choose(facts_of(config, train), {name: getattr(config, name) for name in named})
+    return replace(config, **{name: choice.value for name, choice in chosen.items()})
+
+
+def explain(config: Config, train: TokenStore) -> dict[str, Choice]:
+    """Return the settings of preset `auto` with their reasons, and the preset with what they were chosen for.
+
+    It is empty for other presets. A setting other than would be chosen here is the user's, or that of the run that
+    is resumed or repeated.
+    """
+    if config.preset != AUTO or config.store is None:
+        return {}
+    facts = facts_of(config, train)
+    values = {name: getattr(config, name) for name in RULES}
+    chosen = {"preset": Choice(AUTO, str(facts))}
+    for name, rule in RULES.items():
+        try:
+            choice = rule(facts, values)
+        except UserError:  # about a value that is not used
+            choice = None
+        chosen[name] = choice if choice and choice.value == values[name] else Choice(values[name], SAID)
+    return chosen
+
+
+def facts_of(config: Config, train: TokenStore) -> Facts:
+    """Return what the settings are chosen from. Raises UserError for a bad --fraction."""
+    return Facts(
         images=len(fraction_of(len(train), config.fraction, config.seed)),
         grid=train.grid,
         adapts=config.tokenadapt is not None,
         sequence=train.layout == SEQUENCE,
         **device_facts(),
     )
-    chosen = choose(facts, {name: getattr(config, name) for name in named})
-    if os.environ.get("RANK", "0") == "0":
-        print(table(facts, chosen))
-    return replace(config, **{name: choice.value for name, choice in chosen.items()})
 
 
 def device_facts() -> dict[str, Any]:
@@ -117,15 +132,6 @@ def choose(facts: Facts, said: Mapping[str, Any]) -> dict[str, Choice]:
         values = {name: choice.value for name, choice in chosen.items()}
         chosen[name] = Choice(said[name], SAID) if name in said else rule(facts, values)
     return chosen
-
-
-def table(facts: Facts, chosen: Mapping[str, Choice]) -> str:
-    """Format the choices, one per line: setting, value, reason."""
-    lines = []
-    for name, (value, reason) in chosen.items():
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        lines.append(f"{name:20} {text:14} {reason}")
-    return "\n".join([f"preset auto: {facts}", f"{'setting':20} {'value':14} why", *lines])
 
 
 def encoder(facts: Facts, _: Mapping) -> Choice:

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -39,6 +39,13 @@ AUTO = "auto"  # the preset whose settings are chosen for the store and the devi
 
 # Durations of a classifier's smoke preset: two epochs, with a checkpoint in the middle of each.
 SMOKE = {"epochs": 2, "warmup_epochs": 1, "checkpoint_epochs": 0.5, "evaluation_epochs": 1, "log_steps": 1}
+
+
+class Choice(NamedTuple):
+    """The value of a setting that was chosen for the user, and why."""
+
+    value: Any
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +121,26 @@ def parse(presets: Mapping[str, Config], default: str, arguments: list[str]) -> 
     if getattr(parsed, "skip_errors", False) and not parsed.data:
         raise ConfigError("--skip-errors is for images: name them with --data, or leave it out")
     return parsed
+
+
+def settings_table(config: object, chosen: Mapping[str, Choice]) -> str:
+    """Format the preset and the settings that are not at their default, one per line.
+
+    A setting that was `chosen` for the user is always there, with its reason.
+    """
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in chosen:
+            value, reason = chosen[field.name]
+            lines.append(f"{field.name:22} {_in_words(value):14} {reason}")
+        elif value != field.default or field.name == "preset":
+            lines.append(f"{field.name:22} {_in_words(value)}")
+    return "\n".join(lines)
+
+
+def _in_words(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def named_settings(arguments: Sequence[str]) -> set[str]:

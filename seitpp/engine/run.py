@@ -24,10 +24,11 @@ from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
 from seitpp.engine import checkpoint, peers
-from seitpp.engine.config import RunConfig
+from seitpp.engine.config import Choice, RunConfig, settings_table
 from seitpp.engine.distributed import ZeroLaunch, find_launch
 from seitpp.engine.folder import RESULT, RunError, change_lengths, choose_folder, enter_folder, planned_lengths
 from seitpp.engine.metrics import MetricsLog, Progress
+from seitpp.engine.next_steps import block, next_steps
 from seitpp.engine.optim import Schedule
 from seitpp.engine.precision import LossScaler, check_precision
 from seitpp.engine.system import check_installed, device_name, git_commit, loader_workers
@@ -165,9 +166,20 @@ class Run:
         """Print once on each machine."""
         self.accelerator.print(text)
 
-    def describe(self, *parts: object, model: nn.Module | None = None) -> None:
-        """Print the settings, one per line, then `parts` (data, view, training), model size and output folder."""
-        lines = [f"{name:22} {value}" for name, value in self.settings.items()]
+    def describe(
+        self, *parts: object, model: nn.Module | None = None, chosen: Mapping[str, Choice] | None = None
+    ) -> None:
+        """Print the settings, one per line, then `parts` (data, view, training), model size and output folder.
+
+        Settings at their default are left out, unless they were `chosen` for the user or are chosen by the run.
+        """
+        names = {field.name for field in fields(self.config)}
+        own = {}
+        if "workers" in names and self.config.workers is None:
+            own["workers"] = Choice(self.workers, "by the CPU cores")
+        if self.config.out is None:
+            own["out"] = Choice(self.out, "no --out was named")
+        lines = [settings_table(self.config, own | dict(chosen or {}))]
         lines += [str(part) for part in parts]
         if model is not None:
             trainable, frozen = (
@@ -190,10 +202,10 @@ class Run:
         return {SPEED: stored[SPEED]} if SPEED in stored else {}
 
     def finish(self, result: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
-        """Write result.json and release the folder.
+        """Write result.json, release the folder, and print where the figures are and what makes sense next.
 
-        It holds `result`, the training speed if there was training, facts about the `data`, and the origin of the
-        result: recipe, time, steps, processes, device, version and commit.
+        The file holds `result`, the training speed if there was training, facts about the `data`, and the origin
+        of the result: recipe, time, steps, processes, device, version and commit.
         """
         speed = self.progress.speed
         throughput = {SPEED: speed.images / speed.seconds} if speed and speed.images else self._recorded_speed()
@@ -212,3 +224,7 @@ class Run:
         if self.is_main:
             files.unlock(self._lock)
         self.accelerator.end_training()
+        if not self.config.dry_run:  # which keeps no files
+            self.print(f"figures in {self.out / RESULT}, after {origin['seconds']:,.0f} s")
+            if steps := next_steps(self.recipe, self.config, self.out, result=result):
+                self.print(block(steps))

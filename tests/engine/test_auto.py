@@ -12,8 +12,9 @@ import pytest
 from support.paths import ROOT
 
 from seitpp import StoreWriter
-from seitpp.engine.auto import SAID, Facts, check_maskable, choose, patches, table
-from seitpp.engine.config import named_settings, parse
+from seitpp.engine.auto import SAID, Facts, check_maskable, choose, explain, patches
+from seitpp.engine.config import Choice, named_settings, parse, settings_table
+from seitpp.engine.inputs import open_splits
 from seitpp.errors import UserError
 from seitpp.recipe import run_recipe
 
@@ -108,9 +109,7 @@ def test_the_user_has_the_last_word_and_the_rest_follows_from_it() -> None:
     chosen = choose(facts, said)
     assert {name for name, choice in chosen.items() if choice.reason == SAID} == set(said)
     assert chosen["decoder_width"].value == 512 and chosen["warmup_epochs"].value == 5.0
-    lines = table(facts, chosen).splitlines()
-    assert lines[0] == "preset auto: 5,000 training images, grid 32 x 32, a CPU"
-    assert "epochs               50             you said" in lines and len(lines) == len(chosen) + 2
+    assert str(facts) == "5,000 training images, grid 32 x 32, a CPU"
     assert all(len(choice.reason) > 5 for choice in chosen.values())
 
 
@@ -127,7 +126,7 @@ def test_auto_is_the_preset_where_a_store_is_named_and_nothing_else_is(tmp_path:
     assert named_settings(["smoke", "--no-compile", "--base-lr=1", "--out", "x"]) == {"compile", "base_lr", "out"}
 
 
-def test_a_resumed_run_and_config_repeat_what_was_chosen(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_resumed_run_and_config_repeat_what_was_chosen(tmp_path: Path, monkeypatch) -> None:
     ids = np.random.default_rng(0).integers(8, size=(400, 4, 4))
     with StoreWriter(tmp_path / "store", codebook=np.eye(8, dtype=np.float32), grid=(4, 4)) as writer:
         writer.add_batch(ids, np.zeros(400, int))
@@ -138,14 +137,18 @@ def test_a_resumed_run_and_config_repeat_what_was_chosen(tmp_path: Path, monkeyp
         run_recipe(configs.append, PRESETS, "digits", settle=mtm_pretrain.choose)
 
     call("--store", tmp_path / "store", "--out", out, "--epochs", 7)
-    assert "preset auto: 380 training images, grid 4 x 4" in capsys.readouterr().out
+    reasons = explain(configs[0], open_splits(tmp_path / "store", verify=False)[0])
+    assert reasons["preset"] == Choice("auto", "380 training images, grid 4 x 4, a CPU")
+    assert [name for name, choice in reasons.items() if choice.reason == SAID] == ["epochs"]
+    lines = settings_table(configs[0], reasons).splitlines()
+    assert "epochs                 7              you said" in lines
+    assert not any(line.startswith("trackers") for line in lines)  # at its default
     out.mkdir()
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(configs[0])))
     with StoreWriter(tmp_path / "large", codebook=np.eye(8, dtype=np.float32), grid=(4, 4)) as writer:
         writer.add_batch(np.tile(ids, (10, 1, 1)), np.zeros(4_000, int))
     call("--store", tmp_path / "large", "--out", out, "--resume")  # of other settings if it were new
     call("--config", out / "config.json", "--seed", 3)
-    assert "preset auto" not in capsys.readouterr().out
     first, resumed, repeated = configs
     assert (first.epochs, first.batch_size, first.preset) == (7, 64, "auto")
     assert resumed == dataclasses.replace(first, resume=True, store=str(tmp_path / "large"))

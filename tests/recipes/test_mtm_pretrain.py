@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -188,8 +189,12 @@ def test_a_store_of_own_images_is_all_that_must_be_named(
     store, out = own_images(tmp_path / "tokens", [None] * 100, grid), tmp_path / "run"
     call(monkeypatch, "--store", store, "--epochs", "2", "--out", out)
     printed, result = capsys.readouterr().out, json.loads((out / "result.json").read_text())
-    assert "preset auto: 95 training images" in printed
-    assert "\nepochs               2              you said\n" in printed
+    assert re.search(r"^preset +auto +95 training images", printed, re.MULTILINE)
+    assert "\nepochs                 2              you said\n" in printed
+    assert (
+        "\nmodel                  mtm_vit_nano   fewer than 10,000 images: the encoder of the digits\n" in printed
+    )
+    assert "\ntrackers " not in printed  # at its default
     assert json.loads((out / "config.json").read_text())["preset"] == "auto"
     held_out = "tokens has no split 'validation': every 20th image of its split 'train' is held out, 5 of 100"
     assert held_out in printed and result["data"]["validation"] == held_out
