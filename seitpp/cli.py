@@ -1,4 +1,4 @@
-"""Inspect, verify, recode, grow and convert token stores, and share stores and models on the Hugging Face hub."""
+"""Inspect, verify, recode, grow and convert token stores, share them and models on the hub, and test a machine."""
 
 import argparse
 import math
@@ -15,7 +15,16 @@ import numpy as np
 from tqdm import tqdm
 
 from seitpp.codec import CODECS
-from seitpp.errors import UserError, fail, fail_by_system, flush_output, keeping_interrupts, prepare_text, suggest
+from seitpp.errors import (
+    UserError,
+    fail,
+    fail_by_system,
+    flush_output,
+    keeping_interrupts,
+    prepare_text,
+    reason,
+    suggest,
+)
 from seitpp.files import replace_file
 from seitpp.store import TokenStore, grow, hub, layout, outgoing, release, remote
 from seitpp.store.bucket import Bucket, is_bucket
@@ -227,6 +236,20 @@ def pull(repo_id: str, folder: Path | None) -> None:
         print(f"already downloaded: remove {hub.cache_folder(repo_id)} to download it again")
     root = hub.pull(repo_id, folder)
     print(f"{root}: {_sizes(root)}")
+
+
+def doctor() -> None:
+    """Print versions, devices, cache and environment, and test the installation; exit status 1 if a test fails."""
+    try:
+        from seitpp.doctor import examine
+    except Exception as problem:  # builds of torch and torchvision that do not fit raise any
+        print(f"import: {reason(problem)}; reinstall both: pip install --force-reinstall torch torchvision")
+        well = False
+    else:
+        well = examine()
+    if not well:
+        flush_output()
+        sys.exit(1)
 
 
 def main() -> None:
@@ -528,4 +551,5 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     pushed = ("folder", "a store, or a folder that export-model wrote", {"type": Path})
     add(push, pushed, repo_id).add_argument("--private", action="store_true", help="make a new repository private")
     add(pull, repo_id, ("folder", "folder to create (default: in the user's cache)", {"type": Path, "nargs": "?"}))
+    add(doctor)
     return parser, dict(commands.choices)

@@ -489,11 +489,11 @@ def test_help_lists_every_command_and_the_docs_show_each(monkeypatch, capsys):
         text = capsys.readouterr().out
         for command in cli._parsers()[1]:
             assert re.search(rf"^ +{command}\b", text, flags=re.MULTILINE)
-            assert f"$ seitpp {command} " in (ROOT / "docs/cli.md").read_text()
+            assert f"$ seitpp {command}" in (ROOT / "docs/cli.md").read_text()
 
 
 def test_the_documented_commands_print_what_is_documented(tmp_path, monkeypatch, capsys):
-    """In the folder of the digits, all that needs no network and no run. Numbers and fingerprints may differ."""
+    """In the folder of the digits, all that needs no network and no run, and says nothing of a machine. Numbers and fingerprints may differ."""
     shutil.copytree(digits().store.parent, tmp_path / "digits")
     monkeypatch.chdir(tmp_path / "digits")
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs/cli.md").read_text(), flags=re.DOTALL)
@@ -502,7 +502,7 @@ def test_the_documented_commands_print_what_is_documented(tmp_path, monkeypatch,
     for example in examples:
         command, _, documented = example.partition("\n")
         words = shlex.split(command)
-        if words[0] != "seitpp" or words[1] in ("export-model", "push", "pull"):
+        if words[0] != "seitpp" or words[1] in ("export-model", "push", "pull", "doctor"):
             continue
         try:
             run(monkeypatch, *words[1:])

@@ -14,7 +14,7 @@ from seitpp.augment.maps import crop_resize
 
 GROUND = ["errors", "books", "files", "tensors", "codebook"]  # what every floor stands on
 ROOMS = ["codec", "store", "images", "tokenizers", "data", "augment", "models", "objectives", "engine"]
-TOP = ["fonts", "plots", "export", "recipe", "distributed", "cli"]
+TOP = ["fonts", "plots", "export", "recipe", "distributed", "doctor", "cli"]
 FLOORS = [*(f"seitpp.{name}" for name in (*GROUND, *ROOMS, *TOP)), "downstream", "recipes"]
 FILES = sorted(path for folder in ("seitpp", "downstream", "recipes") for path in (ROOT / folder).rglob("*.py"))
 # Whoever asks the package itself for a name asks for what it re-exports.
