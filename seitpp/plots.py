@@ -6,11 +6,14 @@ from functools import partial
 from math import log
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from seitpp import files, tokenizers
@@ -25,10 +28,10 @@ from seitpp.objectives import mask_plan
 from seitpp.store import TokenStore
 from seitpp.store.layout import entropy
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.colors import hsv_to_rgb, to_hex
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 PAINTED_PIXELS = 8  # side of a token whose code is drawn as a color
 GRAY = 0.5
@@ -182,7 +185,7 @@ def picture_grid(rows: Mapping[str, Sequence[Tensor]], path: Path, side: float =
     """
     columns = max(len(images) for images in rows.values())
     size = side * columns + 1.5, (side + 0.05) * len(rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    figure, axes = _subplots(len(rows), columns, figsize=size, squeeze=False)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, images, strict=True):
             shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
@@ -201,7 +204,7 @@ def loss_curve(records: Sequence[dict], counts: Sequence[np.ndarray], path: Path
     """
     steps, losses = (np.array([record[name] for record in records]) for name in ("step", "loss"))
     window = max(1, len(losses) // 50)
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=(7, 3.5))
     axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="every update")
     if len(losses) >= window:
         smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
@@ -224,7 +227,7 @@ def loss_by_ratio(records: Sequence[dict], path: Path) -> None:
     counts = np.bincount(bins)
     filled = counts > 0
     means = [np.bincount(bins, weights=values)[filled] / counts[filled] for values in (ratios, losses)]
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=(7, 3.5))
     axis.plot(ratios, losses, ".", color="C0", alpha=0.25, markersize=3, label="updates of the last third")
     axis.plot(*means, "o-", color="C0", label=f"mean in bins of {1 / RATIO_BINS:.2f}")
     axis.set(xlabel="mask ratio", ylabel="loss (nats per hidden token)")
@@ -238,7 +241,7 @@ def probe_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: 
 
     `evaluations` has the accuracies during training; `result` those before and after.
     """
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=(7, 3.5))
     for name, label in PROBES.items():
         points = {0: result[f"{name}_untrained"]} | {scores["step"]: scores[name] for scores in evaluations}
         points[steps] = result[name]
@@ -251,7 +254,7 @@ def probe_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: 
 
 def held_out_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: Path) -> None:
     """Plot the losses of training and held-out images during training, and of the `result` after `steps` steps."""
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=(7, 3.5))
     for name, label in HELD_OUT.items():
         points = {scores["step"]: scores[name] for scores in evaluations if name in scores} | {steps: result[name]}
         axis.plot(points.keys(), points.values(), "o-", label=label)
@@ -263,7 +266,7 @@ def held_out_curve(evaluations: Sequence[dict], result: dict, *, steps: int, pat
 
 def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
     """Plot each named value over the steps, one panel each; logarithmic if it spans more than a factor of 30."""
-    figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
+    figure, axes = _subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
     steps = [record["step"] for record in records]
     for axis, name in zip(axes[0], names, strict=True):
         values = [record[name] for record in records]
@@ -291,7 +294,7 @@ def confusion(found: Confusions, class_names: Sequence[str], path: Path) -> None
     shown = found.most_confused()
     texts, families = drawn_names([class_names[number] for number in shown], shown.tolist())
     side = 3.5 + 0.22 * len(shown)
-    figure, axis = plt.subplots(figsize=(side + 1, side))
+    figure, axis = _subplots(figsize=(side + 1, side))
     image = axis.imshow(found.fractions(shown), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axis.set(xlabel="predicted", ylabel="label")
     if len(shown) < found.num_classes:
@@ -310,7 +313,7 @@ def accuracy_matrix(accuracies: Sequence[Sequence[float]], path: Path) -> None:
     for row, known in zip(values, accuracies, strict=True):
         row[: len(known)] = known
     side = 2.2 + 0.55 * tasks
-    figure, axis = plt.subplots(figsize=(side + 1, side))
+    figure, axis = _subplots(figsize=(side + 1, side))
     image = axis.imshow(values, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
     for (after, task), value in np.ndenumerate(values):
         if not np.isnan(value):
@@ -332,7 +335,7 @@ def accuracy_over_memory(
     `lines` maps names to the accuracies of the runs with a memory of so many bytes: a point is their mean, a bar
     their standard deviation. `levels` maps names to the accuracies of runs without memory: horizontal lines.
     """
-    figure, axis = plt.subplots(figsize=(8.5, 4))
+    figure, axis = _subplots(figsize=(8.5, 4))
     for name, points in lines.items():
         sizes, values = zip(*sorted(points.items()), strict=True)
         bars = [np.std(runs, ddof=1) if len(runs) > 1 else 0.0 for runs in values]
@@ -353,7 +356,7 @@ def tradeoff(families: Mapping[str, Sequence[tuple[float, float, float, bool]]],
 
     The points of a family are (bytes, mean, standard deviation, whether it is on the front); the others are pale.
     """
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = _subplots(figsize=(8, 5))
     markers = "os^vD<>Ph*X"
     for number, (family, points) in enumerate(families.items()):
         look = {"color": f"C{number % 10}", "marker": markers[number % len(markers)]}
@@ -467,7 +470,16 @@ img {{ max-width: 100%; }}
     )
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _subplots(*rows_and_columns: int, **options: Any) -> tuple["Figure", Any]:
+    """Return a figure and its axes. To import pyplot takes half a second, which --help should not wait for."""
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(*rows_and_columns, **options)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     figure.tight_layout()
     files.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)

@@ -493,7 +493,7 @@ def test_help_lists_every_command_and_the_docs_show_each(monkeypatch, capsys):
 
 
 def test_the_documented_commands_print_what_is_documented(tmp_path, monkeypatch, capsys):
-    """In the folder of the digits, all that needs no network and no run, and says nothing of a machine. Numbers and fingerprints may differ."""
+    """In the folder of the digits, all that needs no network and no run. Numbers and fingerprints may differ."""
     shutil.copytree(digits().store.parent, tmp_path / "digits")
     monkeypatch.chdir(tmp_path / "digits")
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs/cli.md").read_text(), flags=re.DOTALL)

@@ -7,9 +7,8 @@ does not unpack or convert files on disk.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import datasets
 from tqdm import tqdm
 
 from seitpp.errors import escaped
@@ -27,10 +26,12 @@ from seitpp.images.labels import (
 )
 from seitpp.images.layouts import IMAGES, MASKS
 from seitpp.images.objects import ObjectFolder, ObjectPath
-from seitpp.images.tables import DatasetSource, ParquetSource, is_arrow, load_hub, open_arrow
 from seitpp.images.tars import TarSource
 from seitpp.images.walk import Walked, find_split, is_hidden, looks_like_splits, store_split, walk
 from seitpp.store.bucket import Bucket, is_bucket
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB = "hf://"
 FILES = (".parquet", ".tar")
@@ -148,6 +149,10 @@ def split_names(data: str) -> list[str]:
 
     The list is empty if it is one set of images.
     """
+    import datasets  # takes a second, as does the module tables, and runs on a store need neither
+
+    from seitpp.images.tables import is_arrow, open_arrow
+
     if data.startswith(HUB):
         return list(datasets.get_dataset_split_names(data.removeprefix(HUB)))
     path = _root(data)
@@ -215,6 +220,8 @@ def _leading_word(file: str) -> str:
 
 
 def _opened(data: str, split: str | None, rules: LabelRules | None) -> ImageSource:
+    from seitpp.images.tables import DatasetSource, ParquetSource, load_hub
+
     if data.startswith(HUB):
         return DatasetSource(load_hub(data.removeprefix(HUB), split or "train"), data, rules)
     path = _root(data)
@@ -236,6 +243,8 @@ def _opened(data: str, split: str | None, rules: LabelRules | None) -> ImageSour
 
 def _opened_folder(root: Path | str, split: str | None, rules: LabelRules | None) -> ImageSource:
     """Open a folder, or the URL of one in a bucket."""
+    from seitpp.images.tables import DatasetSource, ParquetSource, is_arrow
+
     if isinstance(root, Path) and is_arrow(root):
         return DatasetSource(_arrow_split(root, split), str(root), rules)
     if split is None and (splits := split_names(str(root))):
@@ -274,7 +283,11 @@ def _walked(root: Path | str, below: str | None) -> tuple[Path | ObjectFolder, W
     return folder, walked
 
 
-def _arrow_split(path: Path, split: str | None) -> datasets.Dataset:
+def _arrow_split(path: Path, split: str | None) -> "datasets.Dataset":
+    import datasets
+
+    from seitpp.images.tables import open_arrow
+
     opened = open_arrow(path)
     if isinstance(opened, datasets.Dataset):
         return opened
