@@ -40,6 +40,7 @@ from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.inputs import check_codebook, open_stores, store_facts
 from seitpp.engine.run import Run
+from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
 from seitpp.models import MTM, load_pretrained
 from seitpp.models.inpainting import decoding_plan, fill_iteratively, hidden_patches
@@ -195,7 +196,8 @@ def measure(fill: Callable[[Batch], Filled], *, store: TokenStore, count: int, r
     chosen = Subset(TokenDataset(store), spread(store, count))
     codes = [torch.zeros(size, device=run.device) for size in store.books.sizes]
     sums = torch.zeros(3, device=run.device)
-    for batch in evaluation_loader(chosen, BATCH_SIZE, rank=rank, ranks=ranks, workers=0):
+    loader = evaluation_loader(chosen, BATCH_SIZE, rank=rank, ranks=ranks, workers=0)
+    for batch in progress(loader, "filling"):
         filled = fill(batch)
         expected = of_hidden(filled.ids, filled.hidden)
         results = (filled.one_shot, filled.iterative)

@@ -53,6 +53,7 @@ from seitpp.engine.optim import adamw, warmup_cosine
 from seitpp.engine.ranges import parse_bytes
 from seitpp.engine.run import Run
 from seitpp.engine.system import launched_processes
+from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
 from seitpp.files import read_json
 from seitpp.images.batches import ImageDataset
@@ -307,7 +308,8 @@ def confidences(setup: Setup, model: nn.Module, row: Row) -> np.ndarray:
     """Return the probability that a network gives to the class of each picture of a row (N,) float64."""
     view, found = EvalPixelView().to(setup.run.device), []
     images = test_pictures(setup, Pack(row.folder))
-    for batch in evaluation_loader(images, 256, rank=0, ranks=1, workers=setup.run.workers):
+    loader = evaluation_loader(images, 256, rank=0, ranks=1, workers=setup.run.workers)
+    for batch in progress(loader, "scores"):
         batch = batch.to(setup.run.device)
         likely = model.eval()(view(batch.images)).float().softmax(dim=1)
         found.append(likely.gather(1, batch.labels.unsqueeze(1)).squeeze(1).cpu())
@@ -433,7 +435,7 @@ def updates(
     rates = {"steps": steps, "warmup": warmup, "peak": config.lr, "final": config.min_lr}
     one = {"rank": 0, "ranks": 1, "accumulation": 1, "workers": run.workers}
     loader = training_loader(images, order, range(steps), **one)
-    for step, batch in enumerate(tqdm(loader, desc=f"seed {seed}", leave=False)):
+    for step, batch in enumerate(tqdm(loader, desc=f"seed {seed}", total=steps, unit="step", leave=False)):
         batch = batch.to(run.device)
         keys = Keys(seed, step // order.steps_per_epoch, batch.indices)
         model.train()

@@ -54,6 +54,7 @@ from seitpp.engine.reconstruction import (
     token_accuracy,
 )
 from seitpp.engine.run import Run
+from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
 from seitpp.models import TokenAdapt
@@ -236,7 +237,8 @@ def judge(
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     operations = augmentations(config.crop_scale)
     sums = torch.zeros(len(operations), len(MEASURES), device=run.device)
-    for batch in evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=run.workers):
+    loader = evaluation_loader(validation, 64, rank=rank, ranks=ranks, workers=run.workers)
+    for batch in progress(loader, "augmentations"):
         for row, settings in zip(sums, operations.values(), strict=True):
             output = augmented(model, pair=pair, batch=batch.to(run.device), config=config, settings=settings)
             row += compare(output, pair.augmented).sum(dim=0)

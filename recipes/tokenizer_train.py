@@ -35,6 +35,7 @@ from seitpp.engine.inputs import image_facts, open_images, open_once, readable, 
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import quality
 from seitpp.engine.run import Run
+from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset
 from seitpp.images.decode import Reading
@@ -289,7 +290,8 @@ def judge(tokenizer: Tokenizer, held_out: ImageDataset, *, config: Config, run: 
     dataset, sizes = run.eval_subset(held_out), tokenizer.books.sizes
     counts = [torch.zeros(size, dtype=torch.long, device=run.device) for size in sizes]
     sums = torch.zeros(2, device=run.device)
-    for batch in evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=run.workers):
+    loader = evaluation_loader(dataset, 64, rank=rank, ranks=ranks, workers=run.workers)
+    for batch in progress(loader, "reconstructions"):
         images = batch.to(run.device).images.float() / 255
         ids = tokenizer.encode(images)
         for number, plane in enumerate(ids.unbind(dim=1) if len(sizes) > 1 else [ids]):

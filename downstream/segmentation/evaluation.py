@@ -11,6 +11,7 @@ from downstream.segmentation.data import WholeImage
 from downstream.segmentation.metric import SegmentationScore
 from seitpp.codebook import nearest
 from seitpp.data.dataset import evaluation_loader
+from seitpp.engine.waiting import progress
 
 
 def stride_of(window: int, stride: int | None) -> int:
@@ -35,7 +36,8 @@ def count_pixels(
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     score = SegmentationScore(class_names)
-    for image in evaluation_loader(dataset, 1, rank=rank, ranks=ranks, workers=workers):
+    loader = evaluation_loader(dataset, 1, rank=rank, ranks=ranks, workers=workers)
+    for image in progress(loader, "evaluating", "image"):
         image = image.to(accelerator.device)
         with accelerator.autocast():
             score.add(predict(image), image.labels)

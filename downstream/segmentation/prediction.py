@@ -19,6 +19,7 @@ from downstream.segmentation.model import SavedSegmenter, TokenSegmenter
 from downstream.segmentation.view import TokenAdaptMirror
 from seitpp import files, plots
 from seitpp.engine.inputs import check_codebook, open_tokenadapt
+from seitpp.engine.waiting import progress
 from seitpp.images.annotated import SHORT_SIDE
 from seitpp.images.decode import RGB, ImageError, Reading, Sample, decode_image, fit_short_side
 from seitpp.images.sources import ImageSource
@@ -145,7 +146,7 @@ def write_label_maps(
         files.replace_text(out / "classes.txt", "".join(f"{name}\n" for name in predictor.class_names))
         files.replace_file(out / "legend.png", partial(_draw_legend, predictor.class_names, palette))
     errors = []
-    for index in range(rank, len(pictures), ranks):
+    for index in progress(range(rank, len(pictures), ranks), "label maps", "picture"):
         try:
             sample = pictures.read(index)
             labels = predict_picture(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from seitpp.data.dataset import evaluation_loader
+from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
 
 RANKED = 5
@@ -241,7 +242,7 @@ def _evaluated(
     loader = evaluation_loader(dataset, batch_size, rank=rank, ranks=ranks, workers=workers)
 
     def batches() -> Iterator[tuple[Any, Tensor]]:
-        for batch in loader:
+        for batch in progress(loader, "evaluating"):
             batch = batch.to(accelerator.device)
             with accelerator.autocast():
                 logits = model(inputs(batch))

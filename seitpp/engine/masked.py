@@ -14,6 +14,7 @@ from seitpp.data.dataset import Chosen, evaluation_loader
 from seitpp.engine.evaluate import gather_in_order
 from seitpp.engine.probe import ProbeError, labeled_sets, probe
 from seitpp.engine.run import Run
+from seitpp.engine.waiting import progress
 from seitpp.models import MTM
 from seitpp.objectives import mask_plan
 
@@ -99,7 +100,7 @@ def masked_tokens(model: MTM, dataset: Dataset, *, view: nn.Module, seed: int, a
     rank, ranks = accelerator.process_index, accelerator.num_processes
     loader = evaluation_loader(dataset, BLOCK, rank=rank, ranks=ranks, workers=0)
     blocks = []
-    for batch in loader:
+    for batch in progress(loader, "hidden tokens"):
         batch = batch.to(device)
         ids = view(batch.ids)
         plan = mask_plan(Keys(seed, 0, batch.indices).uniform("evaluation", patches), patches // 2, patches // 2)

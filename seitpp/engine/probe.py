@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from seitpp.codebook import full_precision
 from seitpp.data.dataset import Chosen, evaluation_loader
 from seitpp.engine.evaluate import Score, gather_in_order, indices_of
+from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
 from seitpp.store import TokenStore
 
@@ -126,7 +127,8 @@ def extract_features(
     vectors = torch.empty(len(indices), 2 * encoder.num_features, dtype=torch.float16, device=device)
     labels = torch.empty_like(indices)
     rows = zip(vectors.split(BLOCK), labels.split(BLOCK), strict=True)
-    for block, (block_vectors, block_labels) in zip(loader, rows, strict=False):
+    shown = progress(loader, "features of the encoder")
+    for block, (block_vectors, block_labels) in zip(shown, rows, strict=False):
         block = block.to(device)
         block_labels.copy_(block.labels)
         for ids, out in zip(block.ids.split(ENCODED), block_vectors.split(ENCODED), strict=True):
@@ -146,7 +148,7 @@ def knn(bank: Features, queries: Features, *, num_classes: int, accelerator: Acc
     labels = gather_in_order(bank.labels, bank.indices, accelerator)
     rounds = accelerator.gather(torch.tensor([-(-len(queries.labels) // BLOCK)], device=labels.device)).max()
     correct = torch.zeros((), dtype=torch.long, device=labels.device)
-    for start in range(0, int(rounds) * BLOCK, BLOCK):
+    for start in progress(range(0, int(rounds) * BLOCK, BLOCK), "nearest neighbors"):
         own, expected = queries.vectors[start : start + BLOCK], queries.labels[start : start + BLOCK]
         gathered = accelerator.gather(accelerator.pad_across_processes(own))
         nearest = accelerator.gather(_nearest(gathered, bank).unsqueeze(0))  # (ranks, Q, 20)

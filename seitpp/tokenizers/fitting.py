@@ -25,7 +25,8 @@ def fit_to_source(source: ImageSource, *, reading: Reading, skip_errors: bool) -
     Raises ImageError for an unreadable image unless `skip_errors`, and TokenizerError if none can be read.
     """
     chosen = range(0, len(source), -(-len(source) // MOST_IMAGES))
-    sides = [min(size) for size in _each(source, chosen, image_size, skip_errors=skip_errors)]
+    opened = tqdm(chosen, desc="sizes of images", unit="image", delay=2.0, disable=None)
+    sides = [min(size) for size in _each(source, opened, image_size, skip_errors=skip_errors)]
     if not sides:
         raise TokenizerError(f"none of {len(chosen):,} images can be read to fit a tokenizer: check the images")
     median = np.median(sides)
