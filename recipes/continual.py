@@ -47,6 +47,7 @@ from seitpp.codebook import Codebook
 from seitpp.data.dataset import Batch, Chosen, TokenDataset, indices_within
 from seitpp.engine.config import TrainConfig
 from seitpp.engine.evaluate import predict
+from seitpp.engine.findings import learned
 from seitpp.engine.folder import RESULT
 from seitpp.engine.inputs import (
     image_facts,
@@ -56,6 +57,7 @@ from seitpp.engine.inputs import (
     train_subset,
 )
 from seitpp.engine.ranges import parse_bytes
+from seitpp.engine.report import Report, plot
 from seitpp.engine.run import Run
 from seitpp.errors import UserError, refusing
 from seitpp.images.batches import ImageDataset, Pixels
@@ -171,8 +173,6 @@ def main(config: Config) -> None:
     accuracies = run.on_main(lambda: accuracies_by_task([*run.evaluations.read(), last], order))
     result = figures(accuracies)
     run.print("\n".join(f"{name:18} {value:6.2f} %" for name, value in result.items() if value is not None))
-    if run.is_main:
-        plots.accuracy_matrix(accuracies, run.out / "matrix.png")
     held = labels[order.memory(training.step)]
     memory = {"memory_bytes": size, "bytes_per_image": data.image_bytes, "memory_images": capacity}
     by_task = {
@@ -181,6 +181,11 @@ def main(config: Config) -> None:
         "accuracies": accuracies,
     }
     run.finish({"input": config.input, "count": config.count, **memory, **result, **by_task}, data.facts)
+    if run.is_main:
+        plots.accuracy_matrix(accuracies, run.out / "matrix.png")
+        text = "Accuracy on each task, in percent, after each task."
+        shown = [plot(run.out / "matrix.png", "Accuracies", text)]
+        run.report(Report("Classes learned task by task", learned(result, len(tasks), capacity), shown))
 
 
 class Data(NamedTuple):
@@ -295,10 +300,14 @@ def draw(config: Config, run: Run) -> None:
         (one, first), (other, second) = [item for item in lengths.items() if item[0] > 1][:2]
         raise UserError(f"{first} has {one} tasks, {second} {other}: expected equal numbers; name other runs")
     run.start()
+    path = run.out / "memory.png"
     if run.is_main:
-        plots.accuracy_over_memory(lines, levels, run.out / "memory.png")
-    run.print(f"{len(config.figure)} runs in {run.out / 'memory.png'}")
+        plots.accuracy_over_memory(lines, levels, path)
+    run.print(f"{len(config.figure)} runs in {path}")
     run.finish({"lines": lines, "levels": levels})
+    if run.is_main:
+        shown = [plot(path, "Accuracies", "Average accuracy over the bytes of the memory, in percent.")]
+        run.report(Report(f"Continual learning, {len(config.figure)} runs compared", shown=shown))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from seitpp import files, plots
 from seitpp.engine.config import PictureConfig
 from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
 from seitpp.engine.probe import pooled
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError, escaped
 from seitpp.images.batches import DecodedImages
@@ -62,9 +63,14 @@ def main(config: PictureConfig) -> None:
     if run.is_main:
         parts = [run.out / part_name(rank) for rank in range(run.accelerator.num_processes)]
         join_parts(parts, run.out / "embeddings.parquet")
-        draw_nearest(run.out / "embeddings.parquet", pictures.images, run.out / "nearest.png")
+        rows = nearest(run.out / "embeddings.parquet", pictures.images)
+        plots.picture_grid(rows, run.out / "nearest.png")
         print(f"vectors in {run.out / 'embeddings.parquet'}, nearest neighbors in {run.out / 'nearest.png'}")
     finish(run, pictures.errors, len(source))
+    if run.is_main:
+        text = "Each column is a picture and those whose vectors are most like its own, the nearest first."
+        shown = [plots.shown_rows(rows, run.out / "nearest.png", "Nearest pictures", text=text)]
+        run.report(Report("Pictures, as vectors", shown=shown))
 
 
 @torch.no_grad()
@@ -116,23 +122,23 @@ def join_parts(parts: list[Path], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def draw_nearest(path: Path, images: DecodedImages, picture: Path) -> None:
-    """Draw evenly spaced pictures, each followed by those whose vectors are nearest to its own, nearest first."""
+def nearest(path: Path, images: DecodedImages) -> dict[str, list[Tensor]]:
+    """Return a row of evenly spaced pictures, then rows of those with the nearest vectors, nearest first."""
     table = pq.read_table(path)
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     queries = np.linspace(0, len(table) - 1, min(SHOWN, len(table))).round().astype(int)
     similar = vectors[queries] @ vectors.T
     similar[np.arange(len(queries)), queries] = np.inf  # the picture itself comes first
-    nearest = np.argsort(-similar, axis=1, kind="stable")[:, : NEIGHBORS + 1]
+    ranked = np.argsort(-similar, axis=1, kind="stable")[:, : NEIGHBORS + 1]
     whole = replace(images.reading, resize="pad")
     places = {escaped(name): index for index, name in enumerate(images.source.names)}
     names = table["name"].to_pylist()
     columns: dict[str, list[Tensor]] = {}
-    for rank in range(nearest.shape[1]):
-        shown = [images.source.read(places[names[index]]) for index in nearest[:, rank]]
+    for rank in range(ranked.shape[1]):
+        shown = [images.source.read(places[names[index]]) for index in ranked[:, rank]]
         pixels = [decode_image(sample, (SIDE, SIDE), reading=whole) for sample in shown]
         columns[f"nearest {rank}" if rank else "picture"] = [torch.from_numpy(image) / 255 for image in pixels]
-    plots.picture_grid(columns, picture)
+    return columns
 
 
 if __name__ == "__main__":

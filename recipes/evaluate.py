@@ -36,7 +36,9 @@ from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
 from seitpp.engine.confusion import Confusions
 from seitpp.engine.evaluate import ClassMap, Predictions, class_map, class_precisions, mean_of_known, predict
+from seitpp.engine.findings import classified
 from seitpp.engine.inputs import check_codes, embedded, open_once, readable, reading_of_run, require_labels
+from seitpp.engine.report import Report, Table, plot
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
@@ -117,8 +119,20 @@ def main(config: Config) -> None:
         found = Confusions.count(*pairs, len(names))
         write_tables(run.out, found, names)
     run.finish(result, {"images": images, "classes": len(names)})
-    if run.is_main and not data.multi_label:
-        plots.confusion(found, names, run.out / "confusion.png")
+    if run.is_main:
+        said = classified(result, images=images, classes=len(names))
+        if data.multi_label:
+            columns = ("class", "average precision (%)")
+            known = [None if isnan(value) else 100 * value for value in precisions.tolist()]
+            rows = list(zip(names, known, strict=True))
+            shown = []
+        else:
+            columns, rows = ("class", "images", "right (%)", "mostly taken for"), of_classes(found, names)
+            plots.confusion(found, names, run.out / "confusion.png")
+            shown = [
+                plot(run.out / "confusion.png", "Confusions", "How often images of a class are taken for each.")
+            ]
+        run.report(Report("Classifier, evaluated", said, shown, [Table("Classes", columns, rows)]))
 
 
 class Data(NamedTuple):
@@ -231,12 +245,20 @@ def check_labels(predictions: Predictions, classes: int, checkpoint: str) -> Non
         )
 
 
+def of_classes(found: Confusions, names: list[str]) -> list[tuple[str, int, float | None, str | None]]:
+    """Return for each class name, images, the percentage of right ones, and what most of the others are."""
+    columns = (column.tolist() for column in (found.images_of, found.correct_of, found.taken_for))
+    return [
+        (name, images, 100 * correct / images if images else None, names[taken] if taken >= 0 else None)
+        for name, images, correct, taken in zip(names, *columns, strict=True)
+    ]
+
+
 def write_tables(folder: Path, found: Confusions, names: list[str]) -> None:
     """Write per_class.csv, one line per class, and confusion.csv, one per pair of label and prediction."""
-    columns = (column.tolist() for column in (found.images_of, found.correct_of, found.taken_for))
     classes = [
-        [name, images, f"{100 * correct / images:.2f}" if images else "", names[taken] if taken >= 0 else ""]
-        for name, images, correct, taken in zip(names, *columns, strict=True)
+        [name, images, "" if percent is None else f"{percent:.2f}", taken or ""]
+        for name, images, percent, taken in of_classes(found, names)
     ]
     files.replace_csv(folder / "per_class.csv", ["class", "images", "top1", "mostly_taken_for"], classes)
     pairs = zip(found.labels.tolist(), found.predictions.tolist(), found.images.tolist(), strict=True)

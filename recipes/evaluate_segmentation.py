@@ -33,7 +33,9 @@ from downstream.segmentation.sources import mask_rules
 from seitpp import TokenStore, plots, tokenizers
 from seitpp.books import Books
 from seitpp.engine.config import RunConfig
+from seitpp.engine.findings import segmented
 from seitpp.engine.inputs import embedded, open_once, readable
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE, open_annotated
@@ -125,13 +127,11 @@ def main(config: Config) -> None:
     run.finish(result)
     if run.is_main:
         pictures = pictures_of(data, predict, num_classes=len(saved.class_names), device=run.device)
-        plots.write_segmentation_report(
-            run.out,
-            result=result,
-            class_names=saved.class_names,
-            per_class=score.per_class(),
-            pictures=pictures,
-        )
+        shown = [plots.segmented_pictures(run.out, pictures)]
+        classes = score.per_class()
+        said = segmented(result, saved.class_names, classes["IoU"])
+        table = plots.class_table(saved.class_names, classes)
+        run.report(Report("Segmentation of images, evaluated", said, shown, [table]))
 
 
 def pictures_of(

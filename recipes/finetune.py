@@ -47,6 +47,7 @@ from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, OrderedImages, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
 from seitpp.engine.evaluate import score_classifier
+from seitpp.engine.findings import classified
 from seitpp.engine.inputs import (
     ON_DIGITS,
     check_codes,
@@ -62,6 +63,7 @@ from seitpp.engine.inputs import (
 )
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS, Schedule
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.batches import ImageDataset, Pixels
@@ -290,8 +292,12 @@ def main(config: Config) -> None:
         save_classifier(run.out / "model.safetensors", model, **task.header, multi_label=multi_label)
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
         shown = {"names": ["loss", "accuracy", "lr"], "scores": list(result)}
-        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, task.facts)
+    if run.is_main:
+        drawn = plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
+        said = classified(result, images=len(eval_images), classes=model.num_classes)
+        begun = "fine-tuned" if config.checkpoint else "trained from random weights"
+        run.report(Report(f"Classifier, {begun}", said, drawn))
 
 
 class Task(NamedTuple):

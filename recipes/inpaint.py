@@ -38,7 +38,9 @@ from seitpp.augment import EvalView, Keys
 from seitpp.data.dataset import Batch, TokenDataset, evaluation_loader
 from seitpp.data.digits import digits
 from seitpp.engine.config import RunConfig
+from seitpp.engine.findings import inpainted
 from seitpp.engine.inputs import check_codebook, open_stores, store_facts
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
@@ -100,9 +102,13 @@ def main(config: Config) -> None:
     result = measure(fill, store=validation, count=config.measured, run=run)
     for name, value in result.items():
         run.print(f"{name:20} {value:8.3f}")
-    if run.is_main:
-        plots.picture_grid(picture_rows(shown, decode), run.out / "inpainting.png")
     run.finish(result, store_facts(train, validation, config))
+    if run.is_main:
+        rows, path = picture_rows(shown, decode), run.out / "inpainting.png"
+        plots.picture_grid(rows, path)
+        text = "The gray region is hidden from the model and filled by it, at once and in rounds."
+        filled = plots.shown_rows(rows, path, "Filled regions", text=text)
+        run.report(Report("Hidden regions, filled", inpainted(result, config.rounds), [filled]))
 
 
 def open_model(checkpoint: str, store: TokenStore) -> MTM:

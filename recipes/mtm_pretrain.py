@@ -52,6 +52,7 @@ from seitpp.engine.masked import Evaluation
 from seitpp.engine.memory import Trial
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import Schedule, adamw
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import MTM, TokenAdapt, load_pretrained
@@ -216,8 +217,9 @@ def main(config: Config) -> None:
     if run.is_main:
         save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(train.books))
         result["loss"] = run.log.read()[-1]["loss"]
-        write_report(run, model=model, validation=validation, grid=grid, result=result, said=said)
     run.finish(result | {"findings": said}, store_facts(train, validation, config))
+    if run.is_main:
+        write_report(run, model=model, validation=validation, grid=grid, result=result, said=said)
 
 
 def write_report(
@@ -231,16 +233,15 @@ def write_report(
     pictures = plots.reconstructions(
         model, validation, grid=grid, seed=config.seed, decode=decode, originals=originals
     )
-    plots.write_report(
+    shown = plots.pretraining_plots(
         run.out,
-        title="Masked token modeling",
         result=result,
         records=run.log.read(),
         evaluations=run.evaluations.read(),
         counts=validation.digit_counts,
-        findings=said,
         pictures=pictures,
     )
+    run.report(Report("Masked token model, pre-trained", said, shown))
 
 
 def tokenizer_beside(store: TokenStore) -> Path | None:

@@ -30,6 +30,7 @@ from seitpp import files
 from seitpp.engine.config import PictureConfig
 from seitpp.engine.inputs import reading_of_run
 from seitpp.engine.pictures import Pictures, finish, open_data, open_pictures
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.annotated import SHORT_SIDE
@@ -61,6 +62,9 @@ def main(config: PictureConfig) -> None:
 
     # 3. Predictions, each process for its part of the pictures.
     finish(run, write(), len(source))
+    if run.is_main:
+        written = "labels, one map a picture" if segments else "predictions.csv"
+        run.report(Report("Pictures, predicted", [f"The predictions are in {written}."]))
 
 
 def open_classifier(run: Run, source: ImageSource, tokenizer: Tokenizer | None) -> Callable[[], list[str]]:

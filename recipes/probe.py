@@ -17,8 +17,10 @@ from pathlib import Path
 from seitpp.augment import EvalView
 from seitpp.data.dataset import TokenDataset
 from seitpp.engine.config import RunConfig
+from seitpp.engine.findings import probed
 from seitpp.engine.inputs import check_codebook, describe_store, open_stores, store_facts
 from seitpp.engine.probe import labeled_sets, probe
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import load_mtm
@@ -73,6 +75,9 @@ def main(config: Config) -> None:
     for name, value in result.items():
         run.print(f"{name:20} {value:6.2f} % of {len(images[1]):,} images")
     run.finish(result, store_facts(train, validation, config))
+    if run.is_main:
+        said = probed(result, images=len(images[1]), classes=train.num_classes)
+        run.report(Report("Frozen encoder, probed", said))
 
 
 if __name__ == "__main__":

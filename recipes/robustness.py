@@ -56,7 +56,9 @@ from seitpp import plots
 from seitpp.data.dataset import Chosen
 from seitpp.engine.config import RunConfig
 from seitpp.engine.evaluate import ClassMap
+from seitpp.engine.findings import withstood
 from seitpp.engine.inputs import open_once
+from seitpp.engine.report import Report, Table
 from seitpp.engine.run import Run
 from seitpp.images.batches import ImageDataset
 from seitpp.images.sources import open_source
@@ -148,10 +150,28 @@ def main(config: Config) -> None:
 
     # 6. Results, and then a picture.
     run.finish(result)
-    if run.is_main and "corruptions" in config.suite and not config.imagenet_c:
+    if not run.is_main:
+        return
+    shown = []
+    if "corruptions" in config.suite and not config.imagenet_c:
         where = {"seed": config.seed, "device": run.device}
-        shown = corrupted_rows(clean, opened.evaluated.classifier, config.corruptions, **where)
-        plots.picture_grid(shown, run.out / "corrupted.png")
+        pictures = corrupted_rows(clean, opened.evaluated.classifier, config.corruptions, **where)
+        plots.picture_grid(pictures, run.out / "corrupted.png")
+        text = "The same images under each corruption."
+        shown.append(plots.shown_rows(pictures, run.out / "corrupted.png", "Corrupted images", text=text))
+    run.report(Report("Robustness of a classifier", withstood(result), shown, tables_of(result)))
+
+
+def tables_of(result: dict[str, Any]) -> list[Table]:
+    """Return the tables of corruptions and of attacks for the report, in percent."""
+    tables = []
+    if found := result.get("corruptions") or result.get("imagenet_c"):
+        rows = [[name, *(row["top1"] for row in values.values())] for name, values in found["table"].items()]
+        severities = [f"severity {number}" for number in next(iter(found["table"].values()))]
+        tables.append(Table("Accuracy under corruptions (%)", ("corruption", *severities), rows))
+    bounds = {bound: row for bound, row in result.get("attacks", {}).items() if bound != "images"}
+    rows = [[bound, name, value] for bound, row in bounds.items() for name, value in row["correct"].items()]
+    return [*tables, Table("Accuracy under attacks (%)", ("largest change", "attack", "right"), rows)]
 
 
 def check_settings(config: Config) -> None:

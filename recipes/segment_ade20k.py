@@ -19,6 +19,7 @@ predictions.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,20 @@ from seitpp.augment import ColorPreset, Keys
 from seitpp.codebook import codebook_fingerprint
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
+from seitpp.engine.findings import segmented
 from seitpp.engine.inputs import embedded, open_tokenadapt
 from seitpp.engine.memory import Trial
 from seitpp.engine.optim import Schedule, adamw
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.images.masks import Layout
 from seitpp.models import input_kind
 from seitpp.recipe import run_recipe
 from seitpp.tokenizers import Kind, Tokenizer
+
+if TYPE_CHECKING:  # needs the optional mmsegmentation
+    from downstream.segmentation.metric import SegmentationScore
 
 DEFAULTS = {"scenes": SCENES, "smoke": FEW_SCENES}  # data of a preset if neither --store nor --data is given
 
@@ -195,10 +201,20 @@ def main(config: Config) -> None:
         sizes = {"pixels_per_token": pixels_per_token, "short_side": source.short_side}
         save_segmenter(run.out / "model.safetensors", model, **facts, **sizes)
         score.write_csv(run.out / "per_class.csv")
-        evaluations = [*run.evaluations.read(), {"step": training.step, **score.summary()}]
-        shown = {"names": ["loss", "decode.acc_seg", "lr"], "scores": ["mIoU", "aAcc", "mAcc"]}
-        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(score.summary(), source.facts)
+    if run.is_main:
+        write_report(run, score, training.step)
+
+
+def write_report(run: Run, score: "SegmentationScore", step: int) -> None:
+    """Write report.html: what the `score` after `step` steps says, curves, and a table of the classes."""
+    evaluations = [*run.evaluations.read(), {"step": step, **score.summary()}]
+    shown = {"names": ["loss", "decode.acc_seg", "lr"], "scores": ["mIoU", "aAcc", "mAcc"]}
+    drawn = plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
+    classes = score.per_class()
+    said = segmented(score.summary(), score.class_names, classes["IoU"])
+    table = plots.class_table(score.class_names, classes)
+    run.report(Report("Segmenter of images, trained", said, drawn, [table]))
 
 
 def zeros_loss(source: Source, crop: int) -> Trial:

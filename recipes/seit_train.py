@@ -36,6 +36,7 @@ from seitpp.engine.accumulation import Sharing
 from seitpp.engine.classes import ClassBalance, balanced
 from seitpp.engine.config import SMOKE, TrainConfig
 from seitpp.engine.evaluate import score_classifier
+from seitpp.engine.findings import classified
 from seitpp.engine.inputs import (
     classifier_trial,
     describe_store,
@@ -48,6 +49,7 @@ from seitpp.engine.inputs import (
 )
 from seitpp.engine.metrics import count_flops
 from seitpp.engine.optim import OPTIMIZERS, Schedule
+from seitpp.engine.report import Report
 from seitpp.engine.run import Run
 from seitpp.errors import UserError
 from seitpp.models import TokenAdapt, save_classifier
@@ -231,8 +233,11 @@ def main(config: Config) -> None:
         evaluations = [*run.evaluations.read(), {"step": training.step, **result}]
         score = "mAP" if train.multi_label else "top1"
         shown = {"names": ["loss", "accuracy", "lr"], "scores": [score, f"{score}_ema"]}
-        plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
     run.finish(result, store_facts(train, validation, config))
+    if run.is_main:
+        drawn = plots.training_curves(run.out, records=run.log.read(), evaluations=evaluations, **shown)
+        said = classified(result, images=len(eval_images), classes=train.num_classes)
+        run.report(Report("Classifier of tokens, trained", said, drawn))
 
 
 def new_view(config: Config, *, codebook: Codebook, size: tuple[int, int], adapt: TokenAdapt | None) -> SeitView:

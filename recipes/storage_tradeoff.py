@@ -51,6 +51,7 @@ from seitpp.engine.evaluate import predict
 from seitpp.engine.inputs import open_classified
 from seitpp.engine.optim import adamw, warmup_cosine
 from seitpp.engine.ranges import parse_bytes
+from seitpp.engine.report import Report, Table, plot
 from seitpp.engine.run import Run
 from seitpp.engine.system import launched_processes
 from seitpp.engine.waiting import progress
@@ -184,6 +185,11 @@ def main(config: Config) -> None:
     run.print(f"the tokenizer, which counts for no row, has {tokenizer_bytes:,} bytes")
     result = {"rows": table, "budgets": within, "unmet": unmet, "tokenizer_bytes": tokenizer_bytes}
     run.finish(result, {"images": {"train": len(train), "test": len(test)}, "scores": scores_in_words(config)})
+    text = "Top-1 accuracy on test images over the bytes of the training set; a line is the front of a family."
+    shown = [plot(run.out / "tradeoff.png", "Accuracy over storage", text)]
+    lines = Table("All ways", list(table[0]), [list(entry.values()) for entry in table])
+    said = [f"Most accurate within {line}." for line in summary(table, within, unmet)]
+    run.report(Report("Ways to keep a training set, compared", said, shown, [lines]))
 
 
 class Setup(NamedTuple):

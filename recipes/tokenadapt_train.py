@@ -34,6 +34,7 @@ from seitpp.data.order import BatchOrder
 from seitpp.data.photographs import PhotographWindows
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
+from seitpp.engine.findings import augmented as in_words
 from seitpp.engine.inputs import (
     ON_DIGITS,
     embedded,
@@ -53,6 +54,7 @@ from seitpp.engine.reconstruction import (
     compare,
     token_accuracy,
 )
+from seitpp.engine.report import Report, plot
 from seitpp.engine.run import Run
 from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
@@ -199,10 +201,18 @@ def main(config: Config) -> None:
         save_pretrained(run.out / "model.safetensors", model, codebook_fingerprint(codebook.to_books()))
         if config.tokenizer is None:
             tokenizer.save(run.out / "tokenizer.safetensors")
-        plots.curves(run.log.read(), ["loss", "accuracy"], run.out / "losses.png")
-        rows = show(model, pair=pair, validation=validation, config=config, run=run)
-        plots.picture_grid(rows, run.out / "augmented.png")
     run.finish(result, image_facts(train, everything, validation))
+    if run.is_main:
+        losses, path = run.out / "losses.png", run.out / "augmented.png"
+        plots.curves(run.log.read(), ["loss", "accuracy"], losses)
+        rows = show(model, pair=pair, validation=validation, config=config, run=run)
+        plots.picture_grid(rows, path)
+        text = "The augmented image, its own tokens, and what two ways make of the tokens of the image."
+        shown = [
+            plots.shown_rows(rows, path, "Held-out images", text=text),
+            plot(losses, "Training", "Loss and accuracy of every update."),
+        ]
+        run.report(Report("TokenAdapt, trained", in_words(result, "together"), shown))
 
 
 def zeros_loss(images: int, device: torch.device, model: TokenAdapt, *tokenizers: Tokenizer) -> Tensor:

@@ -31,9 +31,11 @@ from seitpp.data.digits import DigitsSource
 from seitpp.data.order import BatchOrder
 from seitpp.engine.accumulation import Sharing
 from seitpp.engine.config import TrainConfig
+from seitpp.engine.findings import tokenized
 from seitpp.engine.inputs import image_facts, open_images, open_once, readable, train_subset
 from seitpp.engine.optim import Schedule, adamw
 from seitpp.engine.reconstruction import quality
+from seitpp.engine.report import Report, plot
 from seitpp.engine.run import Run
 from seitpp.engine.waiting import progress
 from seitpp.errors import UserError
@@ -158,9 +160,15 @@ def main(config: Config) -> None:
     # 4. Results: validation images, encoded and decoded.
     held_out = ImageDataset(validation, tokenizer.spec.image_size, reading=reading)
     result = judge(tokenizer, held_out, config=config, run=run)
-    if run.is_main:
-        plots.picture_grid(show(tokenizer, held_out, run.device), run.out / "reconstructions.png")
     run.finish(result, image_facts(images, train, validation))
+    if run.is_main:
+        rows, path = show(tokenizer, held_out, run.device), run.out / "reconstructions.png"
+        plots.picture_grid(rows, path)
+        shown = [plots.shown_rows(rows, path, "Held-out images", text="Before and after the way through tokens.")]
+        if (losses := run.out / "losses.png").exists():
+            shown.append(plot(losses, "Training", "The losses of every update, and the perplexity of the codes."))
+        title = "Tokenizer, trained" if config.kind == "vit_vqgan" else "Tokenizer, fitted"
+        run.report(Report(title, tokenized(result, sum(tokenizer.books.sizes)), shown))
 
 
 def check_settings(config: Config) -> None:

@@ -1,8 +1,8 @@
-"""Figures of a run: loss curves, reconstructions, and an HTML report that shows them."""
+"""Pictures of a run: loss curves, reconstructions, and the same for its report."""
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from math import log
 from pathlib import Path
 from statistics import mean
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from PIL import Image
 from torch import Tensor
 
 from seitpp import files, tokenizers
@@ -21,6 +22,7 @@ from seitpp.augment import EvalView, Keys
 from seitpp.books import Books
 from seitpp.codebook import Codebook
 from seitpp.engine.confusion import Confusions
+from seitpp.engine.report import DPI, Picture, Shown, Table, plot
 from seitpp.fonts import drawn_names
 from seitpp.models import MTM, MaskPlan
 from seitpp.models.masking import fill_hidden, hidden_tokens
@@ -33,12 +35,17 @@ if TYPE_CHECKING:
 
 matplotlib.use("Agg")
 
+PLOT = 5.2, 3.2  # inches of a plot: so narrow that its letters can be read on a phone
+PANEL = 1.9  # inches of height of one of several panels
 PAINTED_PIXELS = 8  # side of a token whose code is drawn as a color
 GRAY = 0.5
 IGNORED = 255  # label of pixels that are not evaluated
 GOLDEN_SECTION, FIRST_HUE = 0.618034, 0.58
 VERDICTS = ((0.88, 0.88, 0.88), (0.8, 0.1, 0.1), (0.0, 0.0, 0.0))  # colors of a correct, wrong, ignored pixel
 SEGMENTED_SIDE = 2.0  # inches of a segmented image
+SHOWN_PIXELS = 256  # the most on the longer side of an image in a report; smaller ones stay as they are
+CRISP_PIXELS = 96  # of the longer side of an image: up to here pixels are drawn as squares
+GAP = 0.04  # between the images of a row, of their width
 LOG_SPAN = 30  # ratio of the largest to the smallest value above which an axis is logarithmic
 LEVEL_STYLES = (":", "--", "-.", "-")  # of horizontal lines
 RATIO_BINS = 20  # bins of mask ratios from 0 to 1
@@ -59,12 +66,6 @@ REPORT = {
     "reconstructions.png": (
         "Validation images",
         "Gray tokens are hidden from the model; in the last row they are its most likely codes.",
-    ),
-}
-SEGMENTATION_REPORT = {
-    "pictures.png": (
-        "Images",
-        "Red pixels are wrong; black ones have no label. The colors of the classes are in the table below.",
     ),
 }
 
@@ -188,8 +189,7 @@ def picture_grid(rows: Mapping[str, Sequence[Tensor]], path: Path, side: float =
     figure, axes = _subplots(len(rows), columns, figsize=size, squeeze=False)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, images, strict=True):
-            shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-            axis.imshow(shown.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.imshow(_rgb(image).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
@@ -204,7 +204,7 @@ def loss_curve(records: Sequence[dict], counts: Sequence[np.ndarray], path: Path
     """
     steps, losses = (np.array([record[name] for record in records]) for name in ("step", "loss"))
     window = max(1, len(losses) // 50)
-    figure, axis = _subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=PLOT)
     axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="every update")
     if len(losses) >= window:
         smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
@@ -227,7 +227,7 @@ def loss_by_ratio(records: Sequence[dict], path: Path) -> None:
     counts = np.bincount(bins)
     filled = counts > 0
     means = [np.bincount(bins, weights=values)[filled] / counts[filled] for values in (ratios, losses)]
-    figure, axis = _subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=PLOT)
     axis.plot(ratios, losses, ".", color="C0", alpha=0.25, markersize=3, label="updates of the last third")
     axis.plot(*means, "o-", color="C0", label=f"mean in bins of {1 / RATIO_BINS:.2f}")
     axis.set(xlabel="mask ratio", ylabel="loss (nats per hidden token)")
@@ -241,7 +241,7 @@ def probe_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: 
 
     `evaluations` has the accuracies during training; `result` those before and after.
     """
-    figure, axis = _subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=PLOT)
     for name, label in PROBES.items():
         points = {0: result[f"{name}_untrained"]} | {scores["step"]: scores[name] for scores in evaluations}
         points[steps] = result[name]
@@ -254,7 +254,7 @@ def probe_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: 
 
 def held_out_curve(evaluations: Sequence[dict], result: dict, *, steps: int, path: Path) -> None:
     """Plot the losses of training and held-out images during training, and of the `result` after `steps` steps."""
-    figure, axis = _subplots(figsize=(7, 3.5))
+    figure, axis = _subplots(figsize=PLOT)
     for name, label in HELD_OUT.items():
         points = {scores["step"]: scores[name] for scores in evaluations if name in scores} | {steps: result[name]}
         axis.plot(points.keys(), points.values(), "o-", label=label)
@@ -265,24 +265,33 @@ def held_out_curve(evaluations: Sequence[dict], result: dict, *, steps: int, pat
 
 
 def curves(records: Sequence[dict], names: Sequence[str], path: Path) -> None:
-    """Plot each named value over the steps, one panel each; logarithmic if it spans more than a factor of 30."""
-    figure, axes = _subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
+    """Plot each named value over the steps, one below the other; logarithmic if it spans a factor above 30."""
+    size = PLOT[0], PANEL * len(names) + 0.4
+    figure, axes = _subplots(len(names), 1, figsize=size, squeeze=False, sharex=True)
     steps = [record["step"] for record in records]
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes[:, 0], names, strict=True):
         values = [record[name] for record in records]
         axis.plot(steps, values, color="C0", linewidth=0.8, marker="." if len(values) < 50 else None)
         wide = 0 < LOG_SPAN * min(values) < max(values)
-        axis.set(xlabel="step", title=name, yscale="log" if wide else "linear")
+        axis.set(title=name, yscale="log" if wide else "linear")
         axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("step")
     _save(figure, path)
 
 
 def training_curves(
     out: Path, *, records: Sequence[dict], names: Sequence[str], evaluations: Sequence[dict], scores: Sequence[str]
-) -> None:
-    """Plot `names` of every update to curves.png, and `scores` of every evaluation to validation.png."""
+) -> list[Shown]:
+    """Plot `names` of every update to curves.png, and `scores` of every evaluation to validation.png.
+
+    Both are returned for a report.
+    """
     curves(records, names, out / "curves.png")
     curves(evaluations, scores, out / "validation.png")
+    return [
+        plot(out / "curves.png", "Training", f"Of every update: {', '.join(names)}."),
+        plot(out / "validation.png", "Held-out images", f"Of every evaluation: {', '.join(scores)}, in percent."),
+    ]
 
 
 def confusion(found: Confusions, class_names: Sequence[str], path: Path) -> None:
@@ -335,7 +344,7 @@ def accuracy_over_memory(
     `lines` maps names to the accuracies of the runs with a memory of so many bytes: a point is their mean, a bar
     their standard deviation. `levels` maps names to the accuracies of runs without memory: horizontal lines.
     """
-    figure, axis = _subplots(figsize=(8.5, 4))
+    figure, axis = _subplots(figsize=(PLOT[0], 4.2))
     for name, points in lines.items():
         sizes, values = zip(*sorted(points.items()), strict=True)
         bars = [np.std(runs, ddof=1) if len(runs) > 1 else 0.0 for runs in values]
@@ -346,7 +355,7 @@ def accuracy_over_memory(
     axis.minorticks_off()
     axis.set_xticks(sorted({size for points in lines.values() for size in points}))
     axis.xaxis.set_major_formatter(EngFormatter("B"))
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -356,7 +365,7 @@ def tradeoff(families: Mapping[str, Sequence[tuple[float, float, float, bool]]],
 
     The points of a family are (bytes, mean, standard deviation, whether it is on the front); the others are pale.
     """
-    figure, axis = _subplots(figsize=(8, 5))
+    figure, axis = _subplots(figsize=(PLOT[0], 6))
     markers = "os^vD<>Ph*X"
     for number, (family, points) in enumerate(families.items()):
         look = {"color": f"C{number % 10}", "marker": markers[number % len(markers)]}
@@ -379,22 +388,53 @@ def tradeoff(families: Mapping[str, Sequence[tuple[float, float, float, bool]]],
     axis.set(xlabel="size of the stored training set", ylabel="top-1 accuracy (%)")
     axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.14), ncols=2, fontsize=9)
     _save(figure, path)
 
 
-def write_report(
+def shown_rows(rows: Mapping[str, Sequence[Tensor]], path: Path, heading: str, *, text: str) -> Shown:
+    """Return the rows of `picture_grid` for a report: each row of images is a picture of its own."""
+    pictures = []
+    for name, images in rows.items():
+        number = f"{len(images)} images" if len(images) > 1 else "1 image"
+        side = max(max(image.shape[1:]) for image in images)
+        alt, crisp = f"{name}: {number} side by side", side <= CRISP_PIXELS
+        pictures.append(Picture(_side_by_side(images), alt, name, crisp=crisp))
+    return Shown(heading, text, pictures, path.name)
+
+
+def _side_by_side(images: Sequence[Tensor]) -> bytes:
+    """Return images (C, height, width) in [0, 1] in one row as a PNG, each in a transparent cell of equal size."""
+    drawn = []
+    for image in images:
+        pixels = (_rgb(image).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+        drawn.append(Image.fromarray(pixels))
+        drawn[-1].thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    width, height = (max(image.size[axis] for image in drawn) for axis in (0, 1))
+    step = width + max(1, round(GAP * width))
+    row = Image.new("RGBA", (step * len(drawn), height))
+    for number, image in enumerate(drawn):
+        row.paste(image, (step * number + (width - image.width) // 2, (height - image.height) // 2))
+    png = BytesIO()
+    row.save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """Return the first three channels of an image, or its first as gray where it has fewer."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
+def pretraining_plots(
     folder: Path,
     *,
-    title: str,
     result: dict,
     records: Sequence[dict],
     evaluations: Sequence[dict],
     counts: Sequence[np.ndarray],
-    findings: Sequence[str],
     pictures: dict[str, Tensor],
-) -> None:
-    """Write report.html to `folder`: `findings`, sentences about the result, the result, the images of `REPORT`.
+) -> list[Shown]:
+    """Draw the images of `REPORT` into `folder` and return them for a report.
 
     `records` are the lines of metrics.jsonl, `evaluations` those of evaluations.jsonl, `counts` for each digit of
     a token how often each value occurs, and `pictures` the rows of `reconstructions`. Without probes, their curve
@@ -409,65 +449,35 @@ def write_report(
     else:
         del shown["probes.png"]
     picture_grid(pictures, folder / "reconstructions.png")
-    sentences = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings)
-    _write_page(folder, title, result, shown, top=f"<ul>\n{sentences}\n</ul>")
-
-
-def write_segmentation_report(
-    folder: Path,
-    *,
-    result: dict,
-    class_names: Sequence[str],
-    per_class: Mapping[str, np.ndarray],
-    pictures: Mapping[str, Sequence[Tensor]],
-) -> None:
-    """Write report.html to `folder`: the result, the pictures, and a table of the classes and their colors.
-
-    `per_class` maps the name of a column to numbers (classes,) in percent; NaN leaves a cell empty.
-    """
-    picture_grid(pictures, folder / "pictures.png", SEGMENTED_SIDE)
-    colors = [to_hex(color) for color in class_colors(len(class_names)).tolist()]
-    lines = [
-        f'<tr><td><span style="color: {color}">&#9632;</span> {html.escape(name)}</td>'
-        + "".join(f"<td>{'' if np.isnan(value) else f'{value:.2f}'}</td>" for value in values)
-        + "</tr>"
-        for color, name, *values in zip(colors, class_names, *per_class.values(), strict=True)
+    heading, text = shown.pop("reconstructions.png")
+    return [
+        *(plot(folder / name, *said) for name, said in shown.items()),
+        shown_rows(pictures, folder / "reconstructions.png", heading, text=text),
     ]
-    head = "".join(f"<td>{name}</td>" for name in per_class)
-    table = "\n".join(["<h2>Classes</h2>\n<table>", f"<tr><td></td>{head}</tr>", *lines, "</table>"])
-    _write_page(folder, "Semantic segmentation", result, SEGMENTATION_REPORT, table)
 
 
-def _write_page(
-    folder: Path, title: str, result: dict, pictures: dict[str, tuple[str, str]], rest: str = "", top: str = ""
-) -> None:
-    """Write report.html: the HTML `top`, the result as a table, `pictures` {file: (heading, text)}, and `rest`."""
-    rows = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in result.items()
+def segmented_pictures(folder: Path, pictures: Mapping[str, Sequence[Tensor]]) -> Shown:
+    """Draw pictures.png into `folder` and return its rows for a report."""
+    picture_grid(pictures, folder / "pictures.png", SEGMENTED_SIDE)
+    return shown_rows(
+        pictures,
+        folder / "pictures.png",
+        "Images",
+        text="Red pixels are wrong; black ones have no label. The colors of the classes are in the table below.",
     )
-    sections = "\n".join(
-        f'<h2>{heading}</h2>\n<p>{text}</p>\n<img src="{picture}" alt="{heading}">'
-        for picture, (heading, text) in pictures.items()
-    )
-    files.replace_text(
-        folder / "report.html",
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-td {{ padding: 0.1rem 1.5rem 0.1rem 0; }} td + td {{ text-align: right; font-variant-numeric: tabular-nums; }}
-img {{ max-width: 100%; }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-{top}
-<table>
-{rows}
-</table>
-{sections}
-{rest}
-</body></html>
-""",
-    )
+
+
+def class_table(class_names: Sequence[str], per_class: Mapping[str, np.ndarray]) -> Table:
+    """Return a table of the classes with their colors; `per_class` maps columns to percentages (classes,).
+
+    NaN leaves a cell empty.
+    """
+    colors = [to_hex(color) for color in class_colors(len(class_names)).tolist()]
+    rows = [
+        [name, *(None if np.isnan(value) else float(value) for value in values)]
+        for name, *values in zip(class_names, *per_class.values(), strict=True)
+    ]
+    return Table("Classes", ("class", *(f"{name} (%)" for name in per_class)), rows, colors)
 
 
 def _subplots(*rows_and_columns: int, **options: Any) -> tuple["Figure", Any]:
@@ -481,5 +491,5 @@ def _save(figure: "Figure", path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure.tight_layout()
-    files.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    files.replace_file(path, lambda temporary: figure.savefig(temporary, dpi=DPI, format="png"))
     plt.close(figure)

@@ -18,6 +18,7 @@ import torch
 from seitpp.engine.config import AUTO, Config, RunConfig, TrainConfig, load_config, named_settings, parse
 from seitpp.engine.folder import CONFIG
 from seitpp.engine.peers import ending_together
+from seitpp.engine.repeat import PRESET
 from seitpp.engine.signals import Stopped
 from seitpp.engine.system import launched_processes
 from seitpp.errors import UserError, fail, fail_by_system, flush_output, keeping_interrupts, prepare_text
@@ -46,6 +47,7 @@ def run_recipe(
         with keeping_interrupts():
             prepare_text()
             config = parse(presets, default, sys.argv[1:])
+            PRESET.set(presets.get(getattr(config, "preset", "")))
             if settle and config.preset == AUTO and "--config" not in sys.argv:
                 config = _settled(config, named_settings(sys.argv[1:]) & vars(config).keys(), settle)
             with ending_together():

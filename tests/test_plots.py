@@ -1,6 +1,5 @@
 """The pictures of a report: what is in them, read from the axes before they are saved."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,18 +75,18 @@ def test_loss_curve_shows_what_guessing_gives(drawn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("evaluations", "probes"), [([], True), (EVALUATIONS, True), ([], False)])
-def test_report_shows_every_picture_and_finding(evaluations, probes: bool, tmp_path: Path) -> None:
+def test_a_report_of_pretraining_shows_every_picture(evaluations, probes: bool, tmp_path: Path) -> None:
     result = {name: value for name, value in RESULT.items() if probes or "top1" not in name}
+    rows = {"original": torch.rand(2, 3, 8, 8), "reconstruction": torch.rand(2, 3, 8, 8)}
     data = {"records": RECORDS, "evaluations": evaluations, "counts": [np.arange(64)]}
-    said = {"findings": ["a < b", "c"], "pictures": {"original": torch.rand(2, 3, 8, 8)}}
-    plots.write_report(tmp_path, title="A <title>", result=result, **data, **said)
-    page = (tmp_path / "report.html").read_text()
-    assert "<h1>A &lt;title&gt;</h1>" in page and "<li>a &lt; b</li>\n<li>c</li>" in page
-    assert ("<td>linear_probe_top1</td><td>90</td>" in page) == probes
-    shown = re.findall(r'<img src="([^"]+)"', page)
-    assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png")) and len(shown) == 4 + probes
-    for name in shown:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    shown = plots.pretraining_plots(tmp_path, result=result, **data, pictures=rows)
+    assert sorted(part.file for part in shown) == sorted(path.name for path in tmp_path.glob("*.png"))
+    assert len(shown) == 4 + probes
+    *drawn, filled = shown
+    for part in drawn:
+        assert [picture.png for picture in part.pictures] == [(tmp_path / part.file).read_bytes()]
+        assert 4 < part.pictures[0].inches < 5.5, "so narrow that its letters can be read on a phone"
+    assert [picture.label for picture in filled.pictures] == list(rows)
 
 
 def test_confusion_shows_names_that_a_font_can_draw(drawn, tmp_path: Path) -> None:

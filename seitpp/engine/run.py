@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from seitpp import __version__, files
-from seitpp.engine import checkpoint, peers
+from seitpp.engine import checkpoint, peers, repeat, report
 from seitpp.engine.config import Choice, RunConfig, settings_table
 from seitpp.engine.distributed import ZeroLaunch, find_launch
 from seitpp.engine.folder import RESULT, RunError, change_lengths, choose_folder, enter_folder, planned_lengths
@@ -37,6 +37,7 @@ from seitpp.errors import UserError, escaped, os_message
 
 DRY_RUN_IMAGES = 64
 SPEED = "images_per_second"
+REPORT = "report.html"
 SKIPPED = "skipped.txt"  # in the run's folder: a line for each image that was left out
 
 
@@ -65,6 +66,11 @@ class Run:
         self.log = MetricsLog(self.out / "metrics.jsonl")
         self.evaluations = MetricsLog(self.out / "evaluations.jsonl")
         self.skipped: list[str] = []
+        self.chosen: dict[str, Choice] = {}  # settings that were chosen for the user, or by the run
+        if config.workers is None:
+            self.chosen["workers"] = Choice(self.workers, "by the CPU cores")
+        if config.out is None:
+            self.chosen["out"] = Choice(self.out, "no --out was named")
         self.progress = Progress()  # no reference to the Training: the cycle would keep its process groups alive
         set_seed(config.seed)
 
@@ -173,13 +179,8 @@ class Run:
 
         Settings at their default are left out, unless they were `chosen` for the user or are chosen by the run.
         """
-        names = {field.name for field in fields(self.config)}
-        own = {}
-        if "workers" in names and self.config.workers is None:
-            own["workers"] = Choice(self.workers, "by the CPU cores")
-        if self.config.out is None:
-            own["out"] = Choice(self.out, "no --out was named")
-        lines = [settings_table(self.config, own | dict(chosen or {}))]
+        self.chosen |= chosen or {}
+        lines = [settings_table(self.config, self.chosen)]
         lines += [str(part) for part in parts]
         if model is not None:
             trainable, frozen = (
@@ -202,7 +203,7 @@ class Run:
         return {SPEED: stored[SPEED]} if SPEED in stored else {}
 
     def finish(self, result: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
-        """Write result.json, release the folder, and print where the figures are and what makes sense next.
+        """Write result.json and release the folder. `report` follows, on the main process.
 
         The file holds `result`, the training speed if there was training, facts about the `data`, and the origin
         of the result: recipe, time, steps, processes, device, version and commit.
@@ -219,12 +220,40 @@ class Run:
             "git_commit": git_commit(),
         }
         skipped = {"skipped": len(self.skipped)} if self.skipped else {}
-        complete = {**skipped, **result, **throughput, **(data or {}), **origin}
-        self.on_main(lambda: files.replace_json(self.out / RESULT, complete))
+        figures, facts = {**skipped, **result, **throughput}, dict(data or {})
+        self._finished = figures, facts, origin
+        self.on_main(lambda: files.replace_json(self.out / RESULT, {**figures, **facts, **origin}))
         if self.is_main:
             files.unlock(self._lock)
         self.accelerator.end_training()
-        if not self.config.dry_run:  # which keeps no files
-            self.print(f"figures in {self.out / RESULT}, after {origin['seconds']:,.0f} s")
-            if steps := next_steps(self.recipe, self.config, self.out, result=result):
-                self.print(block(steps))
+
+    def report(self, said: report.Report) -> None:
+        """Write report.html, and print where the figures are and what makes sense next.
+
+        The page has what the recipe has `said`, the result of `finish`, the settings, and how to repeat the run.
+        Only the main process may call this, after `finish`, so that no picture is in the way of the result.
+        """
+        figures, data, origin = self._finished
+        config, processes = self.config, self.accelerator.num_processes
+        found = self.chosen.get("accumulation") if self.device.type == "cuda" else None
+        written = report.Written(
+            f"{self.recipe}, preset {config.preset}, seed {config.seed}",
+            figures,
+            data,
+            origin,
+            repeat.origins(config, self.chosen),
+            repeat.command(
+                self.recipe,
+                config,
+                processes=processes,
+                chosen=self.chosen,
+                accumulation=found and found.value,
+            ),
+        )
+        files.replace_text(self.out / REPORT, report.page(said, written))
+        if not config.dry_run:  # which keeps no files
+            print(
+                f"figures in {self.out / RESULT}, a page in {self.out / REPORT}, after {origin['seconds']:,.0f} s"
+            )
+            if steps := next_steps(self.recipe, config, self.out, result=figures | data):
+                print(block(steps))

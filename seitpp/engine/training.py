@@ -22,6 +22,7 @@ from seitpp import files
 from seitpp.data.dataset import MicroBatch, training_loader
 from seitpp.engine import checkpoint, distributed
 from seitpp.engine.accumulation import Sharing, share_out
+from seitpp.engine.config import Choice
 from seitpp.engine.distributed import UpdateSettings
 from seitpp.engine.folder import RunError
 from seitpp.engine.metrics import NotFinite, Recorder, Speed, matmul_rate
@@ -58,6 +59,10 @@ class Training:
             self.accelerator, config=self.config, model=model, batch_size=order.batch_size, sharing=sharing
         )
         self.accelerator.gradient_accumulation_steps = self.accumulation
+        if self.config.accumulation is None:
+            images = order.batch_size // (self.accelerator.num_processes * self.accumulation)
+            fit = ", as many as fit into the memory of the GPU" if run.device.type == "cuda" else ""
+            run.chosen["accumulation"] = Choice(self.accumulation, f"{images} images at a time{fit}")
         run.start()
         self.model, self.ema, self.order, self.schedule = model, ema, order, schedule
         self._fingerprint, self._clip, self._flops_per_image = data_fingerprint, clip, flops_per_image

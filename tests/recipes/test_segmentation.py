@@ -1,6 +1,5 @@
 """segment_ade20k and evaluate_segmentation as a user runs them: exact figures, two processes, killed, resumed."""
 
-import json
 import os
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from seitpp import StoreWriter, TokenStore, plots, tokenizers
 from seitpp.codebook import codebook_fingerprint, embed
 from seitpp.data.dataset import Chosen, MicroBatch
 from seitpp.engine.config import parse
+from seitpp.engine.findings import segmented
 from seitpp.engine.optim import warmup_linear
 from seitpp.errors import UserError
 from seitpp.images.annotated import AnnotatedSource, open_annotated, smallest_png
@@ -560,9 +560,11 @@ def test_classes_and_errors_are_painted_exactly() -> None:
 
 def test_the_table_of_a_report_leaves_out_what_is_no_number(tmp_path: Path) -> None:
     columns = {"IoU": np.array([50.0, np.nan]), "Acc": np.array([75.0, np.nan])}
+    table = plots.class_table(["a < b", "c"], columns)
+    assert table.columns == ("class", "IoU (%)", "Acc (%)") and len(set(table.colors)) == 2
+    assert table.rows == [["a < b", 50.0, 75.0], ["c", None, None]]
+    said = segmented({"mIoU": 50.0, "aAcc": 80.0}, ["a < b", "c"], columns["IoU"])
+    assert len(said) == 1 and "50.0 % (mIoU), the mean over 1 class" in said[0]
     images = {"truth": [torch.zeros(3, 4, 6), torch.zeros(3, 5, 4)]}
-    shown = {"class_names": ["a < b", "c"], "per_class": columns, "pictures": images}
-    plots.write_segmentation_report(tmp_path, result={"mIoU": 50.0}, **shown)
-    page = (tmp_path / "report.html").read_text()
-    assert "a &lt; b</td><td>50.00</td><td>75.00</td>" in page and "c</td><td></td><td></td>" in page
-    assert json.dumps("nan") not in page and "nan" not in page
+    shown = plots.segmented_pictures(tmp_path, images)
+    assert (tmp_path / shown.file).is_file() and [picture.label for picture in shown.pictures] == ["truth"]
