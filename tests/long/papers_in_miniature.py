@@ -6,9 +6,10 @@
 
 The classes are those of 1,906 emoji (tests/bench/pictures.py); masked token modeling sees 5,395 drawings besides,
 and no labels. All networks have three blocks. Each row is a command, which runs once and is not repeated where its
-result is there; a row that was interrupted goes on. `--jobs` rows run at the same time. After each row,
-OUT/claims.md has both figures of every claim, their difference paired by seed with its 95 % interval (Student's
-t), and whether it holds (it is above 0), does not hold (it is below 0), or is not decided.
+result is there; a row that was interrupted goes on. `--jobs` rows run at the same time. After each row OUT has
+pairs.json, the two figures of every claim for each seed, and claims.md: their means, the difference paired by seed
+with its 95 % interval (Student's t), and whether the claim holds (the interval is above 0), does not hold (it is
+below 0), or is not decided. With `--pairs docs/miniature.json` what is measured there is not measured again.
 """
 
 import argparse
@@ -50,12 +51,18 @@ class Claim(NamedTuple):
     figure: Callable[[Result], float]
     of_than: Callable[[Result], float] | None = None  # where the other row's figure is another one
 
+    @property
+    def name(self) -> str:
+        """The group and the text, which no other claim has."""
+        return f"{self.group}: {self.text}"
+
 
 EMOJI, CLIPART = "--data {pictures}/emoji", "--data {pictures}/clipart"
 SPLITS = "--split train --validation-split validation"
 SEIT = "digits --epochs 60 --crop-scale 0.3 1 --seed {seed} --store {emoji}"
 TUNE = "digits --epochs 40 --crop-scale 0.3 1 --seed {seed}"
 MTM = "digits --store {all} --epochs 60 --warmup-epochs 6 --crop-size 8 --crop-scale 0.3 1 --seed {seed}"
+SEGMENT = "scenes --store {masks} --crop-size 8 --steps 600 --evaluation-steps 600 --seed {seed}"
 CORRUPTED = "--suite corruptions --corruptions gaussian_noise gaussian_blur"
 FIT = f"photos {EMOJI} {SPLITS} --image-size 32 --patch 4 --fit-images 1547 --workers 0 --seed 0"
 
@@ -87,6 +94,12 @@ ROWS = [
             ("emoji-vitvqgan", EMOJI, "vitvqgan"),
         )
     ),
+    Row(
+        "masks",
+        "tokenize_images",
+        "--data {pictures}/masks --tokenizer {refined}/tokenizer.safetensors",
+        seeds=False,
+    ),
     Row("all", "seitpp", "merge {out} {clipart} {emoji}", seeds=False),
     # Masked token modeling, and the same network with random weights.
     Row(
@@ -114,6 +127,10 @@ ROWS = [
             ("fine", "--store {kinds}"),
         )
     ),
+    *(
+        Row(f"segments-{start}", "segment_ade20k", f"{SEGMENT} --checkpoint {{{start}}}")
+        for start in ("mtm", "random")
+    ),
     # Supervised training on tokens: augmentations, stems, tokenizers.
     Row("seit", "seit_train", SEIT),
     Row("seit-plain", "seit_train", f"{SEIT} --eda None --color None --cutmix 0"),
@@ -131,6 +148,18 @@ ROWS = [
     ),
     # Pixels, and transfer by one, two and three stages.
     Row("pixels", "finetune", f"{TUNE.replace('digits', 'deit_digits')} {EMOJI} --epochs 60 --flip 0.5"),
+    Row(
+        "features",
+        "tokenizer_train",
+        f"features {EMOJI} {SPLITS} --image-size 32 --backbone vit_nano_patch8_32 "
+        "--backbone-weights {pixels}/model.safetensors --digits 4 --num-codes 256 --seed {seed}",
+    ),
+    Row(
+        "emoji-features",
+        "tokenize_images",
+        f"{EMOJI} --splits --tokenizer {{features}}/tokenizer.safetensors",
+    ),
+    Row("seit-features", "seit_train", SEIT.replace("{emoji}", "{emoji-features}")),
     Row("stage", "seit_train", SEIT.replace("{emoji}", "{clipart}").replace("--epochs 60", "--epochs 20")),
     Row("stages", "finetune", f"{TUNE} --checkpoint {{stage}} --store {{emoji}}"),
     *(
@@ -155,6 +184,14 @@ ROWS = [
         for model, more in (("seit", "--tokenizer {refined}/tokenizer.safetensors"), ("pixels", ""))
         for domain in ("emoji", "twitter", "outlines")
     ),
+    # The same network on sets that are kept in other ways, at the same number of updates.
+    Row(
+        "storage",
+        "storage_tradeoff",
+        f"digits {EMOJI} {SPLITS} --tokenizer {{refined}}/tokenizer.safetensors --budgets 500B --seeds 1 "
+        "--uniform 0.05 --by-score 0.05 --resolution 0.1 --jpeg-quality 1 --token-fractions --crops "
+        "--crop-scale 0.3 1 --updates 600 --warmup-updates 60 --batch-size 64 --seed {seed}",
+    ),
     # Continual learning with the same bytes of memory, as the paper counts them.
     Row("continual-tokens", "continual", "digits --store {emoji} --tasks 3 --memory 123kB --seed {seed}"),
     Row(
@@ -178,6 +215,16 @@ def kept(corruption: str) -> Callable[[Result], float]:
     return lambda result: (
         100 * mean(row["top1"] for row in result["corruptions"]["table"][corruption].values()) / result["top1"]
     )
+
+
+def stored(family: str) -> Callable[[Result], float]:
+    """Return what reads the accuracy of the smallest set of a family."""
+
+    def read(result: Result) -> float:
+        rows = [row for row in result["rows"] if row["family"] == family]
+        return min(rows, key=lambda row: row["bytes"])["top1"]
+
+    return read
 
 
 CLAIMS = [
@@ -209,7 +256,20 @@ CLAIMS = [
     Claim("tokenizer", "A refined tokenizer over k-means alone", "seit", "seit-kmeans", top1),
     Claim("tokenizer", "A ViT-VQGAN over k-means", "seit-vitvqgan", "seit-kmeans", top1),
     Claim("tokenizer", "k-means over the DCT", "seit-kmeans", "seit-dct", top1),
+    Claim("tokenizer", "Features of the pixel model over k-means", "seit-features", "seit-kmeans", top1),
     Claim("pixels", "Pixels are the ceiling of tokens", "pixels", "seit", top1),
+    *(
+        Claim("storage", f"Tokens over {words}", "storage", "storage", stored("tokens"), stored(family))
+        for words, family in (
+            ("JPEG of quality 1", "JPEG"),
+            ("smaller pictures", "resolution"),
+            ("some pictures by chance", "uniform"),
+            ("some pictures by score", "high score"),
+            ("WebP", "WEBP"),
+            ("AVIF", "AVIF"),
+        )
+    ),
+    Claim("segmentation", "MTM transfers to segmentation", "segments-mtm", "segments-random", of("mIoU")),
     Claim("stages", "Two stages over one, in pixels", "pixels-stage", "pixels", top1),
     Claim("stages", "Three stages over two", "pixels-stages", "pixels-stage", top1),
     Claim(
@@ -235,9 +295,10 @@ CLAIMS = [
 class Miniature:
     """All rows below a folder, those of some seeds."""
 
-    def __init__(self, out: Path, pictures: Path, seeds: int) -> None:
+    def __init__(self, out: Path, pictures: Path, seeds: int, pairs: dict[str, dict[str, list[float]]]) -> None:
         self.out, self.pictures, self.seeds = out, pictures, seeds
         self.rows = {row.name: row for row in ROWS}
+        self.pairs = pairs  # of a claim's group and text: its two figures for each seed
 
     def folder(self, name: str, seed: int) -> Path:
         """Return the folder of a row."""
@@ -296,7 +357,10 @@ class Miniature:
         """Run what the claims need, seed by seed, `jobs` rows at the same time; write the table after each row."""
         todo = []
         for seed in range(self.seeds):
-            for name, its in self.ordered([row for claim in claims for row in (claim.first, claim.than)], seed):
+            open_claims = [claim for claim in claims if str(seed) not in self.pairs.get(claim.name, {})]
+            for name, its in self.ordered(
+                [row for claim in open_claims for row in (claim.first, claim.than)], seed
+            ):
                 if not self.done(name, its) and (name, its) not in todo:
                     todo.append((name, its))
         total, running, failed = len(todo), {}, []
@@ -313,22 +377,26 @@ class Miniature:
                     name, seed = running.pop(future)
                     failed += [future.result()] if future.result() else []
                     print(f"{total - len(todo) - len(running):4} of {total}  {name}, seed {seed}", flush=True)
-                    (self.out / "claims.md").write_text(self.table(CLAIMS))
+                    self.note()
         if failed:
             sys.exit("\n".join(failed))
+
+    def note(self) -> None:
+        """Write what is known of all claims."""
+        for claim in CLAIMS:
+            for seed in range(self.seeds):
+                if all(self.done(name, seed) for name in (claim.first, claim.than)):
+                    of_than = claim.of_than or claim.figure
+                    pair = [claim.figure(self.result(claim.first, seed)), of_than(self.result(claim.than, seed))]
+                    self.pairs.setdefault(claim.name, {})[str(seed)] = [round(figure, 3) for figure in pair]
+        (self.out / "pairs.json").write_text(json.dumps(self.pairs, indent=1) + "\n")
+        (self.out / "claims.md").write_text(self.table(CLAIMS))
 
     def table(self, claims: Sequence[Claim]) -> str:
         """Return the table of all claims with at least two seeds."""
         lines = ["| claim | first | second | difference, 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
         for claim in claims:
-            pairs = [
-                (
-                    claim.figure(self.result(claim.first, seed)),
-                    (claim.of_than or claim.figure)(self.result(claim.than, seed)),
-                )
-                for seed in range(self.seeds)
-                if all(self.done(name, seed) for name in (claim.first, claim.than))
-            ]
+            pairs = [self.pairs[claim.name][seed] for seed in sorted(self.pairs.get(claim.name, {}))]
             if len(pairs) > 1:
                 lines.append(f"| {claim.text} | {' | '.join(judged(pairs))} |")
         return "\n".join(lines) + "\n"
@@ -341,7 +409,7 @@ def wait_for(future: Any, running: dict) -> bool:
     return future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
 
 
-def judged(pairs: Sequence[tuple[float, float]]) -> list[str]:
+def judged(pairs: Sequence[Sequence[float]]) -> list[str]:
     """Return the cells of a claim: both means, the difference with its interval, the seeds, the judgment."""
     differences = [first - other for first, other in pairs]
     center, n = mean(differences), len(differences)
@@ -358,12 +426,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of claims (default: all)")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=1, help="rows that run at the same time")
+    parser.add_argument("--pairs", type=Path, help="figures that are known (default: those of --out)")
     arguments = parser.parse_args()
     groups = list(dict.fromkeys(claim.group for claim in CLAIMS))
     if unknown := sorted({*(arguments.only or ())} - {*groups}):
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(groups)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    miniature = Miniature(arguments.out.resolve(), arguments.pictures.resolve(), arguments.seeds)
+    known = arguments.pairs or arguments.out / "pairs.json"
+    pairs = json.loads(known.read_text()) if arguments.pairs or known.exists() else {}
+    miniature = Miniature(arguments.out.resolve(), arguments.pictures.resolve(), arguments.seeds, pairs)
     chosen = [claim for claim in CLAIMS if claim.group in (arguments.only or groups)]
     miniature.run_all(chosen, arguments.jobs)
     print(miniature.table(chosen))
