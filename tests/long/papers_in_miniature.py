@@ -59,9 +59,9 @@ class Claim(NamedTuple):
 
 EMOJI, CLIPART = "--data {pictures}/emoji", "--data {pictures}/clipart"
 SPLITS = "--split train --validation-split validation"
-SEIT = "digits --epochs 60 --crop-scale 0.3 1 --seed {seed} --store {emoji}"
-TUNE = "digits --epochs 40 --crop-scale 0.3 1 --seed {seed}"
-MTM = "digits --store {all} --epochs 60 --warmup-epochs 6 --crop-size 8 --crop-scale 0.3 1 --seed {seed}"
+SEIT = "digits --epochs 40 --crop-scale 0.3 1 --seed {seed} --store {emoji}"
+TUNE = "digits --epochs 30 --crop-scale 0.3 1 --seed {seed}"
+MTM = "digits --store {all} --epochs 30 --warmup-epochs 3 --crop-size 8 --crop-scale 0.3 1 --seed {seed}"
 SEGMENT = "scenes --store {masks} --crop-size 8 --steps 600 --evaluation-steps 600 --seed {seed}"
 CORRUPTED = "--suite corruptions --corruptions gaussian_noise gaussian_blur"
 FIT = f"photos {EMOJI} {SPLITS} --image-size 32 --patch 4 --fit-images 1547 --workers 0 --seed 0"
@@ -122,7 +122,7 @@ ROWS = [
         Row(f"{name}-{start}", "finetune", f"{TUNE} --checkpoint {{{start}}} {more}")
         for start in ("mtm", "mtm-adapt", "random")
         for name, more in (
-            ("few", "--store {emoji} --labels-per-class 10 --batch-size 64 --epochs 400 --warmup-epochs 20"),
+            ("few", "--store {emoji} --labels-per-class 10 --batch-size 64 --epochs 250 --warmup-epochs 12"),
             ("tuned", "--store {emoji}"),
             ("fine", "--store {kinds}"),
         )
@@ -147,7 +147,7 @@ ROWS = [
         for kind in ("kmeans", "dct", "vitvqgan")
     ),
     # Pixels, and transfer by one, two and three stages.
-    Row("pixels", "finetune", f"{TUNE.replace('digits', 'deit_digits')} {EMOJI} --epochs 60 --flip 0.5"),
+    Row("pixels", "finetune", f"{TUNE.replace('digits', 'deit_digits')} {EMOJI} --epochs 40 --flip 0.5"),
     Row(
         "features",
         "tokenizer_train",
@@ -160,7 +160,7 @@ ROWS = [
         f"{EMOJI} --splits --tokenizer {{features}}/tokenizer.safetensors",
     ),
     Row("seit-features", "seit_train", SEIT.replace("{emoji}", "{emoji-features}")),
-    Row("stage", "seit_train", SEIT.replace("{emoji}", "{clipart}").replace("--epochs 60", "--epochs 20")),
+    Row("stage", "seit_train", SEIT.replace("{emoji}", "{clipart}").replace("--epochs 40", "--epochs 12")),
     Row("stages", "finetune", f"{TUNE} --checkpoint {{stage}} --store {{emoji}}"),
     *(
         Row(f"pixels-{start}", "finetune", f"{TUNE} --checkpoint {{{start}}} {EMOJI} --flip 0.5")
