@@ -340,7 +340,7 @@ def token_task(config: Config, run: Run, source: Loaded) -> Task:
             f"{config.checkpoint} takes ids: --eda and --crop-mode window are for models that take maps, leave "
             "them out"
         )
-    refuse_on_sequences(train, crop_mode=config.crop_mode, tokenadapt_fraction=config.tokenadapt_fraction)
+    refuse_on_sequences(train, config, "crop_mode", "tokenadapt_fraction")
     size = window = window_of(train, config.size, "--size")
     if config.size is None:  # a linear stem or a ResNet was evaluated on another window than its input size
         size = input_size(network) or source.window or size

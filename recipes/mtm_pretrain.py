@@ -149,7 +149,7 @@ def main(config: Config) -> None:
     images = train_subset(config, TokenDataset(train))
     order = order_of(images, batch_size=config.batch_size, seed=config.seed, window=config.window_shards)
     codebook, grid = Codebook.of(train.books), window_of(train, config.crop_size, "--crop-size")
-    refuse_on_sequences(train, flip=config.flip, tokenadapt_fraction=config.tokenadapt_fraction)
+    refuse_on_sequences(train, config, "flip", "tokenadapt_fraction")
     check_maskable(grid, train.grid, config.patch_size)
 
     # 3. Augmentation on the device: ids -> vectors -> color -> crop or TokenAdapt -> ids.

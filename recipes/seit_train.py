@@ -168,8 +168,7 @@ def main(config: Config) -> None:
     images, order, class_weights = balanced(images, train, config, device=run.device)
     codebook, window = Codebook.of(train.books), window_of(train, config.eval_window, "--eval-window")
     size = both_sides(config.size or window)
-    rows_and_columns = {"crop_mode": config.crop_mode, "flip": config.flip}
-    refuse_on_sequences(train, **rows_and_columns, tokenadapt_fraction=config.tokenadapt_fraction)
+    refuse_on_sequences(train, config, "crop_mode", "flip", "tokenadapt_fraction")
 
     # 3. Augmentation: ids -> EDA -> vectors -> crop or TokenAdapt -> color -> CutMix; evaluation: the center.
     adapt = open_tokenadapt(config.tokenadapt, train.books, str(train.path))
@@ -180,10 +179,9 @@ def main(config: Config) -> None:
     model = new_model(config, size, train).to(run.device)
     model.set_grad_checkpointing(config.grad_checkpointing)
     ema = ModelEmaV3(model, decay=config.ema)
-    zeros = torch.zeros(codebook.dim, *size)
+    zeros, several = torch.zeros(codebook.dim, *size), train.num_classes if train.multi_label else None
 
     # 5. Optimization.
-    several = train.num_classes if train.multi_label else None
     schedule = Schedule.from_config(config, order, lr_batch=512)
     optimizer = OPTIMIZERS[config.optimizer](model, config.weight_decay, layer_decay=config.layer_decay)
     training = run.training(

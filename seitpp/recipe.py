@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def run_recipe(
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
     except UserError as error:
+        traceback.clear_frames(
+            error.__traceback__
+        )  # ends the workers now: with the interpreter they would be loud
         fail(str(UserError(_one_line(error.args[0]))))
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)

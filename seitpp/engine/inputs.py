@@ -292,13 +292,13 @@ def window_of(store: TokenStore, size: Sides | None, flag: str) -> tuple[int, in
     return window
 
 
-def refuse_on_sequences(store: TokenStore, **settings: object) -> None:
+def refuse_on_sequences(store: TokenStore, config: object, *names: str) -> None:
     """Raise UserError if a setting that needs rows and columns is named for a store whose tokens are sequences.
 
-    `settings` are those with a value that needs them, by their names; None or 0 is always accepted.
+    `names` are those of the settings of `config` that need them; None or 0 is always accepted.
     """
-    for name, value in settings.items():
-        if value and store.layout == SEQUENCE:
+    for name in names if store.layout == SEQUENCE else ():
+        if value := getattr(config, name):
             flag = name.replace("_", "-")
             raise UserError(
                 f"--{flag} {value}: the tokens of {store.path} are sequences without rows and columns: pass "

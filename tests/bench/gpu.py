@@ -185,7 +185,7 @@ def tokenize(bench: Bench) -> Lines:
     }
     with redirect_stdout(StringIO()) as printed:
         config = replace(recipe.PRESETS["published"], **settings)
-        recipe.tokenize(source, tokenizer, config=config, first=True, accelerator=accelerator)
+        recipe.tokenize(source, tokenizer, config=config, first=True, target=None, accelerator=accelerator)
     images_per_second = float(re.search(r"([\d.]+) images/s", printed.getvalue())[1])
     yield f"tokenize_images, {len(source):,} photographs", {"images/s": images_per_second}
 

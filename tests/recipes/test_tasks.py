@@ -1,5 +1,8 @@
 """tokenize_images --task: independent tasks in any order, killed and repeated, write the bytes of one process."""
 
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +14,8 @@ import tokenize_images
 from PIL import Image
 from support.buckets import BUCKET, served, upload
 from support.faults import in_child
-from support.running import call, kill_when, refused
+from support.paths import RECIPES
+from support.running import ON_CPU, call, kill_when, refused
 
 from seitpp import TokenStore, cli
 from seitpp.data.digits import digits
@@ -22,6 +26,15 @@ from seitpp.store.bucket import Bucket
 from seitpp.store.remote import pull
 
 IMAGES, SHARD = 120, 8  # of them 6 are held out, so that the split train has 15 staged shards
+
+
+# The same in a program of its own, whose arguments are a script and those of the script.
+SMALL = f"""import runpy, sys
+from seitpp.store import publish, spec
+spec.SHARD_IMAGES, spec.FEW_SHARDS, spec.GROUP, publish.TABLE_IMAGES = {SHARD}, 4, 2, {3 * SHARD}
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,8 +175,14 @@ def test_tasks_without_a_common_disk_write_the_same_into_a_bucket(
 ) -> None:
     above = Bucket(f"s3://{BUCKET}/sets")
     on_machine("first", tmp_path, monkeypatch)
-    words = line(folder, URL, "--task", 2, "--tasks", 4, "--workers", 1)
-    kill_when(lambda: any("/shard-" in name for name in above.entries()), "tokenize_images", *words, logs=tmp_path)
+    words = line(folder, URL, "--task", 2, "--tasks", 4)
+    with (tmp_path / "log").open("w") as log:  # no fork, since this process has used a bucket
+        program = [sys.executable, "-c", SMALL, str(RECIPES / "tokenize_images.py"), *map(str, words)]
+        process = subprocess.Popen(program, stdout=log, stderr=log, env=ON_CPU | dict(os.environ))
+    while not any("/shard-" in name for name in above.entries()):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     for number in (2, 3, 0):
         kept = on_machine(f"machine-{number}", tmp_path, monkeypatch)
         task(folder, URL, number)
