@@ -147,7 +147,10 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
-    """Every preset of every training recipe that is meant for a GPU, at a batch of 8."""
+    """Every preset of every training recipe that is meant for a GPU, at a batch of 8.
+
+    Those that differ from another one only in the size of the network are left out.
+    """
     adapt, images = ["--tokenadapt", folder / "adapt.safetensors"], ["--data", folder / "images"]
     tokenizer = ["--tokenizer", folder / "tokenizer.safetensors"]
     needs = {
@@ -178,6 +181,8 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
     for recipe, arguments in needs.items():
         presets = importlib.import_module(recipe).PRESETS
         for name in presets.keys() - {"digits", "smoke", "photos", "scenes", "dct", "features", "deit_digits"}:
+            if name.endswith(("small", "resnet18")):
+                continue
             words = finetunes.get(name, arguments) if recipe == "finetune" else arguments
             through = adapt if getattr(presets[name], "tokenadapt_fraction", 0) else []
             flags = ["--batch-size", 8, "--no-compile", "--workers", 0, "--out", out / f"{recipe}-{name}"]
@@ -188,7 +193,7 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
 def test_two_steps_of_every_published_preset(stranger: Path, tmp_path: Path) -> None:
     reports = pretend(published_jobs(stranger, tmp_path), "--shapes")
     assert not problems(reports)
-    assert len(reports) > 25 and {report["steps"] for report in reports} == {2}
+    assert len(reports) > 20 and {report["steps"] for report in reports} == {2}
 
 
 def test_a_compiled_view_is_one_graph() -> None:
