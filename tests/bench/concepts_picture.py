@@ -1,7 +1,7 @@
-"""Draw concepts.png: digits as pixels, as tokens, with half of them hidden, and filled in by a model.
+"""Draw docs/concepts.png: digits as pixels, as tokens, with half of them hidden, and filled in by a model.
 
     accelerate launch recipes/mtm_pretrain.py --out runs/mtm_pretrain-digits
-    python docs/concepts_picture.py runs/mtm_pretrain-digits
+    python tests/bench/concepts_picture.py runs/mtm_pretrain-digits
 
 The first command takes about 2 minutes on a CPU, the second seconds.
 """
@@ -68,4 +68,4 @@ def draw(run: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(__file__).with_name("concepts.png"))
+    draw(Path(sys.argv[1]), Path(__file__).parents[2] / "docs/concepts.png")
