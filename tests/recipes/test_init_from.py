@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 from safetensors.torch import load_file
-from support.running import digits_codebook, metrics
+from support.running import digits_codebook, metrics, unlabeled_digits
 
 from seitpp import StoreWriter, TokenStore
 from seitpp.data.digits import digits
@@ -21,6 +22,15 @@ from seitpp.models.weights.pretrained import save_pretrained
 from seitpp.store import grow
 
 SMOKE = replace(mtm_pretrain.PRESETS["smoke"], dropout=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All runs that name no store train on 768 images without labels."""
+    store = unlabeled_digits(tmp_path_factory.mktemp("tokens") / "store", 768)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "SMOKE", replace(SMOKE, store=store))
+        yield
 
 
 def pretrain(out: Path, **settings) -> Path:
