@@ -97,8 +97,8 @@ ROWS = [
     Row(
         "masks",
         "tokenize_images",
-        "--data {pictures}/masks --classes {pictures}/masks/classes.txt --background-class --splits --short-side 32 "
-        "--tokenizer {refined}/tokenizer.safetensors",
+        "--data {pictures}/masks --classes {pictures}/masks/classes.txt --background-class --splits "
+        "--short-side 32 --tokenizer {refined}/tokenizer.safetensors",
         seeds=False,
     ),
     Row("all", "seitpp", "merge {out} {clipart} {emoji}", seeds=False),
