@@ -168,7 +168,7 @@ def main(config: Config) -> None:
         if (losses := run.out / "losses.png").exists():
             shown.append(plot(losses, "Training", "The losses of every update, and the perplexity of the codes."))
         title = "Tokenizer, trained" if config.kind == "vit_vqgan" else "Tokenizer, fitted"
-        run.report(Report(title, tokenized(result, sum(tokenizer.books.sizes)), shown))
+        run.report(Report(title, tokenized(result, tokenizer.books.sizes), shown))
 
 
 def check_settings(config: Config) -> None:

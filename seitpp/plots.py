@@ -206,7 +206,7 @@ def loss_curve(records: Sequence[dict], counts: Sequence[np.ndarray], path: Path
     window = max(1, len(losses) // 50)
     figure, axis = _subplots(figsize=PLOT)
     axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="every update")
-    if len(losses) >= window:
+    if 1 < window <= len(losses):
         smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         axis.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} updates")
     uniform = "uniform guess, ln " + " and ".join(str(size) for size in dict.fromkeys(map(len, counts)))

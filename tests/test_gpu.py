@@ -176,7 +176,7 @@ def published_jobs(folder: Path, out: Path) -> list[tuple[str, list]]:
         ],
     }
     whole = [*images, "--split", "None", "--validation-split", "None"]
-    finetunes |= dict.fromkeys(("deit_base", "deit_small", "resnet50", "resnet18"), whole)
+    finetunes |= dict.fromkeys(("deit_base", "resnet50"), whole)
     jobs = []
     for recipe, arguments in needs.items():
         presets = importlib.import_module(recipe).PRESETS

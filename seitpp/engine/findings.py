@@ -156,9 +156,10 @@ def segmented(
     return found
 
 
-def tokenized(result: Mapping[str, float], known: int) -> list[str]:
-    """Return sentences about the quality of a tokenizer with `known` codes, in all of its digits."""
-    used = result["codes_used"]
+def tokenized(result: Mapping[str, float], sizes: Sequence[int]) -> list[str]:
+    """Return sentences about the quality of a tokenizer; `sizes` are the numbers of codes of its digits."""
+    used, known = result["codes_used"], sum(sizes)
+    digits = f", the product over {len(sizes)} digits" if len(sizes) > 1 else ""
     if "psnr" in result:
         quality = (
             f"Decoded held-out images have a PSNR of {result['psnr']:.1f} dB, an SSIM of {result['ssim']:.3f}"
@@ -167,7 +168,7 @@ def tokenized(result: Mapping[str, float], known: int) -> list[str]:
         quality = f"Tokens keep {100 * result['variance_kept']:.1f} % of the variance of the features"
     found = [
         f"{quality}. Held-out images use {used:,} of {known:,} codes, with a perplexity of "
-        f"{result['perplexity']:.1f}."
+        f"{result['perplexity']:,.1f}{digits}."
     ]
     if used < FEW_CODES * known:
         found.append("Few codes are used: fewer (--num-codes) may do as well, or the training was too short.")

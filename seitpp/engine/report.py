@@ -87,7 +87,7 @@ MEANINGS = {
     "aAcc": ("pixels of the right class", "%"),
     "mAcc": ("pixels of the right class, the mean over the classes", "%"),
     "codes_used": ("codes that held-out images use", ""),
-    "perplexity": ("as many codes, equally often used, would say as much", ""),
+    "perplexity": ("as many codes, equally often used, would say as much; of digits the product", ""),
     "psnr": ("decoded against original pixels", "dB"),
     "ssim": ("structural similarity of decoded and original images", ""),
     "variance_kept": ("fraction of the variance of the features that tokens keep", ""),

@@ -59,12 +59,12 @@ def test_every_command_can_be_run(name: str, own: dict, tmp_path: Path) -> None:
 
 
 def test_commands_name_what_the_run_has_written_and_read(monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/work/seitpp/recipes/mtm_pretrain.py", "--store", "my tokens"])
+    monkeypatch.setattr(sys, "argv", ["/checkout/recipes/mtm_pretrain.py", "--store", "my tokens"])
     lines = block(next_steps("mtm_pretrain", settings("mtm_pretrain", **OWN["store"]), "runs/a", result=LEARNED))
     assert lines.splitlines()[:3] == [
         "next:",
         "  # fine-tune it with labels",
-        "  accelerate launch /work/seitpp/recipes/finetune.py --checkpoint runs/a --store 'my tokens'",
+        "  accelerate launch /checkout/recipes/finetune.py --checkpoint runs/a --store 'my tokens'",
     ]
     assert shlex.split(lines.splitlines()[2])[-1] == "my tokens" and len(lines.splitlines()) == 7
     unlabeled = next_steps("mtm_pretrain", settings("mtm_pretrain"), "runs/a", result=UNLABELED)

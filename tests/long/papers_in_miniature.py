@@ -6,7 +6,8 @@
 
 The classes are those of 1,906 emoji (tests/bench/pictures.py); masked token modeling sees 5,395 drawings besides,
 and no labels. All networks have three blocks. Each row is a command, which runs once and is not repeated where its
-result is there; a row that was interrupted goes on. `--jobs` rows run at the same time. After each row OUT has
+result is there; a row that was interrupted goes on. `--jobs` rows run at the same time: with two of them, on two
+cores, a seed takes about half an hour, all five two and a half. After each row OUT has
 pairs.json, the two figures of every claim for each seed, and claims.md: their means, the difference paired by seed
 with its 95 % interval (Student's t), and whether the claim holds (the interval is above 0), does not hold (it is
 below 0), or is not decided. With `--pairs docs/miniature.json` what is measured there is not measured again.
@@ -17,7 +18,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -378,7 +379,7 @@ class Miniature:
                 if not running:
                     failed += [f"{name}, seed {seed}: needs what failed" for name, seed in todo]
                     break
-                for future in [future for future in list(running) if wait_for(future, running)]:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     name, seed = running.pop(future)
                     failed += [future.result()] if future.result() else []
                     print(f"{total - len(todo) - len(running):4} of {total}  {name}, seed {seed}", flush=True)
@@ -405,13 +406,6 @@ class Miniature:
             if len(pairs) > 1:
                 lines.append(f"| {claim.text} | {' | '.join(judged(pairs))} |")
         return "\n".join(lines) + "\n"
-
-
-def wait_for(future: Any, running: dict) -> bool:
-    """Return whether a row has ended; wait a little if none has."""
-    from concurrent.futures import FIRST_COMPLETED, wait
-
-    return future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
 
 
 def judged(pairs: Sequence[Sequence[float]]) -> list[str]:
